@@ -1,0 +1,1 @@
+"""Thin Ray jobs around revmux: each is a command, and a function of one typed configuration."""

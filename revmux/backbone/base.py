@@ -1,0 +1,213 @@
+"""A frozen pretrained model, cut between any two layers.
+
+A family (one file beside this one) says how its model embeds tokens, runs a range of layers, and reads
+the answer. Everything else in revmux speaks to this interface alone. The cut model and the whole model
+share every weight: nothing is copied.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from revmux.backbone.state import HiddenState, TokenBatch
+from revmux.errors import UserError
+
+
+class Backbone(nn.Module, ABC):
+    """A Hugging Face model as: embed, run layers ``depth+1..to``, read answers, classify.
+
+    ``embed → run(L) → answers → classify`` is the model's own forward pass, operation by operation.
+
+    Args:
+        model: the pretrained model with its head.
+
+    Attributes:
+        model_types: the ``config.model_type`` values that this family serves.
+        shared_answer: True where every input's answer stands at the same position (CLS, a decoder step),
+            so that a shared sequence is read once; False where each input has its own (last token).
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    shared_answer: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.gradient_checkpointing = False
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.model.config
+
+    @property
+    def num_layers(self) -> int:
+        """L, the layers that can be cut between."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of a hidden state."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_labels(self) -> int:
+        """C, the classes that the head scores."""
+        return int(self.config.num_labels)
+
+    @property
+    def readout_size(self) -> int:
+        """Width of the vector that the classifier reads."""
+        return self.hidden_size
+
+    @property
+    def label_names(self) -> list[str]:
+        """Class names in the order of the scores."""
+        return [self.config.id2label[index] for index in range(self.num_labels)]
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that an input may have."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.model.parameters()).dtype
+
+    def freeze(self) -> Backbone:
+        """No gradients, no dropout: what this model says to an input alone never changes again."""
+        self.requires_grad_(False)
+        return self.eval()
+
+    @abstractmethod
+    def embed(self, tokens: TokenBatch) -> HiddenState:
+        """Tokens, each (B, S), to the state at depth 0: (B, S, d), answers (B, 1)."""
+
+    @abstractmethod
+    def layer(self, index: int) -> nn.Module:
+        """Layer ``index``, 0-based."""
+
+    @abstractmethod
+    def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
+        """What every layer takes beside the hidden states: masks, rotary or relative positions.
+
+        Computed once a call of :meth:`run`; returns a function from a layer's index to its arguments.
+        """
+
+    def run(self, state: HiddenState, to: int) -> HiddenState:
+        """Layers ``state.depth + 1`` to ``to``.
+
+        Args:
+            state: (B, S, d) at any depth.
+            to: the depth wanted, from ``state.depth`` to L.
+
+        Returns:
+            The state at depth ``to``, same shape.
+
+        Raises:
+            UserError: ``to`` is not in ``state.depth..L``.
+        """
+        if not state.depth <= to <= self.num_layers:
+            raise UserError(
+                f"cannot run to layer {to} from layer {state.depth}: choose {state.depth}..{self.num_layers}"
+            )
+        if to == state.depth:
+            return state
+        arguments = self.layer_arguments(state)
+        hidden = state.hidden
+        for index in range(state.depth, to):
+            hidden = self._run_layer(index, hidden, arguments(index))  # (B, S, d)
+        return replace(state, hidden=hidden, depth=to)
+
+    def _run_layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        layer = self.layer(index)
+
+        def forward(hidden: Tensor) -> Tensor:
+            output = layer(hidden, **arguments)
+            return output[0] if isinstance(output, tuple) else output
+
+        if self.gradient_checkpointing and torch.is_grad_enabled() and hidden.requires_grad:
+            return checkpoint(forward, hidden, use_reentrant=False)  # type: ignore[no-any-return]
+        return forward(hidden)
+
+    def answers(self, state: HiddenState) -> Tensor:
+        """The answer states of a state that has left the layers: (B, A, d).
+
+        Families with a final norm or a decoder apply it here.
+        """
+        return state.read()
+
+    def own_answers(self, state: HiddenState) -> Tensor:
+        """Each plain input's raw state at its answer position, at any depth: (B, d)."""
+        return state.read()[:, 0]
+
+    @abstractmethod
+    def readout(self, answer: Tensor) -> Tensor:
+        """An answer state (..., d) to the vector that the classifier reads (..., readout_size)."""
+
+    @abstractmethod
+    def score(self, vector: Tensor) -> Tensor:
+        """The vector that the classifier reads to label scores (..., C)."""
+
+    def classify(self, answer: Tensor) -> Tensor:
+        """An answer state (..., d) to label scores (..., C) by the model's own head."""
+        return self.score(self.readout(answer))
+
+    def forward(self, tokens: TokenBatch) -> Tensor:
+        """The plain model (SISO): tokens (B, S) to label scores (B, C)."""
+        state = self.run(self.embed(tokens), self.num_layers)
+        return self.classify(self.answers(state)[:, 0])
+
+
+def padding_mask(tokens: TokenBatch) -> Tensor:
+    """(B, S) bool, True where there is a token."""
+    mask = tokens.get("attention_mask")
+    return torch.ones_like(tokens["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def visibility(state: HiddenState, dtype: torch.dtype, implementation: str) -> Tensor | None:
+    """The block-diagonal attention mask of inputs that lie side by side, or None where there are no segments.
+
+    Returns:
+        (B, 1, S, S): bool for SDPA, additive in ``dtype`` for eager attention. A row that may read nothing
+        (padding) reads itself, so that no softmax is over an empty set.
+    """
+    if state.segments is None:
+        return None
+    rows, columns = state.segments.unsqueeze(2), state.segments.unsqueeze(1)  # (B, S, 1), (B, 1, S)
+    seen = (rows == columns) & (columns > 0)  # (B, S, S)
+    seen |= torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+    return as_attention_mask(seen, dtype, implementation)
+
+
+def as_attention_mask(seen: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
+    """(B, S, S) bool, True where a row reads a column, to the 4-D form that HF attention takes."""
+    seen = seen.unsqueeze(1)  # (B, 1, S, S)
+    if implementation == "sdpa":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, the former mode after."""
+    former = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(former)

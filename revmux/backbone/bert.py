@@ -1,0 +1,44 @@
+"""BERT: embeddings, ``encoder.layer[i]``, CLS through the tanh pooler, a linear classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from revmux.backbone.base import Backbone, padding_mask, visibility
+from revmux.backbone.registry import register_backbone
+from revmux.backbone.state import HiddenState, TokenBatch
+
+
+@register_backbone
+class BertBackbone(Backbone):
+    """``BertForSequenceClassification`` cut at any layer."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("bert",)
+
+    def embed(self, tokens: TokenBatch) -> HiddenState:
+        hidden = self.model.bert.embeddings(
+            input_ids=tokens["input_ids"], token_type_ids=tokens.get("token_type_ids")
+        )  # (B, S, d)
+        cls = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        return HiddenState(hidden=hidden, mask=padding_mask(tokens), answer=cls, depth=0)
+
+    def layer(self, index: int) -> nn.Module:
+        return self.model.bert.encoder.layer[index]  # type: ignore[no-any-return]
+
+    def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
+        mask = visibility(state, state.hidden.dtype, self.config._attn_implementation)
+        if mask is None:
+            mask = create_bidirectional_mask(config=self.config, inputs_embeds=state.hidden, attention_mask=state.mask)
+        return lambda index: {"attention_mask": mask}
+
+    def readout(self, answer: Tensor) -> Tensor:
+        pooler = self.model.bert.pooler
+        return pooler.activation(pooler.dense(answer))  # type: ignore[no-any-return]
+
+    def score(self, vector: Tensor) -> Tensor:
+        return self.model.classifier(self.model.dropout(vector))  # type: ignore[no-any-return]

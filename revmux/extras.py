@@ -1,0 +1,24 @@
+"""Optional packages, reported as the pip command that brings them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from revmux.errors import UserError
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import ``module``, or say which extra of revmux brings it.
+
+    Args:
+        module: dotted name to import, such as ``"matplotlib"``.
+        extra: name of the extra in ``pyproject.toml`` that installs it.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise UserError(f"{module} is not installed; run: pip install 'revmux[{extra}]'")
+    return importlib.import_module(module)

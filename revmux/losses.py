@@ -1,0 +1,134 @@
+"""Cross-entropy + λ · InfoNCE (paper section 3.4), and optional distillation of the teacher's scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from revmux.errors import UserError
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the adapters are trained for.
+
+    Args:
+        infonce_weight: λ; the paper uses 0.25 for BERT, 0.5 for T5 and LLaMA.
+        negatives: ``batch``: every other input of the global batch (stronger; the released code);
+            ``group``: the other members of the group (the paper's text).
+        similarity: ``cosine`` (the released code) or ``dot`` (the paper's text).
+        temperature: τ that similarities are divided by; the released code has 0.05, the paper's text 1.
+        distillation_weight: weight of the KL divergence from the teacher's label scores; 0 as in the paper.
+    """
+
+    infonce_weight: float = 0.25
+    negatives: Literal["batch", "group"] = "batch"
+    similarity: Literal["cosine", "dot"] = "cosine"
+    temperature: float = 0.05
+    distillation_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("infonce_weight", "distillation_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; choose 0 or more")
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}; choose a value above 0, such as 0.05")
+
+
+def similarity_matrix(restored: Tensor, targets: Tensor, config: LossConfig) -> Tensor:
+    """Similarities of restored vectors to teacher vectors, over τ.
+
+    Args:
+        restored: (..., P, d).
+        targets: (..., Q, d).
+
+    Returns:
+        (..., P, Q).
+    """
+    if config.similarity == "cosine":
+        restored, targets = F.normalize(restored, dim=-1), F.normalize(targets, dim=-1)
+    return restored @ targets.transpose(-1, -2) / config.temperature
+
+
+def infonce(restored: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
+    """InfoNCE: each restored vector must find its own teacher vector among the others.
+
+    Args:
+        restored: (G, N, d) what the demultiplexer gave the classifier.
+        teacher: (G, N, d) what the same backbone gives it for the same input alone.
+
+    Returns:
+        Scalar mean over the G·N inputs of this worker; with batch negatives the teachers of every
+        worker stand against them, so the number of workers does not change the result.
+    """
+    if config.negatives == "group":
+        logits = similarity_matrix(restored, teacher, config)  # (G, N, N)
+        own = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape[:-1])  # (G, N)
+        return F.cross_entropy(logits.flatten(0, 1), own.flatten())
+    restored, teacher = restored.flatten(0, 1), teacher.flatten(0, 1)  # (P, d)
+    candidates, offset = gather_from_workers(teacher)  # (Q, d)
+    logits = similarity_matrix(restored, candidates, config)  # (P, Q)
+    own = torch.arange(len(restored), device=logits.device) + offset
+    return F.cross_entropy(logits, own)
+
+
+def gather_from_workers(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of every worker, with gradients, and where this worker's own begin.
+
+    Args:
+        rows: (P, d), the same P on every worker.
+
+    Returns:
+        (W·P, d) and this worker's offset in it; the rows themselves where there is one worker.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows, 0
+    if rows.requires_grad:
+        from torch.distributed.nn.functional import all_gather
+
+        gathered = list(all_gather(rows.contiguous()))
+    else:
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered), dist.get_rank() * len(rows)
+
+
+def training_loss(
+    scores: Tensor,
+    vectors: Tensor,
+    labels: Tensor,
+    teacher_vectors: Tensor | None,
+    teacher_scores: Tensor | None,
+    config: LossConfig,
+) -> dict[str, Tensor]:
+    """The loss and its parts.
+
+    Args:
+        scores: (G, N, C).
+        vectors: (G, N, d), what the classifier read.
+        labels: (G, N) long.
+        teacher_vectors: (G, N, d), or None where the method has no vector to match.
+        teacher_scores: (G, N, C), or None where nothing is distilled.
+
+    Returns:
+        Scalars ``loss``, ``cross_entropy``, and ``infonce`` and ``distillation`` where they count.
+    """
+    parts = {"cross_entropy": F.cross_entropy(scores.flatten(0, 1), labels.flatten())}
+    loss = parts["cross_entropy"]
+    if config.infonce_weight and teacher_vectors is not None:
+        parts["infonce"] = infonce(vectors, teacher_vectors, config)
+        loss = loss + config.infonce_weight * parts["infonce"]
+    if config.distillation_weight and teacher_scores is not None:
+        parts["distillation"] = F.kl_div(
+            scores.flatten(0, 1).log_softmax(-1),
+            teacher_scores.flatten(0, 1).log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        loss = loss + config.distillation_weight * parts["distillation"]
+    return {"loss": loss, **parts}

@@ -1,0 +1,9 @@
+"""The systems that share a pass, one file each: forward and reverse together."""
+
+from revmux.methods import exit_head as exit_head
+from revmux.methods import revmux as revmux
+from revmux.methods import siso as siso
+from revmux.methods.base import BackboneShape, Method
+from revmux.methods.registry import build_method, method_class, method_names, register_method
+
+__all__ = ["BackboneShape", "Method", "build_method", "method_class", "method_names", "register_method"]

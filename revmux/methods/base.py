@@ -1,0 +1,201 @@
+"""What a system of the paper must say about itself to be trained, evaluated, costed and served.
+
+A method stands between the prefill and the head of a frozen backbone::
+
+    tokens ─ embed ─ layers 1..l ─ multiplex ─ layers l+1..e ─ read ─ demultiplex ─ vector ─ score
+
+and overrides only the steps in which it differs. Steps see whole :class:`HiddenState` objects, so a
+method may change the length of the shared sequence, its mask, its positions and its answer positions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from revmux.backbone import Backbone, HiddenState, TokenBatch
+from revmux.errors import UserError
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """All that a method needs to know of a backbone to build its weights.
+
+    Attributes:
+        hidden_size: d.
+        num_layers: L.
+        num_labels: C.
+        readout_size: width of the vector that the classifier reads.
+        shared_answer: whether all inputs of a group are read at one position.
+        vocab_size: size of the token vocabulary.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_labels: int
+    readout_size: int
+    shared_answer: bool
+    vocab_size: int
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> BackboneShape:
+        """The shape of a cut backbone."""
+        return cls(
+            hidden_size=backbone.hidden_size,
+            num_layers=backbone.num_layers,
+            num_labels=backbone.num_labels,
+            readout_size=backbone.readout_size,
+            shared_answer=backbone.shared_answer,
+            vocab_size=int(backbone.config.vocab_size),
+        )
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without settings of its own."""
+
+
+class Method(nn.Module, ABC):
+    """One way for N inputs to share the upper layers of a backbone.
+
+    Args:
+        shape: the backbone that it is built for.
+        num_inputs: N, inputs a group.
+        options: an instance of the method's ``Options``.
+
+    Attributes:
+        name: the name in configurations, tables and artifacts.
+        Options: dataclass of the method's own settings.
+        fixed_num_inputs: the only N that makes sense, or None.
+        tunes_backbone: whether the backbone is trained too (then nothing that it says can be stored).
+        prepares_tokens: whether :meth:`prepare` changes the tokens, so that the prefill depends on the slot.
+        matches_teacher: whether :meth:`vector` lives in the space of the backbone's own readout.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type] = NoOptions
+    fixed_num_inputs: ClassVar[int | None] = None
+    tunes_backbone: bool = False
+    prepares_tokens: ClassVar[bool] = False
+    matches_teacher: ClassVar[bool] = True
+
+    def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
+        super().__init__()
+        if num_inputs < 1:
+            raise UserError(f"{self.name}: num_inputs is {num_inputs}; choose 1 or more")
+        if self.fixed_num_inputs is not None and num_inputs != self.fixed_num_inputs:
+            raise UserError(f"{self.name} serves N = {self.fixed_num_inputs} only, not N = {num_inputs}")
+        self.shape = shape
+        self.num_inputs = num_inputs
+        self.options = self.Options() if options is None else options
+
+    def exit_layer(self) -> int:
+        """e, the layer after which answers are read; L unless the method leaves early."""
+        return self.shape.num_layers
+
+    def check_prefill(self, prefill_layers: int) -> None:
+        """Refuse an l outside 0..e.
+
+        Raises:
+            UserError: naming l and the legal range.
+        """
+        if not 0 <= prefill_layers <= self.exit_layer():
+            raise UserError(
+                f"prefill_layers is {prefill_layers}, but {self.name} on this backbone takes 0..{self.exit_layer()}; "
+                "choose one of these"
+            )
+
+    def prepare(self, tokens: TokenBatch) -> TokenBatch:
+        """Tokens grouped (G, N, S) to the tokens that are embedded, same leading axes."""
+        return tokens
+
+    @abstractmethod
+    def multiplex(self, states: HiddenState) -> HiddenState:
+        """N prefilled states a group, every tensor (G, N, ...), to one shared sequence (G, ...)."""
+
+    def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
+        """The answer states of the shared sequences: (G, A, d)."""
+        return backbone.answers(state)
+
+    @abstractmethod
+    def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
+        """Shared answer states back to one an input.
+
+        Args:
+            answers: (G, A, d), A = 1 where all inputs are read at one position, else A = N.
+            own: (G, N, d), each input's own prefilled state at its answer position.
+
+        Returns:
+            (G, N, d).
+        """
+
+    def vector(self, backbone: Backbone, answer: Tensor) -> Tensor:
+        """The vector that the classifier reads: (..., readout_size)."""
+        return backbone.readout(answer)
+
+    def score(self, backbone: Backbone, vector: Tensor) -> Tensor:
+        """Label scores (..., C)."""
+        return backbone.score(vector)
+
+    def options_dict(self) -> dict[str, Any]:
+        """The settings as plain data, for artifacts and logs."""
+        return asdict(self.options) if is_dataclass(self.options) else dict(self.options)  # type: ignore[arg-type]
+
+    def tunable_parameters(self) -> int:
+        """Weights that this method trains, the backbone's not counted."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def divide_width(hidden_size: int, num_inputs: int) -> int:
+    """d / N.
+
+    Raises:
+        UserError: d is not divisible by N.
+    """
+    if hidden_size % num_inputs:
+        legal = [n for n in range(2, 33) if hidden_size % n == 0]
+        raise UserError(
+            f"hidden_size ({hidden_size}) must be divisible by num_inputs ({num_inputs}); "
+            f"choose N from {', '.join(map(str, legal))}"
+        )
+    return hidden_size // num_inputs
+
+
+def pick_own(slots: Tensor) -> Tensor:
+    """What each answer position says of its own input.
+
+    Args:
+        slots: (G, A, N, ...): at each of A positions, the states of all N slots.
+
+    Returns:
+        (G, N, ...): the one shared position (A = 1) whole, or the diagonal (A = N).
+    """
+    if slots.shape[1] == 1:
+        return slots[:, 0]
+    return slots.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+
+
+def mix_channels(states: HiddenState, hidden: Tensor, shared_answer: bool) -> HiddenState:
+    """A shared sequence as long as its members: masks OR-ed, positions of the longest.
+
+    Args:
+        states: every tensor (G, N, ...).
+        hidden: the mixed states (G, S, d).
+        shared_answer: whether one answer position serves all inputs.
+
+    Returns:
+        A state with tensors (G, ...).
+    """
+    answer = states.answer.squeeze(-1)  # (G, N)
+    spans = states.spans
+    return HiddenState(
+        hidden=hidden,
+        mask=states.mask.any(dim=1),  # (G, S)
+        answer=answer[:, :1] if shared_answer else answer,
+        depth=states.depth,
+        positions=None if states.positions is None else states.positions.amax(dim=1),  # (G, S)
+        spans=None if spans is None else spans.squeeze(2),  # (G, N, S)
+    )

@@ -1,0 +1,71 @@
+"""Exit head: the honest rival. A trained head at layer e of the same frozen backbone, N = 1.
+
+It costs e of L layers. The head reads the state at the answer position and the mean over the input's
+tokens, through one tanh layer: as strong a reading as an early layer offers at no cost to speak of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from revmux.backbone import Backbone, HiddenState
+from revmux.errors import UserError
+from revmux.methods.base import BackboneShape, Method
+from revmux.methods.registry import register_method
+
+
+@dataclass(frozen=True)
+class ExitHeadOptions:
+    """Settings of the exit head.
+
+    Args:
+        layer: e, the layer whose states the head reads, 0 (embeddings) to L.
+        dropout: dropout before the classifier in training.
+    """
+
+    layer: int = 1
+    dropout: float = 0.1
+
+
+@register_method
+class ExitHead(Method):
+    """A head of its own on [answer state ; mean state] at layer e."""
+
+    name: ClassVar[str] = "exit-head"
+    Options: ClassVar[type] = ExitHeadOptions
+    fixed_num_inputs: ClassVar[int | None] = 1
+    matches_teacher: ClassVar[bool] = False
+
+    def __init__(self, shape: BackboneShape, num_inputs: int = 1, options: Any = None) -> None:
+        super().__init__(shape, num_inputs, options)
+        if not 0 <= self.options.layer <= shape.num_layers:
+            raise UserError(f"exit-head: layer is {self.options.layer}; this backbone has layers 0..{shape.num_layers}")
+        width = shape.hidden_size
+        self.dense = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(self.options.dropout)
+        self.classifier = nn.Linear(width, shape.num_labels)
+
+    def exit_layer(self) -> int:
+        return int(self.options.layer)
+
+    def multiplex(self, states: HiddenState) -> HiddenState:
+        return states.map(lambda tensor: tensor[:, 0])
+
+    def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
+        mask = state.mask.unsqueeze(-1)  # (B, S, 1)
+        hidden = state.hidden
+        mean = (hidden * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)  # (B, 1, d)
+        return torch.cat([state.read(), mean], dim=-1)  # (B, 1, 2d)
+
+    def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
+        return answers
+
+    def vector(self, backbone: Backbone, answer: Tensor) -> Tensor:
+        return torch.tanh(self.dense(answer))  # (B, 1, d)
+
+    def score(self, backbone: Backbone, vector: Tensor) -> Tensor:
+        return self.classifier(self.dropout(vector))  # type: ignore[no-any-return]

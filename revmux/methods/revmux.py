@@ -1,0 +1,143 @@
+"""RevMUX: a reversible multiplexer and its own inverse as demultiplexer (paper section 3).
+
+Forward, for N slots of width d/N, one function f_k a slot::
+
+    i_k = f_down(h_k)                                   # d → d/N
+    o_1 = i_1 + f_1(i_2)
+    o_k = i_k + f_k(o_{k-1})            k = 2..N        # f_1 = F, f_2 = G for N = 2
+    o   = concat[o_1 .. o_N]                            # contiguous blocks of d/N channels
+
+Reverse, at the answer position only, with the same functions::
+
+    î_k = ô_k − f_k(ô_{k-1})            k = N..2
+    î_1 = ô_1 − f_1(î_2)
+    ĥ_k = f_up(î_k)                                     # d/N → d
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from revmux.backbone import HiddenState
+from revmux.errors import UserError
+from revmux.methods.base import BackboneShape, Method, divide_width, mix_channels, pick_own
+from revmux.methods.registry import register_method
+
+
+@dataclass(frozen=True)
+class RevMUXOptions:
+    """Settings of RevMUX. The defaults have the paper's shapes and a true inverse.
+
+    Args:
+        dropout: dropout inside the slot functions in training. The released code uses 0.1 after both
+            layers, on the way in and on the way out, and is then no inverse of itself; 0 keeps it one.
+        output_relu: a ReLU after the slot functions' second layer, as the released code has it; without
+            it the functions can also subtract.
+        zero_init: start the slot functions' last layer at zero, so that mixing starts as plain concatenation.
+        skip: add a linear map, started at zero, of each input's own prefilled answer state to its
+            demultiplexed state; costs nothing at serving time, since the state is there.
+        tune_backbone: train the backbone too (the paper's «RevMUX, tuned»).
+    """
+
+    dropout: float = 0.0
+    output_relu: bool = False
+    zero_init: bool = True
+    skip: bool = False
+    tune_backbone: bool = False
+
+
+class SlotFunction(nn.Module):
+    """One f_k of the chain: d/N → d → d/N.
+
+    Args:
+        width: d/N.
+        hidden: width of the middle layer, d.
+        options: dropout, output activation and start value.
+    """
+
+    def __init__(self, width: int, hidden: int, options: RevMUXOptions) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, hidden)
+        self.outer = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(options.dropout)
+        self.output_relu = options.output_relu
+        if options.zero_init:
+            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
+
+    def forward(self, slot: Tensor) -> Tensor:
+        """(..., d/N) to (..., d/N)."""
+        out = self.outer(self.dropout(torch.relu(self.inner(slot))))
+        return self.dropout(torch.relu(out)) if self.output_relu else self.dropout(out)
+
+
+class ReversibleChain(nn.Module):
+    """The invertible map between N slots and N mixed slots.
+
+    Args:
+        num_inputs: N, at least 2.
+        width: d/N.
+        hidden: width inside the slot functions.
+        options: see :class:`RevMUXOptions`.
+    """
+
+    def __init__(self, num_inputs: int, width: int, hidden: int, options: RevMUXOptions) -> None:
+        super().__init__()
+        self.functions = nn.ModuleList(SlotFunction(width, hidden, options) for _ in range(num_inputs))
+
+    def forward(self, slots: list[Tensor]) -> list[Tensor]:
+        """i_1..i_N to o_1..o_N, each (..., d/N)."""
+        mixed = [slots[0] + self.functions[0](slots[1])]
+        for k in range(1, len(slots)):
+            mixed.append(slots[k] + self.functions[k](mixed[k - 1]))
+        return mixed
+
+    def reverse(self, mixed: list[Tensor]) -> list[Tensor]:
+        """o_1..o_N back to i_1..i_N, each (..., d/N)."""
+        slots = [mixed[k] - self.functions[k](mixed[k - 1]) for k in range(1, len(mixed))]
+        return [mixed[0] - self.functions[0](slots[0]), *slots]
+
+
+@register_method
+class RevMUX(Method):
+    """The paper's system: only these adapters are trained."""
+
+    name: ClassVar[str] = "revmux"
+    Options: ClassVar[type] = RevMUXOptions
+
+    def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
+        super().__init__(shape, num_inputs, options)
+        if num_inputs < 2:
+            raise UserError(f"revmux mixes N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
+        width, hidden = divide_width(shape.hidden_size, num_inputs), shape.hidden_size
+        self.tunes_backbone = self.options.tune_backbone
+        self.down = nn.Linear(hidden, width)
+        self.chain = ReversibleChain(num_inputs, width, hidden, self.options)
+        self.up = nn.Sequential(
+            nn.Linear(width, 3 * hidden),
+            nn.ReLU(),
+            nn.Linear(3 * hidden, 3 * hidden),
+            nn.ReLU(),
+            nn.Linear(3 * hidden, hidden),
+        )
+        self.skip = nn.Linear(hidden, hidden, bias=False) if self.options.skip else None
+        nn.init.orthogonal_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+        if self.skip is not None:
+            nn.init.zeros_(self.skip.weight)
+
+    def multiplex(self, states: HiddenState) -> HiddenState:
+        # Where an input has ended its slot carries nothing, so padding cannot reach its neighbours.
+        slots = self.down(states.hidden) * states.mask.unsqueeze(-1)  # (G, N, S, d/N)
+        mixed = torch.cat(self.chain(list(slots.unbind(dim=1))), dim=-1)  # (G, S, d)
+        return mix_channels(states, mixed, self.shape.shared_answer)
+
+    def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
+        mixed = list(answers.chunk(self.num_inputs, dim=-1))  # N × (G, A, d/N)
+        slots = torch.stack(self.chain.reverse(mixed), dim=2)  # (G, A, N, d/N)
+        restored = self.up(pick_own(slots))  # (G, N, d)
+        return restored if self.skip is None else restored + self.skip(own)

@@ -1,0 +1,136 @@
+"""The whole of RevMUX: prefill, multiplex, upper layers, demultiplex, classify.
+
+Data flows one way: text → tokens → prefill state → mixed state → answer states → label scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from revmux.backbone import Backbone, HiddenState, TokenBatch
+from revmux.methods import Method
+
+
+@dataclass(frozen=True)
+class GroupOutput:
+    """What the groups answered.
+
+    Attributes:
+        answers: (G, N, d) restored answer states.
+        vectors: (G, N, readout_size) what the classifier read.
+        scores: (G, N, C) label scores before softmax.
+    """
+
+    answers: Tensor
+    vectors: Tensor
+    scores: Tensor
+
+
+class MultiplexedClassifier(nn.Module):
+    """A frozen backbone with one method around its upper layers.
+
+    Args:
+        backbone: the cut model; shared, never copied.
+        method: adapters built for this backbone.
+        prefill_layers: l, the layers that every input runs through alone.
+
+    Raises:
+        UserError: l is out of range for this backbone and method.
+    """
+
+    def __init__(self, backbone: Backbone, method: Method, prefill_layers: int) -> None:
+        super().__init__()
+        method.check_prefill(prefill_layers)
+        self.backbone = backbone
+        self.method = method
+        self.prefill_layers = prefill_layers
+
+    @property
+    def num_inputs(self) -> int:
+        """N, inputs a group."""
+        return self.method.num_inputs
+
+    def train(self, mode: bool = True) -> MultiplexedClassifier:
+        """Training mode for the adapters; a frozen backbone stays in eval mode (no dropout)."""
+        super().train(mode)
+        self.backbone.train(mode and self.method.tunes_backbone)
+        return self
+
+    def prefill(self, tokens: TokenBatch) -> HiddenState:
+        """Each input alone through layers 1..l: tokens (B, S) to states (B, S, d)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.tunes_backbone):
+            return self.backbone.run(self.backbone.embed(tokens), self.prefill_layers)
+
+    def run_groups(self, prefilled: HiddenState, groups: Tensor) -> GroupOutput:
+        """Mix prefilled inputs, run the upper layers once a group, restore and classify.
+
+        Args:
+            prefilled: B inputs at depth l.
+            groups: (G, N) long, the rows of ``prefilled`` in each group; a row may fill several slots.
+        """
+        states = prefilled.take(groups)  # every tensor (G, N, ...)
+        mixed = self.method.multiplex(states)  # (G, S', d)
+        if states.decoder is not None:
+            mixed = replace(mixed, decoder=self.method.multiplex(states.decoder))
+        upper = self.backbone.run(mixed, self.method.exit_layer())  # (G, S', d)
+        own = self.backbone.own_answers(prefilled)[groups]  # (G, N, d)
+        answers = self.method.demultiplex(self.method.read(self.backbone, upper), own)  # (G, N, d)
+        vectors = self.method.vector(self.backbone, answers)  # (G, N, readout_size)
+        return GroupOutput(answers, vectors, self.method.score(self.backbone, vectors))
+
+    def run_tokens(self, tokens: TokenBatch, groups: Tensor) -> GroupOutput:
+        """:meth:`prefill` and :meth:`run_groups` in one, for methods whose tokens depend on the slot too.
+
+        Args:
+            tokens: each (B, S).
+            groups: (G, N) long, rows of ``tokens``.
+        """
+        if not self.method.prepares_tokens:
+            return self.run_groups(self.prefill(tokens), groups)
+        grouped = self.method.prepare({name: tensor[groups] for name, tensor in tokens.items()})  # (G, N, S')
+        flat = {name: tensor.flatten(0, 1) for name, tensor in grouped.items()}  # (G·N, S')
+        slots = torch.arange(groups.numel(), device=groups.device).view_as(groups)  # (G, N)
+        return self.run_groups(self.prefill(flat), slots)
+
+    def forward(self, tokens: TokenBatch, groups: Tensor | None = None) -> Tensor:
+        """Label scores of plain inputs.
+
+        Args:
+            tokens: each (B, S).
+            groups: (G, N) long; by default inputs are grouped as they come.
+
+        Returns:
+            (B, C) scores; an input that fills several slots gets the mean of its answers.
+        """
+        rows = tokens["input_ids"].shape[0]
+        if groups is None:
+            groups = consecutive_groups(rows, self.num_inputs).to(tokens["input_ids"].device)
+        return gather_rows(self.run_tokens(tokens, groups).scores, groups, rows)
+
+
+def consecutive_groups(rows: int, num_inputs: int) -> Tensor:
+    """Rows 0..B-1 in groups of N as they come; the last group is filled with its own members again.
+
+    Returns:
+        (G, N) long with G = ⌈B / N⌉.
+    """
+    groups = -(-rows // num_inputs)
+    flat = torch.arange(groups * num_inputs)
+    start = (groups - 1) * num_inputs
+    members = rows - start  # in the last group
+    flat[rows:] = start + (flat[rows:] - start) % max(members, 1)
+    return flat.view(groups, num_inputs)
+
+
+def gather_rows(values: Tensor, groups: Tensor, rows: int) -> Tensor:
+    """Slots (G, N, ...) back to inputs (B, ...), averaging over the slots that one input filled."""
+    flat = values.flatten(0, 1)  # (G·N, ...)
+    index = groups.flatten()
+    if index.numel() == rows and bool((index == torch.arange(rows, device=index.device)).all()):
+        return flat
+    total = torch.zeros(rows, *flat.shape[1:], dtype=flat.dtype, device=flat.device).index_add(0, index, flat)
+    count = torch.bincount(index, minlength=rows).clamp(min=1).to(flat.dtype)
+    return total / count.view(-1, *[1] * (flat.dim() - 1))

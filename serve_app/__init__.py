@@ -1,0 +1,1 @@
+"""A Ray Serve deployment that multiplexes live requests through the frozen backbone."""
