@@ -141,7 +141,7 @@ class Backbone(nn.Module, ABC):
             return output[0] if isinstance(output, tuple) else output
 
         if self.gradient_checkpointing and torch.is_grad_enabled() and hidden.requires_grad:
-            return checkpoint(forward, hidden, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(forward, hidden, use_reentrant=False)
         return forward(hidden)
 
     def answers(self, state: HiddenState) -> Tensor:

@@ -28,7 +28,7 @@ class BertBackbone(Backbone):
         return HiddenState(hidden=hidden, mask=padding_mask(tokens), answer=cls, depth=0)
 
     def layer(self, index: int) -> nn.Module:
-        return self.model.bert.encoder.layer[index]  # type: ignore[no-any-return]
+        return self.model.bert.encoder.layer[index]
 
     def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
         mask = visibility(state, state.hidden.dtype, self.config._attn_implementation)
@@ -38,7 +38,7 @@ class BertBackbone(Backbone):
 
     def readout(self, answer: Tensor) -> Tensor:
         pooler = self.model.bert.pooler
-        return pooler.activation(pooler.dense(answer))  # type: ignore[no-any-return]
+        return pooler.activation(pooler.dense(answer))
 
     def score(self, vector: Tensor) -> Tensor:
-        return self.model.classifier(self.model.dropout(vector))  # type: ignore[no-any-return]
+        return self.model.classifier(self.model.dropout(vector))

@@ -68,4 +68,4 @@ class ExitHead(Method):
         return torch.tanh(self.dense(answer))  # (B, 1, d)
 
     def score(self, backbone: Backbone, vector: Tensor) -> Tensor:
-        return self.classifier(self.dropout(vector))  # type: ignore[no-any-return]
+        return self.classifier(self.dropout(vector))
