@@ -1,6 +1,11 @@
 """A frozen backbone cut at layer l, one file a family."""
 
 from revmux.backbone import bert as bert
+from revmux.backbone import deberta_v2 as deberta_v2
+from revmux.backbone import distilbert as distilbert
+from revmux.backbone import electra as electra
+from revmux.backbone import modernbert as modernbert
+from revmux.backbone import roberta as roberta
 from revmux.backbone.base import Backbone
 from revmux.backbone.registry import cut, register_backbone, supported_model_types
 from revmux.backbone.state import HiddenState, TokenBatch

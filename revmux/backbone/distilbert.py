@@ -1,0 +1,34 @@
+"""DistilBERT: ``transformer.layer[i]``, CLS through ``pre_classifier`` and a ReLU, a linear classifier."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from revmux.backbone.base import padding_mask
+from revmux.backbone.bert import BertBackbone
+from revmux.backbone.registry import register_backbone
+from revmux.backbone.state import HiddenState, TokenBatch
+
+
+@register_backbone
+class DistilBertBackbone(BertBackbone):
+    """``DistilBertForSequenceClassification`` cut at any layer."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("distilbert",)
+
+    def embed(self, tokens: TokenBatch) -> HiddenState:
+        hidden = self.model.distilbert.embeddings(tokens["input_ids"])  # (B, S, d); the family has no token types
+        cls = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        return HiddenState(hidden=hidden, mask=padding_mask(tokens), answer=cls, depth=0)
+
+    def layer(self, index: int) -> nn.Module:
+        return self.model.distilbert.transformer.layer[index]
+
+    def readout(self, answer: Tensor) -> Tensor:
+        return torch.relu(self.model.pre_classifier(answer))
+
+    def score(self, vector: Tensor) -> Tensor:
+        return self.model.classifier(self.model.dropout(vector))

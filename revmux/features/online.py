@@ -1,0 +1,45 @@
+"""Features computed when they are asked for: nothing stored, the backbone runs for every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from revmux.backbone import Backbone
+from revmux.data.tokens import TokenizedSplit
+from revmux.features.base import FeatureBatch
+
+
+class OnlineFeatures:
+    """Tokens with, if wanted, the teacher computed on the spot.
+
+    Args:
+        split: the tokens.
+        backbone: where batches go, and who the teacher is.
+        with_teacher: whether the plain model's answer is computed too, without gradients and in eval mode.
+    """
+
+    def __init__(self, split: TokenizedSplit, backbone: Backbone, with_teacher: bool = True) -> None:
+        self.split = split
+        self.backbone = backbone
+        self.with_teacher = with_teacher
+        self.labels, self.lengths = split.labels, split.lengths
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
+        """See :meth:`revmux.features.Features.batch`."""
+        device = self.backbone.device
+        tokens = self.split.batch(rows, device)
+        labels = self.labels[torch.as_tensor(rows)].to(device)
+        if not self.with_teacher:
+            return FeatureBatch(labels, tokens=tokens)
+        with torch.no_grad():
+            state = self.backbone.run(self.backbone.embed(tokens), self.backbone.num_layers)
+            vectors = self.backbone.readout(self.backbone.answers(state)[:, 0])  # (B, r)
+            return FeatureBatch(
+                labels, tokens=tokens, teacher_vectors=vectors, teacher_scores=self.backbone.score(vectors)
+            )
