@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
+from revmux.errors import UserError
 from revmux.methods import Method
 
 
@@ -22,11 +23,14 @@ class GroupOutput:
         answers: (G, N, d) restored answer states.
         vectors: (G, N, readout_size) what the classifier read.
         scores: (G, N, C) label scores before softmax.
+        shared: the shared sequences (G, S', d) after the upper layers, kept for the method's auxiliary loss;
+            None where it has none.
     """
 
     answers: Tensor
     vectors: Tensor
     scores: Tensor
+    shared: HiddenState | None = None
 
 
 class MultiplexedClassifier(nn.Module):
@@ -71,15 +75,58 @@ class MultiplexedClassifier(nn.Module):
             prefilled: B inputs at depth l.
             groups: (G, N) long, the rows of ``prefilled`` in each group; a row may fill several slots.
         """
+        own = self.backbone.own_answers(prefilled)[groups]  # (G, N, d)
+        return self.answer(self.upper(self.multiplex(prefilled, groups)), own)
+
+    def multiplex(self, prefilled: HiddenState, groups: Tensor) -> HiddenState:
+        """B prefilled inputs to G shared sequences (G, S', d) at the same depth; ``groups`` is (G, N)."""
         states = prefilled.take(groups)  # every tensor (G, N, ...)
         mixed = self.method.multiplex(states)  # (G, S', d)
         if states.decoder is not None:
             mixed = replace(mixed, decoder=self.method.multiplex(states.decoder))
-        upper = self.backbone.run(mixed, self.method.exit_layer())  # (G, S', d)
-        own = self.backbone.own_answers(prefilled)[groups]  # (G, N, d)
+        return mixed
+
+    def upper(self, mixed: HiddenState) -> HiddenState:
+        """Shared sequences through layers l+1..e, same shape."""
+        return self.backbone.run(mixed, self.method.exit_layer())
+
+    def answer(self, upper: HiddenState, own: Tensor) -> GroupOutput:
+        """Shared sequences that have left the layers to answers.
+
+        Args:
+            upper: (G, S', d) at depth e.
+            own: (G, N, d), each input's own prefilled state at its answer position.
+        """
         answers = self.method.demultiplex(self.method.read(self.backbone, upper), own)  # (G, N, d)
         vectors = self.method.vector(self.backbone, answers)  # (G, N, readout_size)
-        return GroupOutput(answers, vectors, self.method.score(self.backbone, vectors))
+        shared = upper if self.method.has_auxiliary_loss else None
+        return GroupOutput(answers, vectors, self.method.score(self.backbone, vectors), shared)
+
+    def slot_tokens(self, tokens: TokenBatch, groups: Tensor) -> tuple[TokenBatch, Tensor]:
+        """The tokens that are prefilled, and which of their rows share a group.
+
+        Args:
+            tokens: each (B, S).
+            groups: (G, N) long, rows of ``tokens``.
+
+        Returns:
+            Tokens (B, S) and ``groups`` as they are, or where the method prepares tokens (G·N, S') and the
+            groups of those rows.
+
+        Raises:
+            UserError: the prepared tokens are more than the backbone has positions for.
+        """
+        if not self.method.prepares_tokens:
+            return tokens, groups
+        grouped = self.method.prepare({name: tensor[groups] for name, tensor in tokens.items()})  # (G, N, S')
+        length, added = grouped["input_ids"].shape[-1], self.method.added_tokens
+        if length > self.backbone.max_length:
+            raise UserError(
+                f"{self.method.name} puts {added} tokens before each input: {length} tokens, but the backbone takes "
+                f"{self.backbone.max_length}; cut texts to {self.backbone.max_length - added} tokens"
+            )
+        flat = {name: tensor.flatten(0, 1) for name, tensor in grouped.items()}  # (G·N, S')
+        return flat, torch.arange(groups.numel(), device=groups.device).view_as(groups)
 
     def run_tokens(self, tokens: TokenBatch, groups: Tensor) -> GroupOutput:
         """:meth:`prefill` and :meth:`run_groups` in one, for methods whose tokens depend on the slot too.
@@ -88,12 +135,8 @@ class MultiplexedClassifier(nn.Module):
             tokens: each (B, S).
             groups: (G, N) long, rows of ``tokens``.
         """
-        if not self.method.prepares_tokens:
-            return self.run_groups(self.prefill(tokens), groups)
-        grouped = self.method.prepare({name: tensor[groups] for name, tensor in tokens.items()})  # (G, N, S')
-        flat = {name: tensor.flatten(0, 1) for name, tensor in grouped.items()}  # (G·N, S')
-        slots = torch.arange(groups.numel(), device=groups.device).view_as(groups)  # (G, N)
-        return self.run_groups(self.prefill(flat), slots)
+        tokens, groups = self.slot_tokens(tokens, groups)
+        return self.run_groups(self.prefill(tokens), groups)
 
     def forward(self, tokens: TokenBatch, groups: Tensor | None = None) -> Tensor:
         """Label scores of plain inputs.

@@ -1,8 +1,13 @@
 """The systems that share a pass, one file each: forward and reverse together."""
 
+from revmux.methods import datamux as datamux
 from revmux.methods import exit_head as exit_head
+from revmux.methods import mux_plm as mux_plm
+from revmux.methods import only_multiplexer_reversible as only_multiplexer_reversible
 from revmux.methods import revmux as revmux
 from revmux.methods import siso as siso
+from revmux.methods import token_split as token_split
+from revmux.methods import vanilla_adapter as vanilla_adapter
 from revmux.methods.base import BackboneShape, Method
 from revmux.methods.registry import build_method, method_class, method_names, register_method
 

@@ -31,6 +31,7 @@ class BackboneShape:
         readout_size: width of the vector that the classifier reads.
         shared_answer: whether all inputs of a group are read at one position.
         vocab_size: size of the token vocabulary.
+        encoder_decoder: whether a decoder follows the layers, so that answers are not read from the shared sequence.
     """
 
     hidden_size: int
@@ -39,6 +40,7 @@ class BackboneShape:
     readout_size: int
     shared_answer: bool
     vocab_size: int
+    encoder_decoder: bool = False
 
     @classmethod
     def of(cls, backbone: Backbone) -> BackboneShape:
@@ -50,6 +52,7 @@ class BackboneShape:
             readout_size=backbone.readout_size,
             shared_answer=backbone.shared_answer,
             vocab_size=int(backbone.config.vocab_size),
+            encoder_decoder=bool(getattr(backbone.config, "is_encoder_decoder", False)),
         )
 
 
@@ -72,15 +75,21 @@ class Method(nn.Module, ABC):
         fixed_num_inputs: the only N that makes sense, or None.
         tunes_backbone: whether the backbone is trained too (then nothing that it says can be stored).
         prepares_tokens: whether :meth:`prepare` changes the tokens, so that the prefill depends on the slot.
+        added_tokens: how many tokens :meth:`prepare` adds to every input; texts are cut that much earlier.
         matches_teacher: whether :meth:`vector` lives in the space of the backbone's own readout.
+        has_auxiliary_loss: whether :meth:`auxiliary_loss` is added to the loss in training.
+        warmup_steps: optimizer steps at the start in which the auxiliary loss alone counts.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type] = NoOptions
     fixed_num_inputs: ClassVar[int | None] = None
     tunes_backbone: bool = False
-    prepares_tokens: ClassVar[bool] = False
+    prepares_tokens: bool = False
+    added_tokens: int = 0
     matches_teacher: ClassVar[bool] = True
+    has_auxiliary_loss: bool = False
+    warmup_steps: int = 0
 
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
         super().__init__()
@@ -140,6 +149,19 @@ class Method(nn.Module, ABC):
         """Label scores (..., C)."""
         return backbone.score(vector)
 
+    def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor) -> Tensor:
+        """What the method is trained for beside the task, already weighted; called where ``has_auxiliary_loss``.
+
+        Args:
+            backbone: the backbone that the shared state left.
+            shared: the shared sequences after the upper layers, (G, S', d).
+            token_ids: (G, N, S) long, what the slots hold, before :meth:`prepare`.
+
+        Returns:
+            A scalar.
+        """
+        raise NotImplementedError(f"{self.name} sets has_auxiliary_loss but defines no auxiliary_loss")
+
     def options_dict(self) -> dict[str, Any]:
         """The settings as plain data, for artifacts and logs."""
         return asdict(self.options) if is_dataclass(self.options) else dict(self.options)  # type: ignore[arg-type]
@@ -162,6 +184,26 @@ def divide_width(hidden_size: int, num_inputs: int) -> int:
             f"choose N from {', '.join(map(str, legal))}"
         )
     return hidden_size // num_inputs
+
+
+def checked_exit_layer(method: str, layer: int | None, num_layers: int) -> int:
+    """e, the layer after which answers are read.
+
+    Args:
+        method: name for the message.
+        layer: the setting; None stands for L.
+        num_layers: L.
+
+    Raises:
+        UserError: e is not in 0..L.
+    """
+    if layer is None:
+        return num_layers
+    if not 0 <= layer <= num_layers:
+        raise UserError(
+            f"{method}: exit_layer is {layer}; this backbone has layers 0..{num_layers}; choose one of these"
+        )
+    return layer
 
 
 def pick_own(slots: Tensor) -> Tensor:

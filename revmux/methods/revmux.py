@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from revmux.backbone import HiddenState
 from revmux.errors import UserError
-from revmux.methods.base import BackboneShape, Method, divide_width, mix_channels, pick_own
+from revmux.methods.base import BackboneShape, Method, checked_exit_layer, divide_width, mix_channels, pick_own
 from revmux.methods.registry import register_method
 
 
@@ -40,6 +40,7 @@ class RevMUXOptions:
         zero_init: start the slot functions' last layer at zero, so that mixing starts as plain concatenation.
         skip: add a linear map, started at zero, of each input's own prefilled answer state to its
             demultiplexed state; costs nothing at serving time, since the state is there.
+        exit_layer: e, the layer after which the shared pass is left; None is the last.
         tune_backbone: train the backbone too (the paper's «RevMUX, tuned»).
     """
 
@@ -47,6 +48,7 @@ class RevMUXOptions:
     output_relu: bool = False
     zero_init: bool = True
     skip: bool = False
+    exit_layer: int | None = None
     tune_backbone: bool = False
 
 
@@ -115,6 +117,7 @@ class RevMUX(Method):
             raise UserError(f"revmux mixes N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
         width, hidden = divide_width(shape.hidden_size, num_inputs), shape.hidden_size
         self.tunes_backbone = self.options.tune_backbone
+        self.last_layer = checked_exit_layer(self.name, self.options.exit_layer, shape.num_layers)
         self.down = nn.Linear(hidden, width)
         self.chain = ReversibleChain(num_inputs, width, hidden, self.options)
         self.up = nn.Sequential(
@@ -129,6 +132,9 @@ class RevMUX(Method):
         nn.init.zeros_(self.down.bias)
         if self.skip is not None:
             nn.init.zeros_(self.skip.weight)
+
+    def exit_layer(self) -> int:
+        return self.last_layer
 
     def multiplex(self, states: HiddenState) -> HiddenState:
         # Where an input has ended its slot carries nothing, so padding cannot reach its neighbours.

@@ -1,0 +1,51 @@
+"""A Transformer layer for methods that mix by attention."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DotProductAttention(nn.Module):
+    """Softmax attention; a module of its own so that the cost counter sees its two products."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        """Queries (B, H, Q, w) over keys and values (B, H, K, w); ``seen`` (B, 1, Q, K) bool. Returns (B, H, Q, w)."""
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and a feed-forward layer of 4d, each with residual and LayerNorm after, as in BERT.
+
+    Args:
+        hidden: d.
+        heads: attention heads; d is divisible by it.
+        dropout: dropout after both sublayers in training.
+    """
+
+    def __init__(self, hidden: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
+        self.attention = DotProductAttention()
+        self.output = nn.Linear(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden)
+        self.inner = nn.Linear(hidden, 4 * hidden)
+        self.outer = nn.Linear(4 * hidden, hidden)
+        self.output_norm = nn.LayerNorm(hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """(B, S, d) to the same shape.
+
+        Args:
+            hidden: (B, S, d).
+            seen: (B, S, S) bool, True where a row reads a column; every row reads at least one.
+        """
+        query, key, value = (
+            project(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, S, d/H)
+            for project in (self.query, self.key, self.value)
+        )
+        read = self.attention(query, key, value, seen.unsqueeze(1)).transpose(1, 2).flatten(2)  # (B, S, d)
+        hidden = self.attention_norm(hidden + self.dropout(self.output(read)))
+        return self.output_norm(hidden + self.dropout(self.outer(F.gelu(self.inner(hidden)))))

@@ -1,0 +1,210 @@
+"""DataMUX (Murahari et al., NeurIPS 2022): keyed inputs are summed, and a tuned backbone learns to keep them apart.
+
+Multiplex, with a key v_k (a vector, multiplied in; or an orthogonal matrix O_k) a slot::
+
+    o = mean_k(h_k * v_k)          or          o = sum_k(O_k h_k) / √N
+
+Demultiplex by index: N + 1 tokens stand before each input, slot k's own index token at place k, filler at the
+other places, then a CLS; they are mixed like the rest::
+
+    ĥ_k = LayerNorm(gelu(W [ô at place k ; ô at the CLS]))
+
+or by MLP, one linear layer a slot on the answer state::
+
+    ĥ_k = LayerNorm_k(gelu(W_k ô))
+
+then a head of the method's own. Published with l = 0 and no attention mask; here any l, and padding carries nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revmux.backbone import Backbone, HiddenState, TokenBatch
+from revmux.errors import UserError, one_of
+from revmux.methods.base import BackboneShape, Method, mix_channels, pick_own
+from revmux.methods.registry import register_method
+from revmux.methods.retrieval import check_retrieval, retrieval_loss, sample_questions
+from revmux.methods.slot_keys import Keys, build_keys, ended_slots_empty
+
+
+@dataclass(frozen=True)
+class DataMUXOptions:
+    """Settings of DataMUX.
+
+    Args:
+        keys: ``gaussian`` vectors multiplied in, or ``orthogonal`` matrices.
+        key_norm: length of the Gaussian keys; None is √d.
+        learn_keys: train the keys.
+        demultiplexer: ``index`` (prefix tokens) or ``mlp`` (one layer a slot).
+        index_tokens: N index tokens and one filler token for the index demultiplexer, ids that texts do not use;
+            None takes the last N + 1 ids of the vocabulary, the rarest ones (BERT also has [unused0].. at 1..99).
+        retrieval_weight: weight of the retrieval loss against a task weight of 1; published 0.1 against 0.9.
+        retrieval_fraction: the part of the places that is asked about.
+        warmup_steps: optimizer steps at the start on retrieval alone.
+        dropout: dropout before each demultiplexing layer in training.
+        tune_backbone: train the backbone too, as published.
+    """
+
+    keys: Keys = "gaussian"
+    key_norm: float | None = None
+    learn_keys: bool = False
+    demultiplexer: Literal["index", "mlp"] = "index"
+    index_tokens: Sequence[int] | None = None
+    retrieval_weight: float = 0.1
+    retrieval_fraction: float = 0.1
+    warmup_steps: int = 0
+    dropout: float = 0.1
+    tune_backbone: bool = True
+
+
+class SlotLayers(nn.Module):
+    """One linear layer, GELU and LayerNorm a slot.
+
+    Args:
+        num_inputs: N.
+        hidden: d.
+        dropout: dropout before the layers in training.
+    """
+
+    def __init__(self, num_inputs: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dense = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(num_inputs))
+        self.norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(num_inputs))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """(..., d) to what each slot reads from it, (..., N, d)."""
+        state = self.dropout(state)
+        return torch.stack(
+            [norm(F.gelu(dense(state))) for dense, norm in zip(self.dense, self.norm, strict=True)], dim=-2
+        )
+
+
+@register_method
+class DataMUX(Method):
+    """Keyed sum, index or MLP demultiplexer, retrieval objective."""
+
+    name: ClassVar[str] = "datamux"
+    Options: ClassVar[type] = DataMUXOptions
+    matches_teacher: ClassVar[bool] = False
+
+    def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
+        super().__init__(shape, num_inputs, options)
+        settings, hidden = self.options, shape.hidden_size
+        check_retrieval(self.name, settings.retrieval_weight, settings.retrieval_fraction, settings.warmup_steps)
+        self.tunes_backbone = settings.tune_backbone
+        self.has_auxiliary_loss = settings.retrieval_weight > 0
+        self.warmup_steps = settings.warmup_steps
+        self.keys = build_keys(settings.keys, num_inputs, hidden, settings.key_norm, settings.learn_keys)
+        self.by_index = settings.demultiplexer == "index"
+        if self.by_index:
+            self._add_index_tokens()
+            self.dense = nn.Linear(2 * hidden, hidden)
+            self.norm = nn.LayerNorm(hidden)
+        elif settings.demultiplexer == "mlp":
+            self.slots = SlotLayers(num_inputs, hidden, settings.dropout)
+        else:
+            raise one_of("demultiplexer", settings.demultiplexer, ["index", "mlp"], "set demultiplexer to one of these")
+        self.dropout = nn.Dropout(settings.dropout)
+        self.head = nn.Linear(hidden, hidden)
+        self.classifier = nn.Linear(hidden, shape.num_labels)
+        if self.has_auxiliary_loss:
+            self.retrieval_slots = None if self.by_index else SlotLayers(num_inputs, hidden, settings.dropout)
+            self.retrieval_dense = nn.Linear((2 if self.by_index else 1) * hidden, hidden)
+            self.retrieval_norm = nn.LayerNorm(hidden)
+            self.retrieval_decoder = nn.Linear(hidden, shape.vocab_size)
+
+    def _add_index_tokens(self) -> None:
+        if self.shape.encoder_decoder:
+            raise UserError(
+                "datamux: demultiplexer is 'index', which reads places of the encoder, but this backbone answers from "
+                "its decoder; choose demultiplexer 'mlp'"
+            )
+        need, vocabulary = self.num_inputs + 1, self.shape.vocab_size
+        given = self.options.index_tokens
+        ids = [vocabulary - 1 - k for k in range(need)] if given is None else list(given)
+        if len(set(ids)) != need or not all(0 <= token < vocabulary for token in ids):
+            raise UserError(
+                f"datamux: index_tokens is {ids}; N = {self.num_inputs} takes {need} different ids in 0..{vocabulary - 1}"
+            )
+        prefix = torch.full((self.num_inputs, self.num_inputs), ids[-1])
+        prefix.fill_diagonal_(0)
+        prefix += torch.diag(torch.tensor(ids[:-1]))
+        self.register_buffer("prefix", prefix)  # (N, N): row k is what stands before slot k's CLS
+        self.prepares_tokens = True
+        self.added_tokens = need
+
+    def prepare(self, tokens: TokenBatch) -> TokenBatch:
+        if not self.by_index:
+            return tokens
+        ids = tokens["input_ids"]  # (G, N, S)
+        mask = tokens.get("attention_mask")
+        # With left padding the text's first token, its CLS, is not at place 0.
+        first = (
+            torch.zeros_like(ids[..., :1]) if mask is None else mask.long().argmax(dim=-1, keepdim=True)
+        )  # (G, N, 1)
+        prefix = self.prefix.expand(len(ids), -1, -1)  # (G, N, N)
+        prepared = {"input_ids": torch.cat([prefix, ids.gather(-1, first), ids], dim=-1)}  # (G, N, N+1+S)
+        for name, tensor in tokens.items():
+            if name != "input_ids":
+                filling = torch.full_like(tensor[..., :1], int(name == "attention_mask")).expand(
+                    -1, -1, self.added_tokens
+                )
+                prepared[name] = torch.cat([filling, tensor], dim=-1)
+        return prepared
+
+    def multiplex(self, states: HiddenState) -> HiddenState:
+        mixed = self.keys.mix(ended_slots_empty(states))  # (G, S, d)
+        return mix_channels(states, mixed, self.shape.shared_answer)
+
+    def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
+        """(G, A, d), and with index tokens (G, N+A, d): the N index places first."""
+        if not self.by_index:
+            return backbone.answers(state)
+        if getattr(backbone, "soft_prompt", None) is not None:
+            raise UserError(
+                "datamux: demultiplexer is 'index', whose tokens must stand first, but this backbone puts a soft prompt "
+                "there; choose demultiplexer 'mlp'"
+            )
+        places = torch.arange(self.added_tokens, device=state.hidden.device).expand(len(state), -1)  # (G, N+1)
+        index, cls = places.split([self.num_inputs, 1], dim=1)
+        # Where inputs are not answered at a CLS (a causal model's has read nothing), each one's own answer is read.
+        answer = torch.cat([index, cls if self.shape.shared_answer else state.answer], dim=1)  # (G, N+A)
+        spans = None
+        if state.spans is not None:
+            at_index = F.one_hot(index, state.hidden.shape[1]).bool()  # (G, N, S)
+            spans = torch.cat([at_index, state.spans], dim=1)  # (G, N+A, S)
+        return backbone.answers(replace(state, answer=answer, spans=spans))
+
+    def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
+        if not self.by_index:
+            return pick_own(self.slots(answers))  # (G, N, d)
+        index, answer = answers.split([self.num_inputs, answers.shape[1] - self.num_inputs], dim=1)
+        pairs = torch.cat([index, answer.expand_as(index)], dim=-1)  # (G, N, 2d)
+        return self.norm(F.gelu(self.dense(self.dropout(pairs))))
+
+    def vector(self, backbone: Backbone, answer: Tensor) -> Tensor:
+        return F.gelu(self.head(answer))
+
+    def score(self, backbone: Backbone, vector: Tensor) -> Tensor:
+        return self.classifier(vector)
+
+    def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor) -> Tensor:
+        padding = getattr(backbone.config, "pad_token_id", None)
+        asked = sample_questions(token_ids, padding, self.options.retrieval_fraction)
+        shift = shared.hidden.shape[1] - token_ids.shape[-1]  # what stands before each text
+        at_place = shared.hidden[asked.rows, asked.places + shift]  # (P, d)
+        if self.retrieval_slots is None:
+            at_place = torch.cat([shared.hidden[asked.rows, asked.slots], at_place], dim=-1)  # (P, 2d)
+        else:
+            rows = torch.arange(len(asked.slots), device=asked.slots.device)
+            at_place = self.retrieval_slots(at_place)[rows, asked.slots]  # (P, d)
+        logits = self.retrieval_decoder(self.retrieval_norm(F.gelu(self.retrieval_dense(at_place))))  # (P, V)
+        return self.options.retrieval_weight * retrieval_loss(logits, asked)

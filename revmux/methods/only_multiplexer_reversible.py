@@ -1,0 +1,59 @@
+"""Only multiplexer reversible: RevMUX's way in, an MLP as the way out (the paper's ablation)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from revmux.backbone import HiddenState
+from revmux.errors import UserError
+from revmux.methods.base import BackboneShape, Method, divide_width, mix_channels
+from revmux.methods.registry import register_method
+from revmux.methods.revmux import ReversibleChain, RevMUXOptions
+from revmux.methods.vanilla_adapter import VanillaDemultiplexer
+
+
+@dataclass(frozen=True)
+class OnlyMultiplexerReversibleOptions:
+    """Settings of the reversible multiplexer, as in :class:`RevMUXOptions`.
+
+    Args:
+        dropout: dropout inside the slot functions in training.
+        output_relu: a ReLU after the slot functions' second layer.
+        zero_init: start the slot functions' last layer at zero.
+    """
+
+    dropout: float = 0.0
+    output_relu: bool = False
+    zero_init: bool = True
+
+
+@register_method
+class OnlyMultiplexerReversible(Method):
+    """Down-projection and reversible chain on the way in; the vanilla MLP on the way out."""
+
+    name: ClassVar[str] = "only-multiplexer-reversible"
+    Options: ClassVar[type] = OnlyMultiplexerReversibleOptions
+
+    def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
+        super().__init__(shape, num_inputs, options)
+        if num_inputs < 2:
+            raise UserError(f"{self.name} mixes N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
+        width, hidden = divide_width(shape.hidden_size, num_inputs), shape.hidden_size
+        settings = RevMUXOptions(self.options.dropout, self.options.output_relu, self.options.zero_init)
+        self.down = nn.Linear(hidden, width)
+        self.chain = ReversibleChain(num_inputs, width, hidden, settings)
+        self.demultiplexer = VanillaDemultiplexer(hidden, num_inputs)
+        nn.init.orthogonal_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def multiplex(self, states: HiddenState) -> HiddenState:
+        slots = self.down(states.hidden) * states.mask.unsqueeze(-1)  # (G, N, S, d/N)
+        mixed = torch.cat(self.chain(list(slots.unbind(dim=1))), dim=-1)  # (G, S, d)
+        return mix_channels(states, mixed, self.shape.shared_answer)
+
+    def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
+        return self.demultiplexer(answers)

@@ -1,0 +1,86 @@
+"""Vanilla adapters: a plain MLP mixes the inputs and another takes them apart; nothing is reversible.
+
+::
+
+    o   = mlp_mux(concat[map(h_1) .. map(h_N)])          # N·d → 3d → d
+    ĥ_1..ĥ_N = mlp_demux(ô)                              # d → 3d → 3d → N·d, at the answer position
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from revmux.backbone import HiddenState
+from revmux.methods.base import BackboneShape, Method, mix_channels, pick_own
+from revmux.methods.registry import register_method
+
+
+@dataclass(frozen=True)
+class VanillaAdapterOptions:
+    """Settings of the vanilla adapters.
+
+    Args:
+        dropout: dropout after the multiplexer's layers in training; the released code uses 0.1.
+        output_relu: a ReLU after the multiplexer's second layer, as the released code has it.
+    """
+
+    dropout: float = 0.0
+    output_relu: bool = False
+
+
+class VanillaDemultiplexer(nn.Module):
+    """An MLP from one shared answer state to N: d → 3d → 3d → N·d.
+
+    Args:
+        hidden: d.
+        num_inputs: N.
+    """
+
+    def __init__(self, hidden: int, num_inputs: int) -> None:
+        super().__init__()
+        self.num_inputs = num_inputs
+        self.layers = nn.Sequential(
+            nn.Linear(hidden, 3 * hidden),
+            nn.ReLU(),
+            nn.Linear(3 * hidden, 3 * hidden),
+            nn.ReLU(),
+            nn.Linear(3 * hidden, num_inputs * hidden),
+        )
+
+    def forward(self, answers: Tensor) -> Tensor:
+        """Shared answers (G, A, d) to each input's own (G, N, d)."""
+        slots = self.layers(answers).unflatten(-1, (self.num_inputs, -1))  # (G, A, N, d)
+        return pick_own(slots)
+
+
+@register_method
+class VanillaAdapter(Method):
+    """The paper's first baseline: MLP multiplexer and MLP demultiplexer."""
+
+    name: ClassVar[str] = "vanilla-adapter"
+    Options: ClassVar[type] = VanillaAdapterOptions
+
+    def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
+        super().__init__(shape, num_inputs, options)
+        hidden = shape.hidden_size
+        self.mapping = nn.Linear(hidden, hidden)
+        self.inner = nn.Linear(num_inputs * hidden, 3 * hidden)
+        self.outer = nn.Linear(3 * hidden, hidden)
+        self.dropout = nn.Dropout(self.options.dropout)
+        self.demultiplexer = VanillaDemultiplexer(hidden, num_inputs)
+
+    def multiplex(self, states: HiddenState) -> HiddenState:
+        # Where an input has ended its slot carries nothing, so padding cannot reach its neighbours.
+        slots = self.mapping(states.hidden) * states.mask.unsqueeze(-1)  # (G, N, S, d)
+        side_by_side = slots.transpose(1, 2).flatten(2)  # (G, S, N·d)
+        mixed = self.outer(self.dropout(torch.relu(self.inner(side_by_side))))  # (G, S, d)
+        if self.options.output_relu:
+            mixed = torch.relu(mixed)
+        return mix_channels(states, self.dropout(mixed), self.shape.shared_answer)
+
+    def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
+        return self.demultiplexer(answers)
