@@ -28,7 +28,7 @@ class ModernBertBackbone(Backbone):
         return bool(self.config.classifier_pooling == "mean")
 
     @property
-    def shared_answer(self) -> bool:
+    def shared_answer(self) -> bool:  # type: ignore[override]
         """True for CLS; a mean is taken over each input's own tokens."""
         return not self.pools_mean
 
