@@ -36,7 +36,7 @@ class Backbone(nn.Module, ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]
-    shared_answer: ClassVar[bool] = True
+    shared_answer: bool = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

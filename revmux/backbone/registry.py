@@ -7,6 +7,8 @@ from typing import TypeVar
 from torch import nn
 
 from revmux.backbone.base import Backbone
+from revmux.backbone.generative import GenerativeBackbone
+from revmux.backbone.verbalizer import Verbalizer
 from revmux.errors import UserError
 
 _FAMILIES: dict[str, type[Backbone]] = {}
@@ -25,11 +27,15 @@ def supported_model_types() -> list[str]:
     return sorted(_FAMILIES)
 
 
-def cut(model: nn.Module) -> Backbone:
+def cut(model: nn.Module, verbalizer: Verbalizer | None = None) -> Backbone:
     """Wrap a Hugging Face model so that it can be run in parts; its weights are shared, not copied.
 
+    Args:
+        model: a sequence classifier, or a language model where a verbalizer is given.
+        verbalizer: the tokens that stand for each class, to score them through the output embedding.
+
     Raises:
-        UserError: no family serves the model's ``model_type``.
+        UserError: no family serves the model's ``model_type``, or the model has not the head asked for.
     """
     model_type = getattr(model.config, "model_type", type(model).__name__)
     if model_type not in _FAMILIES:
@@ -37,4 +43,13 @@ def cut(model: nn.Module) -> Backbone:
             f"unsupported architecture {model_type!r}; supported: {', '.join(supported_model_types())}; "
             "docs/add-a-backbone.md shows how to add one"
         )
-    return _FAMILIES[model_type](model)
+    family = _FAMILIES[model_type]
+    if verbalizer is None:
+        return family(model)
+    if not issubclass(family, GenerativeBackbone):
+        readers = [name for name in supported_model_types() if issubclass(_FAMILIES[name], GenerativeBackbone)]
+        raise UserError(
+            f"{model_type} generates no text, so a verbalizer cannot score it; leave the verbalizer out, "
+            f"or choose from {', '.join(readers)}"
+        )
+    return family(model, verbalizer)

@@ -1,0 +1,69 @@
+"""Attention masks of decoders: causal, sliding, side by side, and across to an encoder's memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+from revmux.backbone.base import as_attention_mask
+from revmux.backbone.state import HiddenState
+
+
+def causal_mask(config: Any, state: HiddenState, window: int | None = None) -> Tensor | None:
+    """What each token of a decoder may read: itself and what came before it in its own input.
+
+    Args:
+        config: of the module that attends; names the attention implementation and its sliding window.
+        state: (B, S, d).
+        window: the sliding window in positions, or None.
+
+    Returns:
+        (B, 1, S, S) as the implementation takes it; None where its own causal rule is enough.
+    """
+    if state.segments is None:
+        make = create_causal_mask if window is None else create_sliding_window_causal_mask
+        return make(
+            config=config,
+            inputs_embeds=state.hidden,
+            attention_mask=state.mask,
+            past_key_values=None,
+            position_ids=state.positions,
+        )
+    rows, columns = state.segments.unsqueeze(2), state.segments.unsqueeze(1)  # (B, S, 1), (B, 1, S)
+    seen = ((rows == columns) & (columns > 0)).tril()  # (B, S, S)
+    if window is not None and state.positions is not None:
+        seen &= state.positions.unsqueeze(2) - state.positions.unsqueeze(1) < window
+    # Padding reads itself, so that no softmax is over an empty set.
+    seen |= torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+    return as_attention_mask(seen, state.hidden.dtype, config._attn_implementation)
+
+
+def cross_mask(config: Any, stream: HiddenState, memory: HiddenState) -> Tensor | None:
+    """What each token of the decoder's stream may read of the encoder's memory.
+
+    Args:
+        config: of the decoder.
+        stream: (B, T, d).
+        memory: (B, S, d); where both have segments, a token reads its own input alone.
+
+    Returns:
+        (B, 1, T, S) as the implementation takes it; None where all may read all.
+    """
+    if stream.segments is None or memory.segments is None:
+        return create_bidirectional_mask(
+            config=config,
+            inputs_embeds=stream.hidden,
+            attention_mask=memory.mask,
+            encoder_hidden_states=memory.hidden,
+        )
+    rows, columns = stream.segments.unsqueeze(2), memory.segments.unsqueeze(1)  # (B, T, 1), (B, 1, S)
+    seen = (rows == columns) & (columns > 0)  # (B, T, S)
+    seen |= ~seen.any(dim=-1, keepdim=True)  # padding of the stream reads anything rather than nothing
+    return as_attention_mask(seen, stream.hidden.dtype, config._attn_implementation)

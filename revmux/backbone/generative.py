@@ -1,0 +1,132 @@
+"""What encoder-decoders and decoders share: two kinds of head, a soft prompt, padding on either side."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revmux.backbone.base import Backbone, padding_mask
+from revmux.backbone.soft_prompt import SoftPrompt
+from revmux.backbone.state import TokenBatch
+from revmux.backbone.verbalizer import Verbalizer, VerbalizerHead
+from revmux.errors import UserError
+
+
+class GenerativeBackbone(Backbone):
+    """A model that classifies by a head of its own, or by label words through its output embedding.
+
+    Args:
+        model: ``...ForSequenceClassification``, or a language model where a verbalizer is given.
+        verbalizer: the tokens of each class; None takes the model's own classification head.
+
+    Attributes:
+        verbalizer: as given.
+        soft_prompt: trainable vectors before every input, or None; see :meth:`add_soft_prompt`.
+
+    Raises:
+        UserError: the model has not the head that is asked for.
+    """
+
+    def __init__(self, model: nn.Module, verbalizer: Verbalizer | None = None) -> None:
+        super().__init__(model)
+        self.verbalizer = verbalizer
+        self.soft_prompt: SoftPrompt | None = None
+        self.label_rows: VerbalizerHead | None = None
+        name = type(model).__name__
+        has_classifier = any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
+        if verbalizer is None:
+            if not has_classifier:
+                raise UserError(
+                    f"{name} has no sequence classification head; load ...ForSequenceClassification, "
+                    "or pass a verbalizer to score label words"
+                )
+            return
+        output = self.model.get_output_embeddings()
+        if has_classifier or output is None:
+            raise UserError(
+                f"{name} scores no vocabulary for the verbalizer to read; load a language model "
+                "(...ForCausalLM, ...ForConditionalGeneration), or leave the verbalizer out"
+            )
+        self.label_rows = VerbalizerHead(verbalizer, output.weight.shape[0])
+
+    @property
+    def num_labels(self) -> int:
+        return super().num_labels if self.verbalizer is None else len(self.verbalizer.label_names)
+
+    @property
+    def label_names(self) -> list[str]:
+        return super().label_names if self.verbalizer is None else list(self.verbalizer.label_names)
+
+    @property
+    def position_limit(self) -> int:
+        """The most positions that the model reads, a soft prompt's included."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def max_length(self) -> int:
+        return self.position_limit - (0 if self.soft_prompt is None else len(self.soft_prompt))
+
+    @property
+    @abstractmethod
+    def word_embeddings(self) -> nn.Module:
+        """Token ids to the embeddings that layer 1's input begins with."""
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """(V,) what is added to the vocabulary's scores, or None."""
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    def add_soft_prompt(self, length: int) -> SoftPrompt:
+        """Begin every input with trainable vectors, started at the embeddings of random words.
+
+        The vectors belong to the backbone: its ``state_dict`` holds them and :meth:`freeze` freezes them.
+
+        Args:
+            length: P, vectors; inputs may have P tokens less.
+
+        Raises:
+            UserError: ``length`` leaves no room for an input.
+        """
+        if not 1 <= length < self.position_limit:
+            raise UserError(f"soft prompt length is {length}; choose 1..{self.position_limit - 1}")
+        words = torch.randint(int(self.config.vocab_size), (length,), device=self.device)
+        self.soft_prompt = SoftPrompt(self.word_embeddings(words))
+        return self.soft_prompt
+
+    def embed_words(self, tokens: TokenBatch) -> tuple[Tensor, Tensor, int]:
+        """Word embeddings behind the soft prompt.
+
+        Returns:
+            (B, P + S, d), its mask (B, P + S), and P.
+        """
+        hidden, mask = self.word_embeddings(tokens["input_ids"]), padding_mask(tokens)  # (B, S, d), (B, S)
+        if self.soft_prompt is None:
+            return hidden, mask, 0
+        return *self.soft_prompt(hidden, mask), len(self.soft_prompt)
+
+    def score_words(self, vector: Tensor) -> Tensor:
+        """A readout vector (..., d) to label scores (..., C) by the verbalizer's rows of the output embedding."""
+        head: Any = self.label_rows
+        return head(vector, self.model.get_output_embeddings().weight, self.output_bias)
+
+
+def token_positions(mask: Tensor) -> Tensor:
+    """Positions 0, 1, ... from each input's first token on, wherever the padding is.
+
+    Args:
+        mask: (B, S) bool.
+
+    Returns:
+        (B, S) long; 0 in padding on the left, counting on in padding on the right.
+    """
+    place = torch.arange(mask.shape[1], device=mask.device)
+    behind = (place - last_token(mask)).clamp(min=0)  # (B, S)
+    return (mask.cumsum(dim=1) - 1 + behind).clamp(min=0)
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """The place of the last True of each row: (B, S) bool to (B, 1) long."""
+    return mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1, keepdim=True)

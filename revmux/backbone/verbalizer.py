@@ -1,0 +1,94 @@
+"""Label words in place of a classification head: a class scores by its tokens' rows of the output embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from revmux.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verbalizer:
+    """The tokens that stand for each class in a language model's vocabulary.
+
+    Args:
+        label_names: class names in the order of the scores.
+        token_ids: the tokens of each class; a class scores by the mean over its tokens.
+        answer_prefix: tokens that an encoder-decoder's decoder is given after its start token and before it
+            answers; empty reads the answer at the start token (step 0). A decoder-only model takes such
+            tokens from the end of the prompt instead.
+
+    Raises:
+        UserError: a class without tokens, or two classes with the same first token.
+    """
+
+    label_names: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    answer_prefix: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.label_names) != len(self.token_ids):
+            raise UserError(
+                f"the verbalizer names {len(self.label_names)} classes and the tokens of {len(self.token_ids)}; "
+                "give every class its tokens"
+            )
+        owners: dict[int, str] = {}
+        for name, ids in zip(self.label_names, self.token_ids, strict=True):
+            if not ids:
+                raise UserError(f"class {name!r} of the verbalizer has no token; give it one or more token ids")
+            if ids[0] in owners:
+                raise UserError(
+                    f"classes {owners[ids[0]]!r} and {name!r} of the verbalizer have the same first token {ids[0]}; "
+                    "choose words that begin with different tokens"
+                )
+            owners[ids[0]] = name
+
+
+class VerbalizerHead(nn.Module):
+    """Label scores from a few rows of a model's output embedding; it has no weights of its own.
+
+    Args:
+        verbalizer: the tokens of each class.
+        vocab_size: rows of the output embedding.
+
+    Raises:
+        UserError: a token id outside the vocabulary.
+    """
+
+    rows: Tensor
+    average: Tensor
+
+    def __init__(self, verbalizer: Verbalizer, vocab_size: int) -> None:
+        super().__init__()
+        tokens = [token for ids in verbalizer.token_ids for token in ids]
+        for token in (*tokens, *verbalizer.answer_prefix):
+            if not 0 <= token < vocab_size:
+                raise UserError(
+                    f"token id {token} of the verbalizer is outside the vocabulary 0..{vocab_size - 1}; "
+                    "make the verbalizer with this model's own tokenizer"
+                )
+        average = torch.zeros(len(verbalizer.token_ids), len(tokens))
+        start = 0
+        for label, ids in enumerate(verbalizer.token_ids):
+            average[label, start : start + len(ids)] = 1 / len(ids)
+            start += len(ids)
+        self.one_token_each = len(tokens) == len(verbalizer.token_ids)
+        self.register_buffer("rows", torch.tensor(tokens), persistent=False)  # (K,)
+        self.register_buffer("average", average, persistent=False)  # (C, K)
+
+    def forward(self, vector: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Scores of the classes alone, never of the whole vocabulary.
+
+        Args:
+            vector: (..., d).
+            weight: (V, d), the output embedding.
+            bias: (V,), or None.
+
+        Returns:
+            (..., C).
+        """
+        scores = nn.functional.linear(vector, weight[self.rows], None if bias is None else bias[self.rows])  # (..., K)
+        return scores if self.one_token_each else scores @ self.average.to(scores.dtype).T

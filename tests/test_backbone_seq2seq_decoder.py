@@ -1,0 +1,448 @@
+"""Encoder-decoder and decoder families: cut at any layer they are the whole model, for either head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForSequenceClassification,
+)
+
+from revmux import BackboneShape, HiddenState, MultiplexedClassifier, UserError, build_method, cut
+from revmux.backbone import TokenBatch, Verbalizer
+from revmux.backbone.generative import GenerativeBackbone, token_positions
+
+LAYERS, WIDTH, VOCABULARY, LABELS = 3, 32, 60, 3
+PAD, END, START = 1, 2, 3
+LENGTHS = (9, 4, 7, 6)
+WORDS = Verbalizer(("no", "maybe", "yes"), ((11,), (25,), (40,)))
+TWO_TOKENS = Verbalizer(("no", "yes"), ((11, 12, 13), (40,)))
+SPECIAL: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": END, "bos_token_id": START, "num_labels": LABELS}
+ROTARY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    **SPECIAL,
+}
+T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": LAYERS,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,  # fewer than tokens, so that logarithmic buckets are used
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": START,
+    "n_positions": 64,
+    **SPECIAL,
+}
+BART: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": WIDTH,
+    "encoder_layers": LAYERS,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "scale_embedding": True,
+    "decoder_start_token_id": START,
+    "forced_eos_token_id": None,
+    **SPECIAL,
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": WIDTH,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 64,
+    **SPECIAL,
+}
+SLIDING = ["full_attention", "sliding_attention", "sliding_attention"]
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "t5-words": lambda: T5ForConditionalGeneration(T5Config(**T5)),
+    "t5-gated-words": lambda: T5ForConditionalGeneration(
+        T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    ),
+    "t5-head": lambda: T5ForSequenceClassification(T5Config(**T5)),
+    "bart-words": lambda: BartForConditionalGeneration(BartConfig(**BART)),
+    "bart-head": lambda: BartForSequenceClassification(BartConfig(**BART)),
+    "llama-words": lambda: LlamaForCausalLM(LlamaConfig(**ROTARY)),
+    "llama-head": lambda: LlamaForSequenceClassification(LlamaConfig(**ROTARY)),
+    "mistral-words": lambda: MistralForCausalLM(MistralConfig(**ROTARY, sliding_window=3)),
+    "qwen2-words": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**ROTARY, use_sliding_window=True, sliding_window=3, layer_types=SLIDING)
+    ),
+    "qwen3-head": lambda: Qwen3ForSequenceClassification(Qwen3Config(**ROTARY)),
+    "gpt2-words": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+    "gpt2-head": lambda: GPT2ForSequenceClassification(GPT2Config(**GPT2)),
+}
+ALL = pytest.mark.parametrize("name", MODELS)
+WITH_WORDS = pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-words")])
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+
+
+@cache
+def whole(name: str, attention: str = "sdpa") -> Any:
+    """A random model whose weights are large enough that every mask, position and norm shows in its scores."""
+    torch.manual_seed(7)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.dim() > 1:
+                parameter.copy_(0.25 * noise)
+            else:
+                parameter.add_(0.2 * noise)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_()
+    model.set_attn_implementation(attention)
+    return model
+
+
+def backbone_of(name: str, attention: str = "sdpa", verbalizer: Verbalizer = WORDS) -> GenerativeBackbone:
+    backbone = cut(whole(name, attention), verbalizer if name.endswith("-words") else None)
+    assert isinstance(backbone, GenerativeBackbone)
+    backbone.freeze()
+    return backbone
+
+
+def batch(side: str = "right", extra: int = 0, junk: int = PAD) -> TokenBatch:
+    """Inputs of LENGTHS tokens that end with END, padded on one side."""
+    generator = torch.Generator().manual_seed(3)
+    width = max(LENGTHS) + extra
+    ids = torch.full((len(LENGTHS), width), junk)
+    mask = torch.zeros(len(LENGTHS), width, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        text = torch.randint(4, VOCABULARY, (length,), generator=generator)
+        text[-1] = END
+        place = slice(0, length) if side == "right" else slice(width - length, width)
+        ids[row, place], mask[row, place] = text, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def is_decoder(name: str) -> bool:
+    return name.split("-")[0] in DECODERS
+
+
+def vocabulary_scores(name: str, tokens: TokenBatch, attention: str = "sdpa", **embeddings: Any) -> Tensor:
+    """The whole language model's scores of its vocabulary at the answer: (B, V)."""
+    model, rows = whole(name, attention), torch.arange(len(LENGTHS))
+    inputs = embeddings or {"input_ids": tokens["input_ids"]}
+    if is_decoder(name):
+        mask = tokens["attention_mask"]
+        last = (torch.arange(mask.shape[1]) * mask).argmax(dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return model(**inputs, attention_mask=mask, position_ids=positions).logits[rows, last]
+    start = torch.full((len(LENGTHS), 1), START)
+    return model(**inputs, attention_mask=tokens["attention_mask"], decoder_input_ids=start).logits[:, -1]
+
+
+@torch.no_grad()
+def own_forward(name: str, tokens: TokenBatch, attention: str = "sdpa") -> Tensor:
+    """The whole model's label scores of inputs padded on the right."""
+    if name.endswith("-words"):
+        return vocabulary_scores(name, tokens, attention)[:, [ids[0] for ids in WORDS.token_ids]]
+    return whole(name, attention)(**tokens).logits
+
+
+def side_by_side(state: HiddenState) -> HiddenState:
+    """All rows of a state in one sequence, each its own segment."""
+    rows, length = state.mask.shape
+    number = torch.arange(1, rows + 1).unsqueeze(1)
+    return HiddenState(
+        hidden=state.hidden.flatten(0, 1).unsqueeze(0),
+        mask=state.mask.view(1, -1),
+        answer=(state.answer + (number - 1) * length).view(1, -1),
+        depth=state.depth,
+        positions=None if state.positions is None else state.positions.reshape(1, -1),
+        segments=(state.mask * number).view(1, -1),
+        decoder=None if state.decoder is None else side_by_side(state.decoder),
+    )
+
+
+def multiplexer(backbone: GenerativeBackbone, depth: int, seed: int = 0) -> MultiplexedClassifier:
+    torch.manual_seed(seed)
+    method = build_method("revmux", BackboneShape.of(backbone), 2, {"zero_init": False})
+    return MultiplexedClassifier(backbone, method, depth).eval()
+
+
+@ALL
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_every_cut_is_the_whole_model(name: str, attention: str, padding: str) -> None:
+    expected = own_forward(name, batch(), attention)
+    assert expected.std(dim=0).min() > 0.05, "inputs must be told apart for this to mean anything"
+    tokens = batch("left" if padding == "left" else "right")
+    if padding == "none":  # the longest input alone: no mask is needed, and attention takes its short cuts
+        tokens, expected = {key: tensor[:1] for key, tensor in tokens.items()}, expected[:1]
+    backbone = backbone_of(name, attention)
+    with torch.no_grad():
+        for depth in range(LAYERS + 1):
+            lower = backbone.run(backbone.embed(tokens), depth)
+            assert lower.depth == depth
+            scores = backbone.classify(backbone.answers(backbone.run(lower, LAYERS))[:, 0])
+            torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if is_decoder(name)])
+def test_decoder_on_left_padding_is_the_whole_model_given_positions(name: str) -> None:
+    tokens = batch("left")
+    positions = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = (
+            vocabulary_scores(name, tokens)[:, [11, 25, 40]]
+            if name.endswith("-words")
+            else whole(name)(**tokens, position_ids=positions).logits
+        )
+        torch.testing.assert_close(backbone_of(name)(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_classifier_reads_where_the_model_reads_when_texts_end_with_the_padding_token() -> None:
+    tokens = batch()
+    ids = torch.where(tokens["input_ids"] == END, PAD, tokens["input_ids"])
+    tokens = {**tokens, "input_ids": ids}
+    with torch.no_grad():
+        expected = whole("llama-head")(**tokens).logits
+        torch.testing.assert_close(backbone_of("llama-head")(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+@WITH_WORDS
+def test_verbalizer_scores_are_columns_of_the_vocabulary_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = batch()
+    backbone = backbone_of(name, verbalizer=TWO_TOKENS)
+    with torch.no_grad():
+        full = vocabulary_scores(name, tokens)
+        expected = torch.stack([full[:, [11, 12, 13]].mean(dim=1), full[:, 40]], dim=1)
+
+        def refuse(*_: Any) -> Tensor:
+            raise AssertionError("the whole vocabulary was scored")
+
+        monkeypatch.setattr(whole(name).lm_head, "forward", refuse)
+        torch.testing.assert_close(backbone(tokens), expected, atol=1e-5, rtol=1e-5)
+    assert backbone.num_labels == 2
+    assert backbone.label_names == ["no", "yes"]
+
+
+@ALL
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_inputs_side_by_side_answer_as_alone(name: str, attention: str) -> None:
+    backbone = backbone_of(name, attention)
+    with torch.no_grad():
+        for depth in (0, 2):
+            lower = backbone.run(backbone.embed(batch()), depth)
+            alone = backbone.answers(backbone.run(lower, LAYERS))[:, 0]
+            shared = backbone.answers(backbone.run(side_by_side(lower), LAYERS))[0]
+            torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_sliding_window_of_segments_counts_positions_not_places() -> None:
+    backbone = backbone_of("mistral-words")
+    state = side_by_side(backbone.embed({key: tensor[:1] for key, tensor in batch().items()}))
+    assert state.positions is not None
+    with torch.no_grad():
+        near = backbone.run(state, LAYERS).hidden
+        sparse = replace(state, positions=state.positions * 3)  # every other token is out of the window of 3
+        alone = [
+            backbone.run(sparse.map(lambda tensor, place=place: tensor[:, place : place + 1]), LAYERS).hidden
+            for place in range(state.mask.shape[1])
+        ]
+        torch.testing.assert_close(backbone.run(sparse, LAYERS).hidden, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(near, torch.cat(alone, dim=1), atol=1e-2)
+
+
+@ALL
+def test_gradient_reaches_the_adapters_and_no_frozen_weight(name: str) -> None:
+    backbone = backbone_of(name)
+    model = multiplexer(backbone, 1).train()
+    assert not backbone.training
+    model(batch()).square().sum().backward()
+    for key, parameter in model.method.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+@ALL
+def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        backbone = backbone_of(name)
+        backbone.gradient_checkpointing = checkpointing
+        model = multiplexer(backbone, 1)
+        model(batch()).square().sum().backward()
+        found.append([parameter.grad for parameter in model.method.parameters()])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@ALL
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_multiplexed_answers_do_not_depend_on_padding(name: str, side: str) -> None:
+    model = multiplexer(backbone_of(name), 1)
+    with torch.no_grad():
+        plain = model(batch(side))
+        torch.testing.assert_close(model(batch(side, extra=5)), plain, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(batch(side, junk=17)), plain, atol=1e-5, rtol=1e-5)
+    assert plain.std(dim=0).min() > 1e-3
+
+
+@ALL
+def test_shared_answer_says_how_many_answers_a_group_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = backbone_of(name)
+    assert backbone.shared_answer == (name.endswith("-words") and not is_decoder(name))
+    model = multiplexer(backbone, 1)
+    demultiplex, shapes = model.method.demultiplex, []
+
+    def record(answers: Tensor, own: Tensor) -> Tensor:
+        shapes.append(tuple(answers.shape))
+        return demultiplex(answers, own)
+
+    monkeypatch.setattr(model.method, "demultiplex", record)
+    with torch.no_grad():
+        model(batch())
+    assert shapes == [(2, 1 if backbone.shared_answer else 2, WIDTH)]
+
+
+@pytest.mark.parametrize("name", ["t5-words", "t5-head", "bart-words", "bart-head"])
+def test_decoder_runs_once_a_group(name: str) -> None:
+    backbone: Any = backbone_of(name)
+    rows: list[int] = []
+    handle = backbone.decoder_layers()[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    with torch.no_grad():
+        multiplexer(backbone, 1)(batch())
+    handle.remove()
+    assert rows == [2]
+
+
+@pytest.mark.parametrize("name", ["t5-words", "bart-words"])
+def test_answer_prefix_moves_the_answer_to_a_later_step(name: str) -> None:
+    tokens = batch()
+    later = replace(WORDS, answer_prefix=(30, 31))
+    steps = torch.tensor([[START, 30, 31]]).expand(len(LENGTHS), -1)
+    with torch.no_grad():
+        full = whole(name)(**tokens, decoder_input_ids=steps).logits[:, -1]
+        backbone = backbone_of(name, verbalizer=later)
+        torch.testing.assert_close(backbone(tokens), full[:, [11, 25, 40]], atol=1e-5, rtol=1e-5)
+        shared = backbone.answers(backbone.run(side_by_side(backbone.embed(tokens)), LAYERS))[0]
+        torch.testing.assert_close(backbone.classify(shared), full[:, [11, 25, 40]], atol=1e-5, rtol=1e-5)
+
+
+@WITH_WORDS
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_soft_prompt_is_the_model_on_longer_embeddings(name: str, side: str) -> None:
+    backbone = backbone_of(name)
+    limit = backbone.max_length
+    with torch.no_grad():
+        without = backbone(batch(side))
+    assert backbone.soft_prompt is None
+    torch.manual_seed(1)
+    prompt = backbone.add_soft_prompt(4)
+    assert backbone.max_length == limit - 4
+    assert "soft_prompt.vectors" in backbone.state_dict()
+    tokens = batch("right")
+    words = torch.cat([prompt.vectors.expand(4, -1, -1), backbone.word_embeddings(tokens["input_ids"])], dim=1)
+    longer = {"attention_mask": torch.cat([torch.ones(4, 4).long(), tokens["attention_mask"]], dim=1)}
+    with torch.no_grad():
+        expected = vocabulary_scores(name, longer, inputs_embeds=words)[:, [11, 25, 40]]
+        for depth in range(LAYERS + 1):
+            lower = backbone.run(backbone.embed(batch(side)), depth)
+            scores = backbone.classify(backbone.answers(backbone.run(lower, LAYERS))[:, 0])
+            torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, without, atol=1e-2)
+
+
+@ALL
+def test_soft_prompt_alone_is_tuned_and_frozen_with_the_backbone(name: str) -> None:
+    backbone = backbone_of(name)
+    prompt = backbone.add_soft_prompt(2)
+    backbone(batch()).square().sum().backward()
+    assert prompt.vectors.grad is not None
+    assert (prompt.vectors.grad.abs().sum(dim=1) > 0).all()
+    assert all(parameter.grad is None for parameter in whole(name).parameters())
+    backbone.freeze()
+    assert not prompt.vectors.requires_grad
+    with torch.no_grad():
+        plain = multiplexer(backbone, 1)(batch())
+        torch.testing.assert_close(multiplexer(backbone, 1)(batch("right", extra=3)), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_count_from_the_first_token() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    assert token_positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+def test_wrong_heads_are_refused_with_a_remedy() -> None:
+    with pytest.raises(UserError, match=r"LlamaForCausalLM has no sequence classification head.*verbalizer"):
+        cut(whole("llama-words"))
+    with pytest.raises(UserError, match=r"LlamaForTokenClassification has no sequence classification head"):
+        cut(LlamaForTokenClassification(LlamaConfig(**ROTARY)))
+    with pytest.raises(UserError, match=r"BartForSequenceClassification scores no vocabulary"):
+        cut(whole("bart-head"), WORDS)
+    with pytest.raises(UserError, match=r"BartForCausalLM has no encoder"):
+        cut(BartForCausalLM(BartConfig(**BART)), WORDS)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    encoder = BertForSequenceClassification(BertConfig(vocab_size=9, **sizes))
+    with pytest.raises(UserError, match=r"bert generates no text.*choose from bart, gpt2, llama"):
+        cut(encoder, WORDS)
+    with pytest.raises(UserError, match=r"answer_prefix \[5\] is for encoder-decoders"):
+        cut(whole("gpt2-words"), replace(WORDS, answer_prefix=(5,)))
+
+
+def test_wrong_verbalizers_are_refused_with_a_remedy() -> None:
+    with pytest.raises(UserError, match="class 'yes' of the verbalizer has no token"):
+        Verbalizer(("no", "yes"), ((1,), ()))
+    with pytest.raises(UserError, match="'no' and 'yes' of the verbalizer have the same first token 1"):
+        Verbalizer(("no", "yes"), ((1, 2), (1, 3)))
+    with pytest.raises(UserError, match="names 2 classes and the tokens of 1"):
+        Verbalizer(("no", "yes"), ((1,),))
+    with pytest.raises(UserError, match=r"token id 60 of the verbalizer is outside the vocabulary 0..59"):
+        cut(whole("t5-words"), Verbalizer(("no", "yes"), ((1,), (60,))))
+
+
+def test_wrong_inputs_are_refused_with_a_remedy() -> None:
+    tokens = batch()
+    tokens["input_ids"][1, :] = 9
+    with pytest.raises(UserError, match=r"no end-of-sequence token \(2\).*special tokens"):
+        backbone_of("bart-head")(tokens)
+    with pytest.raises(UserError, match=r"soft prompt length is 64; choose 1..63"):
+        backbone_of("t5-words").add_soft_prompt(64)
+    settings = {key: value for key, value in T5.items() if key != "decoder_start_token_id"}
+    model = T5ForConditionalGeneration(T5Config(**settings))
+    model.generation_config = None
+    with pytest.raises(UserError, match="no decoder_start_token_id"):
+        cut(model, WORDS)

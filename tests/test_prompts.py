@@ -1,0 +1,191 @@
+"""Prompts are data: readable files, checked when they are read and again against a tokenizer."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from revmux import UserError
+from revmux.data.prompts import Prompt, load_prompt, prompt_names
+
+CORPUS = [
+    "Answer: yes no negative positive equivalent entailment notable",
+    "Is the sentiment of this sentence negative or positive, yes or no? Answer: no yes",
+] * 20
+
+
+@cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Words carry the space before them, as with GPT-2, BART and LLaMA 3."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=["<s>", "<pad>"])
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>")
+
+
+@cache
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Words are marked at their beginning whether or not a space is there, as with T5 and LLaMA 2."""
+    words = ["<unk>", "<pad>", *(f"▁{word}" for word in ("yes", "no", "negative", "positive", "not"))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def sentiment(**changes: object) -> Prompt:
+    settings = {"template": "{text} Answer:", "labels": {"a": ("negative",), "b": ("positive",)}}
+    return Prompt(name="mine", **{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["sst2", "mrpc", "rte", "qnli", "default"])
+def test_shipped_prompts_can_be_read(name: str) -> None:
+    assert name in prompt_names()
+    prompt = load_prompt(name)
+    pair = None if name == "sst2" else "second"
+    rendered = prompt.render("the {first} text", pair)
+    assert "the {first} text" in rendered
+    assert pair is None or pair in rendered
+    assert not rendered[-1].isspace()
+
+
+def test_label_words_follow_the_classes_of_glue() -> None:
+    assert list(load_prompt("sst2").labels) == ["negative", "positive"]
+    assert load_prompt("mrpc").labels == {"not_equivalent": ("no",), "equivalent": ("yes",)}
+    for name in ("rte", "qnli"):
+        assert load_prompt(name).labels == {"entailment": ("yes",), "not_entailment": ("no",)}
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), word_tokenizer()])
+def test_words_become_the_tokens_that_go_on_from_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    verbalizer = load_prompt("mrpc").verbalizer(tokenizer)
+    assert verbalizer.label_names == ("not_equivalent", "equivalent")
+    for ids, word in zip(verbalizer.token_ids, (" no", " yes"), strict=True):
+        template = "yes no Answer:" if tokenizer is byte_tokenizer() else "yes no"
+        following = tokenizer(template + word)["input_ids"][len(tokenizer(template)["input_ids"]) :]
+        assert list(ids) == following
+
+
+def test_bare_words_are_taken_after_a_template_that_ends_in_a_space() -> None:
+    tokenizer = byte_tokenizer()
+    letters = {"a": ("x",), "b": ("z",)}
+    expected = tuple((tokenizer.convert_tokens_to_ids(letter),) for letter in "xz")
+    assert sentiment(template="{text} Answer:\n", labels=letters).verbalizer(tokenizer).token_ids == expected
+
+
+def test_order_of_scores_is_the_tasks_own() -> None:
+    prompt, tokenizer = load_prompt("sst2"), byte_tokenizer()
+    turned = prompt.verbalizer(tokenizer, ["positive", "negative"])
+    assert turned.label_names == ("positive", "negative")
+    assert turned.token_ids == prompt.verbalizer(tokenizer).token_ids[::-1]
+
+
+def test_class_names_are_the_words_by_default() -> None:
+    verbalizer = load_prompt("default").verbalizer(byte_tokenizer(), ["negative", "positive"])
+    assert verbalizer == load_prompt("sst2").verbalizer(byte_tokenizer())
+    with pytest.raises(UserError, match="prompt default lists no labels"):
+        load_prompt("default").verbalizer(byte_tokenizer())
+
+
+def test_readings_of_words_of_several_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    labels = {"a": ("negative", "zzz"), "b": ("positive",)}
+    pieces = min((tokenizer(form, add_special_tokens=False)["input_ids"] for form in (" zzz", "zzz")), key=len)
+    negative = tokenizer(" negative", add_special_tokens=False)["input_ids"]
+    first = sentiment(labels=labels, reading="first").verbalizer(tokenizer)
+    assert first.token_ids[0] == (negative[0], pieces[0])
+    mean = sentiment(labels=labels, reading="mean").verbalizer(tokenizer)
+    assert mean.token_ids[0] == (negative[0], *dict.fromkeys(pieces))
+    with pytest.raises(UserError, match=r"word 'zzz' of class 'a' is \d tokens .* not a single one; .*first or mean"):
+        sentiment(labels=labels).verbalizer(tokenizer)
+
+
+def test_answer_prefix_becomes_tokens() -> None:
+    verbalizer = sentiment(answer_prefix="yes").verbalizer(word_tokenizer())
+    assert verbalizer.answer_prefix == (word_tokenizer().convert_tokens_to_ids("▁yes"),)
+
+
+def test_long_texts_are_cut_but_never_the_template() -> None:
+    prompt, tokenizer = load_prompt("rte"), byte_tokenizer()
+    long, short = "yes or no? " * 60, "no answer"
+    whole = prompt.render(long, short)
+    limit = len(tokenizer(prompt.render("", ""))["input_ids"]) + 30
+    cut = prompt.fit(tokenizer, long, short, limit)
+    assert limit - 3 <= len(tokenizer(cut)["input_ids"]) <= limit
+    assert cut.endswith(whole[whole.index("\nHypothesis:") :])
+    assert long.startswith(cut.removeprefix("Premise: ").split("\nHypothesis")[0])
+    assert prompt.fit(tokenizer, long, short, 10_000) == whole
+    with pytest.raises(UserError, match=r"max_length is 5, but the template of prompt rte alone has \d+ tokens"):
+        prompt.fit(tokenizer, long, short, 5)
+
+
+def test_a_users_file_takes_the_place_of_a_shipped_one(tmp_path: Path) -> None:
+    path = write(tmp_path, 'template: "{{{text}}} Answer:"\nlabels:\n  0: "no"\n  1: ["yes", "positive"]\n')
+    prompt = load_prompt(path)
+    assert prompt.render("so") == "{so} Answer:"
+    assert prompt.labels == {"0": ("no",), "1": ("yes", "positive")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("template: '{sentence}'", r"unknown field \{sentence\} in template .*fields are \{text\} and \{text_pair\}"),
+        ("template: '{text!r}'", r"unknown field \{text\} .*without format"),
+        ("template: '{text'", "a brace is written twice"),
+        ("template: Answer", r"template of prompt .* has no \{text\}"),
+        ("template: '{text}'\npair_template: '{text}'", r"pair_template of prompt .* has no \{text_pair\}"),
+        ("template: '{text}'\nlabels: {a: [], b: [x]}", "class 'a' of prompt .* has no word"),
+        ("template: '{text}'\nlabels: {a: , b: [x]}", "class 'a' of prompt .* has no word"),
+        ("template: '{text}'\nlabels: {a: [no], b: [x]}", "has False where a word belongs; put words in quotes"),
+        ("template: '{text}'\nlabels: [a, b]", r"labels of prompt .* one line a class"),
+        ("template: '{text}'\nreading: last", "unknown reading 'last'; known: single, first, mean"),
+        ("template: '{text}'\nlabel: {a: [x]}", "unknown key 'label'; known: template, labels"),
+        ("template: 3", "template of prompt .* is 3; write a text in quotes"),
+        ("labels: {a: [x]}", "has no template"),
+        ("- a", "has no template"),
+        ("template: '{text}", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_prompt_is_refused_with_a_remedy(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        load_prompt(write(tmp_path, text))
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_prompts_are_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown prompt 'sst'; known: default, mrpc, qnli, rte, sst2"):
+        load_prompt("sst")
+    with pytest.raises(UserError, match="cannot read prompt file"):
+        load_prompt(str(tmp_path / "none.yaml"))
+
+
+def test_words_that_a_model_cannot_tell_apart_are_refused() -> None:
+    same = sentiment(labels={"a": ("no",), "b": ("yes", "no")})
+    with pytest.raises(UserError, match="words 'no' of class 'a' and 'no' of class 'b' begin with the same token"):
+        same.verbalizer(byte_tokenizer())
+    with pytest.raises(UserError, match="word 'perhaps' of class 'b' is unknown to the tokenizer"):
+        sentiment(labels={"a": ("no",), "b": ("perhaps",)}).verbalizer(word_tokenizer())
+    with pytest.raises(UserError, match="the task has classes negative, neutral, but prompt mine has words for a, b"):
+        sentiment().verbalizer(byte_tokenizer(), ["negative", "neutral"])
+
+
+def test_texts_and_template_must_agree_on_pairs() -> None:
+    with pytest.raises(UserError, match="prompt rte is for pairs of texts, but an input has one"):
+        load_prompt("rte").render("alone")
+    with pytest.raises(UserError, match=r"prompt sst2 has no \{text_pair\}"):
+        load_prompt("sst2").render("one", "two")
