@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 
 from revmux.data.docstrings import build_docstring_task, library_versions
 from revmux.errors import UserError
@@ -18,6 +18,7 @@ EMBEDDED_TASK = "docstrings"
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "#1 String", "question", "question1", "premise", "review", "content")
 PAIR_COLUMNS = ("text_pair", "sentence2", "#2 String", "question2", "hypothesis")
 LABEL_COLUMNS = ("label", "Quality", "labels", "category", "class", "target", "intent")
+MAX_SELECTION = 2000  # examples that choose between checkpoints; more would only cost time
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
 
 
@@ -33,7 +34,8 @@ class DataConfig:
         text_column: column of the text; found by its usual names where not given.
         pair_column: column of the second text of a pair; found likewise.
         label_column: column of the label; found likewise.
-        selection_share: share of train that is held out to choose checkpoints and settings.
+        selection_share: share of train, of 2,000 examples at most, that is held out to choose checkpoints and
+            settings.
         test_share: share that is held out to be reported, where the source brings no split of its own.
         limit: at most so many training examples, for a quick look.
         per_class: sentences a class of the embedded task.
@@ -215,7 +217,8 @@ def _split(raw: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
         if held_out is None:
             raise UserError(f"{config.source} has splits {', '.join(raw)}; it needs train and validation, dev or test")
         test = raw[held_out]
-    parts = train.train_test_split(test_size=config.selection_share, seed=config.seed)
+    held = max(1, min(MAX_SELECTION, round(config.selection_share * len(train))))
+    parts = train.train_test_split(test_size=held, seed=config.seed)
     return {"train": parts["train"], "selection": parts["test"], "test": test}
 
 
@@ -235,27 +238,21 @@ def _label_names(train: Dataset, raw: dict[str, Dataset], columns: dict[str, str
 
 def _encode(split: Dataset, names: list[str], split_name: str) -> Dataset:
     index = {name: position for position, name in enumerate(names)}
-    labels = split["label"]
     encoded = []
-    for row, label in enumerate(labels):
-        if str(label) in index:
-            encoded.append(index[str(label)])
-        elif isinstance(label, int) and 0 <= label < len(names):
-            encoded.append(label)
-        elif str(label).isdigit() and int(label) < len(names):
-            encoded.append(int(label))
-        else:
+    for row, label in enumerate(split["label"]):
+        position = index.get(str(label), int(label) if str(label).isdigit() else -1)
+        if not 0 <= position < len(names):
             raise UserError(
                 f"{split_name} row {row} has the label {label!r}, which is not in the label set: {', '.join(names)}; "
                 "mend the row, or tune a task model on these labels"
             )
-    for column in [name for name in ("text", "text_pair") if name in split.column_names]:
-        for row, text in enumerate(split[column]):
+        encoded.append(position)
+    columns = {name: list(split[name]) for name in ("text", "text_pair") if name in split.column_names}
+    for column, texts in columns.items():
+        for row, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"{split_name} row {row} has an empty {column} ({text!r}); fill it or remove the row")
-    return concatenate_datasets(
-        [split.remove_columns("label"), Dataset.from_dict({"label": encoded})], axis=1
-    ).with_format(None)
+    return Dataset.from_dict({**columns, "label": encoded})
 
 
 def _content_hash(splits: dict[str, Dataset]) -> str:
