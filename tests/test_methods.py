@@ -1,0 +1,325 @@
+"""Every method on a tiny backbone: shapes, gradients, padding, sizes and mistakes."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method, cut
+from revmux.backbone import Backbone, TokenBatch
+from revmux.methods import Method, method_names
+
+SYSTEMS = [
+    ("revmux", {}),
+    ("revmux", {"skip": True, "exit_layer": 2}),
+    ("vanilla-adapter", {}),
+    ("only-multiplexer-reversible", {}),
+    ("datamux", {}),
+    ("datamux", {"demultiplexer": "mlp", "keys": "orthogonal", "learn_keys": True}),
+    ("mux-plm", {"learn_keys": True}),
+    ("mux-plm", {"multiplexer": "contextual", "heads": 4}),
+    ("token-split", {}),
+    ("token-split", {"skip": False, "exit_layer": 2}),
+]
+LENGTH, PADDING = 9, 0
+
+
+def tiny_bert(hidden: int = 80) -> Backbone:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=60,
+        hidden_size=hidden,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=40,
+        num_labels=3,
+    )
+    return cut(BertForSequenceClassification(config)).freeze()
+
+
+def tiny_llama() -> Backbone:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        num_labels=3,
+        pad_token_id=PADDING,
+    )
+    return cut(LlamaForSequenceClassification(config)).freeze()
+
+
+@pytest.fixture(scope="module")
+def bert() -> Backbone:
+    return tiny_bert()
+
+
+@pytest.fixture(scope="module")
+def llama() -> Backbone:
+    return tiny_llama()
+
+
+def randomised(backbone: Backbone, name: str, num_inputs: int, options: dict) -> Method:
+    """A method whose layers that start at zero do not."""
+    torch.manual_seed(1)
+    method = build_method(name, BackboneShape.of(backbone), num_inputs, options)
+    for parameter in method.parameters():
+        parameter.data.normal_(0, 0.2)
+    return method.eval()
+
+
+def texts(rows: int, length: int = LENGTH) -> TokenBatch:
+    """Random inputs of different lengths, padded on the right."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(1, 50, (rows, length), generator=generator)
+    mask = (torch.arange(length) < (3 + torch.arange(rows) % (length - 2)).unsqueeze(1)).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def groups_of(num_inputs: int) -> Tensor:
+    return torch.arange(2 * num_inputs).view(2, num_inputs)
+
+
+@pytest.mark.parametrize("num_inputs", [2, 4, 5, 8, 10, 16])
+@pytest.mark.parametrize(("name", "options"), SYSTEMS)
+def test_shapes(bert, name, options, num_inputs):
+    model = MultiplexedClassifier(bert, randomised(bert, name, num_inputs, options), 1).eval()
+    output = model.run_tokens(texts(2 * num_inputs), groups_of(num_inputs))
+    assert output.answers.shape == (2, num_inputs, 80)
+    assert output.vectors.shape == (2, num_inputs, 80)
+    assert output.scores.shape == (2, num_inputs, 3)
+    assert output.scores.isfinite().all()
+    assert (output.shared is not None) == model.method.has_auxiliary_loss
+
+
+@pytest.mark.parametrize("num_inputs", [2, 4, 8, 16])
+@pytest.mark.parametrize(("name", "options"), SYSTEMS)
+def test_gradient_reaches_every_adapter_weight_and_no_frozen_one(bert, name, options, num_inputs):
+    method = randomised(bert, name, num_inputs, options)
+    model = MultiplexedClassifier(bert, method, 1)
+    tokens, groups = texts(2 * num_inputs), groups_of(num_inputs)
+    output = model.run_tokens(tokens, groups)
+    loss = output.scores.square().sum()
+    if method.has_auxiliary_loss:
+        # Often enough that every slot is asked for.
+        ids = tokens["input_ids"][groups]
+        loss = loss + sum(method.auxiliary_loss(bert, output.shared, ids) for _ in range(60))
+    loss.backward()
+    untouched = [
+        parameter_name
+        for parameter_name, parameter in method.named_parameters()
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
+    ]
+    assert untouched == []
+    assert all(parameter.grad is None for parameter in bert.parameters())
+    assert all(parameter.grad is None for parameter in method.parameters() if not parameter.requires_grad)
+
+
+def test_tuned_methods_send_gradient_into_the_prefill():
+    backbone = tiny_bert()
+    backbone.requires_grad_(True)
+    method = randomised(backbone, "datamux", 2, {})
+    MultiplexedClassifier(backbone, method, 1).run_tokens(texts(4), groups_of(2)).scores.sum().backward()
+    assert backbone.layer(0).attention.self.query.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["revmux", "only-multiplexer-reversible"])
+@pytest.mark.parametrize("num_inputs", [2, 3, 4, 8, 16])
+def test_the_chain_is_exactly_invertible(name, num_inputs):
+    shape = BackboneShape(48, num_layers=3, num_labels=2, readout_size=48, shared_answer=True, vocab_size=60)
+    torch.manual_seed(3)
+    method = build_method(name, shape, num_inputs, {"zero_init": False})
+    slots = [torch.randn(5, 48 // num_inputs) for _ in range(num_inputs)]
+    mixed = method.chain(slots)
+    assert not torch.allclose(torch.stack(mixed), torch.stack(slots), atol=1e-2)
+    torch.testing.assert_close(torch.stack(method.chain.reverse(mixed)), torch.stack(slots), rtol=0, atol=1e-5)
+
+
+def with_padding(tokens: TokenBatch, columns: int, garbage: int) -> TokenBatch:
+    """The same inputs with more padding columns, and another token under all padding."""
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    more = torch.zeros(len(ids), columns, dtype=torch.long)
+    mask = torch.cat([mask, more], dim=1)
+    return {"input_ids": torch.cat([ids, more], dim=1) * mask + garbage * (1 - mask), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("num_inputs", [2, 4])
+@pytest.mark.parametrize(("name", "options"), SYSTEMS)
+def test_padding_changes_no_answer(bert, name, options, num_inputs):
+    model = MultiplexedClassifier(bert, randomised(bert, name, num_inputs, options), 1).eval()
+    tokens, groups = texts(2 * num_inputs), groups_of(num_inputs)
+    plain = model.run_tokens(tokens, groups).scores
+    padded = model.run_tokens(with_padding(tokens, 4, garbage=17), groups).scores
+    torch.testing.assert_close(padded, plain, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["revmux", "token-split"])
+def test_padding_changes_no_answer_of_a_causal_backbone(llama, name, side):
+    model = MultiplexedClassifier(llama, randomised(llama, name, 2, {}), 1).eval()
+    tokens, groups = texts(4), groups_of(2)
+    if side == "left":
+        shifts = LENGTH - tokens["attention_mask"].sum(dim=1)
+        tokens = {
+            key: torch.stack([row.roll(int(shift)) for row, shift in zip(tensor, shifts)])
+            for key, tensor in tokens.items()
+        }
+    plain = model.run_tokens(tokens, groups).scores
+    if side == "left":
+        more = torch.zeros(4, 3, dtype=torch.long)
+        wider = {key: torch.cat([more, tensor], dim=1) for key, tensor in tokens.items()}
+    else:
+        wider = with_padding(tokens, 3, garbage=PADDING)
+    torch.testing.assert_close(model.run_tokens(wider, groups).scores, plain, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backbone", ["bert", "llama"])
+def test_token_split_inputs_do_not_read_each_other(backbone, request):
+    cut_model = request.getfixturevalue(backbone)
+    model = MultiplexedClassifier(cut_model, randomised(cut_model, "token-split", 2, {}), 1).eval()
+    tokens = texts(3)
+    scores = model.run_tokens(tokens, torch.tensor([[0, 1], [0, 2]])).scores
+    torch.testing.assert_close(scores[0, 0], scores[1, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_inputs", [2, 4, 8])
+def test_token_split_costs_what_mixing_costs(bert, num_inputs):
+    method = randomised(bert, "token-split", num_inputs, {})
+    model = MultiplexedClassifier(bert, method, 1)
+    prefilled = model.prefill(texts(num_inputs, length=33))
+    shared = model.multiplex(prefilled, torch.arange(num_inputs).unsqueeze(0))
+    assert shared.hidden.shape == (1, 32 + num_inputs, 80)  # 33 - 1 tokens pooled, N answer tokens whole
+
+
+def test_token_split_starts_as_the_mean_of_neighbours(bert):
+    torch.manual_seed(4)
+    model = MultiplexedClassifier(bert, build_method("token-split", BackboneShape.of(bert), 4), 1).eval()
+    tokens = {"input_ids": torch.randint(1, 50, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
+    prefilled = model.prefill(tokens)
+    shared = model.multiplex(prefilled, torch.arange(4).unsqueeze(0)).hidden.view(4, 3, 80)
+    torch.testing.assert_close(shared[:, 0], prefilled.hidden[:, 0])
+    torch.testing.assert_close(shared[:, 1], prefilled.hidden[:, 1:5].mean(dim=1))
+    torch.testing.assert_close(shared[:, 2], prefilled.hidden[:, 5:9].mean(dim=1))
+
+
+def test_token_split_is_refused_where_the_decoder_reads_the_text(bert):
+    method = build_method("token-split", BackboneShape.of(bert), 2)
+    state = bert.embed(texts(2)).take(torch.tensor([[0, 1]]))
+    with pytest.raises(UserError, match="decoder reads the text"):
+        method.multiplex(type(state)(state.hidden, state.mask, state.answer, 0, decoder=state))
+
+
+def test_leaving_early_skips_the_last_layers(bert):
+    for name in ("revmux", "token-split"):
+        method = randomised(bert, name, 2, {"exit_layer": 2})
+        model = MultiplexedClassifier(bert, method, 1)
+        shared = model.upper(model.multiplex(model.prefill(texts(2)), torch.tensor([[0, 1]])))
+        assert shared.depth == 2
+        with pytest.raises(UserError, match=r"prefill_layers is 3.*0\.\.2"):
+            MultiplexedClassifier(bert, method, 3)
+
+
+def test_index_demultiplexer_takes_any_prefill_and_limits_length(bert):
+    method = randomised(bert, "datamux", 4, {})
+    assert method.added_tokens == 5
+    tokens = {"input_ids": torch.ones(4, 36, dtype=torch.long)}
+    with pytest.raises(UserError, match="41 tokens, but the backbone takes 40; cut texts to 35"):
+        MultiplexedClassifier(bert, method, 0).run_tokens(tokens, torch.arange(4).unsqueeze(0))
+
+
+def test_index_demultiplexer_reads_own_last_tokens_of_a_causal_backbone(llama):
+    model = MultiplexedClassifier(llama, randomised(llama, "datamux", 2, {}), 0).eval()
+    tokens = texts(4)
+    scores = model.run_tokens(tokens, groups_of(2)).scores
+    changed = {**tokens, "input_ids": tokens["input_ids"].clone()}
+    changed["input_ids"][0, 2] += 1  # the last token of the first input, which has three
+    difference = (model.run_tokens(changed, groups_of(2)).scores - scores).abs().amax(dim=-1)
+    assert difference[0, 0] > 1e-4
+    assert difference[1].max() < 1e-6
+
+
+def test_retrieval_falls_as_it_is_learned(bert):
+    """The warm-up's objective can be learned by the adapters alone, where a place tells its tokens."""
+    torch.manual_seed(5)
+    method = build_method("mux-plm", BackboneShape.of(bert), 2, {"retrieval_fraction": 1.0, "retrieval_weight": 1.0})
+    model = MultiplexedClassifier(bert, method, 0).eval()
+    tokens, groups = texts(4), groups_of(2)
+    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(25):
+        output = model.run_tokens(tokens, groups)
+        loss = method.auxiliary_loss(bert, output.shared, tokens["input_ids"][groups])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_retrieval_never_asks_for_padding(bert):
+    method = build_method("mux-plm", BackboneShape.of(bert), 2, {"retrieval_fraction": 1.0})
+    model = MultiplexedClassifier(bert, method, 0)
+    shared = model.run_tokens(texts(2), torch.tensor([[0, 1]])).shared
+    nothing = torch.full((1, 2, LENGTH), PADDING)
+    assert method.auxiliary_loss(bert, shared, nothing) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("revmux", 9_445_248), ("vanilla-adapter", 16_525_056), ("only-multiplexer-reversible", 12_100_224)],
+)
+def test_weights_are_as_many_as_in_the_paper(name, weights):
+    with torch.device("meta"):
+        shape = BackboneShape(768, num_layers=12, num_labels=2, readout_size=768, shared_answer=True, vocab_size=30522)
+        assert build_method(name, shape, 2).tunable_parameters() == weights
+
+
+@pytest.mark.parametrize("name", ["revmux", "only-multiplexer-reversible"])
+def test_a_width_that_cannot_be_divided_is_an_error(bert, name):
+    with pytest.raises(
+        UserError, match=r"hidden_size \(80\) must be divisible by num_inputs \(3\); choose N from 2, 4"
+    ):
+        build_method(name, BackboneShape.of(bert), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("datamux", {"keys": "binary"}, "unknown keys 'binary'; known: gaussian, orthogonal"),
+        ("datamux", {"demultiplexer": "rsa"}, "unknown demultiplexer 'rsa'; known: index, mlp"),
+        ("datamux", {"index_tokens": [1, 2]}, r"N = 2 takes 3 different ids in 0\.\.59"),
+        ("datamux", {"index_tokens": [1, 2, 60]}, r"N = 2 takes 3 different ids in 0\.\.59"),
+        ("datamux", {"retrieval_weight": 0.0, "warmup_steps": 5}, "give retrieval a weight above 0"),
+        ("mux-plm", {"multiplexer": "none"}, "unknown multiplexer 'none'; known: gaussian, contextual"),
+        ("mux-plm", {"multiplexer": "contextual", "heads": 3}, r"hidden_size \(80\) must be divisible by heads \(3\)"),
+        ("mux-plm", {"demultiplexer_layers": 0}, "choose 1 or more"),
+        ("token-split", {"exit_layer": 4}, r"exit_layer is 4; this backbone has layers 0\.\.3"),
+        ("token-split", {"pooling_width": -1}, "pooling_width is -1"),
+        ("revmux", {"exit_layer": -1}, r"exit_layer is -1; this backbone has layers 0\.\.3"),
+        ("vanilla-adapter", {"skip": True}, "known options: dropout, output_relu"),
+    ],
+)
+def test_wrong_settings_name_the_legal_ones(bert, name, options, message):
+    with pytest.raises(UserError, match=message):
+        build_method(name, BackboneShape.of(bert), 2, options)
+
+
+def test_every_method_of_the_paper_is_registered():
+    expected = {"siso", "exit-head", "revmux", "token-split", *(name for name, _ in SYSTEMS)}
+    assert expected <= set(method_names())
+
+
+def test_a_method_comes_back_from_its_state(bert):
+    for name, options in SYSTEMS:
+        method = randomised(bert, name, 2, options)
+        copy = build_method(name, BackboneShape.of(bert), 2, method.options_dict())
+        copy.load_state_dict(method.state_dict())
+        tokens, groups = texts(4), groups_of(2)
+        first = MultiplexedClassifier(bert, method, 1).eval().run_tokens(tokens, groups).scores
+        again = MultiplexedClassifier(bert, copy, 1).eval().run_tokens(tokens, groups).scores
+        torch.testing.assert_close(again, first, rtol=0, atol=0)
