@@ -1,20 +1,25 @@
-"""Before a run: ``python -m revmux cost`` prints speed-ups, ``python -m revmux memory`` the memory of training."""
+"""Before a run: ``python -m revmux cost`` prints speed-ups, ``python -m revmux memory`` the memory of training.
+
+``python -m revmux cache ls`` and ``cache rm`` list and remove stored features.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
 
 from revmux.cost import ceiling_table, relative_cost
 from revmux.errors import UserError
+from revmux.features import cache_cli
 from revmux.memory import plan_memory
 from revmux.methods import BackboneShape, Method, build_method
 from revmux.shapes import meta_backbone
 
 GIBIBYTE = 2**30
+CACHE: dict[str, Any] = {"_help": "List and remove stored features.", "ls": cache_cli.ls, "rm": cache_cli.rm}
 
 
 def cost(
@@ -95,7 +100,7 @@ def _on_meta(method: str, shape: BackboneShape, num_inputs: int) -> Method:
 def main() -> int:
     """Run a subcommand; 0, or 2 for a mistake in its arguments."""
     try:
-        print(auto_cli({"cost": cost, "memory": memory}, prog="python -m revmux"))
+        print(auto_cli({"cost": cost, "memory": memory, "cache": CACHE}, prog="python -m revmux"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

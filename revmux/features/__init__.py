@@ -1,6 +1,22 @@
 """What the frozen backbone says of each input alone, computed online or read from a store."""
 
 from revmux.features.base import FeatureBatch, Features
+from revmux.features.cache_cli import StoreInfo, list_stores, remove_stores
+from revmux.features.config import StoreConfig
 from revmux.features.online import OnlineFeatures
+from revmux.features.precision import Precision, measure_precision
+from revmux.features.store import FeatureStore, open_features
 
-__all__ = ["FeatureBatch", "Features", "OnlineFeatures"]
+__all__ = [
+    "FeatureBatch",
+    "FeatureStore",
+    "Features",
+    "OnlineFeatures",
+    "Precision",
+    "StoreConfig",
+    "StoreInfo",
+    "list_stores",
+    "measure_precision",
+    "open_features",
+    "remove_stores",
+]

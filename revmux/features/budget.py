@@ -1,0 +1,41 @@
+"""How large a store will be, before a byte of it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from revmux.backbone import Backbone
+from revmux.data.tokens import TokenizedSplit
+
+GIGABYTE = 10**9
+
+
+@dataclass(frozen=True)
+class StoreSize:
+    """Bytes on disk.
+
+    Attributes:
+        teacher: readout vectors and label scores of all inputs, in float32.
+        layer: states of all real tokens at one layer.
+    """
+
+    teacher: int
+    layer: int
+
+
+def predict_size(split: TokenizedSplit, backbone: Backbone, dtype: torch.dtype, prompt_length: int = 0) -> StoreSize:
+    """The size of a split's features.
+
+    Args:
+        split: the tokens.
+        backbone: whose widths count.
+        dtype: type of the states on disk.
+        prompt_length: states that an input has beyond its tokens, as a soft prompt brings them.
+    """
+    states = int(split.lengths.sum()) + prompt_length * len(split)
+    return StoreSize(
+        teacher=len(split) * (backbone.readout_size + backbone.num_labels) * 4,
+        layer=states * backbone.hidden_size * dtype.itemsize,
+    )

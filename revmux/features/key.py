@@ -1,0 +1,59 @@
+"""What a store depends on, hashed: change any ingredient and it is another store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from revmux.backbone import Backbone
+from revmux.data.tokens import TokenizedSplit
+
+# Settings that do not change what a model computes.
+_INERT = {
+    "_name_or_path",
+    "_attn_implementation",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+def backbone_digest(backbone: Backbone) -> str:
+    """Hash of the weights as they are in memory, and of the configuration.
+
+    The hash of the checkpoint's file is not enough: a head may be fresh, or the weights tuned since.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    config = {name: value for name, value in backbone.config.to_dict().items() if name not in _INERT}
+    verbalizer = getattr(backbone, "verbalizer", None)  # label words are a head without weights
+    settings = [type(backbone).__name__, config, str(verbalizer)]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in backbone.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokens_digest(split: TokenizedSplit) -> str:
+    """Hash of all that the backbone reads of a split: data, template, tokenizer and max length show in it."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{split.tokenizer.padding_side} {split.tokenizer.pad_token_id}".encode())
+    for name, rows in sorted(split.encoded.items()):
+        digest.update(name.encode())
+        digest.update(np.fromiter((len(row) for row in rows), np.int64).tobytes())
+        digest.update(np.fromiter(chain.from_iterable(rows), np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def combine(ingredients: Mapping[str, Any]) -> str:
+    """One name, fit for a folder, for all ingredients together."""
+    return hashlib.blake2b(json.dumps(ingredients, sort_keys=True).encode(), digest_size=12).hexdigest()

@@ -1,0 +1,230 @@
+"""Stored features as padded batches: the inner loop of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from revmux.backbone import Backbone, HiddenState
+from revmux.data.tokens import TokenizedSplit
+from revmux.features.base import FeatureBatch
+from revmux.features.shards import ShardSet, fixed_values, ragged_values
+
+
+class RowIndex:
+    """Where each input lies.
+
+    Args:
+        plan: rows of each shard.
+
+    Attributes:
+        shard: (M,) the shard of each input.
+        place: (M,) its row there.
+    """
+
+    def __init__(self, plan: list[np.ndarray]) -> None:
+        total = sum(len(rows) for rows in plan)
+        self.shard = np.empty(total, np.int32)
+        self.place = np.empty(total, np.int32)
+        for index, rows in enumerate(plan):
+            self.shard[rows] = index
+            self.place[rows] = np.arange(len(rows))
+
+
+class FixedRows:
+    """A column of equally wide rows over all shards; its values stay on disk until they are read."""
+
+    def __init__(self, shards: list[np.ndarray], index: RowIndex) -> None:
+        self.shards, self.index = shards, index
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """(B,) rows to (B, W)."""
+        taken = np.empty((len(rows), self.shards[0].shape[1]), self.shards[0].dtype)
+        owners, places = self.index.shard[rows], self.index.place[rows]
+        for shard in np.unique(owners):
+            here = np.flatnonzero(owners == shard)
+            taken[here] = self.shards[shard][places[here]]
+        return taken
+
+
+class RaggedRows:
+    """A column of rows of unequal length over all shards; its values stay on disk until they are read.
+
+    Args:
+        shards: each shard's values (T, ...) and offsets (R + 1,).
+        plan: rows of each shard.
+        index: where each input lies.
+
+    Attributes:
+        counts: (M,) tokens of each input.
+    """
+
+    def __init__(self, shards: list[tuple[np.ndarray, np.ndarray]], plan: list[np.ndarray], index: RowIndex) -> None:
+        self.values = [values for values, _ in shards]
+        self.index = index
+        self.starts = np.empty(len(index.shard), np.int64)
+        self.counts = np.empty(len(index.shard), np.int64)
+        for rows, (_, offsets) in zip(plan, shards, strict=True):
+            self.starts[rows] = offsets[:-1]
+            self.counts[rows] = np.diff(offsets)
+
+    def padded(self, rows: np.ndarray, pad_left: bool, pin: bool = False) -> Tensor:
+        """(B,) rows to (B, S, ...), zero where there is no token.
+
+        Args:
+            rows: the inputs.
+            pad_left: whether padding goes before the tokens.
+            pin: give page-locked memory, for copies to a GPU.
+        """
+        counts = self.counts[rows]
+        length = int(counts.max())
+        sample = self.values[0]
+        shape = (len(rows), length, *sample.shape[1:])
+        batch = torch.empty(shape, dtype=getattr(torch, sample.dtype.name), pin_memory=pin)
+        view = batch.numpy()
+        where = zip(self.index.shard[rows].tolist(), self.starts[rows].tolist(), counts.tolist(), strict=True)
+        # An input's tokens are contiguous: one plain copy an input beats any gather by token.
+        for target, (shard, start, count) in zip(view, where, strict=True):
+            source = self.values[shard][start : start + count]
+            if pad_left:
+                target[: length - count] = 0
+                target[length - count :] = source
+            else:
+                target[:count] = source
+                target[count:] = 0
+        return batch
+
+
+class TeacherReader:
+    """What is stored of each input once for all layers.
+
+    Args:
+        shards: the teacher's shards.
+        plan: rows of each shard.
+    """
+
+    def __init__(self, shards: ShardSet, plan: list[np.ndarray]) -> None:
+        self.plan, self.index = plan, RowIndex(plan)
+        batches = [shards.read(index) for index in range(len(plan))]
+        self._fixed = {
+            name: FixedRows([fixed_values(batch.column(name)) for batch in batches], self.index)
+            for name in ("vectors", "scores", "answer")
+        }
+        self._ragged = {
+            name: RaggedRows([ragged_values(batch.column(name)) for batch in batches], plan, self.index)
+            for name in batches[0].schema.names
+            if name not in self._fixed
+        }
+
+    def take(self, name: str, rows: np.ndarray) -> Tensor:
+        """``vectors`` (B, r), ``scores`` (B, C) or ``answer`` (B, A), counted from an input's first token."""
+        return torch.from_numpy(self._fixed[name].take(rows))
+
+    def padded(self, name: str, rows: np.ndarray, pad_left: bool) -> Tensor | None:
+        """``positions`` (B, S), ``segments`` (B, S) or ``spans`` (B, S, A); None where the family has none."""
+        return self._ragged[name].padded(rows, pad_left) if name in self._ragged else None
+
+
+class TeacherFeatures:
+    """Tokens with the stored teacher: the prefill is left to the model.
+
+    Args:
+        split: the tokens and labels.
+        backbone: where batches go, and in which type.
+        teacher: its stored answers.
+    """
+
+    def __init__(self, split: TokenizedSplit, backbone: Backbone, teacher: TeacherReader) -> None:
+        self.split, self.backbone, self.teacher = split, backbone, teacher
+        self.labels, self.lengths = split.labels, split.lengths
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
+        """See :meth:`revmux.features.Features.batch`."""
+        picked = as_rows(rows)
+        return replace(self._labelled(picked), tokens=self.split.batch(picked.tolist(), self.backbone.device))
+
+    def _labelled(self, rows: np.ndarray) -> FeatureBatch:
+        device, dtype = self.backbone.device, self.backbone.dtype
+        return FeatureBatch(
+            labels=self.labels[torch.from_numpy(rows)].to(device),
+            teacher_vectors=self.teacher.take("vectors", rows).to(device, dtype),
+            teacher_scores=self.teacher.take("scores", rows).to(device, dtype),
+        )
+
+
+class StoredFeatures(TeacherFeatures):
+    """Stored states at one depth, with the stored teacher.
+
+    Args:
+        split: the labels.
+        backbone: where batches go, and in which type.
+        teacher: its stored answers.
+        shards: the states at ``depth``.
+        depth: l.
+        dtype: type of the states on disk.
+    """
+
+    def __init__(
+        self,
+        split: TokenizedSplit,
+        backbone: Backbone,
+        teacher: TeacherReader,
+        shards: ShardSet,
+        depth: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(split, backbone, teacher)
+        self.depth, self.dtype = depth, dtype
+        self.pad_left = split.tokenizer.padding_side == "left"
+        plan = teacher.plan
+        columns = [ragged_values(shards.read(index).column("hidden")) for index in range(len(plan))]
+        self.states = RaggedRows(columns, plan, teacher.index)
+
+    def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
+        """See :meth:`revmux.features.Features.batch`."""
+        picked = as_rows(rows)
+        return replace(self._labelled(picked), prefilled=self._state(picked))
+
+    def _state(self, rows: np.ndarray) -> HiddenState:
+        device = self.backbone.device
+        hidden = self.states.padded(rows, self.pad_left, pin=device.type == "cuda").view(self.dtype)  # (B, S, d)
+        # Half-width states cross to the device as they are and widen there.
+        hidden = hidden.to(device, non_blocking=True).to(self.backbone.dtype)
+        counts = torch.from_numpy(self.states.counts[rows]).unsqueeze(1)  # (B, 1)
+        length = hidden.shape[1]
+        first = length - counts if self.pad_left else torch.zeros_like(counts)  # (B, 1)
+        place = torch.arange(length)
+        spans = self.teacher.padded("spans", rows, self.pad_left)  # (B, S, A)
+        segments = self.teacher.padded("segments", rows, self.pad_left)
+        return HiddenState(
+            hidden=hidden,
+            mask=((place >= first) & (place < first + counts)).to(device),
+            answer=(self.teacher.take("answer", rows).long() + first).to(device),
+            depth=self.depth,
+            positions=self._positions(rows, counts),
+            segments=None if segments is None else segments.long().to(device),
+            spans=None if spans is None else spans.bool().transpose(1, 2).to(device),
+        )
+
+    def _positions(self, rows: np.ndarray, counts: Tensor) -> Tensor | None:
+        positions = self.teacher.padded("positions", rows, self.pad_left)  # (B, S)
+        if positions is None:
+            return None
+        positions = positions.long()
+        if not self.pad_left:
+            # Padding counts on, as families have it, so that rows in order are seen to be in order.
+            behind = (torch.arange(positions.shape[1]) - (counts - 1)).clamp(min=0)  # (B, S)
+            positions += (behind > 0) * (positions.gather(1, counts - 1) + behind)
+        return positions.to(self.backbone.device)
+
+
+def as_rows(rows: Sequence[int] | Tensor) -> np.ndarray:
+    """(B,) row numbers as numpy has them."""
+    return torch.as_tensor(rows, dtype=torch.long).cpu().numpy()

@@ -1,0 +1,581 @@
+"""The feature store: what is read is what the backbone says, nothing half-written is trusted, work is done once."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset
+from pyarrow.fs import FileSystem, LocalFileSystem, SubTreeFileSystem
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    LlamaConfig,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+)
+
+from revmux import UserError
+from revmux.__main__ import main
+from revmux.backbone import Backbone, HiddenState, cut
+from revmux.backbone.llama import LlamaBackbone
+from revmux.backbone.verbalizer import Verbalizer
+from revmux.data.tokens import TokenizedSplit
+from revmux.features import (
+    OnlineFeatures,
+    StoreConfig,
+    list_stores,
+    measure_precision,
+    open_features,
+    remove_stores,
+)
+from revmux.features.cache_cli import format_stores
+from revmux.features.key import tokens_digest
+from revmux.features.lease import Lease
+from revmux.features.place import Place
+from revmux.features.shards import ShardSet, plan_shards
+from revmux.pretrained import Pretrained
+
+LAYERS, WIDTH, INPUTS, SHARD = 3, 32, 23, 8
+WORDS = [f"w{index}" for index in range(40)]
+SHAPE: dict[str, Any] = {
+    "vocab_size": len(WORDS) + 5,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "num_labels": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+BART = {
+    **{name: value for name, value in SHAPE.items() if name != "hidden_size"},
+    "d_model": WIDTH,
+    "encoder_layers": LAYERS,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "decoder_start_token_id": 3,
+}
+
+
+def bert(seed: int = 0) -> Backbone:
+    torch.manual_seed(seed)
+    return cut(AutoModelForSequenceClassification.from_config(BertConfig(**SHAPE))).freeze()
+
+
+def modernbert() -> Backbone:
+    torch.manual_seed(0)
+    config = ModernBertConfig(**SHAPE, classifier_pooling="mean", local_attention=6, cls_token_id=2, sep_token_id=3)
+    return cut(AutoModelForSequenceClassification.from_config(config)).freeze()
+
+
+def llama() -> Backbone:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, num_key_value_heads=4))
+    backbone = LlamaBackbone(model, Verbalizer(("no", "yes"), ((7,), (9, 10))))
+    backbone.add_soft_prompt(2)
+    return backbone.freeze()
+
+
+def bart() -> Backbone:
+    torch.manual_seed(0)
+    return cut(AutoModelForSequenceClassification.from_config(BartConfig(**BART))).freeze()
+
+
+def tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, "[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", padding_side=side)
+
+
+def split(seed: int = 0, max_length: int = 16, side: str = "right") -> TokenizedSplit:
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 15, (INPUTS,), generator=random).tolist()
+    texts = [
+        " ".join(WORDS[word] for word in torch.randint(len(WORDS), (length,), generator=random)) for length in lengths
+    ]
+    labels = torch.randint(3, (INPUTS,), generator=random).tolist()
+    return TokenizedSplit(Dataset.from_dict({"text": texts, "label": labels}), tokenizer(side), max_length)
+
+
+def pretrained(backbone: Backbone) -> Pretrained:
+    return Pretrained(backbone, tokenizer(), {"name": "tiny", "revision": None, "sha256": "same"}, has_head=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> StoreConfig:
+    return StoreConfig(root=str(tmp_path / "features"), dtype="float32", batch_size=4, shard_inputs=SHARD)
+
+
+def same(config: StoreConfig, **changes: Any) -> StoreConfig:
+    return StoreConfig(**{**vars(config), **changes})
+
+
+def shard_files(config: StoreConfig) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in sorted(Path(config.root).rglob("*.arrow"))}
+
+
+def expect_equal(store: Any, backbone: Backbone, tokens: TokenizedSplit, layer: int, tolerance: float) -> None:
+    """Batches of the store equal the backbone's own, for rows in several orders."""
+    view, online = store.at(layer), OnlineFeatures(tokens, backbone)
+    orders = [torch.randperm(INPUTS, generator=torch.Generator().manual_seed(2))[:9], [3], [5, 5, 0], range(INPUTS)]
+    for rows in orders:
+        got, expected = view.batch(rows), online.batch(rows)
+        with torch.no_grad():
+            state = backbone.run(backbone.embed(expected.tokens), layer)
+        assert got.tokens is None
+        assert got.prefilled.depth == layer
+        assert torch.equal(got.prefilled.mask, state.mask)
+        assert torch.equal(got.prefilled.answer, state.answer)
+        for name in ("positions", "segments", "spans"):
+            own, true = getattr(got.prefilled, name), getattr(state, name)
+            assert (own is None) == (true is None), name
+            assert own is None or torch.equal(own, true), name
+        assert got.prefilled.hidden.dtype == backbone.dtype
+        difference = (got.prefilled.hidden - state.hidden)[state.mask].abs().max()
+        assert difference <= tolerance * max(float(state.hidden[state.mask].abs().max()), 1.0)
+        assert not got.prefilled.hidden[~state.mask].any()
+        assert torch.equal(got.labels, expected.labels)
+        torch.testing.assert_close(got.teacher_vectors, expected.teacher_vectors, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got.teacher_scores, expected.teacher_scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_batches_are_what_the_backbone_says(config: StoreConfig, dtype: str, tolerance: float) -> None:
+    backbone, tokens = bert(), split()
+    backbone.train()  # the store runs it in eval mode all the same
+    store = open_features(pretrained(backbone), tokens, range(LAYERS + 1), same(config, dtype=dtype))
+    assert backbone.training
+    backbone.eval()
+    for layer in range(LAYERS + 1):
+        expect_equal(store, backbone, tokens, layer, tolerance)
+    assert torch.equal(store.at(1).labels, tokens.labels)
+    assert torch.equal(store.at(1).lengths, tokens.lengths)
+    assert len(store.at(1)) == INPUTS
+
+
+@pytest.mark.parametrize(
+    ("build", "side"), [(modernbert, "right"), (llama, "left"), (llama, "right")], ids=["spans", "left", "right"]
+)
+def test_what_families_say_of_tokens_is_kept(config: StoreConfig, build: Callable[[], Backbone], side: str) -> None:
+    backbone, tokens = build(), split(side=side)
+    store = open_features(pretrained(backbone), tokens, [0, 2], config)
+    for layer in (0, 2):
+        expect_equal(store, backbone, tokens, layer, 1e-5)
+
+
+def test_upper_layers_go_on_from_the_store(config: StoreConfig) -> None:
+    backbone, tokens = bert(), split()
+    batch = open_features(pretrained(backbone), tokens, [1], config).at(1).batch(range(INPUTS))
+    assert batch.prefilled is not None
+    with torch.no_grad():
+        scores = backbone.classify(backbone.answers(backbone.run(batch.prefilled, LAYERS))[:, 0])
+    torch.testing.assert_close(scores, batch.teacher_scores, atol=1e-5, rtol=1e-5)
+
+
+def test_reopening_writes_nothing_and_a_further_layer_only_itself(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    open_features(model, tokens, [1], config)
+    first = shard_files(config)
+    assert len(first) == 2 * len(plan_shards(tokens.lengths.numpy(), SHARD))
+    open_features(model, tokens, [1], config)
+    assert shard_files(config) == first
+    store = open_features(model, tokens, [1, 2], config)
+    later = shard_files(config)
+    assert {path: later[path] for path in first} == first
+    assert {path.parent.name for path in set(later) - set(first)} == {"layer-002-float32"}
+    expect_equal(store, model.backbone, tokens, 2, 1e-5)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def corrupt(path: Path) -> None:
+    """Change bytes in the middle, keeping the size."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * 64)
+    os.utime(path, ns=(1, 1))
+
+
+def swap(path: Path) -> None:
+    """Another shard's content, of its own right a complete file."""
+    path.write_bytes(path.with_name("shard-00001.arrow").read_bytes())
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, corrupt, swap])
+@pytest.mark.parametrize("folder", ["teacher", "layer-001-float32"])
+def test_damaged_shards_are_written_again(config: StoreConfig, damage: Callable[[Path], None], folder: str) -> None:
+    model, tokens = pretrained(bert()), split()
+    open_features(model, tokens, [1], config)
+    intact = shard_files(config)
+    damaged = next(path for path in intact if path.parent.name == folder)
+    damage(damaged)
+    expect_equal(open_features(model, tokens, [1], config), model.backbone, tokens, 1, 1e-5)
+    mended = shard_files(config)
+    assert mended.keys() == intact.keys()
+    assert {path for path in intact if mended[path] != intact[path]} == {damaged}
+
+
+def test_a_touched_but_unchanged_shard_is_kept(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    open_features(model, tokens, [1], config)
+    path = next(iter(shard_files(config)))
+    os.utime(path, ns=(1, 1))
+    open_features(model, tokens, [1], config)
+    assert shard_files(config)[path] == 1
+
+
+def test_an_interrupted_writer_is_carried_on(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = pretrained(bert()), split()
+    write, written = Place.write, []
+
+    def fail_late(place: Place, name: str, data: Any) -> None:
+        if name.endswith(".arrow"):
+            written.append(name)
+        if len(written) == 4:
+            Path(place.file(f"{name}.0.tmp")).write_bytes(b"half a shard")
+            raise KeyboardInterrupt
+        write(place, name, data)
+
+    monkeypatch.setattr(Place, "write", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        open_features(model, tokens, [1], config)
+    monkeypatch.undo()
+    before = shard_files(config)
+    assert len(before) == 3
+    expect_equal(open_features(model, tokens, [1], config), model.backbone, tokens, 1, 1e-5)
+    after = shard_files(config)
+    assert {path: after[path] for path in before} == before
+    assert not list(Path(config.root).rglob("*.tmp"))
+
+
+def test_unreadable_manifests_are_not_trusted(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    open_features(model, tokens, [1], config)
+    for path in Path(config.root).rglob("manifest.json"):
+        path.write_text('{"format": 1, "shards')
+    expect_equal(open_features(model, tokens, [1], config), model.backbone, tokens, 1, 1e-5)
+
+
+def test_every_ingredient_is_in_the_key(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    keys = [open_features(model, tokens, [], config).key]
+    keys.append(open_features(pretrained(bert(seed=1)), tokens, [], config).key)  # the identity names the same file
+    with torch.no_grad():
+        next(model.backbone.parameters()).view(-1)[0] += 1
+    keys.append(open_features(model, tokens, [], config).key)
+    activation = bert()
+    activation.config.layer_norm_eps = 0.1
+    keys.append(open_features(pretrained(activation), tokens, [], config).key)
+    for other in (split(seed=1), split(max_length=8)):
+        keys.append(open_features(pretrained(bert()), other, [], config).key)
+    assert len(set(keys)) == len(keys)
+    assert tokens_digest(split()) != tokens_digest(split(side="left"))
+    assert open_features(pretrained(bert()), split(), [], config).key == keys[0]
+
+
+def test_dtypes_lie_side_by_side(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    keys = {open_features(model, tokens, [1], same(config, dtype=dtype)).key for dtype in ("float32", "bfloat16")}
+    assert len(keys) == 1
+    expect_equal(open_features(model, tokens, [1], config), model.backbone, tokens, 1, 1e-5)
+
+
+def open_and_log(config: StoreConfig, log: str, barrier: Any) -> None:
+    """One process of several that want the same store; notes every shard that it writes."""
+    write = ShardSet.write
+
+    def noted(shards: ShardSet, index: int, columns: Any) -> None:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()} {shards.place.path} {index}\n")
+        write(shards, index, columns)
+
+    backbone, tokens = bert(), split()
+    barrier.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardSet, "write", noted)
+        expect_equal(open_features(pretrained(backbone), tokens, [1], config), backbone, tokens, 1, 1e-5)
+
+
+def test_processes_that_want_the_same_store_do_the_work_once(config: StoreConfig, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    log, barrier = tmp_path / "log", context.Barrier(2)
+    other = context.Process(target=open_and_log, args=(config, str(log), barrier))
+    other.start()
+    open_and_log(config, str(log), barrier)
+    other.join()
+    assert other.exitcode == 0
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(shard_files(config))
+    assert len({line.split()[0] for line in lines}) == 1
+
+
+def test_over_budget_only_the_teacher_is_stored(config: StoreConfig, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokens = pretrained(bert()), split()
+    layer_gb = int(tokens.lengths.sum()) * WIDTH * 4 / 1e9
+    with caplog.at_level(logging.WARNING):
+        store = open_features(model, tokens, [1, 2], same(config, budget_gb=1.5 * layer_gb))
+    message = caplog.records[-1].getMessage()
+    teacher_gb = INPUTS * (WIDTH + 3) * 4 / 1e9
+    assert f"need {teacher_gb + 2 * layer_gb:.3g} GB, over budget_gb = {1.5 * layer_gb:g};" in message
+    assert store.stored_layers == ()
+    assert {path.parent.name for path in shard_files(config)} == {"teacher"}
+    batch, expected = store.at(2).batch([4, 0, 9]), OnlineFeatures(tokens, model.backbone).batch([4, 0, 9])
+    assert batch.prefilled is None
+    assert batch.tokens is not None
+    assert expected.tokens is not None
+    assert all(torch.equal(batch.tokens[name], expected.tokens[name]) for name in expected.tokens)
+    torch.testing.assert_close(batch.teacher_vectors, expected.teacher_vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_the_budget_counts_what_is_stored_already(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    assert open_features(model, tokens, [1], config).stored_layers == (1,)
+    used = sum(path.stat().st_size for path in shard_files(config))
+    store = open_features(model, tokens, [1, 2], same(config, budget_gb=1.2 * used / 1e9))
+    assert store.stored_layers == (1,)
+    assert store.at(2).batch([0]).tokens is not None
+    expect_equal(store, model.backbone, tokens, 1, 1e-5)
+
+
+def test_a_full_disk_is_seen_before_writing(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Place, "free", lambda place: 1000)
+    assert open_features(pretrained(bert()), split(), [1], config).stored_layers == ()
+    assert "over the 1e-06 GB that the disk has" in caplog.text
+
+
+def test_decoders_that_read_the_text_are_not_stored(config: StoreConfig, caplog: pytest.LogCaptureFixture) -> None:
+    backbone, tokens = bart(), split()
+    store = open_features(pretrained(backbone), tokens, [1], config)
+    assert "decoder" in caplog.text
+    assert store.stored_layers == ()
+    batch, expected = store.at(1).batch([4, 0, 9]), OnlineFeatures(tokens, backbone).batch([4, 0, 9])
+    assert batch.tokens is not None
+    torch.testing.assert_close(batch.teacher_scores, expected.teacher_scores, atol=1e-5, rtol=1e-5)
+
+
+def test_a_type_too_narrow_is_refused(config: StoreConfig) -> None:
+    backbone = bert()
+    with torch.no_grad():
+        backbone.model.bert.encoder.layer[0].output.LayerNorm.weight.mul_(1e6)
+    with pytest.raises(UserError, match=r"float16 cannot hold the states of layer 1.*bfloat16 or float32"):
+        open_features(pretrained(backbone), split(), [1], same(config, dtype="float16"))
+
+
+def test_a_stale_store_is_refused(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backbone's code may change where its weights do not."""
+    model, tokens = pretrained(bert()), split()
+    key = open_features(model, tokens, [1], config).key
+    run = Backbone.run
+
+    def doubled(backbone: Backbone, state: HiddenState, to: int) -> HiddenState:
+        return replace(state, hidden=2 * run(backbone, state, to).hidden, depth=to)
+
+    monkeypatch.setattr(Backbone, "run", doubled)
+    with pytest.raises(UserError, match=f"cache rm {key}"):
+        open_features(model, tokens, [1], config)
+
+
+def test_answers_that_depend_on_padding_are_refused(config: StoreConfig) -> None:
+    with pytest.raises(UserError, match="depend on padding"):  # BERT reads its first place, padding or not
+        open_features(pretrained(bert()), split(side="left"), [1], config)
+
+
+def test_precision_is_measured_and_noted(config: StoreConfig) -> None:
+    backbone, tokens = bert(), split()
+    half = measure_precision(backbone, tokens, 1, torch.float16)
+    brain = measure_precision(backbone, tokens, 1, torch.bfloat16)
+    exact = measure_precision(backbone, tokens, 1, torch.float32)
+    assert (exact.max_relative_error, exact.mean_relative_error, exact.changed_share) == (0, 0, 0)
+    assert 0 < half.mean_relative_error < brain.mean_relative_error < 2**-8
+    assert half.mean_relative_error <= half.max_relative_error < 2**-11
+    assert half.inputs == INPUTS
+    store = open_features(pretrained(backbone), tokens, [1], same(config, dtype="float16"))
+    assert store.notes(1)["precision"]["mean_relative_error"] == pytest.approx(half.mean_relative_error)
+
+
+def test_a_root_may_be_a_uri(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    store = open_features(model, tokens, [1], same(config, root=Path(config.root).as_uri()))
+    expect_equal(store, model.backbone, tokens, 1, 1e-5)
+    files = shard_files(config)
+    assert open_features(model, tokens, [1], config).key == store.key
+    assert shard_files(config) == files
+
+
+@pytest.mark.parametrize("kind", ["subtree", "memory"])
+def test_any_filesystem_will_do(config: StoreConfig, tmp_path: Path, kind: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Lease.__init__, "__defaults__", (100.0, 0.0, 0.0, lambda seconds: None, lambda: 0.0))
+    filesystem = SubTreeFileSystem(str(tmp_path), LocalFileSystem())
+    if kind == "memory":
+        filesystem = FileSystem.from_uri("mock:///")[0]
+    model, tokens = pretrained(bert()), split()
+    remote = same(config, root="deep/features")
+    for layers in ([1], [1], [1, 2]):
+        store = open_features(model, tokens, layers, remote, filesystem)
+        expect_equal(store, model.backbone, tokens, layers[-1], 1e-5)
+    assert [info.key for info in list_stores(remote.root, filesystem)] == [store.key]
+    remove_stores([store.key], remote.root, filesystem=filesystem)
+    assert list_stores(remote.root, filesystem) == []
+
+
+def test_local_states_are_mapped_not_read(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    before = pa.total_allocated_bytes()
+    store = open_features(model, tokens, [1], config)
+    view: Any = store.at(1)
+    assert pa.total_allocated_bytes() == before
+    assert sum(values.nbytes for values in view.states.values) == int(tokens.lengths.sum()) * WIDTH * 4
+
+
+class Clock:
+    """Seconds that pass only by sleeping."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+        self.wake: Callable[[], None] = lambda: None
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.wake()
+
+    def now(self) -> float:
+        return self.seconds
+
+
+def test_a_lease_has_one_holder_and_outlives_no_dead_one() -> None:
+    filesystem, clock = FileSystem.from_uri("mock:///")[0], Clock()
+    first, second, third = (
+        Lease(filesystem, "lease", lifetime=100, sleep=clock.sleep, now=clock.now) for _ in range(3)
+    )
+    assert first.acquire()
+    assert not second.acquire(wait=False)
+    clock.seconds += 90
+    first.renew()
+    clock.seconds += 90
+    assert not second.acquire(wait=False)  # renewed in time
+    clock.seconds += 20
+    assert second.acquire(wait=False)  # the first has died
+    first.release()
+    assert not third.acquire(wait=False)  # not the first's to give back
+    second.release()
+    assert third.acquire(wait=False)
+
+
+def test_a_lease_lost_while_it_settles_is_waited_for() -> None:
+    filesystem, clock = FileSystem.from_uri("mock:///")[0], Clock()
+    winner, loser = (Lease(filesystem, "lease", sleep=clock.sleep, now=clock.now) for _ in range(2))
+    steps = iter([winner._write, winner.release])
+    clock.wake = lambda: next(steps, lambda: None)()
+    assert loser.acquire()
+    assert next(steps, None) is None
+
+
+def test_stores_are_listed_and_removed(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command_line(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["revmux", *arguments])
+        return main()
+
+    model = pretrained(bert())
+    small = open_features(model, split(), [], config)
+    large = open_features(model, split(seed=1), [1, 2], config)
+    bystander = Path(config.root) / "other"
+    bystander.mkdir()
+    stores = list_stores(config.root)
+    assert [store.key for store in stores] == [large.key, small.key]
+    assert stores[0].contents == ("layer-001-float32", "layer-002-float32", "teacher")
+    assert stores[0].bytes == sum(path.stat().st_size for path in bystander.parent.joinpath(large.key).rglob("*.*"))
+    assert command_line("cache", "ls", "--root", config.root) == 0
+    assert capsys.readouterr().out == format_stores(stores) + "\n"
+    assert command_line("cache", "rm", "zz", "--root", config.root) == 2
+    for keys, problem in [([], "no store named"), (["zz"], "fits no store"), ([""], "fits"), (["other"], "fits no")]:
+        with pytest.raises(UserError, match=problem):
+            remove_stores(keys, config.root)
+    assert [store.key for store in remove_stores([large.key[:8]], config.root)] == [large.key]
+    assert [store.key for store in list_stores(config.root)] == [small.key]
+    assert command_line("cache", "rm", "all", "--root", config.root) == 0
+    assert list_stores(config.root) == []
+    assert bystander.is_dir()
+    assert list_stores(str(tmp_path / "nowhere")) == []
+
+
+def test_a_store_that_is_being_written_is_not_removed(config: StoreConfig) -> None:
+    key = open_features(pretrained(bert()), split(), [], config).key
+    place = Place.open(config.root)
+    with place.exclusive(f"{key}.lock"), pytest.raises(UserError, match="another process"):
+        remove_stores([key], config.root)
+    assert [store.key for store in list_stores(config.root)] == [key]
+
+
+def test_shards_hold_every_input_once_and_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("revmux.features.shards.SHARD_TOKENS", 40)
+    lengths = torch.randint(1, 30, (50,), generator=torch.Generator().manual_seed(0)).numpy()
+    lengths[7] = 100  # longer than a shard may be
+    plan = plan_shards(lengths, shard_inputs=6)
+    assert sorted(row for rows in plan for row in rows.tolist()) == list(range(50))
+    assert all(len(rows) <= 6 for rows in plan)
+    assert all(lengths[rows].sum() <= 40 or len(rows) == 1 for rows in plan)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"dtype": "float8"}, "unknown dtype 'float8'; known: float32, float16, bfloat16"),
+        ({"budget_gb": -1}, "budget_gb is -1"),
+        ({"budget_gb": float("nan")}, "budget_gb is nan"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"shard_inputs": 0}, "shard_inputs is 0"),
+        ({"root": ""}, "root of the feature store is empty"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        StoreConfig(**settings)
+
+
+def test_the_default_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert StoreConfig().root == "/somewhere/revmux/features"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert StoreConfig().root == "~/.cache/revmux/features"
+
+
+def test_wrong_requests_are_refused(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    with pytest.raises(UserError, match=f"prefill layer 9 does not exist; choose 0..{LAYERS}"):
+        open_features(model, tokens, [9], config)
+    with pytest.raises(UserError, match="layer 2 was not asked for"):
+        open_features(model, tokens, [], config).at(2)
+    with pytest.raises(UserError, match="cannot open 'nosuch://"):
+        open_features(model, tokens, [1], same(config, root="nosuch://bucket/x"))
+    blocked = Path(config.root) / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="choose another root"):
+        open_features(model, tokens, [1], same(config, root=str(blocked / "features")))
