@@ -317,7 +317,8 @@ def test_multiplexed_answers_do_not_depend_on_padding(name: str, side: str) -> N
     with torch.no_grad():
         plain = model(batch(side))
         torch.testing.assert_close(model(batch(side, extra=5)), plain, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model(batch(side, junk=17)), plain, atol=1e-5, rtol=1e-5)
+        for junk in (17, END):
+            torch.testing.assert_close(model(batch(side, junk=junk)), plain, atol=1e-5, rtol=1e-5)
     assert plain.std(dim=0).min() > 1e-3
 
 
@@ -401,9 +402,43 @@ def test_soft_prompt_alone_is_tuned_and_frozen_with_the_backbone(name: str) -> N
         torch.testing.assert_close(multiplexer(backbone, 1)(batch("right", extra=3)), plain, atol=1e-5, rtol=1e-5)
 
 
+@ALL
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_own_answer_is_the_last_token(name: str, side: str) -> None:
+    backbone = backbone_of(name)
+    backbone.add_soft_prompt(3)
+    with torch.no_grad():
+        state = backbone.embed(batch(side))
+        expected = torch.stack([row[mask][-1] for row, mask in zip(state.hidden, state.mask, strict=True)])
+        torch.testing.assert_close(backbone.own_answers(state), expected)
+    assert (state.positions is None) == (name.split("-")[0] in ("bart", "gpt2"))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-words") or is_decoder(name)])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_token_split_does_not_depend_on_padding_or_neighbours(name: str, side: str) -> None:
+    backbone = backbone_of(name)
+    torch.manual_seed(0)
+    model = MultiplexedClassifier(backbone, build_method("token-split", BackboneShape.of(backbone), 2), 1).eval()
+    with torch.no_grad():
+        plain = model(batch(side))
+        torch.testing.assert_close(model(batch(side, extra=6, junk=17)), plain, atol=1e-5, rtol=1e-5)
+        turned = model(batch(side), torch.tensor([[2, 0], [3, 1]]))
+        torch.testing.assert_close(turned, plain, atol=1e-5, rtol=1e-5)
+    assert plain.std(dim=0).min() > 1e-2
+
+
 def test_positions_count_from_the_first_token() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
     assert token_positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+def test_verbalizer_is_made_where_the_model_is() -> None:
+    model = MODELS["llama-words"]().to("meta")
+    backbone = cut(model, TWO_TOKENS)
+    assert {buffer.device.type for name, buffer in backbone.named_buffers() if name.startswith("label_rows")} == {
+        "meta"
+    }
 
 
 def test_wrong_heads_are_refused_with_a_remedy() -> None:

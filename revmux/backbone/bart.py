@@ -19,6 +19,7 @@ class BartBackbone(EncoderDecoderBackbone):
     """``BartForSequenceClassification`` or ``BartForConditionalGeneration`` cut at any encoder layer."""
 
     model_types: ClassVar[tuple[str, ...]] = ("bart",)
+    layers_read_positions: ClassVar[bool] = False
 
     @property
     def encoder(self) -> Any:

@@ -8,7 +8,8 @@ encoder's states as ``HiddenState.decoder``, are mixed like them, and each input
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ class EncoderDecoderBackbone(GenerativeBackbone):
     Attributes:
         shared_answer: True with a verbalizer (one decoder step), False with a classification head (each
             input's own end-of-sequence token).
+        layers_read_positions: whether every layer needs the token positions, or the embeddings alone.
     """
+
+    layers_read_positions: ClassVar[bool]
 
     def __init__(self, model: nn.Module, verbalizer: Verbalizer | None = None) -> None:
         super().__init__(model, verbalizer)
@@ -75,13 +79,17 @@ class EncoderDecoderBackbone(GenerativeBackbone):
         positions = token_positions(mask)
         own = padding_mask(tokens)
         answer = last_token(own) if self.shared_answer else self._end_of_text(tokens["input_ids"], own)
+        decoder = None if self.shared_answer else self._shifted_text(tokens["input_ids"], own, answer)
+        return replace(self._begin(self.encoder, words, mask, answer + shift, positions), decoder=decoder)
+
+    def _begin(self, stack: Any, words: Tensor, mask: Tensor, answer: Tensor, positions: Tensor) -> HiddenState:
+        """The state that a stack starts from, at depth 0."""
         return HiddenState(
-            hidden=self.place(self.encoder, words, positions),
+            hidden=self.place(stack, words, positions),  # (B, S, d)
             mask=mask,
-            answer=answer + shift,  # (B, 1)
+            answer=answer,
             depth=0,
-            positions=positions,
-            decoder=None if self.shared_answer else self._shifted_text(tokens["input_ids"], own, answer),
+            positions=positions if self.layers_read_positions else None,
         )
 
     def _end_of_text(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -98,7 +106,7 @@ class EncoderDecoderBackbone(GenerativeBackbone):
         """The decoder's stream for a classification head: the start token, then the text without its end."""
         first = mask.int().argmax(dim=1, keepdim=True)  # (B, 1) padding on the left
         shifted = ids.roll(1, dims=1).scatter(1, first, self._start_token())  # (B, S)
-        return self._stream(shifted, mask, answer, token_positions(mask))
+        return self._begin(self.decoder, self.decoder.embed_tokens(shifted), mask, answer, token_positions(mask))
 
     def _answer_steps(self, memory: HiddenState) -> HiddenState:
         """The decoder's stream for a verbalizer: start token and prefix, once for every input side by side."""
@@ -107,23 +115,18 @@ class EncoderDecoderBackbone(GenerativeBackbone):
         copies = 1 if memory.segments is None else memory.answer.shape[1]  # A
         device = memory.hidden.device
         ids = torch.tensor([self._start_token(), *prefix] * copies, device=device).expand(len(memory), -1)  # (G, A·T)
-        answer = torch.arange(1, copies + 1, device=device) * steps - 1
-        segments = None
-        if memory.segments is not None:
-            segments = memory.segments.gather(1, memory.answer).repeat_interleave(steps, dim=1)  # (G, A·T)
-        return self._stream(
-            ids,
+        answer = torch.arange(1, copies + 1, device=device) * steps - 1  # (A,) the last step of each copy
+        stream = self._begin(
+            self.decoder,
+            self.decoder.embed_tokens(ids),
             torch.ones_like(ids, dtype=torch.bool),
             answer.expand(len(memory), -1),
             torch.arange(steps, device=device).repeat(copies).expand(len(memory), -1),
-            segments,
         )
-
-    def _stream(
-        self, ids: Tensor, mask: Tensor, answer: Tensor, positions: Tensor, segments: Tensor | None = None
-    ) -> HiddenState:
-        hidden = self.place(self.decoder, self.decoder.embed_tokens(ids), positions)  # (B, T, d)
-        return HiddenState(hidden=hidden, mask=mask, answer=answer, depth=0, positions=positions, segments=segments)
+        if memory.segments is None:
+            return stream
+        segments = memory.segments.gather(1, memory.answer).repeat_interleave(steps, dim=1)  # (G, A·T)
+        return replace(stream, segments=segments)
 
     def _start_token(self) -> int:
         for config in (self.config, getattr(self.model, "generation_config", None)):

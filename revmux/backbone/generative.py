@@ -50,7 +50,7 @@ class GenerativeBackbone(Backbone):
                 f"{name} scores no vocabulary for the verbalizer to read; load a language model "
                 "(...ForCausalLM, ...ForConditionalGeneration), or leave the verbalizer out"
             )
-        self.label_rows = VerbalizerHead(verbalizer, output.weight.shape[0])
+        self.label_rows = VerbalizerHead(verbalizer, output.weight.shape[0]).to(output.weight.device)
 
     @property
     def num_labels(self) -> int:

@@ -22,6 +22,7 @@ class T5Backbone(EncoderDecoderBackbone):
     """``T5ForConditionalGeneration`` or ``T5ForSequenceClassification`` cut at any encoder block."""
 
     model_types: ClassVar[tuple[str, ...]] = ("t5",)
+    layers_read_positions: ClassVar[bool] = True
 
     @property
     def _stacks(self) -> Any:
