@@ -79,7 +79,7 @@ def plan_memory(
     trained = method.tunable_parameters() + (in_backbone if tuned else 0)
     kept = _KeptForBackward(model, batch_size, length, stored)
     upper = method.exit_layer() - prefill_layers
-    own = prefill_layers if tuned else 0  # prefill layers that a gradient goes back through
+    own = prefill_layers if method.tunes_prefill else 0  # prefill layers that a gradient goes back through
     if gradient_checkpointing:
         # Of all layers the inputs, and everything of the one layer that is being gone back through.
         activations = upper * kept.upper_boundary + own * kept.prefill_boundary
@@ -129,7 +129,7 @@ class _KeptForBackward:
     def _around(self, tokens: Tensor, groups: Tensor) -> tuple[HiddenState, HiddenState, int]:
         model = self.model
         prepared, rows = model.slot_tokens({"input_ids": tokens, "attention_mask": tokens}, groups)
-        with torch.set_grad_enabled(model.method.tunes_backbone):
+        with torch.set_grad_enabled(model.method.tunes_prefill):
             state = model.backbone.embed(prepared)
         own = model.backbone.own_answers(state)[rows]
         mixed = model.multiplex(state, rows)

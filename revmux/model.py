@@ -65,7 +65,7 @@ class MultiplexedClassifier(nn.Module):
 
     def prefill(self, tokens: TokenBatch) -> HiddenState:
         """Each input alone through layers 1..l: tokens (B, S) to states (B, S, d)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.tunes_backbone):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.tunes_prefill):
             return self.backbone.run(self.backbone.embed(tokens), self.prefill_layers)
 
     def run_groups(self, prefilled: HiddenState, groups: Tensor) -> GroupOutput:
@@ -114,17 +114,19 @@ class MultiplexedClassifier(nn.Module):
             groups of those rows.
 
         Raises:
-            UserError: the prepared tokens are more than the backbone has positions for.
+            UserError: the tokens are more than the backbone has positions for.
         """
+        grouped = tokens
+        if self.method.prepares_tokens:
+            grouped = self.method.prepare({name: tensor[groups] for name, tensor in tokens.items()})  # (G, N, S')
+        length, limit, added = grouped["input_ids"].shape[-1], self.backbone.max_length, self.method.added_tokens
+        if length > limit:
+            raise UserError(
+                f"inputs have {length} tokens ({added} of them put there by {self.method.name}), but the backbone takes "
+                f"{limit}; cut texts to {limit - added}"
+            )
         if not self.method.prepares_tokens:
             return tokens, groups
-        grouped = self.method.prepare({name: tensor[groups] for name, tensor in tokens.items()})  # (G, N, S')
-        length, added = grouped["input_ids"].shape[-1], self.method.added_tokens
-        if length > self.backbone.max_length:
-            raise UserError(
-                f"{self.method.name} puts {added} tokens before each input: {length} tokens, but the backbone takes "
-                f"{self.backbone.max_length}; cut texts to {self.backbone.max_length - added} tokens"
-            )
         flat = {name: tensor.flatten(0, 1) for name, tensor in grouped.items()}  # (G·N, S')
         return flat, torch.arange(groups.numel(), device=groups.device).view_as(groups)
 

@@ -1,5 +1,7 @@
 """Every method on a tiny backbone: shapes, gradients, padding, sizes and mistakes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method, cut
 from revmux.backbone import Backbone, TokenBatch
-from revmux.methods import Method, method_names
+from revmux.methods import Method, method_names, registry
 
 SYSTEMS = [
     ("revmux", {}),
@@ -228,7 +230,9 @@ def test_index_demultiplexer_takes_any_prefill_and_limits_length(bert):
     method = randomised(bert, "datamux", 4, {})
     assert method.added_tokens == 5
     tokens = {"input_ids": torch.ones(4, 36, dtype=torch.long)}
-    with pytest.raises(UserError, match="41 tokens, but the backbone takes 40; cut texts to 35"):
+    with pytest.raises(
+        UserError, match=r"41 tokens \(5 of them put there by datamux\), but the backbone takes 40; cut texts to 35"
+    ):
         MultiplexedClassifier(bert, method, 0).run_tokens(tokens, torch.arange(4).unsqueeze(0))
 
 
@@ -323,3 +327,13 @@ def test_a_method_comes_back_from_its_state(bert):
         first = MultiplexedClassifier(bert, method, 1).eval().run_tokens(tokens, groups).scores
         again = MultiplexedClassifier(bert, copy, 1).eval().run_tokens(tokens, groups).scores
         torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+def test_the_documented_method_works(bert, monkeypatch):
+    """The example of docs/add-a-method.md, as a user would copy it."""
+    page = (Path(__file__).parents[1] / "docs" / "add-a-method.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    exec(code, {"__name__": "my_package.mean_mix"})
+    method = build_method("mean-mix", BackboneShape.of(bert), 4, {"bias": False})
+    assert MultiplexedClassifier(bert, method, 1)(texts(6)).shape == (6, 3)

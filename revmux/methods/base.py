@@ -101,6 +101,11 @@ class Method(nn.Module, ABC):
         self.num_inputs = num_inputs
         self.options = self.Options() if options is None else options
 
+    @property
+    def tunes_prefill(self) -> bool:
+        """Whether the layers up to l are trained too; a tuned task model keeps its lowest layers."""
+        return self.tunes_backbone
+
     def exit_layer(self) -> int:
         """e, the layer after which answers are read; L unless the method leaves early."""
         return self.shape.num_layers

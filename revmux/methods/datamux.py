@@ -94,6 +94,7 @@ class DataMUX(Method):
     name: ClassVar[str] = "datamux"
     Options: ClassVar[type] = DataMUXOptions
     matches_teacher: ClassVar[bool] = False
+    prefix: Tensor
 
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)

@@ -49,9 +49,10 @@ class OrthogonalKeys(nn.Module):
 
     def __init__(self, num_inputs: int, hidden: int, learn: bool) -> None:
         super().__init__()
-        self.keys = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(num_inputs))
-        for key in self.keys:
-            nn.init.orthogonal_(key.weight)
+        matrices = [nn.Linear(hidden, hidden, bias=False) for _ in range(num_inputs)]
+        for matrix in matrices:
+            nn.init.orthogonal_(matrix.weight)
+        self.keys = nn.ModuleList(matrices)
         self.requires_grad_(learn)
 
     def mix(self, slots: Tensor) -> Tensor:

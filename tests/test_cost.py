@@ -1,0 +1,344 @@
+"""Counted operations and planned memory, against what PyTorch counts and keeps."""
+
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method, cut
+from revmux.__main__ import main
+from revmux.backbone import Backbone
+from revmux.backbone.verbalizer import Verbalizer
+from revmux.cost import ceiling_table, count_flops, relative_cost, speedup_ceiling
+from revmux.memory import plan_memory
+from revmux.methods import Method
+from revmux.shapes import PRESETS, config_of, meta_backbone
+from revmux.valueless import call_valueless, valueless
+
+SYSTEMS = [
+    ("siso", 1, {}),
+    ("exit-head", 1, {"layer": 2}),
+    ("revmux", 2, {}),
+    ("revmux", 4, {"skip": True, "exit_layer": 2}),
+    ("vanilla-adapter", 2, {}),
+    ("only-multiplexer-reversible", 4, {}),
+    ("datamux", 2, {}),
+    ("datamux", 4, {"keys": "orthogonal", "demultiplexer": "mlp"}),
+    ("mux-plm", 4, {}),
+    ("mux-plm", 2, {"multiplexer": "contextual"}),
+    ("token-split", 4, {}),
+]
+BERT = {
+    "vocab_size": 60,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+GROUPS, LENGTH = 2, 24
+
+
+def tiny(family: str) -> Backbone:
+    torch.manual_seed(0)
+    if family == "bert":
+        return cut(BertForSequenceClassification(BertConfig(**BERT, attn_implementation="eager"))).freeze()
+    if family == "electra":
+        config = ElectraConfig(**BERT, embedding_size=32, attn_implementation="eager")
+        return cut(ElectraForSequenceClassification(config)).freeze()
+    if family == "deberta-v2":
+        config = DebertaV2Config(
+            **BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, share_att_key=True
+        )
+        return cut(DebertaV2ForSequenceClassification(config)).freeze()
+    if family == "modernbert":
+        config = ModernBertConfig(**BERT, attn_implementation="eager", cls_token_id=1, sep_token_id=2)
+        return cut(ModernBertForSequenceClassification(config)).freeze()
+    if family == "llama":
+        config = LlamaConfig(**BERT, num_key_value_heads=2, head_dim=24, attn_implementation="eager")
+        return cut(LlamaForSequenceClassification(config)).freeze()
+    if family == "gpt2":
+        config = GPT2Config(
+            vocab_size=60, n_embd=64, n_layer=3, n_head=4, n_positions=64, attn_implementation="eager", pad_token_id=0
+        )
+        return cut(GPT2ForSequenceClassification(config)).freeze()
+    if family == "bart":
+        config = BartConfig(
+            vocab_size=60,
+            d_model=64,
+            encoder_layers=3,
+            decoder_layers=3,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_position_embeddings=64,
+            attn_implementation="eager",
+        )
+        return cut(BartForSequenceClassification(config)).freeze()
+    config = T5Config(
+        vocab_size=60,
+        d_model=64,
+        d_kv=24,
+        d_ff=96,
+        num_layers=3,
+        num_heads=4,
+        decoder_start_token_id=0,
+        attn_implementation="eager",
+    )
+    words = Verbalizer(label_names=("no", "yes"), token_ids=((3,), (4,)))
+    return cut(T5ForConditionalGeneration(config), words).freeze()
+
+
+def counted_by_torch(model: MultiplexedClassifier, length: int, group_count: int = GROUPS) -> float:
+    """Operations an input, as FlopCounterMode sees them when the model really runs."""
+    model.requires_grad_(False)
+    rows = group_count * model.num_inputs
+    ids = torch.full((rows, length), 2)  # 2 is BART's end of text
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    groups = torch.arange(rows).view(group_count, -1)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.run_tokens(tokens, groups)
+    return counter.get_total_flops() / rows
+
+
+@pytest.mark.parametrize(("name", "num_inputs", "options"), SYSTEMS)
+@pytest.mark.parametrize("prefill_layers", [0, 1])
+def test_counts_agree_with_torch(name, num_inputs, options, prefill_layers):
+    backbone = tiny("bert")
+    method = build_method(name, BackboneShape.of(backbone), num_inputs, options).eval()
+    counted = count_flops(backbone, method, prefill_layers, LENGTH).per_input
+    expected = counted_by_torch(MultiplexedClassifier(backbone, method, prefill_layers).eval(), LENGTH)
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["electra", "deberta-v2", "modernbert", "llama", "gpt2", "bart", "t5"])
+@pytest.mark.parametrize("name", ["revmux", "token-split"])
+def test_counts_agree_with_torch_for_every_family(family, name):
+    backbone = tiny(family)
+    method = build_method(name, BackboneShape.of(backbone), 2).eval()
+    if family == "bart" and name == "token-split":
+        with pytest.raises(UserError, match="decoder reads the text"):
+            count_flops(backbone, method, 1, LENGTH)
+        return
+    counted = count_flops(backbone, method, 1, LENGTH).per_input
+    # DeBERTa projects its relative positions once a batch, whatever its size: no cost of an input in a large one.
+    group_count = 32 if family == "deberta-v2" else GROUPS
+    expected = counted_by_torch(MultiplexedClassifier(backbone, method, 1).eval(), LENGTH, group_count)
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def bert_base() -> Backbone:
+    config = BertConfig(attn_implementation="eager")
+    with torch.device("meta"):
+        return cut(BertForSequenceClassification(config)).freeze()
+
+
+def on_meta(backbone: Backbone, name: str, num_inputs: int, options: dict | None = None) -> Method:
+    with torch.device("meta"):
+        return build_method(name, BackboneShape.of(backbone), num_inputs, options)
+
+
+@pytest.mark.parametrize(("name", "num_inputs", "options"), SYSTEMS)
+def test_counts_agree_with_torch_at_bert_base_shape(bert_base, name, num_inputs, options):
+    method = on_meta(bert_base, name, num_inputs, options)
+    prefill_layers = min(6, method.exit_layer())
+    model = MultiplexedClassifier(bert_base, method, prefill_layers).eval()
+    with valueless():
+        expected = call_valueless(model, lambda: counted_by_torch(model, 128))
+    counted = count_flops(bert_base, method, prefill_layers, 128).per_input
+    assert counted == pytest.approx(expected, rel=0.01)
+    assert all(parameter.is_meta for parameter in bert_base.parameters())
+
+
+@pytest.mark.parametrize(("prefill_layers", "speedup"), [(6, 1.31), (3, 1.55)])
+def test_revmux_is_faster_than_siso_by_count(bert_base, prefill_layers, speedup):
+    cost = relative_cost(bert_base, on_meta(bert_base, "revmux", 2), prefill_layers, 128)
+    assert 1 / cost >= speedup
+    assert 1 / cost < speedup_ceiling(12, prefill_layers, 2)
+
+
+def test_siso_costs_one_and_an_exit_head_its_share(bert_base):
+    assert relative_cost(bert_base, on_meta(bert_base, "siso", 1), 0, 128) == pytest.approx(1.0)
+    exit_head = on_meta(bert_base, "exit-head", 1, {"layer": 3})
+    assert relative_cost(bert_base, exit_head, 0, 128) == pytest.approx(3 / 12, rel=0.01)
+
+
+def test_stages_add_up_and_leave_no_hook_behind():
+    backbone = tiny("bert")
+    method = build_method("revmux", BackboneShape.of(backbone), 2)
+    cost = count_flops(backbone, method, 1, LENGTH)
+    assert cost.per_input == cost.prefill + cost.multiplex + cost.upper + cost.head
+    assert cost.upper == pytest.approx(cost.prefill)  # one layer alone, two layers shared by two
+    assert not any(module._forward_hooks for module in [*backbone.modules(), *method.modules()])
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "prefill_layers", "num_inputs", "ceiling"),
+    [
+        (12, 3, 2, 1.60),
+        (12, 3, 4, 2.29),
+        (12, 3, 8, 2.91),
+        (12, 6, 2, 1.33),
+        (12, 6, 8, 1.78),
+        (12, 1, 8, 5.05),
+        (12, 0, 4, 4),
+    ],
+)
+def test_ceiling(num_layers, prefill_layers, num_inputs, ceiling):
+    assert speedup_ceiling(num_layers, prefill_layers, num_inputs) == pytest.approx(ceiling, abs=0.005)
+
+
+def test_ceiling_table_has_every_pair():
+    rows = ceiling_table(12, [2, 4], [0, 6])
+    assert [(row.num_inputs, row.prefill_layers) for row in rows] == [(2, 0), (2, 6), (4, 0), (4, 6)]
+
+
+def kept_by_torch(model: MultiplexedClassifier, batch_size: int, length: int) -> int:
+    """Bytes that autograd really keeps, weights aside."""
+    ids = torch.ones(batch_size, length, dtype=torch.long)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.run_tokens({"input_ids": ids}, torch.arange(batch_size).view(-1, model.num_inputs))
+    assert output.scores.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(("name", "num_inputs"), [("revmux", 2), ("token-split", 4), ("datamux", 2)])
+def test_planned_activations_are_those_that_autograd_keeps(name, num_inputs):
+    torch.manual_seed(0)
+    backbone = cut(BertForSequenceClassification(BertConfig(**{**BERT, "num_hidden_layers": 6}))).freeze()
+    options = {"demultiplexer": "mlp", "dropout": 0.0} if name == "datamux" else {}
+    method = build_method(name, BackboneShape.of(backbone), num_inputs, options).eval()
+    if method.tunes_backbone:
+        backbone.requires_grad_(True)
+    plan = plan_memory(backbone, method, 2, 16, 32, dtype=torch.float32)
+    real = kept_by_torch(MultiplexedClassifier(backbone, method, 2).eval(), 16, 32)
+    assert plan.activations == pytest.approx(real, rel=0.1)
+
+
+def test_plan_counts_weights_by_type(bert_base):
+    method = on_meta(bert_base, "revmux", 2)
+    plan = plan_memory(bert_base, method, 6, 32, 128)
+    weights = sum(parameter.numel() for parameter in bert_base.parameters())
+    assert plan.backbone == 2 * weights
+    assert plan.adapters == plan.gradients == 4 * 9_445_248
+    assert plan.optimizer == 8 * 9_445_248
+    assert plan.total > plan.backbone + plan.adapters + plan.gradients + plan.optimizer + plan.activations
+
+
+def test_checkpointing_and_tuning_move_the_plan(bert_base):
+    frozen, tuned = on_meta(bert_base, "revmux", 2), on_meta(bert_base, "revmux", 2, {"tune_backbone": True})
+    whole = plan_memory(bert_base, frozen, 6, 32, 128)
+    again = plan_memory(bert_base, frozen, 6, 32, 128, gradient_checkpointing=True)
+    assert again.activations < 0.6 * whole.activations
+    assert again.optimizer == whole.optimizer
+    every = plan_memory(bert_base, tuned, 6, 32, 128)
+    weights = sum(parameter.numel() for parameter in bert_base.parameters())
+    assert every.optimizer == 8 * (weights + 9_445_248)
+    assert every.activations > 3 * whole.activations
+
+
+def test_plan_refuses_a_batch_that_is_no_whole_groups(bert_base):
+    with pytest.raises(UserError, match=r"batch_size \(30\) must be divisible by num_inputs \(4\)"):
+        plan_memory(bert_base, on_meta(bert_base, "revmux", 4), 6, 30, 128)
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [
+        ("bert-base", 109),
+        ("bert-large", 335),
+        ("t5-small", 60),
+        ("t5-base", 223),
+        ("t5-large", 738),
+        ("llama-3-8b", 8030),
+    ],
+)
+def test_presets_have_the_size_of_the_published_models(model, millions):
+    backbone = meta_backbone(model)
+    assert sum(parameter.numel() for parameter in backbone.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert all(parameter.is_meta for parameter in backbone.parameters())
+
+
+def test_an_unknown_model_names_the_presets():
+    with pytest.raises(UserError, match=f"neither a preset \\({', '.join(PRESETS)}\\)"):
+        config_of("bert-huge")
+
+
+def test_a_local_folder_is_planned_by_its_config(tmp_path):
+    BertConfig(**BERT, architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
+    assert meta_backbone(str(tmp_path)).hidden_size == 64
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run ``python -m revmux ...`` in this process: exit status, output, errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["revmux", *arguments])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_command_line_prints_speedups_and_memory(command, tmp_path):
+    BertConfig(**BERT, architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
+    model = str(tmp_path)
+    status, cost, _ = command(
+        "cost", "--model", model, "--num_inputs", "[2]", "--prefill_layers", "[1]", "--length", "64"
+    )
+    assert status == 0
+    assert cost.splitlines()[-1].split()[:3] == ["2", "1", "1.50×"]
+    status, memory, _ = command("memory", "--model", model, "--batch_size", "[4]", "--length", "[16]")
+    assert status == 0
+    assert [line.split()[2] for line in memory.splitlines()[2:]] == ["no", "yes"]
+
+
+@pytest.mark.parametrize(("name", "legal"), [("revmux", 64), ("datamux", 61)])
+def test_a_length_beyond_the_positions_is_an_error(name, legal):
+    backbone = tiny("bert")
+    method = build_method(name, BackboneShape.of(backbone), 2)
+    message = f"the backbone takes 64; cut texts to {legal}"
+    with pytest.raises(UserError, match=message):
+        count_flops(backbone, method, 1, 65)
+    with pytest.raises(UserError, match=message):
+        plan_memory(backbone, method, 1, 4, 65)
+
+
+def test_command_line_reports_a_mistake_on_one_line(command):
+    status, _, errors = command("cost", "--model", "bert-huge")
+    assert status == 2
+    assert errors.startswith("error: model is 'bert-huge'")
+    assert len(errors.strip().splitlines()) == 1
