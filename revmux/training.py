@@ -117,15 +117,22 @@ class TrainStep(nn.Module):
         self.model = model
         self.loss = loss
 
-    def forward(self, batch: FeatureBatch, groups: Tensor) -> dict[str, Tensor]:
-        """Losses of one batch; ``groups`` (G, N) index the batch's rows."""
+    def forward(self, batch: FeatureBatch, groups: Tensor, warmup: bool = False) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            batch: B inputs.
+            groups: (G, N) long, rows of the batch.
+            warmup: whether the method's auxiliary loss alone counts.
+        """
+        method = self.model.method
         if batch.prefilled is not None:
             output = self.model.run_groups(batch.prefilled, groups)
         else:
             assert batch.tokens is not None
             output = self.model.run_tokens(batch.tokens, groups)
-        matches = self.model.method.matches_teacher and batch.teacher_vectors is not None
-        return training_loss(
+        matches = method.matches_teacher and batch.teacher_vectors is not None
+        losses = training_loss(
             output.scores,
             output.vectors,
             batch.labels[groups],
@@ -133,6 +140,14 @@ class TrainStep(nn.Module):
             batch.teacher_scores[groups] if batch.teacher_scores is not None else None,
             self.loss,
         )
+        if method.has_auxiliary_loss:
+            assert output.shared is not None
+            assert batch.tokens is not None
+            losses["auxiliary"] = method.auxiliary_loss(
+                self.model.backbone, output.shared, batch.tokens["input_ids"][groups]
+            )
+            losses["loss"] = losses["auxiliary"] + (0.0 if warmup else 1.0) * losses["loss"]
+        return losses
 
 
 class Trainer:
@@ -215,7 +230,8 @@ class Trainer:
         for groups in plan[:, self.rank * share : (self.rank + 1) * share]:  # (G, N) of this worker
             rows, inside = local_rows(groups)
             batch = self.train_data.batch(rows)
-            losses = self.step(batch, inside.to(batch.labels.device))
+            warmup = self.state.step < self.model.method.warmup_steps
+            losses = self.step(batch, inside.to(batch.labels.device), warmup)
             self.optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
             nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)

@@ -21,6 +21,9 @@ from revmux.backbone.state import HiddenState, TokenBatch
 from revmux.errors import UserError
 
 
+_EMBEDDING_WORDS = ("embed", "wte", "wpe", "shared.")  # how families call what stands before layer 1
+
+
 class Backbone(nn.Module, ABC):
     """A Hugging Face model as: embed, run layers ``depth+1..to``, read answers, classify.
 
@@ -92,6 +95,17 @@ class Backbone(nn.Module, ABC):
         """No gradients, no dropout: what this model says to an input alone never changes again."""
         self.requires_grad_(False)
         return self.eval()
+
+    def unfreeze_above(self, depth: int) -> Backbone:
+        """Train the layers above ``depth`` and the head; the embeddings too where ``depth`` is 0."""
+        self.requires_grad_(True)
+        if depth > 0:
+            for name, parameter in self.named_parameters():
+                if any(word in name for word in _EMBEDDING_WORDS):
+                    parameter.requires_grad_(False)
+            for index in range(depth):
+                self.layer(index).requires_grad_(False)
+        return self
 
     @abstractmethod
     def embed(self, tokens: TokenBatch) -> HiddenState:

@@ -1,0 +1,43 @@
+"""Command lines of the jobs: a typed configuration from YAML and flags, and one line for a mistake."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser
+
+from revmux.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def parse(config_class: type[Config], description: str, argv: Sequence[str] | None = None) -> Config:
+    """The configuration from ``--config FILE.yaml`` and flags; flags win.
+
+    Args:
+        config_class: a dataclass, whose docstring is the help.
+        description: first line of ``--help``.
+        argv: command line without the program's name; the process's own by default.
+    """
+    parser = ArgumentParser(description=description, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with the settings below; flags win over it")
+    parser.add_class_arguments(config_class, as_group=True)
+    namespace = parser.parse_args(argv)
+    del namespace["config"]
+    return config_class(**parser.instantiate_classes(namespace).as_dict())
+
+
+def run(job: Callable[[Any], object], config_class: type, description: str, argv: Sequence[str] | None = None) -> int:
+    """Parse and run a job.
+
+    Returns:
+        0; 2 for a mistake of the caller's, told in one line.
+    """
+    try:
+        job(parse(config_class, description, argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

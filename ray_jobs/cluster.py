@@ -1,0 +1,123 @@
+"""Where a job runs: a Ray cluster of one's own on this machine, or one that is there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from revmux.errors import UserError
+from revmux.extras import require
+
+# Small batches on a CPU are bound by allocation: keep freed memory in the process.
+MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Workers and where they are.
+
+    Args:
+        address: a running cluster's address, ``auto`` for the one that this machine belongs to, or ``local`` for
+            a fresh one on this machine; by default ``auto`` inside a submitted job and ``local`` elsewhere.
+        workers: training processes.
+        cpus_per_worker: cores of each; its threads follow.
+        gpus_per_worker: GPUs of each, fractions too; 0 trains on CPUs (gloo), more on GPUs (nccl).
+        max_failures: restarts from the last checkpoint after a lost worker before the job gives up.
+    """
+
+    address: str | None = None
+    workers: int = 2
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"workers is {self.workers}; choose 1 or more")
+        if self.cpus_per_worker <= 0:
+            raise UserError(f"cpus_per_worker is {self.cpus_per_worker}; choose more than 0, such as 1")
+        for name in ("gpus_per_worker", "max_failures"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; choose 0 or more")
+
+    @property
+    def resolved_address(self) -> str:
+        """The address given, or what the surroundings say."""
+        inside = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
+        return self.address or ("auto" if inside else "local")
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether workers train on GPUs."""
+        return self.gpus_per_worker > 0
+
+    def check_here(self) -> None:
+        """Refuse GPUs on a machine without, before a local cluster starts.
+
+        Raises:
+            UserError: GPUs were asked for and this machine has none.
+        """
+        require("ray", "train")
+        if self.resolved_address == "local" and self.use_gpu and not torch.cuda.is_available():
+            raise UserError(
+                f"gpus_per_worker is {self.gpus_per_worker}, but this machine has no GPU that torch sees; choose "
+                "gpus_per_worker 0, or name a cluster with --cluster.address"
+            )
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """A connection to the cluster; a local one starts here and ends here.
+
+    Raises:
+        UserError: no cluster at the address, or one without the CPUs or GPUs asked for.
+    """
+    config.check_here()
+    import ray
+
+    if ray.is_initialized():
+        check_resources(config)
+        yield
+        return
+    address = config.resolved_address
+    # Workers import this package by the driver's own path, wherever the driver was started.
+    environment = {"env_vars": MALLOC_ENVIRONMENT} if address == "local" else None
+    try:
+        ray.init(address=address, runtime_env=environment, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster at {address!r} ({error}); start one with 'ray start --head', or use local"
+        ) from None
+    try:
+        check_resources(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(config: ClusterConfig) -> None:
+    """Refuse a job that the cluster could never start.
+
+    A cluster that scales with demand may have fewer GPUs now than it can get, so only a cluster without an
+    autoscaler is held to what it has.
+
+    Raises:
+        UserError: naming what is asked for and what there is.
+    """
+    import ray
+
+    if config.resolved_address != "local":
+        return
+    present = ray.cluster_resources()
+    for kind, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
+        wanted, there = each * config.workers, present.get(kind, 0.0)
+        if wanted > there:
+            raise UserError(
+                f"{config.workers} workers × {each:g} {kind} = {wanted:g}, but this machine has {there:g}; "
+                f"choose fewer --cluster.workers or a smaller --cluster.{kind.lower()}s_per_worker"
+            )

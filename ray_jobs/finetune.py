@@ -1,0 +1,75 @@
+"""Tune a backbone to a task: the SISO model, frozen from then on. A ready classifier skips this job.
+
+python -m ray_jobs.finetune --data.source reviews.csv --output runs/task-model
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ray_jobs import cli
+from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.launch import Trained, absolute_storage, launch, load_checked
+from ray_jobs.tracking import Tracker, TrackingConfig
+from revmux.data import DataConfig
+from revmux.errors import UserError
+from revmux.losses import LossConfig
+from revmux.pretrained import BackboneConfig
+from revmux.recipe import MethodConfig, Recipe
+from revmux.training import OptimConfig
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Settings of the job.
+
+    Args:
+        backbone: the pretrained model that is tuned.
+        data: the task.
+        optim: how weights move.
+        frozen_layers: lowest layers, with the embeddings, that keep their weights; 0 tunes everything.
+        cluster: workers.
+        tracking: MLflow.
+        storage: folder of checkpoints and of the default MLflow store; absolute, or relative to where the job runs.
+        output: folder that the task model takes; by default ``task-model`` in the storage folder.
+        name: of the run.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=3, learning_rate=1e-4))
+    frozen_layers: int = 0
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    storage: str = "runs"
+    output: str | None = None
+    name: str = "task-model"
+
+    def recipe(self) -> Recipe:
+        """The job as a recipe: SISO with the backbone tuned."""
+        method = MethodConfig("siso", 1, self.frozen_layers, {"tune_backbone": True})
+        return Recipe(self.backbone, self.data, method, self.optim, LossConfig(infonce_weight=0.0), shuffles=1)
+
+
+def main(job: FinetuneJob) -> Trained:
+    """Tune, evaluate, record."""
+    if job.backbone.dtype != "float32":
+        raise UserError(
+            f"dtype is {job.backbone.dtype}, but a task model is tuned in float32; leave --backbone.dtype out"
+        )
+    storage = absolute_storage(job.storage)
+    recipe = job.recipe()
+    job.cluster.check_here()
+    task = load_checked(recipe, job.cluster.workers)
+    tracker = Tracker(job.tracking, storage)
+    output = Path(job.output).absolute() if job.output else storage / "task-model"
+    with connected(job.cluster):
+        trained = launch(recipe, task, job.cluster, tracker, storage, job.name, output)
+    print(f"task model: {trained.folder}, accuracy on the test split {trained.metrics['accuracy_mean']:.1%}")
+    return trained
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FinetuneJob, (__doc__ or "").strip()))

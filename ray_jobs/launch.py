@@ -1,0 +1,129 @@
+"""From a recipe to a finished folder: one Ray Train run, recorded in MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_jobs.cluster import ClusterConfig
+from ray_jobs.tracking import Tracker
+from revmux.artifact import atomic_folder
+from revmux.data import TaskData, load_task
+from revmux.errors import UserError
+from revmux.pretrained import inspect
+from revmux.recipe import Recipe, check
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left.
+
+    Attributes:
+        folder: adapter or task model.
+        metrics: the figures of the test split, cost, weights.
+        run_id: of the MLflow run.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    run_id: str
+
+
+def absolute_storage(storage: str) -> Path:
+    """The storage folder as an absolute path: a job's working copy is thrown away, this is not.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    folder = Path(storage).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write-test").touch()
+        (folder / ".write-test").unlink()
+    except OSError as error:
+        raise UserError(f"storage {storage!r} cannot be written ({error}); name a folder that can") from None
+    return folder
+
+
+def load_checked(recipe: Recipe, workers: int) -> TaskData:
+    """Check a recipe against the backbone's shape, then read its data: all that can fail before a cluster starts."""
+    shape, own_labels = inspect(recipe.backbone)
+    check(recipe, shape, workers)
+    return load_task(recipe.data, own_labels)
+
+
+def launch(
+    recipe: Recipe,
+    task: TaskData,
+    cluster: ClusterConfig,
+    tracker: Tracker,
+    storage: Path,
+    name: str,
+    output: Path,
+    parent: str | None = None,
+) -> Trained:
+    """Train on the connected cluster; a run that was stopped goes on from its last checkpoint.
+
+    Args:
+        recipe: checked already.
+        task: its data.
+        cluster: workers and their resources; connected already.
+        tracker: where the run is recorded.
+        storage: absolute folder or URI for checkpoints.
+        name: of the run; the same name with the same recipe resumes.
+        output: folder that the result takes.
+        parent: MLflow run id of a sweep.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from ray_jobs.worker import RESULT_NAME, WorkerConfig, train_worker
+
+    params = {"recipe": recipe, "workers": cluster.workers, "gpus_per_worker": cluster.gpus_per_worker}
+    with tracker.run(name, params, parent) as run_id:
+        tracker.log_data(run_id, task.identity)
+        worker = WorkerConfig(
+            recipe=recipe,
+            task=ray.put(task),
+            title=name,
+            threads=max(1, int(cluster.cpus_per_worker)) if not cluster.use_gpu else 0,
+            tracking_uri=tracker.uri,
+            run_id=run_id,
+            progress=sys.stderr.isatty(),
+        )
+        resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
+        if cluster.use_gpu:
+            resources["GPU"] = cluster.gpus_per_worker
+        run_folder = f"{name}-{fingerprint(recipe, task)}"
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"config": worker},
+            scaling_config=ScalingConfig(
+                num_workers=cluster.workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
+            ),
+            torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+            run_config=RunConfig(
+                name=run_folder,
+                storage_path=str(storage / "checkpoints"),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        result = trainer.fit()
+        assert result.checkpoint is not None
+        with result.checkpoint.as_directory() as folder, atomic_folder(output) as temporary:
+            shutil.copytree(Path(folder) / RESULT_NAME, temporary, dirs_exist_ok=True)
+        metrics = {key: value for key, value in (result.metrics or {}).items() if isinstance(value, float)}
+        tracker.log_metrics(run_id, metrics)
+        tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
+        shutil.rmtree(storage / "checkpoints" / run_folder, ignore_errors=True)
+    return Trained(output, metrics, run_id)
+
+
+def fingerprint(recipe: Recipe, task: TaskData) -> str:
+    """Eight characters that change with anything that decides the weights: only the same run is resumed."""
+    return hashlib.sha256(f"{recipe!r}{task.identity['sha256']}".encode()).hexdigest()[:8]

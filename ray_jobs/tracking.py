@@ -1,0 +1,132 @@
+"""Runs in MLflow: one store for every job, children under a sweep, the same keys on every run."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from revmux.errors import UserError
+from revmux.extras import require
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where runs are recorded.
+
+    Args:
+        uri: MLflow tracking URI: a database, or a server; by default sqlite in the job's storage folder. On several
+            machines name a server, which all of them reach.
+        experiment: MLflow experiment.
+    """
+
+    uri: str | None = None
+    experiment: str = "revmux"
+
+
+class Tracker:
+    """One experiment of one tracking store.
+
+    Args:
+        config: which.
+        storage: the job's storage folder, for the default store.
+
+    Raises:
+        UserError: mlflow is not installed, or the store cannot be opened.
+    """
+
+    def __init__(self, config: TrackingConfig, storage: Path) -> None:
+        require("mlflow", "mlflow")
+        from mlflow import MlflowClient
+
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        self.uri = config.uri or f"sqlite:///{storage / 'mlflow.db'}"
+        try:
+            self.client = MlflowClient(self.uri)
+            experiment = self.client.get_experiment_by_name(config.experiment)
+            if experiment is None:
+                location = None if config.uri else (storage / "mlartifacts").as_uri()
+                self.experiment_id = self.client.create_experiment(config.experiment, artifact_location=location)
+            else:
+                self.experiment_id = experiment.experiment_id
+        except Exception as error:
+            raise UserError(
+                f"cannot open the MLflow store {self.uri!r} ({type(error).__name__}: {str(error).splitlines()[0]}); name a "
+                "running server or a database with --tracking.uri"
+            ) from None
+
+    @contextmanager
+    def run(self, name: str, params: Mapping[str, Any], parent: str | None = None) -> Iterator[str]:
+        """A run that ends FINISHED, or FAILED if its body raises; yields the run id.
+
+        Args:
+            name: shown in MLflow.
+            params: nested settings; logged flat, as ``optim.learning_rate``.
+            parent: run id of the sweep that this run is a trial of.
+        """
+        from mlflow.entities import Param
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+        tags = {"revmux.command": " ".join(sys.argv), "revmux.commit": git_commit()}
+        if parent is not None:
+            tags[MLFLOW_PARENT_RUN_ID] = parent
+        run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+        self.client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in flatten(params).items()])
+        try:
+            yield run_id
+        except BaseException:
+            self.client.set_terminated(run_id, "FAILED")
+            raise
+        self.client.set_terminated(run_id, "FINISHED")
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Scalars at a step."""
+        log_metrics(self.uri, run_id, metrics, step)
+
+    def log_folder(self, run_id: str, folder: Path, name: str) -> None:
+        """A folder as artifact."""
+        self.client.log_artifacts(run_id, str(folder), name)
+
+    def log_data(self, run_id: str, identity: Mapping[str, Any]) -> None:
+        """The data set that a run read, as MLflow input."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = str(identity["source"])
+        dataset = Dataset(name=source, digest=str(identity["sha256"])[:12], source_type="local", source=source)
+        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def log_metrics(uri: str, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+    """Scalars at a step, from any process that can open the store."""
+    import time
+
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    MlflowClient(uri).log_batch(
+        run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()]
+    )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dataclasses and mappings as ``a.b.c: value``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {item.name: getattr(value, item.name) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: leaf for name, part in value.items() for key, leaf in flatten(part, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, or ``unknown`` outside a repository."""
+    result = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return result.stdout.strip() or "unknown"

@@ -1,0 +1,89 @@
+"""Train adapters on a frozen task model, for one N after the other.
+
+python -m ray_jobs.train --backbone.model runs/task-model --num_inputs [2,4]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ray_jobs import cli
+from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.launch import Trained, absolute_storage, launch, load_checked
+from ray_jobs.tracking import Tracker, TrackingConfig
+from revmux.data import DataConfig
+from revmux.features import StoreConfig
+from revmux.losses import LossConfig
+from revmux.pretrained import BackboneConfig
+from revmux.recipe import MethodConfig, Recipe
+from revmux.training import OptimConfig
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Settings of the job.
+
+    Args:
+        backbone: the frozen task model: a classifier with its head.
+        data: the task.
+        method: the system; its ``num_inputs`` is used where no list is given.
+        num_inputs: N after N to train; one adapter folder each.
+        optim: how weights move.
+        loss: cross-entropy + λ · InfoNCE, and distillation.
+        store: where the backbone's answers are kept.
+        shuffles: groupings that the reported accuracy is a mean of.
+        cluster: workers.
+        tracking: MLflow.
+        storage: folder of checkpoints and of the default MLflow store; absolute, or relative to where the job runs.
+        output: folder that takes one adapter folder for each N; by default ``adapters`` in the storage folder.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    num_inputs: list[int] | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    shuffles: int = 10
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    storage: str = "runs"
+    output: str | None = None
+
+    def recipes(self) -> dict[str, Recipe]:
+        """A recipe for each N, by the name of its run."""
+        recipes = {}
+        for inputs in self.num_inputs or [self.method.num_inputs]:
+            method = replace(self.method, num_inputs=inputs)
+            name = f"{method.name}-n{inputs}-l{method.prefill_layers}"
+            recipes[name] = Recipe(self.backbone, self.data, method, self.optim, self.loss, self.store, self.shuffles)
+        return recipes
+
+
+def main(job: TrainJob) -> list[Trained]:
+    """Train, evaluate and record one adapter for each N."""
+    storage = absolute_storage(job.storage)
+    recipes = job.recipes()
+    job.cluster.check_here()
+    tasks = {name: load_checked(recipe, job.cluster.workers) for name, recipe in recipes.items()}
+    tracker = Tracker(job.tracking, storage)
+    output = Path(job.output).absolute() if job.output else storage / "adapters"
+    done = []
+    with connected(job.cluster):
+        for name, recipe in recipes.items():
+            trained = launch(recipe, tasks[name], job.cluster, tracker, storage, name, output / name)
+            metrics = trained.metrics
+            print(
+                f"{name}: accuracy {metrics['accuracy_mean']:.1%} ± {metrics['accuracy_std']:.1%} over {job.shuffles} "
+                f"shuffles (SISO {metrics['siso_accuracy']:.1%}), agreement {metrics['siso_agreement']:.1%}, "
+                f"cost {metrics['cost_counted']:.2f} of SISO: {trained.folder}"
+            )
+            done.append(trained)
+    return done
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, TrainJob, (__doc__ or "").strip()))

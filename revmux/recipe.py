@@ -1,0 +1,184 @@
+"""One training run from end to end, on one process or inside a worker: data, backbone, method, trainer.
+
+Ray jobs call this; so can a script, where Ray is not installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from revmux.artifact import AdapterConfig, describe
+from revmux.cost import relative_cost
+from revmux.data import DataConfig, TaskData, TokenizedSplit
+from revmux.errors import UserError
+from revmux.evaluation import Evaluation, evaluate
+from revmux.features import Features, OnlineFeatures, StoreConfig, open_features
+from revmux.losses import LossConfig
+from revmux.methods import BackboneShape, build_method
+from revmux.model import MultiplexedClassifier
+from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.training import OptimConfig, Trainer
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The system that is trained.
+
+    Args:
+        name: ``revmux``, ``token-split``, ``exit-head`` or another registered method.
+        num_inputs: N, inputs that share a pass.
+        prefill_layers: l, layers that each input runs through alone.
+        options: the method's own settings by name; ``python -m revmux methods`` lists them.
+    """
+
+    name: str = "revmux"
+    num_inputs: int = 2
+    prefill_layers: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights that come out.
+
+    Args:
+        backbone: the frozen task model.
+        data: the task.
+        method: the system.
+        optim: how weights move.
+        loss: what they move towards.
+        store: where the backbone's answers are kept between epochs and runs.
+        shuffles: groupings of the test split that the reported accuracy is a mean of.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    shuffles: int = 10
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start.
+
+    Attributes:
+        recipe: what was asked for.
+        pretrained: the backbone.
+        task: the data.
+        model: backbone and method.
+        train: features of each split.
+        selection: chooses.
+        test: is reported.
+    """
+
+    recipe: Recipe
+    pretrained: Pretrained
+    task: TaskData
+    model: MultiplexedClassifier
+    train: Features
+    selection: Features
+    test: Features
+
+    def trainer(self, **arguments: Any) -> Trainer:
+        """The trainer of this run; keyword arguments as :class:`Trainer` takes them."""
+        return Trainer(self.model, self.train, self.selection, self.recipe.optim, self.recipe.loss, **arguments)
+
+    def evaluate_test(self) -> Evaluation:
+        """The figure that is reported: the test split, over shuffles."""
+        return evaluate(self.model, self.test, shuffles=self.recipe.shuffles, seed=self.recipe.optim.seed)
+
+    def cost(self) -> float:
+        """Counted operations an input relative to SISO, at the mean length of the test split."""
+        return relative_cost_at(self.model, self.test)
+
+    def adapter_config(self, metrics: dict[str, float]) -> AdapterConfig:
+        """The artifact's config, with the figures measured."""
+        training = {"seed": self.recipe.optim.seed, "optim": vars(self.recipe.optim), "loss": vars(self.recipe.loss)}
+        return describe(
+            self.model, self.pretrained, self.recipe.backbone.max_length, self.task.identity, training, metrics
+        )
+
+
+def relative_cost_at(model: MultiplexedClassifier, features: Features) -> float:
+    """Counted operations an input relative to SISO, at the mean length of a split."""
+    length = max(1, round(float(features.lengths.double().mean())))
+    return relative_cost(model.backbone, model.method, model.prefill_layers, length)
+
+
+def check(recipe: Recipe, shape: BackboneShape, workers: int = 1) -> None:
+    """Refuse what cannot be trained, from shapes alone: before weights are loaded or a cluster starts.
+
+    Raises:
+        UserError: an unknown method or option, l out of range, d not divisible by N, a batch that cannot be
+            cut into groups.
+    """
+    method = recipe.method
+    if recipe.shuffles < 1:
+        raise UserError(f"shuffles is {recipe.shuffles}; choose 1 or more")
+    with torch.device("meta"):
+        build_method(method.name, shape, method.num_inputs, method.options).check_prefill(method.prefill_layers)
+    recipe.optim.check_groups(method.num_inputs, workers)
+
+
+def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") -> Prepared:
+    """Load the backbone, compute or open what it says of each input, and build the method.
+
+    Args:
+        recipe: the run.
+        task: loaded by :func:`revmux.data.load_task`.
+        device: where the model runs.
+
+    Raises:
+        UserError: anything in the recipe that does not fit the backbone or the data.
+    """
+    method_config = recipe.method
+    tunes_task_model = method_config.name == "siso" and bool(method_config.options.get("tune_backbone"))
+    torch.manual_seed(recipe.optim.seed)  # a fresh head
+    pretrained = load_pretrained(recipe.backbone, task.label_names if tunes_task_model else None)
+    check_labels(pretrained, task)
+    backbone = pretrained.backbone.freeze().to(device)
+    torch.manual_seed(recipe.optim.seed)  # the same adapters whatever was drawn before
+    method = build_method(
+        method_config.name, BackboneShape.of(backbone), method_config.num_inputs, method_config.options
+    ).to(device)
+    model = MultiplexedClassifier(backbone, method, method_config.prefill_layers)
+    splits = [
+        TokenizedSplit(split, pretrained.tokenizer, recipe.backbone.max_length)
+        for split in (task.train, task.selection, task.test)
+    ]
+    features: list[Features]
+    if tunes_task_model:
+        features = [OnlineFeatures(split, backbone, with_teacher=False) for split in splits]
+    else:
+        stored = not (method.tunes_backbone or method.prepares_tokens)
+        layers = [method_config.prefill_layers] if stored else []
+        stores = [open_features(pretrained, split, layers, recipe.store) for split in splits]
+        features = [store.at(method_config.prefill_layers) for store in stores]
+    if method.tunes_backbone:
+        backbone.unfreeze_above(0 if method.tunes_prefill else method_config.prefill_layers)
+    return Prepared(recipe, pretrained, task, model, *features)
+
+
+def check_labels(pretrained: Pretrained, task: TaskData) -> None:
+    """Refuse a task model with other classes than the data.
+
+    Raises:
+        UserError: naming both.
+    """
+    names = pretrained.backbone.label_names
+    if names != task.label_names:
+        raise UserError(
+            f"{pretrained.identity['name']} has the labels {', '.join(names)}, the data has {', '.join(task.label_names)}; "
+            "tune a task model on this data, or name the data that it was tuned on"
+        )
+
+
+def with_method(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other fields of its method."""
+    return replace(recipe, method=replace(recipe.method, **changes))

@@ -1,0 +1,83 @@
+"""The adapters of an engine: loaded onto its one backbone, and what each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from revmux.artifact import WEIGHTS_NAME, AdapterConfig, from_pretrained, load_config
+from revmux.cost import count_flops
+from revmux.errors import UserError
+from revmux.methods import BackboneShape, build_method
+from revmux.model import MultiplexedClassifier
+from revmux.pretrained import Pretrained
+from revmux.serving.plan import Route
+
+COUNTED_LENGTH = 64
+"""Tokens of the inputs whose cost is counted; what is compared hardly depends on it."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter on the engine's backbone.
+
+    Attributes:
+        folder: where it was loaded from.
+        config: what the folder says of it.
+        model: in eval mode.
+        route: its width and cost.
+    """
+
+    folder: str
+    config: AdapterConfig
+    model: MultiplexedClassifier
+    route: Route
+
+
+def load_adapters(
+    folders: Sequence[str | Path], pretrained: Pretrained, max_multiplex: int | None = None
+) -> list[Adapter]:
+    """Put every adapter on the backbone and count its cost.
+
+    Args:
+        folders: adapter folders, trained on this backbone.
+        pretrained: the backbone.
+        max_multiplex: wider adapters are left out; None keeps all.
+
+    Raises:
+        UserError: a folder is no adapter of this backbone, or its method changed the backbone.
+    """
+    length = min(COUNTED_LENGTH, pretrained.backbone.max_length)
+    siso = build_method("siso", BackboneShape.of(pretrained.backbone), 1)
+    plain = count_flops(pretrained.backbone, siso, 0, length).per_input
+    adapters = []
+    for folder in folders:
+        config = load_config(folder)
+        if max_multiplex is not None and config.num_inputs > max_multiplex:
+            continue
+        _check_frozen(folder, config)
+        model = from_pretrained(folder, pretrained)
+        adapters.append(Adapter(str(folder), config, model, _route(model, plain, length)))
+    return adapters
+
+
+def _check_frozen(folder: str | Path, config: AdapterConfig) -> None:
+    """Refuse weights that would change the backbone under the other adapters and the plain model."""
+    with safe_open(Path(folder) / WEIGHTS_NAME, "pt") as weights:
+        if any(name.startswith("backbone.") for name in weights.keys()):  # noqa: SIM118 - not a dict
+            raise UserError(
+                f"adapter {str(folder)!r} ({config.method}) tuned the backbone itself, which other requests share; "
+                "serve adapters of a frozen backbone"
+            )
+
+
+def _route(model: MultiplexedClassifier, plain: float, length: int) -> Route:
+    method, width = model.method, model.num_inputs
+    cost = count_flops(model.backbone, method, model.prefill_layers, length)
+    if method.prepares_tokens:  # every slot has tokens of its own, so a repeated input saves nothing
+        return Route(width, f"slots of {width}", 0.0, width * cost.per_input / plain)
+    shared = width * (cost.per_input - cost.prefill)
+    return Route(width, f"layer {model.prefill_layers}", cost.prefill / plain, shared / plain)
