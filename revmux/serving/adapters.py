@@ -50,9 +50,6 @@ def load_adapters(
     Raises:
         UserError: a folder is no adapter of this backbone, or its method changed the backbone.
     """
-    length = min(COUNTED_LENGTH, pretrained.backbone.max_length)
-    siso = build_method("siso", BackboneShape.of(pretrained.backbone), 1)
-    plain = count_flops(pretrained.backbone, siso, 0, length).per_input
     adapters = []
     for folder in folders:
         config = load_config(folder)
@@ -60,7 +57,7 @@ def load_adapters(
             continue
         _check_frozen(folder, config)
         model = from_pretrained(folder, pretrained)
-        adapters.append(Adapter(str(folder), config, model, _route(model, plain, length)))
+        adapters.append(Adapter(str(folder), config, model, _route(model)))
     return adapters
 
 
@@ -74,9 +71,11 @@ def _check_frozen(folder: str | Path, config: AdapterConfig) -> None:
             )
 
 
-def _route(model: MultiplexedClassifier, plain: float, length: int) -> Route:
-    method, width = model.method, model.num_inputs
-    cost = count_flops(model.backbone, method, model.prefill_layers, length)
+def _route(model: MultiplexedClassifier) -> Route:
+    backbone, method, width = model.backbone, model.method, model.num_inputs
+    length = min(COUNTED_LENGTH, backbone.max_length - method.added_tokens)
+    plain = count_flops(backbone, build_method("siso", BackboneShape.of(backbone), 1), 0, length).per_input
+    cost = count_flops(backbone, method, model.prefill_layers, length)
     if method.prepares_tokens:  # every slot has tokens of its own, so a repeated input saves nothing
         return Route(width, f"slots of {width}", 0.0, width * cost.per_input / plain)
     shared = width * (cost.per_input - cost.prefill)
