@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from revmux.errors import UserError
 
 Config = TypeVar("Config")
 
 
-def parse(config_class: type[Config], description: str, argv: Sequence[str] | None = None) -> Config:
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Types and defaults beside each setting, and the example command on its own line."""
+
+
+def parse(config_class: type[Config], description: str | None, argv: Sequence[str] | None = None) -> Config:
     """The configuration from ``--config FILE.yaml`` and flags; flags win.
 
     Args:
         config_class: a dataclass, whose docstring is the help.
-        description: first line of ``--help``.
+        description: head of ``--help``, the module's docstring.
         argv: command line without the program's name; the process's own by default.
     """
-    parser = ArgumentParser(description=description, default_env=False)
+    parser = ArgumentParser(description=(description or "").strip(), formatter_class=HelpFormatter)
     parser.add_argument("--config", action="config", help="YAML file with the settings below; flags win over it")
     parser.add_class_arguments(config_class, as_group=True)
     namespace = parser.parse_args(argv)
@@ -29,7 +34,9 @@ def parse(config_class: type[Config], description: str, argv: Sequence[str] | No
     return config_class(**parser.instantiate_classes(namespace).as_dict())
 
 
-def run(job: Callable[[Any], object], config_class: type, description: str, argv: Sequence[str] | None = None) -> int:
+def run(
+    job: Callable[[Any], object], config_class: type, description: str | None, argv: Sequence[str] | None = None
+) -> int:
     """Parse and run a job.
 
     Returns:

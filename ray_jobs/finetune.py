@@ -72,4 +72,4 @@ def main(job: FinetuneJob) -> Trained:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, FinetuneJob, (__doc__ or "").strip()))
+    sys.exit(cli.run(main, FinetuneJob, __doc__))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 from revmux.errors import UserError
 from revmux.extras import require
+from revmux.results import git_commit
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Tracker:
         from mlflow.entities import Param
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-        tags = {"revmux.command": " ".join(sys.argv), "revmux.commit": git_commit()}
+        tags = {"revmux.command": " ".join(sys.argv), "mlflow.source.git.commit": git_commit() or "unknown"}
         if parent is not None:
             tags[MLFLOW_PARENT_RUN_ID] = parent
         run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
@@ -122,11 +122,3 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {key: leaf for name, part in value.items() for key, leaf in flatten(part, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): value}
-
-
-def git_commit() -> str:
-    """The commit of the code that runs, or ``unknown`` outside a repository."""
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return result.stdout.strip() or "unknown"

@@ -86,4 +86,4 @@ def main(job: TrainJob) -> list[Trained]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, TrainJob, (__doc__ or "").strip()))
+    sys.exit(cli.run(main, TrainJob, __doc__))

@@ -1,0 +1,100 @@
+"""Evaluate an adapter on the test split of a task, over shuffles, and record the figures.
+
+python -m ray_jobs.evaluate --backbone.model runs/task-model --adapter runs/adapters/revmux-n2-l2
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ray_jobs import cli
+from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.launch import absolute_storage
+from ray_jobs.tracking import Tracker, TrackingConfig
+from revmux.artifact import from_pretrained, load_config
+from revmux.data import DataConfig, TaskData, TokenizedSplit, load_task
+from revmux.errors import UserError
+from revmux.evaluation import evaluate
+from revmux.features import OnlineFeatures
+from revmux.pretrained import BackboneConfig, inspect, load_pretrained
+from revmux.recipe import relative_cost_at
+from revmux.results import write_json
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """Settings of the job.
+
+    Args:
+        adapter: adapter folder, on a disk that the worker reaches.
+        backbone: the task model that the adapter was trained on.
+        data: the task; its test split is evaluated.
+        shuffles: groupings that the accuracy is a mean of.
+        seed: of the first grouping.
+        cluster: one worker's resources are used.
+        tracking: MLflow.
+        storage: folder of the default MLflow store.
+        output: JSON file of the figures; by default ``evaluation.json`` beside the adapter folder's name in storage.
+    """
+
+    adapter: str
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    shuffles: int = 10
+    seed: int = 0
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    storage: str = "runs"
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shuffles < 1:
+            raise UserError(f"shuffles is {self.shuffles}; choose 1 or more")
+
+
+def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
+    """The figures of one adapter; runs where the device is."""
+    import torch
+
+    pretrained = load_pretrained(job.backbone)
+    pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
+    model = from_pretrained(job.adapter, pretrained)
+    split = TokenizedSplit(task.test, pretrained.tokenizer, job.backbone.max_length)
+    features = OnlineFeatures(split, pretrained.backbone)
+    figures = evaluate(model, features, job.shuffles, job.seed).metrics()
+    return figures | {"cost_counted": relative_cost_at(model, features)}
+
+
+def main(job: EvaluateJob) -> dict[str, float]:
+    """Check, evaluate on a worker, record."""
+    storage = absolute_storage(job.storage)
+    config = load_config(job.adapter)
+    job.cluster.check_here()
+    _, own_labels = inspect(job.backbone)
+    task = load_task(job.data, own_labels)
+    tracker = Tracker(job.tracking, storage)
+    name = f"evaluate-{Path(job.adapter).name}"
+    with tracker.run(
+        name, {"adapter": job.adapter, "method": config.method, "num_inputs": config.num_inputs}
+    ) as run_id:
+        tracker.log_data(run_id, task.identity)
+        with connected(job.cluster):
+            import ray
+
+            remote = ray.remote(num_cpus=job.cluster.cpus_per_worker, num_gpus=job.cluster.gpus_per_worker)(
+                evaluate_adapter
+            )
+            figures: dict[str, float] = ray.get(remote.remote(job, task))
+        tracker.log_metrics(run_id, figures)
+    output = Path(job.output).absolute() if job.output else storage / f"{name}.json"
+    write_json(output, {"adapter": job.adapter, "data": task.identity, "shuffles": job.shuffles, "metrics": figures})
+    print(json.dumps(figures, indent=2))
+    print(f"figures: {output}")
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, EvaluateJob, __doc__))
