@@ -13,7 +13,7 @@ from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.launch import Trained, absolute_storage, launch, load_checked
 from ray_jobs.tracking import Tracker, TrackingConfig
-from revmux.data import DataConfig
+from revmux.data import DataConfig, TaskData
 from revmux.errors import UserError
 from revmux.losses import LossConfig
 from revmux.pretrained import BackboneConfig
@@ -53,6 +53,14 @@ class FinetuneJob:
         return Recipe(self.backbone, self.data, method, self.optim, LossConfig(infonce_weight=0.0), shuffles=1)
 
 
+def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: Path) -> Trained:
+    """The job on a connected cluster, with its data read."""
+    output = Path(job.output).absolute() if job.output else storage / "task-model"
+    trained = launch(job.recipe(), task, job.cluster, tracker, storage, job.name, output)
+    print(f"task model: {trained.folder}, accuracy on the test split {trained.metrics['accuracy_mean']:.1%}")
+    return trained
+
+
 def main(job: FinetuneJob) -> Trained:
     """Tune, evaluate, record."""
     if job.backbone.dtype != "float32":
@@ -60,15 +68,11 @@ def main(job: FinetuneJob) -> Trained:
             f"dtype is {job.backbone.dtype}, but a task model is tuned in float32; leave --backbone.dtype out"
         )
     storage = absolute_storage(job.storage)
-    recipe = job.recipe()
     job.cluster.check_here()
-    task = load_checked(recipe, job.cluster.workers)
+    task = load_checked(job.recipe(), job.cluster.workers)
     tracker = Tracker(job.tracking, storage)
-    output = Path(job.output).absolute() if job.output else storage / "task-model"
     with connected(job.cluster):
-        trained = launch(recipe, task, job.cluster, tracker, storage, job.name, output)
-    print(f"task model: {trained.folder}, accuracy on the test split {trained.metrics['accuracy_mean']:.1%}")
-    return trained
+        return tune_model(job, task, tracker, storage)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from revmux.artifact import atomic_folder
 from revmux.data import TaskData, load_task
 from revmux.errors import UserError
 from revmux.pretrained import inspect
-from revmux.recipe import Recipe, check
+from revmux.recipe import MethodConfig, Recipe, check
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Trained:
 
     Attributes:
         folder: adapter or task model.
+        method: what was trained.
         metrics: the figures of the test split, cost, weights.
         run_id: of the MLflow run.
     """
 
     folder: Path
+    method: MethodConfig
     metrics: dict[str, float]
     run_id: str
 
@@ -121,7 +123,7 @@ def launch(
         tracker.log_metrics(run_id, metrics)
         tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
         shutil.rmtree(storage / "checkpoints" / run_folder, ignore_errors=True)
-    return Trained(output, metrics, run_id)
+    return Trained(output, recipe.method, metrics, run_id)
 
 
 def fingerprint(recipe: Recipe, task: TaskData) -> str:

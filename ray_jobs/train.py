@@ -13,7 +13,7 @@ from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.launch import Trained, absolute_storage, launch, load_checked
 from ray_jobs.tracking import Tracker, TrackingConfig
-from revmux.data import DataConfig
+from revmux.data import DataConfig, TaskData
 from revmux.features import StoreConfig
 from revmux.losses import LossConfig
 from revmux.pretrained import BackboneConfig
@@ -63,26 +63,30 @@ class TrainJob:
         return recipes
 
 
+def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, storage: Path) -> list[Trained]:
+    """The job on a connected cluster, with its data read, one run after the other."""
+    output = Path(job.output).absolute() if job.output else storage / "adapters"
+    done = []
+    for name, recipe in job.recipes().items():
+        trained = launch(recipe, tasks[name], job.cluster, tracker, storage, name, output / name)
+        metrics = trained.metrics
+        print(
+            f"{name}: accuracy {metrics['accuracy_mean']:.1%} ± {metrics['accuracy_std']:.1%} over {job.shuffles} "
+            f"shuffles (SISO {metrics['siso_accuracy']:.1%}), agreement {metrics['siso_agreement']:.1%}, "
+            f"cost {metrics['cost_counted']:.2f} of SISO: {trained.folder}"
+        )
+        done.append(trained)
+    return done
+
+
 def main(job: TrainJob) -> list[Trained]:
     """Train, evaluate and record one adapter for each N."""
     storage = absolute_storage(job.storage)
-    recipes = job.recipes()
     job.cluster.check_here()
-    tasks = {name: load_checked(recipe, job.cluster.workers) for name, recipe in recipes.items()}
+    tasks = {name: load_checked(recipe, job.cluster.workers) for name, recipe in job.recipes().items()}
     tracker = Tracker(job.tracking, storage)
-    output = Path(job.output).absolute() if job.output else storage / "adapters"
-    done = []
     with connected(job.cluster):
-        for name, recipe in recipes.items():
-            trained = launch(recipe, tasks[name], job.cluster, tracker, storage, name, output / name)
-            metrics = trained.metrics
-            print(
-                f"{name}: accuracy {metrics['accuracy_mean']:.1%} ± {metrics['accuracy_std']:.1%} over {job.shuffles} "
-                f"shuffles (SISO {metrics['siso_accuracy']:.1%}), agreement {metrics['siso_agreement']:.1%}, "
-                f"cost {metrics['cost_counted']:.2f} of SISO: {trained.folder}"
-            )
-            done.append(trained)
-    return done
+        return train_adapters(job, tasks, tracker, storage)
 
 
 if __name__ == "__main__":

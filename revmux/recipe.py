@@ -5,7 +5,8 @@ Ray jobs call this; so can a script, where Ray is not installed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from revmux.losses import LossConfig
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
-from revmux.training import OptimConfig, Trainer
+from revmux.training import OptimConfig, Trainer, load_weights
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,29 @@ def check_labels(pretrained: Pretrained, task: TaskData) -> None:
         )
 
 
-def with_method(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with other fields of its method."""
-    return replace(recipe, method=replace(recipe.method, **changes))
+def fill_store(recipe: Recipe, task: TaskData, layers: Sequence[int], device: torch.device | str = "cpu") -> None:
+    """Compute in one pass what several runs will read: the teacher, and the prefilled states at some layers.
+
+    Args:
+        recipe: of any of the runs; its backbone, data and store count.
+        task: its data.
+        layers: depths that the runs prefill to.
+        device: where the backbone runs.
+    """
+    pretrained = load_pretrained(recipe.backbone)
+    pretrained.backbone.freeze().to(device)
+    for split in (task.train, task.selection, task.test):
+        open_features(
+            pretrained, TokenizedSplit(split, pretrained.tokenizer, recipe.backbone.max_length), layers, recipe.store
+        )
+
+
+def train_here(prepared: Prepared) -> Evaluation:
+    """Train in this process, keep the best epoch's weights, and evaluate on the test split."""
+    trainer = prepared.trainer()
+    best = trainer.trained_weights()
+    for report in trainer.run():
+        if report.is_best:
+            best = trainer.trained_weights()
+    load_weights(prepared.model, best)
+    return prepared.evaluate_test()
