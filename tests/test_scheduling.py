@@ -9,68 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from serving_models import CUT, WORDS, load, plain_scores, text, write_adapter, write_model
 
-from revmux.artifact import describe, save_pretrained
 from revmux.errors import UserError
-from revmux.methods import BackboneShape, build_method
-from revmux.model import MultiplexedClassifier
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.pretrained import Pretrained
 from revmux.serving import Draining, EmptyText, Engine, InferenceFailed, Limits, Overloaded, TextError, rank_labels
 from revmux.serving.plan import PLAIN, Group, Route, choose_width, form_groups, form_passes, useful_routes
-
-WORDS = [f"w{index}" for index in range(60)]
-LAYERS, CUT = 4, 1
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT whose layers above the cut leave a state as it is.
-
-    A token-split adapter that was never trained then answers every input as the plain model does, whoever else is
-    in its group: an answer that went to the wrong input shows.
-    """
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ok", *WORDS]))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=66,
-        hidden_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=64,
-        num_labels=3,
-        initializer_range=0.5,
-    )
-    model = BertForSequenceClassification(config)
-    for layer in model.bert.encoder.layer[CUT:]:
-        for part in (layer.attention.output.dense, layer.output.dense):
-            torch.nn.init.zeros_(part.weight)
-            torch.nn.init.zeros_(part.bias)
-    model.save_pretrained(folder)
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def pretrained(model_folder: Path) -> Pretrained:
-    return load_pretrained(BackboneConfig(model=str(model_folder), max_length=64))
-
-
-def write_adapter(
-    folder: Path,
-    pretrained: Pretrained,
-    num_inputs: int,
-    prefill_layers: int = CUT,
-    method: str = "token-split",
-    **more: Any,
-) -> Path:
-    torch.manual_seed(num_inputs)
-    adapters = build_method(method, BackboneShape.of(pretrained.backbone), num_inputs, more)
-    model = MultiplexedClassifier(pretrained.backbone, adapters, prefill_layers)
-    return save_pretrained(model, describe(model, pretrained, 64, {"source": "toy"}), folder / f"{method}-{num_inputs}")
+    return load(model_folder)
 
 
 @pytest.fixture
@@ -90,16 +44,6 @@ def make_engine(pretrained: Pretrained, adapters: list[Path]) -> Iterator[Callab
     yield make
     for engine in made:
         engine.close()
-
-
-def text(index: int) -> str:
-    """Texts of 1 to 20 words, no two alike."""
-    return " ".join(WORDS[(index * 7 + place * (index % 11 + 1)) % 60] for place in range(1 + index % 20))
-
-
-def plain_scores(pretrained: Pretrained, texts: list[str]) -> Tensor:
-    with torch.inference_mode():
-        return pretrained.backbone(dict(pretrained.tokenizer(texts, padding=True, return_tensors="pt")))
 
 
 # Costs of groups of 2 and 4 over the same cut layer, in plain inputs: 0.7 and 0.5 an input.

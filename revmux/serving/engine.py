@@ -262,7 +262,8 @@ class Engine:
         tokens = self._pad(rows)  # (R, S) each
         if forward.stem == PLAIN.stem:
             return self.backbone(tokens).float().cpu()
-        start, by_width = 0, {}
+        by_width: dict[int, list[tuple[int, Group]]] = {}
+        start = 0
         for group in forward.groups:
             by_width.setdefault(group.width, []).append((start, group))
             start += len(group.members)

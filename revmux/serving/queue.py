@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 from revmux.serving.answer import Answer
@@ -99,10 +100,10 @@ class PullQueue:
                     self._waiting.move_to_end(ticket, last=False)
             self._changed.notify_all()
         for ticket in tickets:
-            ticket.future.add_done_callback(lambda future, ticket=ticket: self._forget(ticket))
+            ticket.future.add_done_callback(partial(self._forget, ticket))
 
-    def _forget(self, ticket: Ticket) -> None:
-        if ticket.future.cancelled():
+    def _forget(self, ticket: Ticket, future: Future[Answer]) -> None:
+        if future.cancelled():
             with self._changed:
                 self.dropped += 1
                 self._waiting.pop(ticket, None)
@@ -123,7 +124,8 @@ class PullQueue:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return None
-                waiting, taken, tokens = len(self._waiting), [], 0
+                taken: list[Ticket] = []
+                waiting, tokens = len(self._waiting), 0
                 while self._waiting and len(taken) < max_inputs:
                     ticket = next(iter(self._waiting))
                     if taken and tokens + ticket.length > max_tokens:

@@ -1,0 +1,128 @@
+"""For programs: start the server, stop the server."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from revmux.artifact import load_config
+from revmux.errors import UserError
+from revmux.extras import require
+from revmux.pretrained import resolve
+from serve_app.config import AppConfig, ServerConfig
+from serve_app.sources import is_mlflow
+
+APPLICATION = "revmux"
+_started_ray = False
+
+
+def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
+    """Start the server and wait until its model answers.
+
+    Runs on the Ray cluster that this process is connected to, else on a local one that :func:`shutdown` ends.
+
+    Args:
+        config: what to serve, and where to listen.
+        timeout_seconds: how long the server may take until it is healthy.
+
+    Returns:
+        The base URL, such as ``http://127.0.0.1:8000``.
+
+    Raises:
+        UserError: the port is busy, the cluster is too small, or the model or an adapter cannot be loaded.
+    """
+    global _started_ray
+    require("ray", "serve")
+    check_port(config.host, config.port)
+    resolve(config.model)
+    for adapter in config.adapters:
+        if not is_mlflow(adapter):
+            load_config(Path(adapter))
+
+    import ray
+    from ray import serve
+
+    from serve_app.app import build
+
+    if not ray.is_initialized():
+        ray.init(address="local", include_dashboard=False, logging_level="warning")
+        _started_ray = True
+    try:
+        _check_resources(config, ray.cluster_resources())
+        serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+        application = AppConfig(**config.model_dump(exclude={"host", "port"}))
+        serve.run(build(application), name=APPLICATION, route_prefix="/")
+        url = base_url(config.host, config.port)
+        _wait_healthy(url, timeout_seconds)
+    except BaseException as error:
+        shutdown()
+        if isinstance(error, RuntimeError) and (found := re.findall(r"UserError: (.+)", str(error))):
+            raise UserError(found[-1]) from None
+        raise
+    return url
+
+
+def shutdown() -> None:
+    """Answer what waits, stop the server, and end the Ray that :func:`deploy` started."""
+    global _started_ray
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():
+        serve.shutdown()
+    if _started_ray:
+        ray.shutdown()
+        _started_ray = False
+
+
+def base_url(host: str, port: int) -> str:
+    """The URL by which this machine reaches the server."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that another process listens on.
+
+    Raises:
+        UserError: it is busy, or the host is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(
+                    f"port {port} of {host} is in use by another process; stop that one, or choose another --port"
+                ) from None
+            raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose 127.0.0.1 or 0.0.0.0") from None
+
+
+def _check_resources(config: ServerConfig, present: dict[str, float]) -> None:
+    for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
+        wanted, there = config.num_replicas * each, present.get(kind, 0.0)
+        if wanted > there:
+            raise UserError(
+                f"{config.num_replicas} replicas × {each:g} {kind} = {wanted:g}, but the cluster has {there:g}; "
+                f"choose fewer num_replicas or a smaller num_{kind.lower()}s"
+            )
+
+
+def _wait_healthy(url: str, timeout_seconds: float) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=30) as reply:
+                if reply.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{url}/health did not answer within {timeout_seconds:g} s: {error}") from error
+        time.sleep(0.1)

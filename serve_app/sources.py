@@ -1,0 +1,38 @@
+"""Where adapters come from: folders, and MLflow's registry and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from revmux.artifact import CONFIG_NAME
+from revmux.errors import UserError
+from revmux.extras import require
+
+
+def is_mlflow(adapter: str) -> bool:
+    """Whether an adapter is named by an MLflow URI."""
+    return adapter.startswith(("models:/", "runs:/"))
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The local folder of an adapter; MLflow's are downloaded.
+
+    Args:
+        adapter: a folder, ``models:/name@alias``, ``models:/name/version`` or ``runs:/id/path``.
+
+    Raises:
+        UserError: MLflow cannot find it, or it holds no adapter, or several.
+    """
+    if not is_mlflow(adapter):
+        return Path(adapter)
+    mlflow = require("mlflow", "mlflow")
+    try:
+        downloaded = Path(mlflow.artifacts.download_artifacts(adapter))
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        raise UserError(
+            f"MLflow at {mlflow.get_tracking_uri()} has no {adapter!r} ({error}); check the name, and MLFLOW_TRACKING_URI"
+        ) from None
+    found = sorted(path.parent for path in downloaded.rglob(CONFIG_NAME))
+    if len(found) != 1:
+        raise UserError(f"{adapter!r} holds {len(found)} folders with {CONFIG_NAME}; name the artifact that holds one")
+    return found[0]

@@ -1,0 +1,375 @@
+"""The server over real HTTP on one local Ray, and what of it needs no cluster."""
+
+from __future__ import annotations
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import torch
+import yaml
+from fastapi import FastAPI
+from pydantic import ValidationError
+from serving_models import WORDS, load, plain_scores, text, write_adapter, write_model
+
+import revmux
+from revmux.errors import UserError
+from revmux.pretrained import Pretrained
+from revmux.serving import Answer, Draining, EmptyText, InferenceFailed, Overloaded, TextError
+from serve_app import failures
+from serve_app.__main__ import main, parse
+from serve_app.config import AppConfig, server_config
+from serve_app.failures import TooLarge, Unhealthy
+from serve_app.protocol import parse_request
+from serve_app.run import base_url, check_port, deploy, shutdown
+from serve_app.sources import adapter_folder
+
+ROOT = Path(revmux.__file__).parents[1]
+
+
+class Server(NamedTuple):
+    url: str
+    pretrained: Pretrained
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    model = write_model(tmp_path_factory.mktemp("model"))
+    home = tmp_path_factory.mktemp("adapters")
+    return model, [write_adapter(home, load(model), num_inputs) for num_inputs in (2, 4)]
+
+
+@pytest.fixture(scope="module")
+def server(folders: tuple[Path, list[Path]]) -> Any:
+    """One server whose queue holds fewer inputs than a request may bring, so that overload is certain."""
+    model, adapters = folders
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = server_config(
+        model=str(model),
+        adapters=[str(path) for path in adapters],
+        port=port,
+        max_queue=200,
+        max_texts=201,
+        plain_load=1,
+    )
+    try:
+        yield Server(deploy(config), load(model))
+    finally:
+        shutdown()
+
+
+def post(server: Server, body: Any, path: str = "/predict") -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=60)
+
+
+def labels(pretrained: Pretrained, texts: list[str]) -> list[str]:
+    return [pretrained.backbone.label_names[index] for index in plain_scores(pretrained, texts).argmax(-1).tolist()]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("path", ["/predict", "/"])
+def test_one_text_gets_a_flat_sorted_list_of_the_plain_models_scores(server: Server, path: str) -> None:
+    reply = post(server, {"inputs": "w1 w2 w3"}, path)
+    assert reply.status_code == 200
+    expected = plain_scores(server.pretrained, ["w1 w2 w3"])[0].softmax(-1)
+    found = {item["label"]: item["score"] for item in reply.json()}
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert [found[label] for label in server.pretrained.backbone.label_names] == pytest.approx(expected.tolist())
+    assert reply.headers["x-group-width"] == "1"
+    times = [float(reply.headers[f"x-{name}-time"]) for name in ("queue", "inference", "total")]
+    assert times[2] >= times[1] > 0
+
+
+@pytest.mark.cluster
+def test_raw_scores_are_the_models_own(server: Server) -> None:
+    found = {item["label"]: item["score"] for item in post(server, {"inputs": "w4 w5", "raw_scores": True}).json()}
+    expected = plain_scores(server.pretrained, ["w4 w5"])[0].tolist()
+    assert [found[label] for label in server.pretrained.backbone.label_names] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.cluster
+def test_two_strings_are_one_pair_and_nested_lists_a_batch(server: Server) -> None:
+    pair = post(server, {"inputs": ["w1 w2", "w3"]})
+    batch = post(server, {"inputs": [["w1 w2"], ["w1 w2", "w3"]], "max_multiplex": 1})
+    single = post(server, {"inputs": "w1 w2"})
+    assert len(pair.json()) == 3
+    assert len(batch.json()) == 2
+    assert batch.headers["x-group-width"] == "1,1"
+    for together, alone in zip(batch.json(), (single.json(), pair.json())):
+        assert [item["label"] for item in together] == [item["label"] for item in alone]
+        assert [item["score"] for item in together] == pytest.approx([item["score"] for item in alone], abs=1e-5)
+    assert pair.json() != single.json()
+
+
+@pytest.mark.cluster
+def test_the_inference_client_of_huggingface_hub_understands_the_reply(server: Server) -> None:
+    from huggingface_hub import InferenceClient
+
+    client = InferenceClient(server.url)
+    found = client.text_classification("w1 w2 w3")
+    assert found[0].label == labels(server.pretrained, ["w1 w2 w3"])[0]
+    assert sum(item.score for item in found) == pytest.approx(1)
+    best = InferenceClient(base_url=server.url + "/predict").text_classification(
+        "w1 w2 w3", top_k=1, function_to_apply="none"
+    )
+    assert [item.score for item in best] == pytest.approx(
+        [plain_scores(server.pretrained, ["w1 w2 w3"]).max().item()], abs=1e-5
+    )
+
+
+@pytest.mark.cluster
+def test_many_clients_ride_in_groups_and_each_gets_its_own_answer(server: Server) -> None:
+    before = httpx.get(server.url + "/info", timeout=60).json()["replica"]
+    requests = [[text(index) for index in range(start, start + 8)] for start in range(0, 128, 8)]
+
+    def ask(texts: list[str]) -> httpx.Response:
+        return post(server, {"inputs": [[part] for part in texts], "raw_scores": True})
+
+    with ThreadPoolExecutor(8) as clients:
+        replies = list(clients.map(ask, requests))
+    widths: list[str] = []
+    for texts, reply in zip(requests, replies):
+        assert reply.status_code == 200
+        widths += reply.headers["x-group-width"].split(",")
+        scores = plain_scores(server.pretrained, texts)
+        for answer, expected in zip(reply.json(), scores):
+            found = {item["label"]: item["score"] for item in answer}
+            torch.testing.assert_close(
+                torch.tensor([found[label] for label in server.pretrained.backbone.label_names]),
+                expected,
+                atol=1e-3,
+                rtol=0,
+            )
+            assert answer[0]["label"] == server.pretrained.backbone.label_names[int(expected.argmax())]
+    assert len(widths) == 128
+    assert widths.count("4") > 64
+    after = httpx.get(server.url + "/info", timeout=60).json()["replica"]
+    executions = sum(after["groups"].values()) - sum(before["groups"].values())
+    assert executions < 64
+
+
+@pytest.mark.cluster
+def test_a_request_bounds_its_own_width(server: Server) -> None:
+    batch = [[text(index)] for index in range(16)]
+    assert post(server, {"inputs": batch, "max_multiplex": 2}).headers["x-group-width"] == ",".join(["2"] * 16)
+    assert post(server, {"inputs": batch, "max_multiplex": 1}).headers["x-group-width"] == ",".join(["1"] * 16)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("body", "status", "kind"),
+    [
+        (b"", 400, "empty"),
+        (b'{"inputs": []}', 400, "empty"),
+        (b'{"inputs": ""}', 400, "empty"),
+        (b'{"inputs": [["w1"], [""]]}', 400, "empty"),
+        (b'{"inputs": "' + b"w" * 2_000_000 + b'"}', 413, "too_large"),
+        (json.dumps({"inputs": [["w1"]] * 202}).encode(), 413, "too_large"),
+        (b"not json", 422, "validation"),
+        (b'{"inputs": 7}', 422, "validation"),
+        (b'{"inputs": "w1", "max_multiplex": 0}', 422, "validation"),
+        (b'{"inputs": "w1", "truncated": true}', 422, "validation"),
+        (json.dumps({"inputs": " ".join(WORDS * 2)}).encode(), 422, "validation"),
+        (json.dumps({"inputs": [["w1"]] * 201}).encode(), 429, "overloaded"),
+    ],
+)
+def test_refusals_say_whose_fault_it_is(server: Server, body: bytes, status: int, kind: str) -> None:
+    reply = httpx.post(server.url + "/predict", content=body, timeout=60)
+    assert reply.status_code == status
+    assert reply.json()["error_type"] == kind
+    assert reply.json()["error"]
+    assert ("retry-after" in reply.headers) == (status == 429)
+    assert post(server, {"inputs": "w1"}).status_code == 200
+
+
+@pytest.mark.cluster
+def test_a_long_text_is_cut_on_request_and_the_reply_says_so(server: Server) -> None:
+    reply = post(server, {"inputs": [[" ".join(WORDS * 2)], ["w1"]], "truncate": True})
+    assert reply.status_code == 200
+    assert reply.headers["x-truncated"] == "true,false"
+
+
+@pytest.mark.cluster
+def test_unknown_paths_and_verbs_are_json_too(server: Server) -> None:
+    assert httpx.get(server.url + "/predict", timeout=60).json()["error_type"] == "method_not_allowed"
+    assert httpx.get(server.url + "/nothing", timeout=60).json()["error_type"] == "not_found"
+
+
+@pytest.mark.cluster
+def test_health_asks_the_model(server: Server) -> None:
+    asked = httpx.get(server.url + "/info", timeout=60).json()["replica"]["inputs"]["1"]
+    assert httpx.get(server.url + "/health", timeout=60).json() == {"status": "ok"}
+    assert httpx.get(server.url + "/info", timeout=60).json()["replica"]["inputs"]["1"] > asked
+
+
+@pytest.mark.cluster
+def test_info_names_the_model_its_adapters_and_every_limit(server: Server) -> None:
+    info = httpx.get(server.url + "/info", timeout=60).json()
+    assert info["model_sha256"] == server.pretrained.identity["sha256"]
+    assert info["model_type"]["classifier"]["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    assert [(item["num_inputs"], item["prefill_layers"]) for item in info["adapters"]] == [(2, 1), (4, 1)]
+    assert info["group_widths"] == [1, 2, 4]
+    limits = {"max_multiplex": 4, "max_queue": 200, "max_client_batch_size": 201, "max_input_length": 64}
+    assert {name: info[name] for name in limits} == limits
+    assert info["version"] == revmux.__version__
+
+
+@pytest.mark.cluster
+def test_the_port_of_a_running_server_is_busy(server: Server) -> None:
+    with pytest.raises(UserError, match="in use"):
+        check_port("127.0.0.1", int(server.url.rpartition(":")[2]))
+
+
+def test_a_busy_port_is_refused_before_anything_starts(
+    folders: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["--model", str(folders[0]), "--port", port]) == 2
+    assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
+
+
+def test_a_folder_without_an_adapter_is_refused_before_anything_starts(folders: tuple[Path, list[Path]]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match="no adapter folder"):
+        deploy(server_config(model=str(folders[0]), adapters=[str(folders[0])], port=port))
+
+
+def test_configuration_is_strict() -> None:
+    with pytest.raises(UserError, match=r"max_multiplx.*known keys: model, "):
+        server_config(model="m", max_multiplx=4)
+    with pytest.raises(UserError, match="max_queue"):
+        server_config(model="m", max_queue=0)
+    with pytest.raises(ValidationError, match="port"):
+        AppConfig(model="m", port=80)  # type: ignore[call-arg]
+
+
+def test_command_line_strings_become_settings(folders: tuple[Path, list[Path]]) -> None:
+    model, adapters = folders
+    config = AppConfig.model_validate(
+        {"model": str(model), "adapters": f"{adapters[0]}, models:/toy@best", "max_queue": "9"}
+    )
+    assert config.adapters == [str(adapters[0]), "models:/toy@best"]
+    assert config.max_queue == 9
+    assert parse(["--model", "m", "--adapters", "[a, b]", "--host", "0.0.0.0"]).adapters == ["a", "b"]
+
+
+def test_the_address_is_this_machine_unless_told(folders: tuple[Path, list[Path]]) -> None:
+    assert server_config(model="m").host == "127.0.0.1"
+    assert base_url("0.0.0.0", 80) == "http://127.0.0.1:80"
+    assert base_url("::", 80) == "http://[::1]:80"
+
+
+def test_the_deployment_file_is_valid_and_local() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    raw = yaml.safe_load((ROOT / "serve_app" / "serve.yaml").read_text())
+    assert set(raw) <= set(ServeDeploySchema.model_fields)
+    schema = ServeDeploySchema.model_validate(raw)
+    assert schema.http_options.host == "127.0.0.1"
+    assert schema.applications[0].import_path == "serve_app.app:build"
+    AppConfig.model_validate(schema.applications[0].args)
+
+
+def test_serve_lets_more_requests_through_than_the_queue_holds() -> None:
+    from serve_app.app import build
+
+    deployment = build(AppConfig(model="m", max_queue=300, num_replicas=2))._bound_deployment
+    assert deployment.max_ongoing_requests > 600
+    assert deployment.num_replicas == 2
+
+
+@pytest.mark.parametrize(
+    ("inputs", "texts"),
+    [
+        ("a", ["a"]),
+        (["a"], ["a"]),
+        (["a", "b"], [("a", "b")]),
+        ([["a"], ["b", "c"]], ["a", ("b", "c")]),
+        ([["a", "b"]], [("a", "b")]),
+    ],
+)
+def test_forms_of_inputs(inputs: Any, texts: list[Any]) -> None:
+    asked = parse_request(json.dumps({"inputs": inputs}).encode())
+    assert asked.texts == texts
+    answers = [Answer(torch.zeros(2), 1, 0.0, 0.0)] * len(texts)
+    reply = asked.reply(answers, ["x", "y"])
+    nested = isinstance(inputs, list) and isinstance(inputs[0], list)
+    assert isinstance(reply[0], list) == nested
+
+
+@pytest.mark.parametrize(
+    "inputs", [None, 1, True, {"text": "a"}, ["a", "b", "c"], [["a"], "b"], [["a", 1]], [[]], [["a", "b", "c"]]]
+)
+def test_other_forms_are_refused(inputs: Any) -> None:
+    with pytest.raises(TextError):
+        _ = parse_request(json.dumps({"inputs": inputs}).encode()).texts
+
+
+def test_parameters_nest_the_reply_and_choose_the_scores() -> None:
+    answers = [Answer(torch.tensor([0.0, 2.0]), 1, 0.0, 0.0)]
+    empty = parse_request(b'{"inputs": "a", "parameters": {}}')
+    assert [len(ranking) for ranking in empty.reply(answers, ["x", "y"])] == [2]
+    one = parse_request(b'{"inputs": "a", "parameters": {"top_k": 1, "function_to_apply": "sigmoid"}}')
+    assert one.reply(answers, ["x", "y"]) == [[{"label": "y", "score": pytest.approx(0.8808, abs=1e-4)}]]
+    with pytest.raises(TextError, match="temperature"):
+        parse_request(b'{"inputs": "a", "parameters": {"temperature": 1}}')
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (EmptyText("m"), 400, "empty"),
+        (TooLarge("m"), 413, "too_large"),
+        (TextError("m"), 422, "validation"),
+        (UserError("m"), 422, "validation"),
+        (InferenceFailed("m"), 424, "backend"),
+        (Overloaded("m"), 429, "overloaded"),
+        (Draining("m"), 503, "unhealthy"),
+        (Unhealthy("m"), 503, "unhealthy"),
+        (KeyError("secret"), 500, "internal"),
+    ],
+)
+def test_every_failure_has_its_status(error: Exception, status: int, kind: str) -> None:
+    from fastapi.testclient import TestClient
+
+    app = FastAPI()
+    failures.install(app)
+
+    @app.get("/")
+    def fail() -> None:
+        raise error
+
+    reply = TestClient(app, raise_server_exceptions=False).get("/")
+    assert reply.status_code == status
+    assert reply.json()["error_type"] == kind
+    assert "secret" not in reply.text
+
+
+def test_adapters_come_from_mlflow_by_run_and_by_alias(
+    folders: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient()
+    run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts")))
+    client.log_artifacts(run.info.run_id, str(folders[1][0]), "adapter")
+    client.create_registered_model("toy")
+    version = client.create_model_version("toy", f"{run.info.artifact_uri}/adapter", run.info.run_id)
+    client.set_registered_model_alias("toy", "champion", version.version)
+    weights = (folders[1][0] / "adapter_model.safetensors").read_bytes()
+    for uri in (f"runs:/{run.info.run_id}/adapter", "models:/toy@champion"):
+        assert (adapter_folder(uri) / "adapter_model.safetensors").read_bytes() == weights
+    with pytest.raises(UserError, match="models:/toy@nobody"):
+        adapter_folder("models:/toy@nobody")
