@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.tracking import Tracker
@@ -66,6 +67,7 @@ def launch(
     name: str,
     output: Path,
     parent: str | None = None,
+    callbacks: list[Any] | None = None,
 ) -> Trained:
     """Train on the connected cluster; a run that was stopped goes on from its last checkpoint.
 
@@ -78,9 +80,10 @@ def launch(
         name: of the run; the same name with the same recipe resumes.
         output: folder that the result takes.
         parent: MLflow run id of a sweep.
+        callbacks: of Ray Train.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from ray_jobs.worker import RESULT_NAME, WorkerConfig, train_worker
@@ -113,6 +116,8 @@ def launch(
                 storage_path=str(storage / "checkpoints"),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
+                callbacks=callbacks,
+                logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         result = trainer.fit()

@@ -70,12 +70,12 @@ def run_trial(
     """
     import ray
     from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     name, recipe = point["trial"]
     data: TaskData = ray.get(task)
-    trained = launch(
-        recipe, data, cluster, Tracker(tracking, storage), storage, name, storage / "trials" / name, parent
-    )
+    output, tracker = storage / "trials" / name, Tracker(tracking, storage)
+    trained = launch(recipe, data, cluster, tracker, storage, name, output, parent, [TuneReportCallback()])
     tune.report(trained.metrics | {"adapter": str(trained.folder), "run_id": trained.run_id})
 
 
