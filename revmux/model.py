@@ -80,11 +80,16 @@ class MultiplexedClassifier(nn.Module):
 
     def multiplex(self, prefilled: HiddenState, groups: Tensor) -> HiddenState:
         """B prefilled inputs to G shared sequences (G, S', d) at the same depth; ``groups`` is (G, N)."""
-        states = prefilled.take(groups)  # every tensor (G, N, ...)
+        states = prefilled.take(groups).cast(self._method_dtype)  # every tensor (G, N, ...)
         mixed = self.method.multiplex(states)  # (G, S', d)
         if states.decoder is not None:
             mixed = replace(mixed, decoder=self.method.multiplex(states.decoder))
-        return mixed
+        return mixed.cast(self.backbone.dtype)
+
+    @property
+    def _method_dtype(self) -> torch.dtype:
+        """Adapters compute in their own precision, float32, whatever the frozen weights are in."""
+        return next((weight.dtype for weight in self.method.parameters()), self.backbone.dtype)
 
     def upper(self, mixed: HiddenState) -> HiddenState:
         """Shared sequences through layers l+1..e, same shape."""
@@ -97,10 +102,13 @@ class MultiplexedClassifier(nn.Module):
             upper: (G, S', d) at depth e.
             own: (G, N, d), each input's own prefilled state at its answer position.
         """
-        answers = self.method.demultiplex(self.method.read(self.backbone, upper), own)  # (G, N, d)
+        inside = self._method_dtype
+        shared_answers = self.method.read(self.backbone, upper).to(inside)  # (G, A, d)
+        answers = self.method.demultiplex(shared_answers, own.to(inside))  # (G, N, d)
         vectors = self.method.vector(self.backbone, answers)  # (G, N, readout_size)
+        scores = self.method.score(self.backbone, vectors)  # (G, N, C)
         shared = upper if self.method.has_auxiliary_loss else None
-        return GroupOutput(answers, vectors, self.method.score(self.backbone, vectors), shared)
+        return GroupOutput(answers, vectors.float(), scores.float(), shared)
 
     def slot_tokens(self, tokens: TokenBatch, groups: Tensor) -> tuple[TokenBatch, Tensor]:
         """The tokens that are prefilled, and which of their rows share a group.

@@ -80,6 +80,11 @@ class HiddenState:
         """The same state on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
+    def cast(self, dtype: torch.dtype) -> HiddenState:
+        """The same state with hidden states, and only these, in another precision."""
+        decoder = None if self.decoder is None else self.decoder.cast(dtype)
+        return replace(self, hidden=self.hidden.to(dtype), decoder=decoder)
+
     def read(self) -> Tensor:
         """The hidden states at the answer positions: (B, A, d)."""
         index = self.answer.unsqueeze(-1).expand(-1, -1, self.hidden.shape[-1])  # (B, A, d)

@@ -148,7 +148,7 @@ class Method(nn.Module, ABC):
 
     def vector(self, backbone: Backbone, answer: Tensor) -> Tensor:
         """The vector that the classifier reads: (..., readout_size)."""
-        return backbone.readout(answer)
+        return backbone.readout(answer.to(backbone.dtype))
 
     def score(self, backbone: Backbone, vector: Tensor) -> Tensor:
         """Label scores (..., C)."""
