@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.launch import absolute_storage
+from ray_jobs.launch import absolute_path, absolute_storage
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.artifact import from_pretrained, load_config
 from revmux.data import DataConfig, TaskData, TokenizedSplit, load_task
@@ -37,7 +37,7 @@ class EvaluateJob:
         cluster: one worker's resources are used.
         tracking: MLflow.
         storage: folder of the default MLflow store.
-        output: JSON file of the figures; by default ``evaluation.json`` beside the adapter folder's name in storage.
+        output: JSON file of the figures; by default ``evaluate-`` and the adapter folder's name, in storage.
     """
 
     adapter: str
@@ -71,12 +71,13 @@ def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
 def main(job: EvaluateJob) -> dict[str, float]:
     """Check, evaluate on a worker, record."""
     storage = absolute_storage(job.storage)
+    name = f"evaluate-{Path(job.adapter).name}"
+    output = absolute_path(job.output, "output") if job.output else storage / f"{name}.json"
     config = load_config(job.adapter)
     job.cluster.check_here()
     _, own_labels = inspect(job.backbone)
     task = load_task(job.data, own_labels)
     tracker = Tracker(job.tracking, storage)
-    name = f"evaluate-{Path(job.adapter).name}"
     with tracker.run(
         name, {"adapter": job.adapter, "method": config.method, "num_inputs": config.num_inputs}
     ) as run_id:
@@ -89,7 +90,6 @@ def main(job: EvaluateJob) -> dict[str, float]:
             )
             figures: dict[str, float] = ray.get(remote.remote(job, task))
         tracker.log_metrics(run_id, figures)
-    output = Path(job.output).absolute() if job.output else storage / f"{name}.json"
     write_json(output, {"adapter": job.adapter, "data": task.identity, "shuffles": job.shuffles, "metrics": figures})
     print(json.dumps(figures, indent=2))
     print(f"figures: {output}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.launch import Trained, absolute_storage, launch, load_checked
+from ray_jobs.launch import Trained, absolute_path, absolute_storage, launch, load_checked
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.data import DataConfig, TaskData
 from revmux.errors import UserError
@@ -55,7 +55,7 @@ class FinetuneJob:
 
 def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: Path) -> Trained:
     """The job on a connected cluster, with its data read."""
-    output = Path(job.output).absolute() if job.output else storage / "task-model"
+    output = absolute_path(job.output, "output") if job.output else storage / "task-model"
     trained = launch(job.recipe(), task, job.cluster, tracker, storage, job.name, output)
     print(f"task model: {trained.folder}, accuracy on the test split {trained.metrics['accuracy_mean']:.1%}")
     return trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -35,13 +36,34 @@ class Trained:
     run_id: str
 
 
-def absolute_storage(storage: str) -> Path:
-    """The storage folder as an absolute path: a job's working copy is thrown away, this is not.
+def absolute_path(path: str, setting: str) -> Path:
+    """A path that results go to, as an absolute one.
+
+    Args:
+        path: as given.
+        setting: what it was given as, for the message.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: a URI; or a relative path in a submitted job, which runs in a copy that is thrown away.
     """
-    folder = Path(storage).expanduser().absolute()
+    if "://" in path:
+        raise UserError(f"{setting} {path!r} is a URI; mount what it names and give the folder, such as /mnt/revmux")
+    place = Path(path).expanduser()
+    if not place.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise UserError(
+            f"{setting} {path!r} is relative, but a submitted job runs in a copy that is thrown away; name an absolute "
+            "folder that every node reaches, such as --storage /mnt/revmux"
+        )
+    return place.absolute()
+
+
+def absolute_storage(storage: str) -> Path:
+    """The storage folder, made where it is missing.
+
+    Raises:
+        UserError: as :func:`absolute_path`, or it cannot be made or written.
+    """
+    folder = absolute_path(storage, "storage")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".write-test").touch()
@@ -76,7 +98,7 @@ def launch(
         task: its data.
         cluster: workers and their resources; connected already.
         tracker: where the run is recorded.
-        storage: absolute folder or URI for checkpoints.
+        storage: absolute folder for checkpoints, on a disk that every worker reaches.
         name: of the run; the same name with the same recipe resumes.
         output: folder that the result takes.
         parent: MLflow run id of a sweep.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.launch import Trained, absolute_storage, launch, load_checked
+from ray_jobs.launch import Trained, absolute_path, absolute_storage, launch, load_checked
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.data import DataConfig, TaskData
 from revmux.features import StoreConfig
@@ -65,7 +65,7 @@ class TrainJob:
 
 def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, storage: Path) -> list[Trained]:
     """The job on a connected cluster, with its data read, one run after the other."""
-    output = Path(job.output).absolute() if job.output else storage / "adapters"
+    output = absolute_path(job.output, "output") if job.output else storage / "adapters"
     done = []
     for name, recipe in job.recipes().items():
         trained = launch(recipe, tasks[name], job.cluster, tracker, storage, name, output / name)

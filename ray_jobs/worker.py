@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -75,7 +76,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
         if report.is_best:
             best = trainer.trained_weights()
         if rank == 0:
-            print(epoch_line(config, trainer, report, time.perf_counter() - started), flush=True)
+            # Not print: Ray Train's own print shows each line twice.
+            sys.stdout.write(epoch_line(config, trainer, report, time.perf_counter() - started) + "\n")
+            sys.stdout.flush()
             log_metrics(config.tracking_uri, config.run_id, report.metrics, report.epoch)
         report_checkpoint(
             report.metrics | {"epoch": report.epoch}, rank, partial(save_state, trainer=trainer, best=best)
