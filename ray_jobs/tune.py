@@ -15,6 +15,7 @@ from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.launch import absolute_storage, fingerprint, launch
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.data import DataConfig, TaskData, load_task
+from revmux.errors import UserError
 from revmux.features import StoreConfig
 from revmux.losses import LossConfig
 from revmux.pretrained import BackboneConfig, inspect
@@ -36,7 +37,9 @@ class TuneJob:
         loss: what they move towards, where the space does not say.
         store: where the backbone's answers are kept; all trials share it.
         shuffles: groupings that each trial's accuracy is a mean of.
-        cluster: workers of one trial; trials run side by side as far as the resources reach.
+        cluster: workers of one trial.
+        concurrent_trials: trials side by side; by default as many as the resources that are there now hold. On a
+            cluster that scales with demand, name how many it may grow to.
         tracking: MLflow.
         storage: folder of checkpoints, trials and the default MLflow store.
         name: of the sweep; the same name with the same space goes on from where it was.
@@ -50,9 +53,14 @@ class TuneJob:
     store: StoreConfig = field(default_factory=StoreConfig)
     shuffles: int = 3
     cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(workers=1))
+    concurrent_trials: int | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: str = "runs"
     name: str = "sweep"
+
+    def __post_init__(self) -> None:
+        if self.concurrent_trials is not None and self.concurrent_trials < 1:
+            raise UserError(f"concurrent_trials is {self.concurrent_trials}; choose 1 or more, or leave it out")
 
 
 def run_trial(
@@ -101,7 +109,7 @@ def main(job: TuneJob) -> list[dict[str, Any]]:
     with tracker.run(job.name, {"space": job.space, "points": len(points), "recipe": base}) as parent:
         tracker.log_data(parent, task.identity)
         with connected(job.cluster):
-            rows = run_trials(trials, task, job.cluster, tracking, folder, parent)
+            rows = run_trials(trials, task, job.cluster, tracking, folder, parent, job.concurrent_trials)
         write_json(folder / "sweep.json", rows)
         best = max((row for row in rows if row["status"] == "done"), key=lambda row: row["accuracy_mean"], default=None)
         if best is not None:
@@ -118,8 +126,9 @@ def run_trials(
     tracking: TrackingConfig,
     folder: Path,
     parent: str,
+    concurrent: int | None = None,
 ) -> list[dict[str, Any]]:
-    """All trials by Ray Tune, side by side as far as the cluster reaches; finished ones of an earlier try are kept."""
+    """All trials by Ray Tune, ``concurrent`` at a time or as the resources allow; finished ones of an earlier try are kept."""
     import ray
     from ray import tune
 
@@ -134,10 +143,10 @@ def run_trials(
     }
     # The driver of a trial only waits; the trial's workers hold the resources.
     trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), {"CPU": 0})
-    side_by_side = max(1, int(ray.cluster_resources().get("CPU", 1) // (cluster.cpus_per_worker * cluster.workers)))
+    present = ray.cluster_resources()
+    fitting = present.get("CPU", 0) // (cluster.cpus_per_worker * cluster.workers)
     if cluster.use_gpu:
-        gpus = ray.cluster_resources().get("GPU", 0)
-        side_by_side = max(1, min(side_by_side, int(gpus // (cluster.gpus_per_worker * cluster.workers))))
+        fitting = min(fitting, present.get("GPU", 0) // (cluster.gpus_per_worker * cluster.workers))
     param_space = {"trial": tune.grid_search(trials)}
     state = folder / "tune"
     if tune.Tuner.can_restore(str(state)):
@@ -149,7 +158,7 @@ def run_trials(
             trainable,
             param_space=param_space,
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=side_by_side,
+                max_concurrent_trials=concurrent or max(1, int(fitting)),
                 trial_name_creator=lambda trial: trial.config["trial"][0],
                 trial_dirname_creator=lambda trial: trial.config["trial"][0],
             ),
