@@ -23,17 +23,15 @@ from revmux.errors import UserError
 
 LIBRARIES: dict[str, tuple[str, str]] = {
     # label: (distribution, names that give the label away)
-    "mlflow": ("mlflow-skinny", r"mlflow|databricks"),
     "pandas": ("pandas", r"pandas|pd"),
     "ray": ("ray", r"ray|raylet|rllib|anyscale"),
     "scipy": ("scipy", r"scipy"),
-    "sklearn": ("scikit-learn", r"sklearn|scikit|scikit-learn"),
     "sqlalchemy": ("sqlalchemy", r"sqlalchemy|sa"),
     "torch": ("torch", r"torch\w*|pytorch|aten"),
     "transformers": ("transformers", r"transformers|huggingface|hugging|hf"),
 }
 MIN_WORDS, MAX_WORDS = 6, 60
-SPLIT_SHARES = {"train": 0.70, "selection": 0.12, "test": 0.18}
+SPLIT_SHARES = {"train": 0.65, "selection": 0.12, "test": 0.23}
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def library_versions() -> dict[str, str]:
     if missing:
         raise UserError(
             f"the embedded task reads the docstrings of {', '.join(LIBRARIES)}, but {', '.join(missing)} is not "
-            "installed; run: pip install 'revmux[all]' pandas scipy scikit-learn sqlalchemy, or name data of your own"
+            "installed; run: pip install 'revmux[all]', or name data of your own"
         )
     return {label: importlib.metadata.version(distribution) for label, (distribution, _) in LIBRARIES.items()}
 
