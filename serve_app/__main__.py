@@ -1,4 +1,4 @@
-"""Serve in the foreground: ``python -m serve_app --model FOLDER --adapters '[FOLDER, FOLDER]'``."""
+"""Serve in the foreground: ``python -m serve_app --model FOLDER --adapters FOLDER,FOLDER``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ def parse(argv: Sequence[str] | None = None) -> ServerConfig:
     """The configuration from ``--config FILE.yaml`` and flags; flags win."""
     parser = ArgumentParser(prog="python -m serve_app", description="Serve a classifier and its RevMUX adapters.")
     parser.add_argument("--config", action="config", help="YAML file with the settings below; flags win over it")
-    parser.add_class_arguments(ServerConfig, as_group=True)
+    parser.add_class_arguments(ServerConfig, as_group=True, skip={"adapters"})
+    parser.add_argument(
+        "--adapters",
+        type=list[str] | str,
+        default=[],
+        help="adapter folders, models:/name@alias or runs:/id/path, one for each N, separated by commas",
+    )
     settings = parser.parse_args(argv).as_dict()
     del settings["config"]
     return server_config(**settings)

@@ -18,8 +18,8 @@ class AppConfig(BaseModel):
         model: the frozen task model: a local folder with a trained classification head, or a Hugging Face id.
         revision: branch, tag or commit on the hub; ignored for folders.
         dtype: type of the frozen weights; adapters stay in float32.
-        adapters: adapter folders, ``models:/name@alias`` or ``runs:/id/path``, one for each N; for
-            ``serve run`` separated by commas. Without any, every input runs alone.
+        adapters: adapter folders, ``models:/name@alias`` or ``runs:/id/path``, one for each N; on a
+            command line separated by commas. Without any, every input runs alone.
         max_length: tokens that an input may have; by default what all adapters were trained with.
         max_multiplex: widest group; by default as wide as the adapters are.
         max_queue: inputs that may wait in a replica; beyond, requests are answered 429.

@@ -61,8 +61,10 @@ def test_a_width_that_saves_nothing_is_never_used() -> None:
 
 
 def test_two_adapters_of_one_width_are_refused() -> None:
-    with pytest.raises(UserError, match="N = 2"):
+    with pytest.raises(UserError, match="two adapters serve N = 2"):
         useful_routes([TWO, TWO])
+    with pytest.raises(UserError, match="plain model itself"):
+        useful_routes([PLAIN])
 
 
 def test_groups_take_every_input_once_with_neighbours_in_length() -> None:

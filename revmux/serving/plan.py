@@ -70,16 +70,15 @@ def useful_routes(routes: Sequence[Route]) -> list[Route]:
     """The plain route and those that are cheaper an input than every narrower one, narrowest first.
 
     Raises:
-        UserError: two routes of one width.
+        UserError: two routes of one width, or one of width 1.
     """
     kept = [PLAIN]
     widths: set[int] = set()
     for route in sorted(routes, key=lambda route: route.width):
-        if route.width in widths or route.width < 2:
-            raise UserError(
-                f"two adapters serve N = {route.width}; name one for each N, and none for N = 1, "
-                "which is the plain model itself"
-            )
+        if route.width < 2:
+            raise UserError(f"an adapter serves N = {route.width}, which is the plain model itself; leave it out")
+        if route.width in widths:
+            raise UserError(f"two adapters serve N = {route.width}; name one for each N")
         widths.add(route.width)
         if route.per_input < kept[-1].per_input:
             kept.append(route)
