@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ import torch
 from ray.experimental import tqdm_ray
 from ray.train.torch import get_device
 from safetensors.torch import load_file, save_file
+from transformers.utils.logging import disable_progress_bar
 
 from ray_jobs.tracking import log_metrics
 from revmux.artifact import save_atomically, save_pretrained
@@ -59,6 +61,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     config: WorkerConfig = arguments["config"]
     if config.threads:
         torch.set_num_threads(config.threads)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    disable_progress_bar()
     task: TaskData = ray.get(config.task)
     rank = ray.train.get_context().get_world_rank()
     prepared = prepare(config.recipe, task, get_device())
