@@ -65,7 +65,7 @@ class MultiplexedClassifier(nn.Module):
 
     def prefill(self, tokens: TokenBatch) -> HiddenState:
         """Each input alone through layers 1..l: tokens (B, S) to states (B, S, d)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.tunes_prefill):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.tunes_backbone):
             return self.backbone.run(self.backbone.embed(tokens), self.prefill_layers)
 
     def run_groups(self, prefilled: HiddenState, groups: Tensor) -> GroupOutput:

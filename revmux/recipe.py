@@ -160,7 +160,7 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
         stored = not (method.tunes_backbone or method.prepares_tokens)
         layers = [method_config.prefill_layers] if stored else []
         stores = [open_features(pretrained, split, layers, recipe.store) for split in splits]
-        features = [store.at(method_config.prefill_layers) for store in stores]
+        features = [store.at(method_config.prefill_layers) if stored else store.with_tokens() for store in stores]
     if method.tunes_backbone:
         backbone.unfreeze_above(0 if method.tunes_prefill else method_config.prefill_layers)
     return Prepared(recipe, pretrained, task, model, *features)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ class Trainer:
         on_step: called on every worker after each step with (step, steps in all, metrics).
 
     Raises:
-        UserError: the batch cannot be cut into groups.
+        UserError: the batch cannot be cut into groups, or nothing is left to train.
     """
 
     def __init__(
@@ -180,8 +180,16 @@ class Trainer:
         self.optim, self.loss, self.on_step = optim, loss, on_step
         self.state = TrainerState()
         step = TrainStep(model, loss)
-        self.step: nn.Module = DistributedDataParallel(step) if self.world > 1 else step
+        self.step: nn.Module = step
+        if self.world > 1:
+            # A tuned backbone has parts that an adapter may pass by: its own head, layers above the exit.
+            self.step = DistributedDataParallel(step, find_unused_parameters=model.method.tunes_prefill)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            raise UserError(
+                f"{model.method.name} has no weights to train on a frozen backbone; choose another method, or set its "
+                "option tune_backbone"
+            )
         self.optimizer = torch.optim.AdamW(self.parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay)
         self.groups_per_step = optim.batch_size // model.num_inputs
         self.steps_per_epoch = -(-len(train) // (self.groups_per_step * model.num_inputs))
@@ -196,7 +204,7 @@ class Trainer:
 
     def run(self) -> Iterator[EpochReport]:
         """Train to the end, from wherever the state stands; one report an epoch, alike on every worker."""
-        while self.state.epoch < self.optim.epochs:
+        while not self._is_finished():
             started = time.perf_counter()
             metrics = self._epoch()
             seconds = time.perf_counter() - started
@@ -213,11 +221,11 @@ class Trainer:
             if is_best:
                 self.state.best_accuracy, self.state.best_epoch = chosen.accuracy_mean, self.state.epoch
             self.state.history.append(metrics)
-            waited = self.state.epoch - self.state.best_epoch
-            stop = self.state.epoch == self.optim.epochs or 0 < self.optim.patience <= waited
-            yield EpochReport(self.state.epoch, self.state.step, metrics, is_best, stop)
-            if stop:
-                return
+            yield EpochReport(self.state.epoch, self.state.step, metrics, is_best, self._is_finished())
+
+    def _is_finished(self) -> bool:
+        waited = self.state.epoch - self.state.best_epoch
+        return self.state.epoch >= self.optim.epochs or 0 < self.optim.patience <= waited
 
     def _epoch(self) -> dict[str, float]:
         self.model.train()
@@ -241,7 +249,7 @@ class Trainer:
             for name, value in losses.items():
                 totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach()
             if self.on_step is not None:
-                self.on_step(self.state.step, self.total_steps, {"loss": float(losses["loss"])})
+                self.on_step(self.state.step, self.total_steps, {"loss": float(losses["loss"].detach())})
         means = {f"train_{name}": float(mean_over_workers(total / len(plan))) for name, total in totals.items()}
         if not math.isfinite(means["train_loss"]):
             raise FloatingPointError(
@@ -261,7 +269,7 @@ class Trainer:
             "weights": self.trained_weights(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "state": vars(self.state),
+            "state": asdict(self.state),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from revmux.backbone.state import HiddenState, TokenBatch
 from revmux.errors import UserError
 
-
-_EMBEDDING_WORDS = ("embed", "wte", "wpe", "shared.")  # how families call what stands before layer 1
+_EMBEDDING_WORDS = ("embed", "wte", "wpe", "shared.", "soft_prompt")  # how families call what stands before layer 1
 
 
 class Backbone(nn.Module, ABC):

@@ -82,8 +82,12 @@ class FeatureStore:
                 "add it to prefill_layers"
             )
         if layer not in self._layers:
-            return TeacherFeatures(self._split, self._backbone, self._teacher)
+            return self.with_tokens()
         return StoredFeatures(self._split, self._backbone, self._teacher, self._layers[layer], layer, self._dtype)
+
+    def with_tokens(self) -> TeacherFeatures:
+        """Tokens and the stored teacher: for models that prefill otherwise than the frozen backbone does."""
+        return TeacherFeatures(self._split, self._backbone, self._teacher)
 
     def notes(self, layer: int) -> dict[str, Any]:
         """What is noted of a stored layer, such as its loss of precision."""
