@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,15 @@ from revmux.errors import UserError
 
 EMBEDDED_TASK = "docstrings"
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "#1 String", "question", "question1", "premise", "review", "content")
-PAIR_COLUMNS = ("text_pair", "sentence2", "#2 String", "question2", "hypothesis")
+PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("#1 String", "#2 String"),
+)
 LABEL_COLUMNS = ("label", "Quality", "labels", "category", "class", "target", "intent")
 MAX_SELECTION = 2000  # examples that choose between checkpoints; more would only cost time
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -32,7 +42,7 @@ class DataConfig:
             or a data set on the hub.
         subset: configuration of a hub data set, such as ``sst2`` of ``nyu-mll/glue``.
         text_column: column of the text; found by its usual names where not given.
-        pair_column: column of the second text of a pair; found likewise.
+        pair_column: column of the second text of a pair; found by the usual names of both columns of a pair.
         label_column: column of the label; found likewise.
         selection_share: share of train, of 2,000 examples at most, that is held out to choose checkpoints and
             settings.
@@ -100,9 +110,9 @@ def load_task(config: DataConfig, label_names: list[str] | None = None) -> TaskD
     raw = _read(config)
     columns = _columns(raw, config)
     splits = _split({name: _rename(split, columns) for name, split in raw.items()}, config)
+    names = label_names or _label_names([splits["train"], splits["selection"]], columns["label"])
     if config.limit is not None and config.limit < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(seed=config.seed).select(range(config.limit))
-    names = label_names or _label_names(splits["train"], raw, columns)
     encoded = {name: _encode(split, names, name) for name, split in splits.items()}
     identity = {"source": _source_name(config), "sha256": _content_hash(encoded), "labels": len(names)}
     identity |= {name: len(split) for name, split in encoded.items()}
@@ -112,8 +122,8 @@ def load_task(config: DataConfig, label_names: list[str] | None = None) -> TaskD
 
 
 def _source_name(config: DataConfig) -> str:
-    path = Path(config.source)
-    return path.name if path.exists() else "/".join(filter(None, [config.source, config.subset]))
+    path = Path(config.source).expanduser()
+    return path.absolute().name if path.exists() else "/".join(filter(None, [config.source, config.subset]))
 
 
 def _read(config: DataConfig) -> dict[str, Dataset]:
@@ -157,7 +167,12 @@ def _read_file(file: Path) -> Dataset:
         if file.suffix in (".csv", ".tsv"):
             # In a TSV quotes are text, as GLUE has it; a byte-order mark is not.
             dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
-            frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig", **dialect)
+            with warnings.catch_warnings():
+                # Rows longer than the header: columns would shift, or values be lost.
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                frame = pd.read_csv(
+                    file, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig", **dialect
+                )
             return Dataset.from_pandas(frame, preserve_index=False)
         if file.suffix == ".parquet":
             return Dataset.from_parquet(str(file))
@@ -169,29 +184,38 @@ def _read_file(file: Path) -> Dataset:
 
 
 def _columns(raw: dict[str, Dataset], config: DataConfig) -> dict[str, str]:
+    """The columns in the roles ``text``, ``text_pair`` (pairs only) and ``label``."""
     present = next(iter(raw.values())).column_names
-
-    def find(given: str | None, usual: tuple[str, ...], kind: str, required: bool) -> str | None:
-        if given is not None:
-            if given not in present:
-                raise UserError(
-                    f"unknown {kind} {given!r}; columns of {config.source}: {', '.join(present)}; name one of these"
-                )
-            return given
-        match = next((name for name in usual if name in present), None)
-        if match is None and required:
+    for kind in ("text_column", "pair_column", "label_column"):
+        given = getattr(config, kind)
+        if given is not None and given not in present:
             raise UserError(
-                f"{config.source} has no {kind} by a usual name ({', '.join(usual)}); its columns: {', '.join(present)}; "
+                f"unknown {kind} {given!r}; columns of {config.source}: {', '.join(present)}; name one of these"
+            )
+
+    def usual(names: tuple[str, ...], kind: str) -> str:
+        match = next((name for name in names if name in present and name != pair), None)
+        if match is None:
+            raise UserError(
+                f"{config.source} has no {kind} by a usual name ({', '.join(names)}); its columns: {', '.join(present)}; "
                 f"name one with --data.{kind}"
             )
         return match
 
+    text, pair = config.text_column, config.pair_column
+    for first, second in PAIRS:
+        if {first, second} <= set(present) and text in (None, first) and pair in (None, second):
+            text, pair = first, second
+            break
     columns = {
-        "text": find(config.text_column, TEXT_COLUMNS, "text_column", True),
-        "text_pair": find(config.pair_column, PAIR_COLUMNS, "pair_column", False),
-        "label": find(config.label_column, LABEL_COLUMNS, "label_column", True),
+        "text": text or usual(TEXT_COLUMNS, "text_column"),
+        "text_pair": pair,
+        "label": config.label_column or usual(LABEL_COLUMNS, "label_column"),
     }
-    return {role: name for role, name in columns.items() if name is not None}
+    chosen = {role: name for role, name in columns.items() if name is not None}
+    if len(set(chosen.values())) < len(chosen):
+        raise UserError(f"columns {', '.join(chosen.values())} of {config.source}: give every role a column of its own")
+    return chosen
 
 
 def _rename(split: Dataset, columns: dict[str, str]) -> Dataset:
@@ -209,50 +233,70 @@ def _split(raw: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
     if "selection" in raw:
         return raw
     if "all" in raw or len(raw) == 1:
-        parts = next(iter(raw.values())).train_test_split(test_size=config.test_share, seed=config.seed)
-        train, test = parts["train"], parts["test"]
+        rows = next(iter(raw.values()))
+        train, test = _hold_out(rows, math.ceil(config.test_share * len(rows)), config)
     else:
-        train = raw["train"]
         held_out = next((name for name in ("dev", "validation", "validation_matched", "test") if name in raw), None)
-        if held_out is None:
+        if "train" not in raw or held_out is None:
             raise UserError(f"{config.source} has splits {', '.join(raw)}; it needs train and validation, dev or test")
-        test = raw[held_out]
-    held = max(1, min(MAX_SELECTION, round(config.selection_share * len(train))))
-    parts = train.train_test_split(test_size=held, seed=config.seed)
-    return {"train": parts["train"], "selection": parts["test"], "test": test}
+        train, test = raw["train"], raw[held_out]
+    train, selection = _hold_out(train, max(1, min(MAX_SELECTION, round(config.selection_share * len(train)))), config)
+    return {"train": train, "selection": selection, "test": test}
 
 
-def _label_names(train: Dataset, raw: dict[str, Dataset], columns: dict[str, str]) -> list[str]:
-    feature = next(iter(raw.values())).features[columns["label"]]
+def _hold_out(rows: Dataset, held: int, config: DataConfig) -> tuple[Dataset, Dataset]:
+    if len(rows) < 2:
+        raise UserError(f"{config.source}: {len(rows)} labelled rows cannot be split; bring more")
+    parts = rows.train_test_split(test_size=min(held, len(rows) - 1), seed=config.seed)
+    return parts["train"], parts["test"]
+
+
+def _label_names(splits: list[Dataset], column: str) -> list[str]:
+    feature = splits[0].features["label"]
     if hasattr(feature, "names"):
         return list(feature.names)
-    labels = sorted({str(label) for label in train["label"]}, key=lambda name: (not name.isdigit(), name.zfill(12)))
+    rows = sum(len(split) for split in splits)
+    found = {label for split in splits for label in _labels(split, "train")}
+    labels = sorted(found, key=lambda name: (not name.isdigit(), name.zfill(12) if name.isdigit() else name))
     if len(labels) < 2:
         raise UserError(f"train has the label {labels} only; a classifier needs two or more")
-    if len(labels) > max(50, len(train) // 5):
-        raise UserError(
-            f"column {columns['label']!r} has {len(labels)} values in {len(train)} rows; name a column of classes"
-        )
+    if len(labels) > max(50, rows // 5):
+        raise UserError(f"column {column!r} has {len(labels)} values in {rows} rows; name a column of classes")
     return labels
+
+
+def _labels(split: Dataset, split_name: str) -> list[str]:
+    """The class name of every row, as the source has it."""
+    known = getattr(split.features["label"], "names", None)
+    texts = []
+    for row, label in enumerate(split["label"]):
+        if label is None or not str(label).strip() or (known is not None and not 0 <= label < len(known)):
+            raise UserError(f"{split_name} row {row} has no label ({label!r}); fill it or remove the row")
+        texts.append(str(label) if known is None else known[label])
+    return texts
 
 
 def _encode(split: Dataset, names: list[str], split_name: str) -> Dataset:
     index = {name: position for position, name in enumerate(names)}
-    encoded = []
-    for row, label in enumerate(split["label"]):
-        position = index.get(str(label), int(label) if str(label).isdigit() else -1)
-        if not 0 <= position < len(names):
+    labels = _labels(split, split_name)
+    if not index.keys() & set(labels):
+        # Numbers that are no names are positions: 0 and 1 in a file, for a classifier of negative and positive.
+        labels = [
+            names[int(given)] if str(given).isdigit() and int(given) < len(names) else label
+            for given, label in zip(split["label"], labels)
+        ]
+    for row, label in enumerate(labels):
+        if label not in index:
             raise UserError(
                 f"{split_name} row {row} has the label {label!r}, which is not in the label set: {', '.join(names)}; "
                 "mend the row, or tune a task model on these labels"
             )
-        encoded.append(position)
     columns = {name: list(split[name]) for name in ("text", "text_pair") if name in split.column_names}
     for column, texts in columns.items():
         for row, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"{split_name} row {row} has an empty {column} ({text!r}); fill it or remove the row")
-    return Dataset.from_dict({**columns, "label": encoded})
+    return Dataset.from_dict({**columns, "label": [index[label] for label in labels]})
 
 
 def _content_hash(splits: dict[str, Dataset]) -> str:

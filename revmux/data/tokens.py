@@ -29,12 +29,10 @@ class TokenizedSplit:
     def __init__(self, split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
         pairs = list(split["text_pair"]) if "text_pair" in split.column_names else None
-        self.encoded = tokenizer(
-            list(split["text"]), pairs, truncation=True, max_length=max_length, return_overflowing_tokens=False
-        )
+        self.encoded = tokenizer(list(split["text"]), pairs, truncation=True, max_length=max_length)
         self.labels = torch.tensor(split["label"], dtype=torch.long)
         self.lengths = torch.tensor([len(ids) for ids in self.encoded["input_ids"]], dtype=torch.long)
-        self.truncated = int((self.lengths == max_length).sum())
+        self.truncated = sum(bool(encoding.overflowing) for encoding in self.encoded.encodings or [])
 
     def __len__(self) -> int:
         return len(self.labels)
