@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import jinja2
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -130,6 +132,8 @@ def load_config(folder: str | Path) -> AdapterConfig:
         raw = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); the folder is damaged, write it again") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object; the folder is damaged, write it again")
     version = raw.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
@@ -150,17 +154,19 @@ def from_pretrained(folder: str | Path, pretrained: Pretrained) -> MultiplexedCl
 
     Args:
         folder: an adapter folder.
-        pretrained: the backbone that it was trained on.
+        pretrained: the backbone that it was trained on. Where the method tuned it, the model gets a copy.
 
     Raises:
-        UserError: another backbone, other labels, or missing, unexpected or misshaped weights.
+        UserError: another backbone, other labels, no readable weights, or missing, unexpected or misshaped weights.
     """
     config = load_config(folder)
     check_base(config, pretrained, folder)
     backbone: Backbone = pretrained.backbone
     method = build_method(config.method, BackboneShape.of(backbone), config.num_inputs, config.options)
+    if method.tunes_backbone:
+        backbone = copy.deepcopy(backbone)  # the one given stays what others were trained on
     model = MultiplexedClassifier(backbone, method, config.prefill_layers)
-    weights = load_file(Path(folder) / WEIGHTS_NAME)
+    weights = _load_weights(Path(folder) / WEIGHTS_NAME)
     expected = adapter_weights(model)
     problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
@@ -181,6 +187,13 @@ def from_pretrained(folder: str | Path, pretrained: Pretrained) -> MultiplexedCl
         backbone.load_state_dict(tuned)
     method.to(backbone.device)
     return model.requires_grad_(False).eval()
+
+
+def _load_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} ({error}); the folder is damaged, write it again") from None
 
 
 def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path) -> None:
@@ -229,8 +242,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             os.replace(folder, old / "old")
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
+            try:
+                os.replace(temporary, folder)
+            except BaseException:
+                os.replace(old / "old", folder)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, folder)
     except BaseException:
