@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from revmux.errors import UserError
+from revmux.errors import UserError, one_of
+
+Negatives = Literal["batch", "group"]
+Similarity = Literal["cosine", "dot"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,15 @@ class LossConfig:
     """
 
     infonce_weight: float = 0.25
-    negatives: Literal["batch", "group"] = "batch"
-    similarity: Literal["cosine", "dot"] = "cosine"
+    negatives: Negatives = "batch"
+    similarity: Similarity = "cosine"
     temperature: float = 0.05
     distillation_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, legal in (("negatives", get_args(Negatives)), ("similarity", get_args(Similarity))):
+            if getattr(self, name) not in legal:
+                raise one_of(name, getattr(self, name), legal, "choose one of these")
         for name in ("infonce_weight", "distillation_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 0 or more")

