@@ -141,8 +141,8 @@ def run_trials(
         "storage": folder,
         "parent": parent,
     }
-    # The driver of a trial only waits; the trial's workers hold the resources.
-    trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), {"CPU": 0})
+    # The driver of a trial only waits, its workers hold the cores; Tune wants something for it, so a byte of memory.
+    trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), {"memory": 1})
     present = ray.cluster_resources()
     fitting = present.get("CPU", 0) // (cluster.cpus_per_worker * cluster.workers)
     if cluster.use_gpu:

@@ -212,7 +212,7 @@ class Trainer:
             metrics |= {
                 "selection_accuracy": chosen.accuracy_mean,
                 "selection_agreement": chosen.siso_agreement,
-                "learning_rate": self.scheduler.get_last_lr()[0],
+                "learning_rate": float(self.scheduler.get_last_lr()[0]),
                 "inputs_per_second": len(self.train_data) / seconds,
                 "steps_per_second": self.steps_per_epoch / seconds,
             }
