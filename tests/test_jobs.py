@@ -1,0 +1,223 @@
+"""Jobs as users submit them: a real head with token authentication, results outside of the working copy, MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from ray_jobs.launch import absolute_path
+from revmux import UserError
+
+ROOT = Path(__file__).parents[1]
+RAY = str(Path(sys.executable).with_name("ray"))
+FIGURES = {"accuracy_mean", "accuracy_std", "siso_accuracy", "siso_agreement", "cost_counted"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head: where it takes jobs, what a shell needs to submit, and a folder that outlives its jobs."""
+
+    address: str
+    environment: dict[str, str]
+    folder: Path
+
+    @property
+    def storage(self) -> Path:
+        return self.folder / "storage"
+
+    def submit(self, job: str, *flags: str | Path, authenticated: bool = True) -> subprocess.CompletedProcess[str]:
+        environment = {key: value for key, value in self.environment.items() if authenticated or key != "RAY_AUTH_MODE"}
+        command = [RAY, "job", "submit", "--address", self.address, "--working-dir", str(ROOT), "--"]
+        command += ["python", "-m", f"ray_jobs.{job}", *map(str, flags)]
+        return subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+
+    def runs(self) -> dict[str, Run]:
+        """What MLflow recorded, by name."""
+        client = MlflowClient(f"sqlite:///{self.storage}/mlflow.db")
+        experiment = client.get_experiment_by_name("revmux")
+        assert experiment is not None
+        return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
+
+
+def status(url: str) -> int | None:
+    """HTTP status of a request without a token, None where nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    folder = Path(tempfile.mkdtemp(prefix="jobs-"))  # not pytest's: Ray's socket paths must stay short
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {
+        "HOME": str(folder),
+        "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    port, dashboard, client, agent = free_ports(4)
+    command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}/ray"]
+    log = folder / "head.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        while not (status(f"{address}/api/version") and listens(agent)):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+                pytest.fail(f"the head ended: {log.read_text()}")
+        yield Head(address, environment, folder)
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own group: other Rays of the machine go on
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_csv: Path, head: Head) -> list[str | Path]:
+    return ["--data.source", tiny_csv, "--backbone.max_length", "16", "--storage", head.storage]
+
+
+@pytest.fixture(scope="module")
+def task_model(head: Head, settings: list[str | Path], tiny_model_folder: Path) -> Path:
+    """What the finetune job leaves."""
+    flags = ["--backbone.model", tiny_model_folder, "--optim.epochs", "1", "--optim.batch_size", "8"]
+    done = head.submit("finetune", *flags, *settings, "--cluster.workers", "1")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("task-model: epoch 1/1") == 1
+    return head.storage / "task-model"
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_submission_without_the_token_is_refused(head: Head) -> None:
+    assert status(f"{head.address}/api/jobs/") == 401
+    refused = head.submit("finetune", "--help", authenticated=False)
+    assert refused.returncode != 0
+    assert "Missing authentication token" in refused.stdout
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_mistake_ends_the_job_with_status_2_and_one_line(head: Head, settings: list[str | Path]) -> None:
+    failed = head.submit("finetune", *settings, "--data.text_column", "reviews")
+    assert failed.returncode != 0
+    assert "failed with exit code 2" in failed.stdout
+    assert "Traceback" not in failed.stdout
+    told = {line for line in failed.stdout.splitlines() if line.startswith("error:")}
+    assert len(told) == 1
+    assert "unknown text_column 'reviews'" in told.pop()
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_finetune_train_and_evaluate_leave_results_and_runs(
+    head: Head, settings: list[str | Path], task_model: Path
+) -> None:
+    flags = ["--backbone.model", task_model, *settings]
+    small = ["--num_inputs", "[2]", "--method.prefill_layers", "1", "--optim.epochs", "1", "--optim.batch_size", "8"]
+    trained = head.submit("train", *flags, *small, "--cluster.workers", "2")
+    assert trained.returncode == 0, trained.stdout
+    adapter = head.storage / "adapters/revmux-n2-l1"
+    evaluated = head.submit("evaluate", *flags, "--adapter", adapter)
+    assert evaluated.returncode == 0, evaluated.stdout
+
+    assert (task_model / "model.safetensors").is_file()
+    assert json.loads((adapter / "adapter_config.json").read_text())["num_inputs"] == 2
+    figures = json.loads((head.storage / "evaluate-revmux-n2-l1.json").read_text())["metrics"]
+    assert figures.keys() == FIGURES
+    copies = list(head.folder.glob("ray/session_2*/runtime_resources/working_dir_files/*/"))
+    assert copies
+    assert not [path for copy in copies for path in copy.rglob("*") if path.suffix in (".db", ".safetensors")]
+
+    runs = head.runs()
+    assert runs.keys() == {"task-model", "revmux-n2-l1", "evaluate-revmux-n2-l1"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs["evaluate-revmux-n2-l1"].data.metrics.keys() == FIGURES
+    assert runs["revmux-n2-l1"].data.metrics.keys() > FIGURES
+    assert runs["revmux-n2-l1"].data.metrics["accuracy_mean"] == pytest.approx(figures["accuracy_mean"])
+    assert runs["task-model"].data.params.keys() - runs["revmux-n2-l1"].data.params.keys() == {
+        "recipe.method.options.tune_backbone"
+    }
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_trials_of_a_sweep_are_runs_with_the_same_keys(
+    head: Head, settings: list[str | Path], task_model: Path
+) -> None:
+    space = head.folder / "space.yaml"
+    space.write_text("{num_inputs: [2, 4], prefill_layers: [1], infonce_weight: [0.25], epochs: 1}")
+    flags = ["--backbone.model", task_model, *settings, "--optim.batch_size", "8", "--concurrent_trials", "1"]
+    swept = head.submit("tune", *flags, "--space", space, "--cluster.workers", "1")
+    assert swept.returncode == 0, swept.stdout
+    (table,) = head.storage.glob("sweeps/*/sweep.json")
+    assert [row["status"] for row in json.loads(table.read_text())] == ["done", "done"]
+    runs = head.runs()
+    trials = [run for run in runs.values() if run.data.tags.get("mlflow.parentRunId") == runs["sweep"].info.run_id]
+    first, second = trials
+    assert first.data.params.keys() == second.data.params.keys()
+    assert first.data.metrics.keys() == second.data.metrics.keys() > FIGURES
+
+
+@pytest.mark.parametrize("path", ["runs", "./runs", "s3://bucket/runs"])
+def test_results_of_a_submitted_job_need_an_absolute_folder(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match=f"storage '{path}' is"):
+        absolute_path(path, "storage")
+    assert absolute_path("/mnt/revmux", "storage") == Path("/mnt/revmux")
+
+
+def test_results_of_a_local_job_may_be_relative(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert absolute_path("runs", "storage") == tmp_path / "runs"
