@@ -1,0 +1,149 @@
+"""What tests share: a tiny task model with its tokenizer, tiny labelled files, and workers of a process group."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported: no test waits for a network
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+
+torch.set_num_threads(1)  # models this small gain nothing from threads that wait for each other
+WORDS = [f"w{index}" for index in range(40)]
+LABELS = ["bad", "good"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the datasets library caches goes with the tests."""
+    former = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = former
+
+
+def write_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """A random BERT classifier (d = 32, L = 3) and a tokenizer of 40 words, as save_pretrained writes them."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        initializer_range=0.2,  # inputs must differ in what a random model makes of them
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: index for index, name in enumerate(LABELS)},
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, "[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_pretrained(tiny_model_folder: Path) -> Pretrained:
+    """Frozen and shared by all tests: one that trains the backbone loads its own."""
+    pretrained = load_pretrained(BackboneConfig(model=str(tiny_model_folder), max_length=16))
+    pretrained.backbone.freeze()
+    return pretrained
+
+
+@pytest.fixture(scope="session")
+def tiny_rows() -> list[dict[str, str]]:
+    """80 texts of 3 to 9 words; those that begin with w1 are good, those with w2 bad."""
+    random = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(80):
+        label = index % 2
+        length = int(torch.randint(2, 9, (), generator=random))
+        rest = torch.randint(3, len(WORDS), (length,), generator=random).tolist()
+        rows.append({"text": " ".join(WORDS[word] for word in (2 - label, *rest)), "label": LABELS[label]})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tiny_rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same rows in every format, by suffix."""
+    folder = tmp_path_factory.mktemp("data")
+    frame = pd.DataFrame(tiny_rows)
+    files = {suffix: folder / f"tiny.{suffix}" for suffix in ("csv", "tsv", "jsonl", "json", "parquet", "arrow")}
+    frame.to_csv(files["csv"], index=False)
+    frame.to_csv(files["tsv"], index=False, sep="\t")
+    frame.to_json(files["jsonl"], orient="records", lines=True)
+    files["json"].write_text(json.dumps(tiny_rows))
+    frame.to_parquet(files["parquet"], index=False)
+    saved = folder / "saved"
+    datasets.Dataset.from_list(tiny_rows).save_to_disk(saved)
+    next(saved.glob("*.arrow")).rename(files["arrow"])
+    return files
+
+
+@pytest.fixture(scope="session")
+def tiny_csv(tiny_files: dict[str, Path]) -> Path:
+    return tiny_files["csv"]
+
+
+@pytest.fixture(scope="session")
+def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """Call ``function(*arguments)`` in every process of a gloo group; returns their results by rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["revmux.recipe", "transformers.models.bert.modeling_bert"])
+
+    def run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
+        folder = tmp_path_factory.mktemp("workers")
+        processes = [
+            context.Process(target=_worker, args=(rank, world, folder, function, arguments)) for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * world
+        return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+    return run
+
+
+def _worker(rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+    try:
+        torch.save(function(*arguments), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,303 @@
+"""Adapters on disk: the same scores after a round trip, and nothing that does not fit is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_tiny_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import revmux
+from revmux import BackboneShape, MultiplexedClassifier, UserError, artifact, build_method
+from revmux.artifact import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    describe,
+    from_pretrained,
+    load_config,
+    save_atomically,
+    save_pretrained,
+)
+from revmux.data import DataConfig, load_task
+from revmux.losses import LossConfig
+from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.training import OptimConfig
+
+TEXTS = ["w1 w5 w6", "w2 w9", "w7", "w30 w1 w2 w3", "w11 w12"]
+
+
+def adapter(
+    pretrained: Pretrained, name: str = "revmux", num_inputs: int = 2, options: dict | None = None
+) -> MultiplexedClassifier:
+    torch.manual_seed(3)
+    method = build_method(name, BackboneShape.of(pretrained.backbone), num_inputs, options)
+    with torch.no_grad():
+        for parameter in method.parameters():  # nothing stays at a start value that loading could fake
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return MultiplexedClassifier(pretrained.backbone, method, 1).eval()
+
+
+def scores(model: MultiplexedClassifier, pretrained: Pretrained) -> Tensor:
+    with torch.no_grad():
+        return model(dict(pretrained.tokenizer(TEXTS, padding=True, return_tensors="pt")))
+
+
+@pytest.fixture
+def saved(tiny_pretrained: Pretrained, tmp_path: Path) -> Path:
+    model = adapter(tiny_pretrained)
+    return save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "toy.csv"}), tmp_path / "adapter")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(folder / WEIGHTS_NAME)
+    weights = {name: value.clone() for name, value in weights.items()}
+    change(weights)
+    save_file(weights, folder / WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_inputs", "options"),
+    [
+        ("revmux", 2, {"skip": True, "dropout": 0.1}),
+        ("revmux", 4, {"exit_layer": 2}),
+        ("token-split", 2, {}),
+        ("mux-plm", 2, {}),
+        ("exit-head", 1, {"layer": 2}),
+    ],
+)
+def test_a_round_trip_keeps_the_scores(
+    name: str, num_inputs: int, options: dict, tiny_pretrained: Pretrained, tmp_path: Path
+) -> None:
+    model = adapter(tiny_pretrained, name, num_inputs, options)
+    config = describe(model, tiny_pretrained, 16, {"source": "toy.csv"}, {"seed": 0}, {"accuracy_mean": 0.75})
+    loaded = from_pretrained(save_pretrained(model, config, tmp_path / "adapter"), tiny_pretrained)
+    torch.testing.assert_close(scores(loaded, tiny_pretrained), scores(model, tiny_pretrained), rtol=0, atol=1e-6)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert load_config(tmp_path / "adapter") == config
+    assert loaded.method.options_dict() == model.method.options_dict()
+
+
+def test_a_tuned_backbone_comes_with_its_adapter_and_leaves_the_given_one_alone(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    own, other = (load_pretrained(BackboneConfig(model=str(tiny_model_folder), max_length=16)) for _ in range(2))
+    own.backbone.freeze()
+    other.backbone.freeze()
+    model = adapter(own, options={"tune_backbone": True})
+    with torch.no_grad():
+        for parameter in own.backbone.parameters():
+            parameter.add_(0.01)
+    folder = save_pretrained(model, describe(model, own, 16, {"source": "toy.csv"}), tmp_path / "tuned")
+    plain = adapter(other, "siso", 1)
+    before = scores(plain, other)
+    loaded = from_pretrained(folder, other)
+    torch.testing.assert_close(scores(loaded, other), scores(model, own), rtol=0, atol=1e-6)
+    assert torch.equal(scores(plain, other), before), "other adapters of this backbone still find it as it was"
+
+
+def test_given_weights_are_written_instead_of_the_model(tiny_pretrained: Pretrained, tmp_path: Path) -> None:
+    model = adapter(tiny_pretrained)
+    best = {name: torch.zeros_like(value) for name, value in artifact.adapter_weights(model).items()}
+    save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "t"}), tmp_path / "a", best)
+    assert all(bool((value == 0).all()) for value in load_file(tmp_path / "a" / WEIGHTS_NAME).values())
+
+
+def test_missing_weights_are_named(saved: Path, tiny_pretrained: Pretrained) -> None:
+    edit_weights(saved, lambda weights: weights.pop("method.down.weight"))
+    with pytest.raises(UserError, match=r"missing method\.down\.weight"):
+        from_pretrained(saved, tiny_pretrained)
+
+
+def test_unexpected_weights_are_named(saved: Path, tiny_pretrained: Pretrained) -> None:
+    edit_weights(saved, lambda weights: weights.update({"method.extra": torch.zeros(1)}))
+    with pytest.raises(UserError, match=r"unexpected method\.extra"):
+        from_pretrained(saved, tiny_pretrained)
+
+
+def test_misshaped_weights_are_named_with_both_shapes(saved: Path, tiny_pretrained: Pretrained) -> None:
+    edit_weights(saved, lambda weights: weights.update({"method.down.bias": torch.zeros(1)}))
+    with pytest.raises(UserError, match=r"method\.down\.bias is \(1,\), not \(16,\)"):
+        from_pretrained(saved, tiny_pretrained)
+
+
+def test_weights_that_are_gone_or_cut_short_are_no_traceback(saved: Path, tiny_pretrained: Pretrained) -> None:
+    path = saved / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot read"):
+        from_pretrained(saved, tiny_pretrained)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        from_pretrained(saved, tiny_pretrained)
+
+
+def test_a_newer_format_names_both_versions(saved: Path) -> None:
+    edit_config(saved, format_version=FORMAT_VERSION + 1, library_version="9.0")
+    with pytest.raises(
+        UserError, match=rf"format version {FORMAT_VERSION + 1} \(revmux 9\.0\), this is revmux {revmux.__version__}"
+    ):
+        load_config(saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "no JSON object"),
+        ('{"format_version": 1, "rank": 8}', "unknown keys rank"),
+        ('{"format_version": 1, "method": "revmux"}', "incomplete"),
+        ("{}", "format version None"),
+    ],
+)
+def test_a_damaged_config_is_refused(text: str, says: str, saved: Path) -> None:
+    (saved / CONFIG_NAME).write_text(text)
+    with pytest.raises(UserError, match=says):
+        load_config(saved)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "mistyped"):
+        with pytest.raises(UserError, match="is no adapter folder"):
+            load_config(folder)
+
+
+def test_another_backbone_is_refused(saved: Path, tmp_path: Path) -> None:
+    other = load_pretrained(BackboneConfig(model=str(write_tiny_model(tmp_path / "other", seed=1)), max_length=16))
+    with pytest.raises(UserError, match=r"trained on tiny-bert \(sha256 .* is other \(sha256"):
+        from_pretrained(saved, other)
+
+
+def test_the_same_weights_under_another_name_are_the_same_backbone(
+    saved: Path, tiny_pretrained: Pretrained, tmp_path: Path
+) -> None:
+    moved = load_pretrained(BackboneConfig(model=str(write_tiny_model(tmp_path / "moved")), max_length=16))
+    moved.backbone.freeze()
+    loaded = from_pretrained(saved, moved)
+    expected = scores(from_pretrained(saved, tiny_pretrained), tiny_pretrained)
+    torch.testing.assert_close(scores(loaded, moved), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["revision", "name"])
+def test_a_backbone_of_the_hub_is_told_by_revision_then_by_name(
+    key: str, saved: Path, tiny_pretrained: Pretrained
+) -> None:
+    edit_config(saved, base_model={"name": "org/model", "revision": "a" * 40, "sha256": None})
+    identity = {"name": "org/model", "revision": "a" * 40, "sha256": None}
+    from_pretrained(saved, replace(tiny_pretrained, identity=identity))
+    edit_config(saved, base_model=identity | ({"revision": None} if key == "name" else {}))
+    other = identity | {key: "org/other" if key == "name" else "b" * 40}
+    with pytest.raises(UserError, match="was trained on org/model"):
+        from_pretrained(saved, replace(tiny_pretrained, identity=other))
+
+
+def test_other_labels_are_refused(saved: Path, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny-bert")
+    edited = json.loads((folder / "config.json").read_text()) | {"id2label": {"0": "good", "1": "bad"}}
+    (folder / "config.json").write_text(json.dumps(edited))
+    swapped = load_pretrained(BackboneConfig(model=str(folder), max_length=16))
+    with pytest.raises(UserError, match="has the labels bad, good, the backbone has good, bad"):
+        from_pretrained(saved, swapped)
+
+
+def fail(*_: object, **__: object) -> str:
+    raise OSError("no space left")
+
+
+def test_a_write_that_breaks_off_leaves_nothing(
+    tiny_pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapter(tiny_pretrained)
+    monkeypatch.setattr(artifact, "model_card", fail)  # the last file of the folder
+    with pytest.raises(OSError, match="no space"):
+        save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "t"}), tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("breaks_at", ["a file", "the exchange"])
+def test_a_rewrite_that_breaks_off_leaves_the_old_adapter(
+    breaks_at: str, saved: Path, tiny_pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    model = adapter(tiny_pretrained, "token-split")
+    if breaks_at == "a file":
+        monkeypatch.setattr(artifact, "model_card", fail)
+    else:
+        replace_folder, moves = os.replace, []
+
+        def break_off(source: Path, target: Path) -> None:
+            moves.append(target)
+            if len(moves) == 2:  # the old folder is away, the new one not yet there
+                fail()
+            replace_folder(source, target)
+
+        monkeypatch.setattr(os, "replace", break_off)
+    with pytest.raises(OSError, match="no space"):
+        save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "t"}), saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_rewrite_replaces_the_whole_folder(saved: Path, tiny_pretrained: Pretrained) -> None:
+    (saved / "left-over").touch()
+    model = adapter(tiny_pretrained, "token-split")
+    save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "t"}), saved)
+    assert load_config(saved).method == "token-split"
+    assert sorted(path.name for path in saved.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME, "README.md"])
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_value_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.pt"
+    save_atomically({"step": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        save_atomically({"step": lambda: None}, path)
+    assert torch.load(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_card_tells_what_was_measured_and_no_path_of_the_machine(
+    tiny_pretrained: Pretrained, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tiny_csv.parent))
+    task = load_task(DataConfig(source=f"~/{tiny_csv.name}"))
+    model = adapter(tiny_pretrained)
+    training = {"seed": 0, "optim": vars(OptimConfig()), "loss": vars(LossConfig())}
+    config = describe(model, tiny_pretrained, 16, task.identity, training, {"accuracy_mean": 0.87654})
+    folder = save_pretrained(model, config, tmp_path / "adapter")
+    card = (folder / "README.md").read_text()
+    assert "accuracy_mean: 0.8765" in card
+    assert f"{sum(value.numel() for value in model.method.parameters()):,} trained weights" in card
+    for expected in ("tiny-bert", "bad, good", "tiny.csv", "N = 2, l = 1", str(tiny_pretrained.identity["sha256"])):
+        assert expected in card
+    for text in (card, (folder / CONFIG_NAME).read_text()):
+        for path in (tiny_csv.parent, tmp_path, Path.cwd(), "~/"):
+            assert str(path) not in text
+    assert card.startswith("---\nlibrary_name: revmux\n")
+
+
+def test_a_card_without_figures_says_so(tiny_pretrained: Pretrained, saved: Path) -> None:
+    assert "Not evaluated." in (saved / "README.md").read_text()
+
+
+def test_the_config_is_plain_sorted_json(saved: Path, tiny_pretrained: Pretrained) -> None:
+    text = (saved / CONFIG_NAME).read_text()
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+    config = load_config(saved)
+    assert isinstance(config, AdapterConfig)
+    assert asdict(config)["base_model"] == tiny_pretrained.identity
+    assert config.library_version == revmux.__version__

@@ -1,0 +1,387 @@
+"""Labelled text from anywhere: the same rows in, the same task out, and mistakes named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from revmux import UserError
+from revmux.data import DataConfig, TaskData, TokenizedSplit, load_task
+from revmux.data import docstrings as docstrings_module
+from revmux.data.docstrings import (
+    LIBRARIES,
+    SPLIT_SHARES,
+    build_docstring_task,
+    library_versions,
+    read_sentences,
+    skeleton,
+)
+from revmux.pretrained import Pretrained
+
+SPLITS = ("train", "selection", "test")
+
+
+def texts(task: TaskData, split: str = "train") -> list[str]:
+    return list(getattr(task, split)["text"])
+
+
+def load(source: Path, label_names: list[str] | None = None, **settings: Any) -> TaskData:
+    return load_task(DataConfig(source=str(source), **settings), label_names)
+
+
+def write(folder: Path, name: str, text: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def table(rows: int, line: str = "text {row},{label}", header: str = "text,label") -> str:
+    return "\n".join([header, *(line.format(row=row, label=row % 2) for row in range(rows))]) + "\n"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet", "arrow"])
+def test_every_format_gives_the_same_task(suffix: str, tiny_files: dict[str, Path], tiny_rows: list) -> None:
+    task = load(tiny_files[suffix])
+    assert task.label_names == ["bad", "good"]
+    assert not task.is_pair
+    given = {row["text"]: row["label"] for row in tiny_rows}
+    for split in SPLITS:
+        rows = getattr(task, split)
+        assert [task.label_names[label] for label in rows["label"]] == [given[text] for text in rows["text"]]
+    assert task.identity["source"] == f"tiny.{suffix}"
+    assert task.identity["sha256"] == load(tiny_files["csv"]).identity["sha256"], "the content, not the file, counts"
+
+
+def test_splits_are_disjoint_sized_and_seeded(tiny_csv: Path, tiny_rows: list) -> None:
+    task = load(tiny_csv, test_share=0.25, selection_share=0.2)
+    assert [len(getattr(task, split)) for split in SPLITS] == [48, 12, 20]
+    everything = [text for split in SPLITS for text in texts(task, split)]
+    assert sorted(everything) == sorted(row["text"] for row in tiny_rows)
+    again, other = load(tiny_csv, test_share=0.25, selection_share=0.2), load(tiny_csv, test_share=0.25, seed=1)
+    assert again.identity == task.identity
+    assert all(texts(again, split) == texts(task, split) for split in SPLITS)
+    assert set(texts(other, "test")) != set(texts(task, "test"))
+
+
+def test_a_limit_takes_some_of_train_and_keeps_the_other_splits_and_classes(tmp_path: Path) -> None:
+    file = write(tmp_path, "many.csv", "text,label\n" + "".join(f"text {row},c{row % 10}\n" for row in range(200)))
+    task, whole = load(file, limit=5), load(file)
+    assert len(task.train) == 5
+    assert set(texts(task)) < set(texts(whole))
+    assert texts(task, "test") == texts(whole, "test")
+    assert task.label_names == [f"c{label}" for label in range(10)], "classes that the few examples lack count too"
+
+
+def test_a_tsv_of_glue_reads_quotes_as_text_and_drops_the_mark(tmp_path: Path) -> None:
+    lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"]
+    lines += [f'{row % 2}\t{row}\t{row}\tHe said " {row} .\t" It \'s so {row} , "" he said .\r\n' for row in range(20)]
+    (tmp_path / "MRPC").mkdir()
+    for name in ("train", "dev"):
+        write(tmp_path / "MRPC", f"{name}.tsv", b"\xef\xbb\xbf" + "".join(lines).encode())
+    task = load(tmp_path / "MRPC")
+    assert task.is_pair
+    assert task.label_names == ["0", "1"]
+    assert task.test[3] == {"text": 'He said " 3 .', "text_pair": '" It \'s so 3 , "" he said .', "label": 1}
+    assert len(task.test) == 20
+    assert len(task.train) + len(task.selection) == 20
+    assert task.identity["source"] == "MRPC"
+
+
+def test_a_csv_has_quoting_and_may_have_a_mark(tmp_path: Path) -> None:
+    rows = "".join(f'"one, ""two"" {row}",{row % 2}\n' for row in range(10))
+    task = load(write(tmp_path, "marked.csv", b"\xef\xbb\xbf" + f"text,label\n{rows}".encode()))
+    assert set(texts(task)) <= {f'one, "two" {row}' for row in range(10)}
+
+
+def test_words_that_pandas_takes_for_missing_stay_words(tmp_path: Path) -> None:
+    task = load(write(tmp_path, "na.csv", table(20, "NA,{label}")))
+    assert set(texts(task)) == {"NA"}
+
+
+@pytest.mark.parametrize(
+    ("header", "text", "pair"),
+    [
+        ("sentence,label", "sentence", None),
+        ("index,sentence1,sentence2,label", "sentence1", "sentence2"),
+        ("index,question,sentence,label", "question", "sentence"),
+        ("question1,question2,label", "question1", "question2"),
+        ("premise,hypothesis,label", "premise", "hypothesis"),
+        ("hypothesis,premise,label", "premise", "hypothesis"),
+        ("review,label", "review", None),
+        ("id,question,label", "question", None),
+    ],
+)
+def test_columns_are_found_by_their_usual_names(header: str, text: str, pair: str | None, tmp_path: Path) -> None:
+    names = header.split(",")
+    line = ",".join("{label}" if name == "label" else f"{name} {{row}}" for name in names)
+    task = load(write(tmp_path, "named.csv", table(10, line, header)))
+    assert texts(task)[0].startswith(f"{text} ")
+    assert task.is_pair == (pair is not None)
+    if pair is not None:
+        assert task.train["text_pair"][0].startswith(f"{pair} ")
+
+
+def test_columns_may_be_named(tmp_path: Path) -> None:
+    file = write(tmp_path, "own.csv", table(10, "a{row},b{row},{label}", "left,right,stars"))
+    task = load(file, text_column="right", pair_column="left", label_column="stars")
+    assert texts(task)[0][0] == "b"
+    assert task.train["text_pair"][0][0] == "a"
+    reversed_pair = load(
+        write(tmp_path, "pair.csv", table(10, "a{row},b{row},{label}", "sentence1,sentence2,label")),
+        text_column="sentence2",
+    )
+    assert texts(reversed_pair)[0][0] == "b"
+    assert not reversed_pair.is_pair
+
+
+def test_a_wrong_column_lists_those_there_are(tmp_path: Path) -> None:
+    file = write(tmp_path, "own.csv", table(10, "a{row},{label}", "words,stars"))
+    with pytest.raises(UserError, match=r"unknown text_column 'body'; columns of .*: words, stars"):
+        load(file, text_column="body")
+    with pytest.raises(UserError, match=r"no text_column by a usual name .* its columns: words, stars; .*--data"):
+        load(file)
+    with pytest.raises(UserError, match="no label_column by a usual name"):
+        load(file, text_column="words")
+    with pytest.raises(UserError, match="a column of its own"):
+        load(file, text_column="words", label_column="words")
+
+
+def test_an_unknown_label_is_named_with_its_row_and_the_label_set(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    write(tmp_path / "task", "train.csv", table(20))
+    write(tmp_path / "task", "dev.csv", "text,label\nfirst,1\nsecond,maybe\n")
+    with pytest.raises(UserError, match="test row 1 has the label 'maybe', which is not in the label set: 0, 1"):
+        load(tmp_path / "task")
+
+
+def test_numbers_are_positions_only_where_they_are_no_names(tmp_path: Path) -> None:
+    task = load(write(tmp_path, "numbers.csv", table(20)), ["negative", "positive"])
+    assert task.label_names == ["negative", "positive"]
+    assert all(text.endswith(("1", "3", "5", "7", "9")) == bool(label) for text, label in zip(*columns(task)))
+    stars = write(tmp_path, "stars.csv", "text,label\n" + "".join(f"t{row},{1 + row % 3}\n" for row in range(30)))
+    task = load(stars)
+    assert task.label_names == ["1", "2", "3"]
+    assert all(int(text[1:]) % 3 == label for text, label in zip(*columns(task)))
+    (tmp_path / "task").mkdir()
+    stars.rename(tmp_path / "task" / "train.csv")
+    write(tmp_path / "task", "dev.csv", "text,label\na,1\nb,0\n")
+    with pytest.raises(UserError, match="test row 1 has the label '0'"):
+        load(tmp_path / "task")
+
+
+def columns(task: TaskData) -> tuple[list[str], list[int]]:
+    return list(task.train["text"]), list(task.train["label"])
+
+
+def test_classes_of_a_data_set_keep_their_names_even_if_those_are_numbers(tmp_path: Path) -> None:
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=["1", "2", "3"])})
+    rows = {"text": [f"t{row}" for row in range(30)], "label": [row % 3 for row in range(30)]}
+    Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / "stars.parquet")
+    task = load(tmp_path / "stars.parquet")
+    assert task.label_names == ["1", "2", "3"]
+    assert all(int(text[1:]) % 3 == label for text, label in zip(*columns(task)))
+    reordered = load(tmp_path / "stars.parquet", ["3", "2", "1"])
+    assert all(2 - int(text[1:]) % 3 == label for text, label in zip(*columns(reordered)))
+    renamed = load(tmp_path / "stars.parquet", ["poor", "fair", "fine"])
+    assert all(int(text[1:]) % 3 == label for text, label in zip(*columns(renamed)))
+
+
+@pytest.mark.parametrize("label", [None, ""])
+def test_a_row_without_a_label_is_refused(label: str | None, tmp_path: Path) -> None:
+    rows = [{"text": f"t{row}", "label": str(row % 2)} for row in range(20)] + [{"text": "odd", "label": label}]
+    file = write(tmp_path, "rows.jsonl", "\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(UserError, match="has no label"):
+        load(file)
+
+
+def test_hidden_labels_of_a_data_set_are_refused(tmp_path: Path) -> None:
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = {"text": [f"t{row}" for row in range(10)], "label": [-1] * 10}
+    Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / "hidden.parquet")
+    with pytest.raises(UserError, match=r"has no label \(-1\)"):
+        load(tmp_path / "hidden.parquet")
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_text_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"row \d+ has an empty text"):
+        load(write(tmp_path, "empty.csv", table(20, text + ",{label}")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("shifted.csv", table(6, "some, text,{label}"), "cannot read .*shifted.csv"),  # a comma that is not quoted
+        ("ragged.csv", table(6) + "some, text,1\n", "cannot read .*ragged.csv"),
+        ("nothing.csv", "", "cannot read .*nothing.csv"),
+        ("latin.csv", b"text,label\ncaf\xe9,1\n", "cannot read .*latin.csv"),
+        ("broken.jsonl", '{"text": "a"', "cannot read .*broken.jsonl"),
+        ("header.csv", "text,label\n", "0 labelled rows cannot be split"),
+        ("single.csv", table(1), "1 labelled rows cannot be split"),
+        ("same.csv", "text,label\n" + "a,1\n" * 10, r"the label \['1'\] only"),
+        ("free.csv", table(300, "text {row},{row}"), "'label' has .* values in .* rows"),
+        ("notes.txt", "text", "ends in '.txt'; known: .csv"),
+    ],
+)
+def test_files_that_hold_no_task_are_refused(name: str, content: str | bytes, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        load(write(tmp_path, name, content))
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "missing.csv", "/no/folder", "no-such-name"])
+def test_an_unknown_source_is_no_traceback(source: str) -> None:
+    with pytest.raises(UserError, match=r"no file or folder|unknown data 'no-such-name'"):
+        load_task(DataConfig(source=source))
+
+
+@pytest.mark.parametrize(
+    ("present", "reported"),
+    [(("train", "dev"), "dev"), (("train", "dev", "test"), "dev"), (("train", "test"), "test")],
+)
+def test_a_folder_brings_its_own_reported_split(present: tuple[str, ...], reported: str, tmp_path: Path) -> None:
+    for name in present:
+        write(tmp_path, f"{name}.csv", table(20, name + " {row},{label}"))
+    task = load(tmp_path)
+    assert {text.split()[0] for text in texts(task, "test")} == {reported}
+    assert {text.split()[0] for text in texts(task) + texts(task, "selection")} == {"train"}
+    assert not set(texts(task)) & set(texts(task, "selection"))
+
+
+def test_a_folder_without_both_splits_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "train.csv", table(10))
+    with pytest.raises(UserError, match=r"holds \['train'\]; it needs train and dev"):
+        load(tmp_path)
+    write(tmp_path, "dev.csv", table(10, header="body,label"))
+    with pytest.raises(UserError, match="a split lacks column 'text'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"test_share": 0.0}, {"selection_share": 1.0}, {"limit": 0}, {"per_class": 3}], ids=str
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(settings))):
+        DataConfig(**settings)
+
+
+def test_tokens_count_what_was_cut_and_nothing_else(tiny_pretrained: Pretrained) -> None:
+    given = ["w1", "w1 w2 w3", "w1 w2 w3 w4", "w1 w2 w3 w4 w5 w6"]  # and two special tokens each
+    split = TokenizedSplit(Dataset.from_dict({"text": given, "label": [0] * 4}), tiny_pretrained.tokenizer, 5)
+    assert split.lengths.tolist() == [3, 5, 5, 5]
+    assert split.truncated == 2
+    batch = split.batch([0, 3])
+    assert batch["input_ids"].tolist() == [[2, 5, 3, 0, 0], [2, 5, 6, 7, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert split.batch([0])["input_ids"].shape == (1, 3), "padded to the longest of the rows asked for"
+
+
+def test_pairs_become_two_segments(tiny_pretrained: Pretrained) -> None:
+    rows = Dataset.from_dict({"text": ["w1 w2"], "text_pair": ["w3"], "label": [1]})
+    batch = TokenizedSplit(rows, tiny_pretrained.tokenizer, 16).batch([0])
+    assert batch["input_ids"].tolist() == [[2, 5, 6, 3, 7, 3]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]]
+
+
+@pytest.fixture(scope="module")
+def docstrings() -> DatasetDict:
+    return build_docstring_task(seed=0, per_class=60)
+
+
+def test_the_embedded_task_is_balanced(docstrings: DatasetDict) -> None:
+    assert set(docstrings) == set(SPLIT_SHARES)
+    for split, share in SPLIT_SHARES.items():
+        labels = list(docstrings[split]["label"])
+        counts = {label: labels.count(label) for label in LIBRARIES}
+        assert set(counts.values()) == {int(60 * share)}, split
+        assert len(labels) == len(LIBRARIES) * int(60 * share)
+        assert labels != sorted(labels), "classes come mixed"
+
+
+def test_the_embedded_task_names_no_library_of_its_own(docstrings: DatasetDict) -> None:
+    masked = 0
+    for split in docstrings.values():
+        for text, label in zip(split["text"], split["label"]):
+            names = LIBRARIES[label][1]
+            assert not re.search(rf"(?<![a-zA-Z])({names})(?![a-zA-Z])", text, re.IGNORECASE), text
+            masked += "___" in text
+    assert masked > 0
+
+
+def test_no_sentence_of_the_embedded_task_is_in_two_splits(docstrings: DatasetDict) -> None:
+    everything = [skeleton(text) for rows in docstrings.values() for text in rows["text"]]
+    assert len(set(everything)) == len(everything), "sentences alike but for names and numbers are kept once"
+    assert skeleton("Return the 3 rows of `DataFrame`.") == skeleton("Return the 14 rows of `Series`.")
+
+
+@pytest.fixture
+def toy_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two libraries of 60 modules; one sentence comes in all modules with other names and numbers."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(docstrings_module, "LIBRARIES", {"alib": ("alib", "alib|al"), "blib": ("blib", "blib")})
+    monkeypatch.setattr(docstrings_module, "library_versions", dict)
+    for name in ("alib", "blib"):
+        (tmp_path / name / "tests").mkdir(parents=True)
+        (tmp_path / name / "__init__.py").touch()
+        for index in range(60):
+            word = "".join(chr(ord("a") + int(digit)) for digit in f"{index:02}")
+            lines = [f'"""The {name} part {word} mends al rows of one {name[0]} table.\n\nMore of it."""']
+            lines += [f'def f():\n    """Return the {index} columns of Frame{index} that were asked for."""']
+            lines += [
+                f'class C:\n    def m(self):\n        """Keep what {word} of {name[0]} said about all_{name}_rows."""'
+            ]
+            (tmp_path / name / f"m{index}.py").write_text("\n".join(lines))
+        (tmp_path / name / "tests" / "t.py").write_text('"""A sentence of a test that is no documentation."""')
+        (tmp_path / name / "template.py").write_text('"""A sentence that a template has."""\n{% if not python %}')
+
+
+def test_a_library_is_read_module_by_module_with_its_names_masked(toy_libraries: None) -> None:
+    sentences = list(read_sentences("alib"))
+    assert len({sentence.module for sentence in sentences}) == 60
+    assert [sentence.module for sentence in sentences] == [sentences[index // 3 * 3].module for index in range(180)], (
+        "the three of a module come together"
+    )
+    found = {sentence.text for sentence in sentences if sentence.module == "alib/m12.py"}
+    assert found == {
+        "The ___ part bc mends ___ rows of one a table.",
+        "Return the 12 columns of Frame12 that were asked for.",
+        "Keep what bc of a said about all_____rows.",
+    }
+    assert [sentence.module for sentence in read_sentences("alib", 1)] != [sentence.module for sentence in sentences]
+
+
+def test_a_module_is_in_one_split_and_a_sentence_comes_once(toy_libraries: None) -> None:
+    task = build_docstring_task(seed=0, per_class=60)
+    homes: dict[str, set[str]] = {}
+    texts: list[str] = []
+    for split, rows in task.items():
+        assert len(rows) > 0
+        texts += rows["text"]
+        for text, label in zip(rows["text"], rows["label"]):
+            words = [word for word in text.split() if re.fullmatch("[a-j]{2}", word) and word not in ("be", "if")]
+            if "columns" not in text:
+                homes.setdefault(f"{label} {words[0]}", set()).add(split)
+    assert len(homes) > 30
+    assert all(len(splits) == 1 for splits in homes.values())
+    assert sum("columns" in text for text in texts) <= 1, "alike but for names and numbers"
+
+
+def test_the_seed_alone_fixes_the_task(toy_libraries: None) -> None:
+    first, second, other = (build_docstring_task(seed, per_class=60) for seed in (0, 0, 1))
+    assert all(first[split][:] == second[split][:] for split in SPLIT_SHARES)
+    assert set(first["test"]["text"]) != set(other["test"]["text"])
+
+
+def test_the_embedded_task_loads_with_the_versions_that_fix_it(
+    docstrings: DatasetDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("revmux.data.sources.build_docstring_task", lambda seed, per_class: docstrings)
+    task = load_task(DataConfig(per_class=60))
+    assert task.label_names == sorted(LIBRARIES)
+    assert texts(task, "test") == list(docstrings["test"]["text"])
+    assert task.identity["libraries"] == library_versions()
+    assert task.identity["source"] == "docstrings"

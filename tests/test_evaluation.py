@@ -1,0 +1,134 @@
+"""Evaluation: every input gets its own group's answer, whatever the batch, the shuffle or the number of workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from revmux import BackboneShape, MultiplexedClassifier, build_method
+from revmux.data import TokenizedSplit
+from revmux.evaluation import evaluate, predict
+from revmux.features import OnlineFeatures
+from revmux.grouping import shuffled_groups
+from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+
+
+def features(pretrained: Pretrained, rows: list[dict[str, str]], with_teacher: bool = True) -> OnlineFeatures:
+    names = pretrained.backbone.label_names
+    split = Dataset.from_list([row | {"label": names.index(row["label"])} for row in rows])
+    return OnlineFeatures(TokenizedSplit(split, pretrained.tokenizer, 16), pretrained.backbone, with_teacher)
+
+
+def multiplexed(pretrained: Pretrained, name: str = "revmux", num_inputs: int = 2) -> MultiplexedClassifier:
+    torch.manual_seed(5)
+    method = build_method(name, BackboneShape.of(pretrained.backbone), num_inputs)
+    for parameter in method.parameters():  # random adapters: who shares a group matters
+        torch.nn.init.normal_(parameter, std=0.3)
+    return MultiplexedClassifier(pretrained.backbone, method, 1).eval()
+
+
+def own_labels(pretrained: Pretrained, data: OnlineFeatures) -> Tensor:
+    """What the whole Hugging Face model answers, each input by itself."""
+    with torch.no_grad():
+        return torch.cat([pretrained.backbone.model(**data.split.batch([row])).logits for row in range(len(data))])
+
+
+def test_siso_is_the_plain_model_and_is_asked_once(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    data = features(tiny_pretrained, tiny_rows)
+    expected = (own_labels(tiny_pretrained, data).argmax(-1) == data.labels).double().mean().item()
+    found = evaluate(multiplexed(tiny_pretrained, "siso", 1), data, shuffles=10)
+    assert found.accuracies == [pytest.approx(expected)]
+    assert found.siso_accuracy == found.accuracy_mean
+    assert found.siso_agreement == 1.0
+    assert found.accuracy_std == 0.0
+    assert 0.0 < expected < 1.0
+
+
+def test_every_input_gets_the_answer_of_its_own_slot(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    model, data = multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows)
+    groups = shuffled_groups(len(data), 2, seed=0)
+    predicted, teacher = predict(model, data, groups)
+    assert teacher is not None
+    assert torch.equal(teacher, own_labels(tiny_pretrained, data).argmax(-1))
+    with torch.no_grad():
+        for group in groups:
+            alone = model.run_tokens(data.split.batch(group), torch.tensor([[0, 1]])).scores[0]  # (2, C)
+            assert torch.equal(predicted[group], alone.argmax(-1))
+    assert predicted.unique().numel() == 2, "a model that says one thing would prove nothing"
+
+
+def test_the_batch_size_does_not_change_an_answer(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    model, data = multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows)
+    groups = shuffled_groups(len(data), 2, seed=1)
+    one_by_one, _ = predict(model, data, groups, batch_size=1)
+    assert torch.equal(one_by_one, predict(model, data, groups, batch_size=64)[0])
+
+
+def test_an_input_that_fills_several_slots_gets_their_mean(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    data = features(tiny_pretrained, tiny_rows[:1])
+    groups = torch.tensor([[0, 0, 0, 0]])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        method = build_method("revmux", BackboneShape.of(tiny_pretrained.backbone), 4)
+        for parameter in method.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        model = MultiplexedClassifier(tiny_pretrained.backbone, method, 1).eval()
+        with torch.no_grad():
+            scores = model.run_tokens(data.split.batch([0]), groups).scores[0]  # (4, C)
+        mean, first = int(scores.mean(0).argmax()), int(scores[0].argmax())
+        assert predict(model, data, groups)[0].tolist() == [mean]
+        if mean != first:
+            return
+    pytest.fail("no adapter whose slots disagree was drawn")
+
+
+def test_shuffles_are_averaged_and_seeded(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    model, data = multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows)
+    found = evaluate(model, data, shuffles=4, seed=10)
+    assert len(found.accuracies) == 4
+    assert len(set(found.accuracies)) > 1, "who shares a group matters to random adapters"
+    spread = torch.tensor(found.accuracies, dtype=torch.float64)
+    assert found.accuracy_mean == pytest.approx(spread.mean().item())
+    assert found.accuracy_std == pytest.approx(spread.std(correction=0).item())
+    assert evaluate(model, data, shuffles=1, seed=12).accuracies == found.accuracies[2:3]
+    assert 0.0 < found.siso_agreement < 1.0
+    assert set(found.metrics()) == set(asdict(found)) - {"accuracies"}
+
+
+def test_without_a_teacher_nothing_is_said_of_siso(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    found = evaluate(multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows, with_teacher=False), shuffles=2)
+    assert math.isnan(found.siso_agreement)
+    assert math.isnan(found.siso_accuracy)
+    assert 0.0 < found.accuracy_mean < 1.0
+
+
+def test_training_goes_on_in_the_mode_it_was_in(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    model = multiplexed(tiny_pretrained).train()
+    evaluate(model, features(tiny_pretrained, tiny_rows[:6]), shuffles=1)
+    assert model.training
+    assert model.method.training
+    assert not model.backbone.training
+
+
+def evaluated(folder: str, rows: list[dict[str, str]]) -> tuple[list[float], float, Tensor]:
+    pretrained = load_pretrained(BackboneConfig(model=folder, max_length=16))
+    pretrained.backbone.freeze()
+    model, data = multiplexed(pretrained), features(pretrained, rows)
+    found = evaluate(model, data, shuffles=3, batch_size=10)
+    return found.accuracies, found.siso_agreement, predict(model, data, shuffled_groups(len(data), 2, 0))[0]
+
+
+def test_workers_divide_the_groups_and_agree(run_workers: Callable, tiny_model_folder: Path, tiny_rows: list) -> None:
+    rows = tiny_rows[:37]  # 19 groups: an odd number, the last of them short
+    expected = evaluated(str(tiny_model_folder), rows)
+    for accuracies, agreement, predicted in run_workers(evaluated, 2, str(tiny_model_folder), rows):
+        assert accuracies == expected[0]
+        assert agreement == expected[1]
+        assert torch.equal(predicted, expected[2])

@@ -1,0 +1,137 @@
+"""Who shares a pass with whom: nobody is left out, and only the seed decides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from revmux import UserError
+from revmux.grouping import epoch_groups, local_rows, shuffled_groups
+from revmux.model import consecutive_groups, gather_rows
+from revmux.training import OptimConfig
+
+
+def lengths(total: int) -> Tensor:
+    return torch.randint(3, 60, (total,), generator=torch.Generator().manual_seed(total))
+
+
+@pytest.mark.parametrize(("total", "num_inputs", "per_step"), [(96, 2, 8), (97, 4, 3), (5, 4, 8), (64, 1, 16)])
+def test_every_input_comes_in_every_epoch(total: int, num_inputs: int, per_step: int) -> None:
+    for epoch in range(3):
+        plan = epoch_groups(lengths(total), num_inputs, per_step, seed=0, epoch=epoch)
+        steps = -(-total // (num_inputs * per_step))
+        assert plan.shape == (steps, per_step, num_inputs)
+        times = torch.bincount(plan.flatten(), minlength=total)
+        assert times.min() >= 1
+        if total >= num_inputs * per_step:
+            assert times.max() <= 2, "only the last step is filled up, with each input once more at most"
+        if total % (num_inputs * per_step) == 0:
+            assert times.max() == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_share_the_steps_of_one_plan(workers: int) -> None:
+    optim = OptimConfig(batch_size=16)
+    optim.check_groups(2, workers)
+    plan = epoch_groups(lengths(100), 2, 8, seed=0, epoch=0)
+    share = 8 // workers
+    shares = [plan[:, rank * share : (rank + 1) * share] for rank in range(workers)]
+    assert all(len(part) == 7 for part in shares)
+    assert torch.equal(torch.cat(shares, dim=1), plan)
+
+
+def test_seed_and_epoch_alone_fix_the_plan() -> None:
+    def plan(seed: int, epoch: int) -> Tensor:
+        return epoch_groups(lengths(64), 2, 4, seed, epoch)
+
+    assert torch.equal(plan(1, 2), plan(1, 2))
+    assert not torch.equal(plan(1, 2), plan(1, 3))
+    assert not torch.equal(plan(1, 2), plan(2, 2))
+    assert not torch.equal(plan(1, 2), plan(2, 1)), "seed and epoch are not simply added"
+
+
+def test_members_of_a_group_are_of_like_length() -> None:
+    sizes = lengths(512)
+    plan = epoch_groups(sizes, 4, 8, seed=0, epoch=0, window_steps=16)
+    spread = (sizes[plan].amax(-1) - sizes[plan].amin(-1)).double().mean()
+    order = torch.randperm(512, generator=torch.Generator().manual_seed(0)).view(-1, 4)
+    assert spread < 0.1 * (sizes[order].amax(-1) - sizes[order].amin(-1)).double().mean()
+
+
+def test_lengths_are_matched_within_a_window_only() -> None:
+    sizes = torch.arange(64)
+    first, second = (epoch_groups(sizes, 2, 4, seed=0, epoch=0, window_steps=4) for _ in range(2))
+    assert torch.equal(first, second)
+    windows = first.reshape(2, -1).sort(dim=1).values  # two windows of 4 steps × 4 groups × 2
+    assert torch.equal(windows.flatten().sort().values, sizes)
+    assert windows[0].max() > windows[1].min(), "windows mix all lengths"
+    assert windows[1].max() > windows[0].min()
+    for window in windows:
+        pairs = {tuple(pair) for pair in window.view(-1, 2).tolist()}
+        groups = first.reshape(-1, 2).sort(dim=1).values.tolist()
+        assert pairs <= {tuple(group) for group in groups}, "neighbours by length in a window share a group"
+
+
+def test_chance_decides_slots_and_the_order_of_steps() -> None:
+    plan = epoch_groups(torch.arange(256), 2, 4, seed=0, epoch=0)
+    longer_first = (plan[..., 0] > plan[..., 1]).double().mean()
+    assert 0.3 < longer_first < 0.7, "the longer of two is not always in the same slot"
+    means = plan.double().mean(dim=(1, 2))
+    assert not torch.equal(means, means.sort().values), "steps do not go from short to long"
+
+
+def test_fewer_examples_than_a_group_are_refused() -> None:
+    with pytest.raises(UserError, match="3 training examples do not fill one group of N = 4"):
+        epoch_groups(lengths(3), 4, 1, seed=0, epoch=0)
+
+
+def test_a_batch_that_does_not_divide_names_one_that_does() -> None:
+    with pytest.raises(UserError, match=r"batch_size \(34\) must be divisible .* \(4 × 2 = 8\); choose 32"):
+        OptimConfig(batch_size=34).check_groups(4, 2)
+    with pytest.raises(UserError, match="choose 8"):
+        OptimConfig(batch_size=2).check_groups(4, 2)
+
+
+@pytest.mark.parametrize(("total", "num_inputs"), [(12, 4), (13, 4), (3, 4), (7, 2), (5, 1)])
+def test_a_shuffle_asks_every_input_and_fills_the_last_group_with_its_own(total: int, num_inputs: int) -> None:
+    groups = shuffled_groups(total, num_inputs, seed=3)
+    full, rest = divmod(total, num_inputs)
+    assert groups.shape == (full + bool(rest), num_inputs)
+    assert groups.unique().tolist() == list(range(total))
+    assert groups[:full].unique().numel() == full * num_inputs, "full groups hold no input twice"
+    if rest:
+        assert groups[-1].unique().numel() == rest
+        assert not set(groups[-1].tolist()) & set(groups[:-1].flatten().tolist())
+    assert torch.equal(groups, shuffled_groups(total, num_inputs, seed=3))
+
+
+def test_shuffles_differ() -> None:
+    assert not torch.equal(shuffled_groups(40, 2, seed=0), shuffled_groups(40, 2, seed=1))
+
+
+def test_inputs_as_they_come() -> None:
+    assert consecutive_groups(5, 2).tolist() == [[0, 1], [2, 3], [4, 4]]
+    assert consecutive_groups(6, 4).tolist() == [[0, 1, 2, 3], [4, 5, 4, 5]]
+    assert consecutive_groups(0, 4).shape == (0, 4)
+
+
+def test_slots_of_one_input_are_averaged() -> None:
+    values = torch.tensor([[[1.0], [2.0]], [[3.0], [6.0]], [[5.0], [9.0]]])  # (3, 2, 1)
+    groups = torch.tensor([[2, 0], [1, 1], [0, 0]])
+    expected = [[(2 + 5 + 9) / 3], [(3 + 6) / 2], [1.0]]
+    torch.testing.assert_close(gather_rows(values, groups, 3), torch.tensor(expected))
+
+
+def test_slots_go_back_to_their_inputs() -> None:
+    values = torch.arange(6.0).view(3, 2)
+    groups = torch.tensor([[4, 0], [2, 5], [3, 1]])
+    assert gather_rows(values, groups, 6).tolist() == [1.0, 5.0, 2.0, 4.0, 0.0, 3.0]
+    assert gather_rows(values, consecutive_groups(6, 2), 6).tolist() == list(range(6))
+
+
+def test_local_rows_name_each_input_once() -> None:
+    groups = torch.tensor([[7, 3], [3, 9]])
+    rows, inside = local_rows(groups)
+    assert rows.tolist() == [3, 7, 9]
+    assert torch.equal(rows[inside], groups)

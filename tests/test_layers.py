@@ -1,0 +1,64 @@
+"""The library stands alone: no part of it needs Ray, MLflow or a web framework."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import revmux
+from revmux import UserError
+from revmux.extras import require
+
+PACKAGE = Path(revmux.__file__).parent
+OUTER = ("ray", "mlflow", "fastapi", "starlette")
+OWN_OUTER = ("ray_jobs", "serve_app", "tune_spaces", "benchmarks")
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+for name in {blocked!r}:
+    sys.modules[name] = None  # as if it were not installed
+import revmux
+names = [module.name for module in pkgutil.walk_packages(revmux.__path__, "revmux.")]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+
+
+def test_every_module_imports_without_the_outer_packages() -> None:
+    code = IMPORT_ALL.format(blocked=OUTER)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    modules = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py"]
+    assert int(done.stdout.splitlines()[-1]) == len(modules)
+
+
+def imported(path: Path) -> set[str]:
+    """First names of all that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_imports_an_outer_layer(path: Path) -> None:
+    assert not imported(path) & {*OUTER, *OWN_OUTER}
+
+
+def test_a_missing_extra_names_the_command_that_brings_it() -> None:
+    with pytest.raises(
+        UserError, match=r"no_such_plotter\.pyplot is not installed; run: pip install 'revmux\[report\]'"
+    ):
+        require("no_such_plotter.pyplot", "report")
+
+
+def test_a_package_that_is_there_is_given() -> None:
+    assert require("json.decoder", "report") is sys.modules["json.decoder"]

@@ -1,0 +1,325 @@
+"""Training: what moves, what stays, when it stops, and that a restart changes nothing."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
+from revmux.backbone.llama import LlamaBackbone
+from revmux.backbone.verbalizer import Verbalizer
+from revmux.data import DataConfig, TokenizedSplit, load_task
+from revmux.features import OnlineFeatures, StoreConfig
+from revmux.losses import LossConfig
+from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.recipe import MethodConfig, Recipe, check, prepare
+from revmux.training import OptimConfig, Trainer, load_weights
+
+FAST = OptimConfig(epochs=4, batch_size=16, learning_rate=5e-3)
+
+
+def split(pretrained: Pretrained, rows: list[dict[str, str]], with_teacher: bool = True) -> OnlineFeatures:
+    names = pretrained.backbone.label_names
+    data = Dataset.from_list([row | {"label": names.index(row["label"])} for row in rows])
+    return OnlineFeatures(TokenizedSplit(data, pretrained.tokenizer, 16), pretrained.backbone, with_teacher)
+
+
+def trainer(
+    pretrained: Pretrained, rows: list[dict[str, str]], optim: OptimConfig = FAST, seed: int = 0, **arguments: Any
+) -> Trainer:
+    """RevMUX with dropout, N = 2, l = 1, on 64 rows; 16 rows select."""
+    torch.manual_seed(seed)
+    method = build_method("revmux", BackboneShape.of(pretrained.backbone), 2, {"dropout": 0.1, "skip": True})
+    model = MultiplexedClassifier(pretrained.backbone, method, 1)
+    train, selection = split(pretrained, rows[:64]), split(pretrained, rows[64:])
+    return Trainer(model, train, selection, optim, LossConfig(), **arguments)
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], module: torch.nn.Module) -> set[str]:
+    return {name for name, value in module.state_dict().items() if not torch.equal(before[name], value)}
+
+
+def test_the_loss_goes_down_and_only_adapters_move(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=12, batch_size=16, learning_rate=5e-3))
+    backbone, method = snapshot(running.model.backbone), snapshot(running.model.method)
+    reports = list(running.run())
+    losses = [report.metrics["train_cross_entropy"] for report in reports]
+    assert losses[-1] < 0.5 * losses[0]
+    assert reports[-1].metrics["selection_accuracy"] > 0.8, "the first word tells the label"
+    assert changed(backbone, running.model.backbone) == set()
+    assert changed(method, running.model.method) == set(method)
+    assert [report.epoch for report in reports] == list(range(1, 13))
+    assert [report.stop for report in reports] == [False] * 11 + [True]
+    best = max(report.metrics["selection_accuracy"] for report in reports)
+    assert running.state.best_accuracy == best
+    assert reports[running.state.best_epoch - 1].is_best
+
+
+def history(running: Trainer) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in metrics.items() if not name.endswith("per_second")}
+        for metrics in running.state.history
+    ]
+
+
+def test_a_restart_ends_where_an_unbroken_run_does(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    unbroken = trainer(tiny_pretrained, tiny_rows)
+    list(unbroken.run())
+
+    broken = trainer(tiny_pretrained, tiny_rows)
+    reports = broken.run()
+    next(reports), next(reports)
+    kept = broken.state_dict()
+    on_disk = io.BytesIO()
+    torch.save(kept, on_disk)
+    on_disk.seek(0)
+    next(reports)
+    assert kept["state"]["epoch"] == 2, "what was kept does not follow the run"
+
+    restarted = trainer(tiny_pretrained, tiny_rows, seed=99)
+    restarted.load_state_dict(torch.load(on_disk, weights_only=True))
+    assert [report.epoch for report in restarted.run()] == [3, 4]
+    assert history(restarted) == history(unbroken)
+    expected = unbroken.trained_weights()
+    assert all(torch.equal(value, expected[name]) for name, value in restarted.trained_weights().items())
+    assert restarted.state.step == unbroken.total_steps
+
+
+def test_it_stops_when_nothing_gets_better_and_stays_stopped(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    still = OptimConfig(epochs=9, batch_size=16, learning_rate=1e-12, patience=2)
+    running = trainer(tiny_pretrained, tiny_rows, still)
+    reports = list(running.run())
+    assert [(report.is_best, report.stop) for report in reports] == [(True, False), (False, False), (False, True)]
+
+    restarted = trainer(tiny_pretrained, tiny_rows, still)
+    restarted.load_state_dict(running.state_dict())
+    assert list(restarted.run()) == [], "a run that had stopped does not go on after a restart"
+
+
+def test_steps_are_told_without_warnings(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    told: list[tuple[int, int]] = []
+    running = trainer(
+        tiny_pretrained,
+        tiny_rows,
+        OptimConfig(epochs=1, batch_size=16),
+        on_step=lambda step, total, metrics: told.append((step, total)),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*requires_grad.*")
+        list(running.run())
+    assert told == [(step, 4) for step in range(1, 5)]
+
+
+def test_the_rate_rises_then_falls_to_zero(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=5, batch_size=16, warmup_share=0.2))
+    rates = [running._rate(step) for step in range(21)]  # 20 steps, 4 of them warm-up
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == 0.0
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=3, batch_size=16, learning_rate=1e30))
+    with pytest.raises(FloatingPointError, match=r"in epoch \d; lower learning_rate \(now 1e\+30\)"):
+        list(running.run())
+
+
+def test_a_batch_that_cannot_be_cut_into_groups_is_refused(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    with pytest.raises(UserError, match=r"batch_size \(15\) must be divisible"):
+        trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=15))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epochs", 0), ("learning_rate", 0.0), ("clip", -1.0), ("patience", -1), ("warmup_share", 1.0)],
+)
+def test_settings_that_mean_nothing_are_refused(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=field):
+        OptimConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_method_with_nothing_to_train_is_refused(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    model = MultiplexedClassifier(
+        tiny_pretrained.backbone, build_method("siso", BackboneShape.of(tiny_pretrained.backbone), 1), 1
+    )
+    data = split(tiny_pretrained, tiny_rows)
+    with pytest.raises(UserError, match="siso has no weights to train"):
+        Trainer(model, data, data, FAST, LossConfig())
+
+
+def test_weights_of_another_model_are_refused(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    running = trainer(tiny_pretrained, tiny_rows)
+    weights = running.trained_weights()
+    weights.pop("method.down.bias")
+    with pytest.raises(UserError, match=r"another model: method\.down\.bias"):
+        load_weights(running.model, weights)
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 1, 2])
+def test_tuning_a_task_model_moves_what_stands_above_the_frozen_layers(
+    frozen_layers: int, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(
+        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16),
+        data=DataConfig(source=str(tiny_csv)),
+        method=MethodConfig("siso", 1, frozen_layers, {"tune_backbone": True}),
+        optim=OptimConfig(epochs=1, batch_size=16),
+        store=StoreConfig(root=str(tmp_path)),
+    )
+    prepared = prepare(recipe, load_task(recipe.data))
+    before = snapshot(prepared.model.backbone)
+    list(prepared.trainer().run())
+    moved = changed(before, prepared.model.backbone)
+    frozen = [f"encoder.layer.{index}." for index in range(frozen_layers)] + ["embeddings."] * (frozen_layers > 0)
+    assert moved == {name for name in before if not any(word in name for word in frozen)}
+    assert list(tmp_path.iterdir()) == [], "nothing that a moving backbone says is stored"
+
+
+def test_a_soft_prompt_stands_before_the_frozen_layers() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, pad_token_id=0
+    )
+    backbone = LlamaBackbone(LlamaForCausalLM(config), Verbalizer(("no", "yes"), ((7,), (9,))))
+    backbone.add_soft_prompt(2)
+    prompt = next(value for name, value in backbone.named_parameters() if "soft_prompt" in name)
+    backbone.freeze()
+    backbone.unfreeze_above(1)
+    assert not prompt.requires_grad
+    assert all(value.requires_grad for value in backbone.layer(1).parameters())
+    backbone.unfreeze_above(0)
+    assert prompt.requires_grad
+
+
+def test_a_recipe_runs_from_files_to_figures(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16),
+        data=DataConfig(source=str(tiny_csv)),
+        method=MethodConfig("revmux", 2, 1),
+        optim=OptimConfig(epochs=2, batch_size=8),
+        store=StoreConfig(root=str(tmp_path)),
+        shuffles=3,
+    )
+    prepared = prepare(recipe, load_task(recipe.data))
+    first = prepared.model.method.down.weight.detach().clone()  # type: ignore[union-attr]
+    list(prepared.trainer().run())
+    found = prepared.evaluate_test()
+    assert len(found.accuracies) == 3
+    assert 0.5 < prepared.cost() < 1.5
+    config = prepared.adapter_config(found.metrics())
+    assert (config.method, config.num_inputs, config.prefill_layers) == ("revmux", 2, 1)
+    assert config.training["optim"]["epochs"] == 2
+    torch.manual_seed(123)
+    again = prepare(recipe, load_task(recipe.data))
+    assert torch.equal(again.model.method.down.weight, first), "the recipe's seed alone draws the adapters"  # type: ignore[union-attr]
+
+
+def test_a_recipe_is_checked_from_shapes_alone(tiny_pretrained: Pretrained) -> None:
+    shape = BackboneShape.of(tiny_pretrained.backbone)
+    with pytest.raises(UserError, match=r"prefill_layers is 4, .* takes 0\.\.3"):
+        check(Recipe(method=MethodConfig("revmux", 2, 4)), shape)
+    with pytest.raises(UserError, match=r"hidden_size \(32\) must be divisible by num_inputs \(3\)"):
+        check(Recipe(method=MethodConfig("revmux", 3, 1)), shape)
+    with pytest.raises(UserError, match="choose 36"):
+        check(Recipe(method=MethodConfig("revmux", 4, 1)), shape, workers=3)
+    with pytest.raises(UserError, match="shuffles is 0"):
+        check(Recipe(shuffles=0), shape)
+    check(Recipe(), shape, workers=4)
+
+
+def test_other_labels_than_the_task_model_are_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "other.csv"
+    file.write_text("text,label\n" + "w1 w5,yes\nw2 w6,no\n" * 20)
+    recipe = Recipe(
+        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16), data=DataConfig(source=str(file))
+    )
+    with pytest.raises(UserError, match="tiny-bert has the labels bad, good, the data has no, yes"):
+        prepare(recipe, load_task(recipe.data))
+
+
+def trained(folder: str, rows: list[dict[str, str]], name: str, prefill: int, options: dict) -> dict[str, Tensor]:
+    pretrained = load_pretrained(BackboneConfig(model=folder, max_length=12))
+    backbone = pretrained.backbone.freeze()
+    torch.manual_seed(0)
+    method = build_method(name, BackboneShape.of(backbone), 2, options)
+    if method.tunes_backbone:
+        backbone.unfreeze_above(0)
+    model = MultiplexedClassifier(backbone, method, prefill)
+    optim = OptimConfig(epochs=2, batch_size=16, learning_rate=1e-3)
+    running = Trainer(model, split(pretrained, rows[:60]), split(pretrained, rows[60:]), optim, LossConfig())
+    reports = list(running.run())
+    figures = torch.tensor([[report.metrics["train_loss"], report.metrics["selection_accuracy"]] for report in reports])
+    return running.trained_weights() | {"figures": figures}
+
+
+def test_two_workers_train_what_one_does(run_workers: Callable, tiny_model_folder: Path, tiny_rows: list) -> None:
+    arguments = (str(tiny_model_folder), tiny_rows, "revmux", 1, {})
+    alone = trained(*arguments)
+    for weights in run_workers(trained, 2, *arguments):
+        for name, value in alone.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefill", "options"),
+    [("revmux", 1, {"tune_backbone": True, "exit_layer": 2}), ("datamux", 0, {})],
+)
+def test_two_workers_tune_one_backbone_though_not_all_of_it_is_used(
+    name: str, prefill: int, options: dict, run_workers: Callable, tiny_model_folder: Path, tiny_rows: list
+) -> None:
+    first, second = run_workers(trained, 2, str(tiny_model_folder), tiny_rows, name, prefill, options)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[weight]) for weight, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_inputs", "prefill_layers", "options"),
+    [
+        ("revmux", 2, 1, {}),
+        ("revmux", 2, 1, {"exit_layer": 2, "skip": True}),
+        ("revmux", 2, 1, {"tune_backbone": True}),
+        ("vanilla-adapter", 2, 1, {}),
+        ("only-multiplexer-reversible", 2, 1, {}),
+        ("token-split", 2, 1, {}),
+        ("exit-head", 1, 1, {"layer": 1}),
+        ("mux-plm", 2, 0, {}),
+        ("mux-plm", 2, 0, {"multiplexer": "contextual"}),
+        ("siso", 1, 0, {"tune_backbone": True}),
+        ("siso", 1, 2, {"tune_backbone": True}),
+    ],
+)
+def test_every_trained_weight_has_a_gradient_in_every_step(
+    name: str,
+    num_inputs: int,
+    prefill_layers: int,
+    options: dict,
+    tiny_model_folder: Path,
+    tiny_csv: Path,
+    tmp_path: Path,
+) -> None:
+    """Data-parallel training of adapters waits for each of them."""
+    recipe = Recipe(
+        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16),
+        data=DataConfig(source=str(tiny_csv)),
+        method=MethodConfig(name, num_inputs, prefill_layers, options),
+        store=StoreConfig(root=str(tmp_path)),
+    )
+    prepared = prepare(recipe, load_task(recipe.data))
+    running = prepared.trainer()
+    batch = prepared.train.batch(range(8))
+    running.step(batch, torch.arange(8).view(-1, num_inputs))["loss"].backward()
+    without = [key for key, value in prepared.model.named_parameters() if value.requires_grad and value.grad is None]
+    assert without == []
