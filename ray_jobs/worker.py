@@ -61,7 +61,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     config: WorkerConfig = arguments["config"]
     if config.threads:
         torch.set_num_threads(config.threads)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every report otherwise
     disable_progress_bar()
     task: TaskData = ray.get(config.task)
     rank = ray.train.get_context().get_world_rank()
