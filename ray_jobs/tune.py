@@ -5,6 +5,7 @@ python -m ray_jobs.tune --backbone.model runs/task-model --space quick
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,26 +65,24 @@ class TuneJob:
 
 
 def run_trial(
-    point: dict[str, Any], task: Any, cluster: ClusterConfig, tracking: TrackingConfig, storage: Path, parent: str
+    point: dict[str, Any], task: TaskData, cluster: ClusterConfig, tracking: TrackingConfig, storage: Path, parent: str
 ) -> None:
     """One trial: the driver of a Ray Train run, reporting its last figures to Tune.
 
     Args:
         point: ``{"trial": (name, recipe)}``.
-        task: reference to the data.
+        task: the data, which Tune hands over by its object store.
         cluster: workers of the trial.
         tracking: with the URI spelled out.
         storage: of the sweep.
         parent: MLflow run of the sweep.
     """
-    import ray
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     name, recipe = point["trial"]
-    data: TaskData = ray.get(task)
     output, tracker = storage / "trials" / name, Tracker(tracking, storage)
-    trained = launch(recipe, data, cluster, tracker, storage, name, output, parent, [TuneReportCallback()])
+    trained = launch(recipe, task, cluster, tracker, storage, name, output, parent, [TuneReportCallback()])
     tune.report(trained.metrics | {"adapter": str(trained.folder), "run_id": trained.run_id})
 
 
@@ -105,7 +104,8 @@ def main(job: TuneJob) -> list[dict[str, Any]]:
     tracker = Tracker(job.tracking, storage)
     tracking = TrackingConfig(tracker.uri, job.tracking.experiment)
     trials = [(trial_name(point, task), point) for point in points]
-    folder = storage / "sweeps" / f"{job.name}-{fingerprint(base, task)}"
+    points_hash = hashlib.sha256(" ".join(name for name, _ in trials).encode()).hexdigest()[:8]
+    folder = storage / "sweeps" / f"{job.name}-{points_hash}"
     with tracker.run(job.name, {"space": job.space, "points": len(points), "recipe": base}) as parent:
         tracker.log_data(parent, task.identity)
         with connected(job.cluster):
@@ -115,6 +115,8 @@ def main(job: TuneJob) -> list[dict[str, Any]]:
         if best is not None:
             tracker.log_metrics(parent, {name: best[name] for name in ("accuracy_mean", "cost_counted")})
         tracker.client.log_artifact(parent, str(folder / "sweep.json"))
+    if best is None:
+        raise UserError(f"none of the {len(rows)} trials finished; their errors are in {folder / 'tune'}")
     print(f"sweep: {sum(row['status'] == 'done' for row in rows)} of {len(rows)} trials done: {folder / 'sweep.json'}")
     return rows
 
@@ -135,7 +137,7 @@ def run_trials(
     from ray_jobs.progress import SweepProgress
 
     parameters = {
-        "task": ray.put(task),
+        "task": task,
         "cluster": cluster,
         "tracking": tracking,
         "storage": folder,
