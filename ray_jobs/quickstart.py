@@ -273,7 +273,7 @@ def measure_throughput(
             head = build_method("exit-head", shape, 1, {"layer": row["prefill_layers"]})
             rivals[row_name(row)] = MultiplexedClassifier(pretrained.backbone, head, row["prefill_layers"])
     split = TokenizedSplit(task.test, pretrained.tokenizer, job.backbone.max_length)
-    ratios = paired_throughput(siso, rivals, split)
+    ratios = paired_throughput(siso, rivals, split, inputs=96, batch_size=32)
     for row in rows:
         ratio = ratios.get(row_name(row))
         row["throughput_ratio"] = 1.0 if ratio is None else round(ratio.median, 3)

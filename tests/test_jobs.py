@@ -193,15 +193,15 @@ def test_finetune_train_and_evaluate_leave_results_and_runs(
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_trials_of_a_sweep_are_runs_with_the_same_keys(
-    head: Head, settings: list[str | Path], task_model: Path
+    head: Head, settings: list[str | Path], tiny_model_folder: Path
 ) -> None:
     space = head.folder / "space.yaml"
     space.write_text("{num_inputs: [2, 4], prefill_layers: [1], infonce_weight: [0.25], epochs: 1}")
-    flags = ["--backbone.model", task_model, *settings, "--optim.batch_size", "8", "--concurrent_trials", "1"]
+    flags = ["--backbone.model", tiny_model_folder, *settings, "--optim.batch_size", "8", "--concurrent_trials", "1"]
     swept = head.submit("tune", *flags, "--space", space, "--cluster.workers", "1")
     assert swept.returncode == 0, swept.stdout
     (table,) = head.storage.glob("sweeps/*/sweep.json")
-    assert [row["status"] for row in json.loads(table.read_text())] == ["done", "done"]
+    assert [row["status"] for row in json.loads(table.read_text())] == ["done", "done"], swept.stdout
     runs = head.runs()
     trials = [run for run in runs.values() if run.data.tags.get("mlflow.parentRunId") == runs["sweep"].info.run_id]
     first, second = trials
