@@ -16,7 +16,7 @@ from typing import Any
 
 from ray_jobs import cli, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.launch import absolute_storage
+from ray_jobs.launch import absolute_path, absolute_storage
 from ray_jobs.live import show_live_answers
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.artifact import from_pretrained
@@ -61,8 +61,8 @@ class QuickstartJob:
     """
 
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(max_length=64))
-    data: DataConfig = field(default_factory=lambda: DataConfig(per_class=800))
-    tuning: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=3, learning_rate=2e-4))
+    data: DataConfig = field(default_factory=lambda: DataConfig(per_class=480))
+    tuning: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=2, learning_rate=2e-4))
     frozen_layers: int = 3
     num_inputs: list[int] = field(default_factory=lambda: [2, 4])
     prefill_layers: int = 2
@@ -70,7 +70,7 @@ class QuickstartJob:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=5, learning_rate=7e-4))
     loss: LossConfig = field(default_factory=lambda: LossConfig(distillation_weight=1.0))
     space: str = "quick"
-    sweep_limit: int = 800
+    sweep_limit: int = 400
     requests: int = 64
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     port: int = 8000
@@ -104,6 +104,8 @@ class Steps:
 def main(job: QuickstartJob) -> None:
     """Run every step; nothing that it starts is left running."""
     storage = absolute_storage(job.storage)
+    results = absolute_path(job.results, "--results") if job.results else storage / "results.json"
+    plot = absolute_path(job.plot, "--plot") if job.plot else storage / "front.png"
     check_port("127.0.0.1", job.port)
     job.cluster.check_here()
     steps = Steps()
@@ -190,8 +192,6 @@ def main(job: QuickstartJob) -> None:
     with steps.step("Report", "Measuring throughput against SISO in pairs, on this machine."):
         rows.insert(0, siso_row(pretrained, task, rows))
         measure_throughput(rows, pretrained, task, job, folders)
-        results = Path(job.results) if job.results else storage / "results.json"
-        plot = Path(job.plot) if job.plot else storage / "front.png"
         command = " ".join(["python -m ray_jobs.quickstart", *sys.argv[1:]])
         meta = describe_run(command, task.identity, pretrained.identity)
         write_json(results, {"meta": meta | {"seconds": steps.seconds}, "rows": rows})

@@ -31,7 +31,7 @@ LIBRARIES: dict[str, tuple[str, str]] = {
     "transformers": ("transformers", r"transformers|huggingface|hugging|hf"),
 }
 MIN_WORDS, MAX_WORDS = 6, 60
-SPLIT_SHARES = {"train": 0.65, "selection": 0.12, "test": 0.23}
+SPLIT_SHARES = {"train": 0.60, "selection": 0.12, "test": 0.28}
 
 
 @dataclass(frozen=True)
