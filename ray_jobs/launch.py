@@ -15,7 +15,7 @@ from ray_jobs.tracking import Tracker
 from revmux.artifact import atomic_folder
 from revmux.data import TaskData, load_task
 from revmux.errors import UserError
-from revmux.pretrained import inspect
+from revmux.pretrained import identity_of, inspect
 from revmux.recipe import MethodConfig, Recipe, check
 
 
@@ -110,7 +110,12 @@ def launch(
 
     from ray_jobs.worker import RESULT_NAME, WorkerConfig, train_worker
 
-    params = {"recipe": recipe, "workers": cluster.workers, "gpus_per_worker": cluster.gpus_per_worker}
+    params = {
+        "recipe": recipe,
+        "backbone": identity_of(recipe.backbone),
+        "workers": cluster.workers,
+        "gpus_per_worker": cluster.gpus_per_worker,
+    }
     with tracker.run(name, params, parent) as run_id:
         tracker.log_data(run_id, task.identity)
         worker = WorkerConfig(

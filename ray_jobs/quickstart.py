@@ -156,6 +156,7 @@ def main(job: QuickstartJob) -> None:
                 cluster=job.cluster,
                 tracking=tracking,
                 storage=str(storage),
+                register="quickstart",
             )
             for trained in train.train_adapters(training, dict.fromkeys(training.recipes(), task), tracker, storage):
                 folders.append(str(trained.folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,26 @@ class Tracker:
     def log_folder(self, run_id: str, folder: Path, name: str) -> None:
         """A folder as artifact."""
         self.client.log_artifacts(run_id, str(folder), name)
+
+    def register(self, run_id: str, artifact: str, name: str, tags: Mapping[str, Any]) -> str:
+        """A run's folder as the next version of a registered model, which the server loads as ``models:/NAME/VERSION``.
+
+        Args:
+            run_id: the run that logged the folder.
+            artifact: its name within the run.
+            name: of the registered model, made where it is missing.
+            tags: what a person chooses by.
+
+        Returns:
+            The version.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):  # it is there
+            self.client.create_registered_model(name)
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact}"
+        texts = {key: str(value) for key, value in tags.items()}
+        return str(self.client.create_model_version(name, source, run_id, tags=texts).version)
 
     def log_data(self, run_id: str, identity: Mapping[str, Any]) -> None:
         """The data set that a run read, as MLflow input."""

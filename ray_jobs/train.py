@@ -37,6 +37,8 @@ class TrainJob:
         cluster: workers.
         tracking: MLflow.
         storage: folder of checkpoints and of the default MLflow store; absolute, or relative to where the job runs.
+        register: name of a registered model in MLflow; each adapter becomes a version of it, with its N, l, cost and
+            accuracy as tags, which the server loads as ``models:/NAME/VERSION``.
         output: folder that takes one adapter folder for each N; by default ``adapters`` in the storage folder.
     """
 
@@ -51,6 +53,7 @@ class TrainJob:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: str = "runs"
+    register: str | None = None
     output: str | None = None
 
     def recipes(self) -> dict[str, Recipe]:
@@ -75,6 +78,12 @@ def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, 
             f"shuffles (SISO {metrics['siso_accuracy']:.1%}), agreement {metrics['siso_agreement']:.1%}, "
             f"cost {metrics['cost_counted']:.2f} of SISO: {trained.folder}"
         )
+        if job.register:
+            tags = {"method": recipe.method.name, "num_inputs": recipe.method.num_inputs}
+            tags |= {"prefill_layers": recipe.method.prefill_layers}
+            tags |= {key: f"{metrics[key]:.4f}" for key in ("accuracy_mean", "siso_accuracy", "cost_counted")}
+            version = tracker.register(trained.run_id, "adapter", job.register, tags)
+            print(f"registered: models:/{job.register}/{version}")
         done.append(trained)
     return done
 

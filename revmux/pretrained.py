@@ -191,6 +191,12 @@ def _has_head(model_config: Any) -> bool:
     return any("SequenceClassification" in name for name in model_config.architectures or [])
 
 
+def identity_of(config: BackboneConfig) -> dict[str, str | None]:
+    """What identifies a model, without loading it: see :func:`identify`."""
+    location = resolve(config.model)
+    return identify(config.model, location, _load_config(location, config))
+
+
 def identify(name: str, location: str, model_config: Any) -> dict[str, str | None]:
     """Name, hub revision and weights hash, as far as each exists."""
     folder = Path(location)

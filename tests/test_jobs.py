@@ -164,7 +164,7 @@ def test_finetune_train_and_evaluate_leave_results_and_runs(
 ) -> None:
     flags = ["--backbone.model", task_model, *settings]
     small = ["--num_inputs", "[2]", "--method.prefill_layers", "1", "--optim.epochs", "1", "--optim.batch_size", "8"]
-    trained = head.submit("train", *flags, *small, "--cluster.workers", "2")
+    trained = head.submit("train", *flags, *small, "--cluster.workers", "2", "--register", "reviews")
     assert trained.returncode == 0, trained.stdout
     adapter = head.storage / "adapters/revmux-n2-l1"
     evaluated = head.submit("evaluate", *flags, "--adapter", adapter)
@@ -183,6 +183,9 @@ def test_finetune_train_and_evaluate_leave_results_and_runs(
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert runs["evaluate-revmux-n2-l1"].data.metrics.keys() == FIGURES
     assert runs["revmux-n2-l1"].data.metrics.keys() > FIGURES
+    version = MlflowClient(f"sqlite:///{head.storage}/mlflow.db").get_model_version("reviews", "1")
+    assert (version.run_id, version.tags["num_inputs"]) == (runs["revmux-n2-l1"].info.run_id, "2")
+    assert (Path(version.source.removeprefix("file://")) / "adapter_config.json").is_file()
     assert runs["revmux-n2-l1"].data.metrics["accuracy_mean"] == pytest.approx(figures["accuracy_mean"])
     assert runs["task-model"].data.params.keys() - runs["revmux-n2-l1"].data.params.keys() == {
         "recipe.method.options.tune_backbone"
