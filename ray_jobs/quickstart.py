@@ -139,10 +139,11 @@ def main(job: QuickstartJob) -> None:
         ):
             import ray
 
-            cores = job.cluster.cpus_per_worker * job.cluster.workers
-            filler = ray.remote(num_cpus=cores, num_gpus=job.cluster.gpus_per_worker)(fill_store)
-            layers = sorted({job.prefill_layers, *exits.values()})
-            ray.get(filler.remote(base, task, layers, "cuda" if job.cluster.use_gpu else "cpu"))
+            cores, gpus = job.cluster.cpus_per_worker, job.cluster.gpus_per_worker
+            filler = ray.remote(num_cpus=cores, num_gpus=gpus)(fill_store)
+            layers, device = sorted({job.prefill_layers, *exits.values()}), "cuda" if job.cluster.use_gpu else "cpu"
+            splits = (task.train, task.test, task.selection)
+            ray.get([filler.remote(base, split, layers, device, max(1, int(cores))) for split in splits])
         rows, folders = [], []
         with steps.step("Adapters", f"Training RevMUX for N = {', '.join(map(str, job.num_inputs))} by Ray Train."):
             training = train.TrainJob(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from revmux.artifact import AdapterConfig, describe
 from revmux.cost import relative_cost
@@ -180,21 +181,25 @@ def check_labels(pretrained: Pretrained, task: TaskData) -> None:
         )
 
 
-def fill_store(recipe: Recipe, task: TaskData, layers: Sequence[int], device: torch.device | str = "cpu") -> None:
-    """Compute in one pass what several runs will read: the teacher, and the prefilled states at some layers.
+def fill_store(
+    recipe: Recipe, split: Dataset, layers: Sequence[int], device: torch.device | str = "cpu", threads: int = 0
+) -> None:
+    """Compute in one pass what several runs will read of a split: the teacher, and the prefilled states at some layers.
 
     Args:
-        recipe: of any of the runs; its backbone, data and store count.
-        task: its data.
+        recipe: of any of the runs; its backbone and store count.
+        split: of their data.
         layers: depths that the runs prefill to.
         device: where the backbone runs.
+        threads: CPU threads; 0 leaves torch's default.
     """
+    if threads:
+        torch.set_num_threads(threads)
     pretrained = load_pretrained(recipe.backbone)
     pretrained.backbone.freeze().to(device)
-    for split in (task.train, task.selection, task.test):
-        open_features(
-            pretrained, TokenizedSplit(split, pretrained.tokenizer, recipe.backbone.max_length), layers, recipe.store
-        )
+    open_features(
+        pretrained, TokenizedSplit(split, pretrained.tokenizer, recipe.backbone.max_length), layers, recipe.store
+    )
 
 
 def train_here(prepared: Prepared) -> Evaluation:

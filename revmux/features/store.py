@@ -28,6 +28,7 @@ from revmux.pretrained import Pretrained
 
 _log = logging.getLogger(__name__)
 META = "meta.json"
+PRECISION_INPUTS = 32  # enough for the size of rounding; each costs two passes
 AGREEMENT = 0.05
 """Share of their norm by which stored features may differ from computed ones, rounding and hardware included."""
 
@@ -246,7 +247,7 @@ class _Builder:
         for layer, shards in layers.items():
             if "precision" not in shards.notes:
                 precision = measure_precision(
-                    self.backbone, self.split, layer, self.dtype, batch_size=self.config.batch_size
+                    self.backbone, self.split, layer, self.dtype, PRECISION_INPUTS, self.config.batch_size
                 )
                 shards.notes["precision"] = asdict(precision)
                 _log.info("layer %d in %s: %s", layer, self.config.dtype, precision)
