@@ -65,9 +65,9 @@ class QuickstartJob:
     tuning: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=2, learning_rate=2e-4))
     frozen_layers: int = 3
     num_inputs: list[int] = field(default_factory=lambda: [2, 4])
-    prefill_layers: int = 2
+    prefill_layers: int = 3
     options: dict[str, Any] = field(default_factory=lambda: {"skip": True})
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=5, learning_rate=7e-4))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=6, learning_rate=1e-3))
     loss: LossConfig = field(default_factory=lambda: LossConfig(distillation_weight=1.0))
     space: str = "quick"
     sweep_limit: int = 400
