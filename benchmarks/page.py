@@ -24,9 +24,9 @@ def quickstart_words(result: dict[str, Any]) -> str:
     return (
         f"{comparison_table(rows)}\n\n"
         f"One seed; accuracy on {data['test']} test inputs after {data['train']} training examples, mean ± spread over 10 "
-        f"shuffles of who shares a group; {machine['cores']} cores, {meta['versions']['torch']} of torch, "
+        f"shuffles of who shares a group; {machine['cores']} cores, torch {meta['versions']['torch']}, "
         f"commit `{(meta['commit'] or 'unknown')[:8]}`. Cost is counted at the mean length; throughput is the model alone, median "
-        f"of pairs against SISO.\n\nTime: {steps}; {sum(seconds.values()) / 60:.1f} minutes in all.\n"
+        f"of pairs against SISO.\n\nTime: {steps}; {sum(seconds.values()) / 60:.1f} minutes up to the report.\n"
     )
 
 
