@@ -51,7 +51,6 @@ class QuickstartJob:
         optim: how adapters move.
         loss: what they move towards.
         space: of the sweep.
-        sweep_limit: training examples of each trial of the sweep.
         requests: live requests sent to the server.
         cluster: workers of each training run.
         port: of the server while it is shown.
@@ -61,16 +60,15 @@ class QuickstartJob:
     """
 
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(max_length=64))
-    data: DataConfig = field(default_factory=lambda: DataConfig(per_class=480))
+    data: DataConfig = field(default_factory=lambda: DataConfig(per_class=400))
     tuning: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=2, learning_rate=2e-4))
     frozen_layers: int = 3
     num_inputs: list[int] = field(default_factory=lambda: [2, 4])
     prefill_layers: int = 3
     options: dict[str, Any] = field(default_factory=lambda: {"skip": True})
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=6, learning_rate=1e-3))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=4, batch_size=16, learning_rate=1e-3))
     loss: LossConfig = field(default_factory=lambda: LossConfig(distillation_weight=1.0))
     space: str = "quick"
-    sweep_limit: int = 400
     requests: int = 64
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     port: int = 8000
@@ -167,18 +165,17 @@ def main(job: QuickstartJob) -> None:
         ):
             for layer in sorted(set(exits.values())):
                 rows.append(train_exit_head(base, layer, task, tracker, pretrained))
-        with steps.step(
-            "Sweep", f"A small Ray Tune run over N, l and λ ('{job.space}'), {job.sweep_limit} examples a trial."
-        ):
+        with steps.step("Sweep", f"A small Ray Tune run over N, l and λ ('{job.space}'), on the stored features."):
             sweep = tune.TuneJob(
                 base.backbone,
-                replace(job.data, limit=job.sweep_limit),
+                job.data,
                 job.space,
-                job.optim,
+                replace(job.optim, batch_size=8),  # short trials: steps count more than their size
                 job.loss,
                 base.store,
                 shuffles=1,
-                cluster=replace(job.cluster, workers=1),
+                # Starting a trial takes longer than training it: let twice as many start at once.
+                cluster=replace(job.cluster, workers=1, cpus_per_worker=job.cluster.cpus_per_worker / 2),
                 tracking=tracking,
                 storage=str(storage),
             )
