@@ -110,13 +110,7 @@ def launch(
 
     from ray_jobs.worker import RESULT_NAME, WorkerConfig, train_worker
 
-    params = {
-        "recipe": recipe,
-        "backbone": identity_of(recipe.backbone),
-        "workers": cluster.workers,
-        "gpus_per_worker": cluster.gpus_per_worker,
-    }
-    with tracker.run(name, params, parent) as run_id:
+    with tracker.run(name, run_params(recipe, cluster), parent) as run_id:
         tracker.log_data(run_id, task.identity)
         worker = WorkerConfig(
             recipe=recipe,
@@ -156,6 +150,19 @@ def launch(
         tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
         shutil.rmtree(storage / "checkpoints" / run_folder, ignore_errors=True)
     return Trained(output, recipe.method, metrics, run_id)
+
+
+def run_params(recipe: Recipe, cluster: ClusterConfig) -> dict[str, Any]:
+    """What MLflow shows of a run, the same keys for every run; the three knobs come first, where its plots begin."""
+    return {
+        "infonce_weight": recipe.loss.infonce_weight,
+        "num_inputs": recipe.method.num_inputs,
+        "prefill_layers": recipe.method.prefill_layers,
+        "recipe": recipe,
+        "task_model": identity_of(recipe.backbone),
+        "worker_gpus": cluster.gpus_per_worker,
+        "workers": cluster.workers,
+    }
 
 
 def fingerprint(recipe: Recipe, task: TaskData) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray_jobs import cli, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.launch import absolute_path, absolute_storage
+from ray_jobs.launch import absolute_path, absolute_storage, run_params
 from ray_jobs.live import show_live_answers
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.artifact import from_pretrained
@@ -164,7 +164,7 @@ def main(job: QuickstartJob) -> None:
             "Exit heads", "Training the honest rival at the same cost: a head on an early layer of the same model."
         ):
             for layer in sorted(set(exits.values())):
-                rows.append(train_exit_head(base, layer, task, tracker, pretrained))
+                rows.append(train_exit_head(job, base, layer, task, tracker, pretrained))
         with steps.step("Sweep", f"A small Ray Tune run over N, l and λ ('{job.space}'), on the stored features."):
             sweep = tune.TuneJob(
                 base.backbone,
@@ -212,13 +212,14 @@ def exit_layers(job: QuickstartJob, pretrained: Pretrained, task: TaskData) -> d
 
 
 def train_exit_head(
-    base: Recipe, layer: int, task: TaskData, tracker: Tracker, pretrained: Pretrained
+    job: QuickstartJob, base: Recipe, layer: int, task: TaskData, tracker: Tracker, pretrained: Pretrained
 ) -> dict[str, Any]:
     """A head at one layer, trained in this process: with stored states it takes seconds."""
     method = MethodConfig("exit-head", 1, layer, {"layer": layer})
     optim = replace(base.optim, epochs=3 * base.optim.epochs, learning_rate=1e-3)
     recipe = replace(base, method=method, optim=optim, loss=replace(base.loss, infonce_weight=0.0), shuffles=1)
-    with tracker.run(f"exit-head-{layer}", {"recipe": recipe}) as run_id:
+    params = run_params(recipe, replace(job.cluster, workers=1))
+    with tracker.run(f"exit-head-{layer}", params) as run_id:
         prepared = prepare(recipe, task)
         figures = train_here(prepared).metrics()
         figures |= {
