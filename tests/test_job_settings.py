@@ -1,0 +1,128 @@
+"""What a job refuses before anything starts, and the search spaces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_jobs import cli, evaluate, finetune, train, tune
+from ray_jobs.cluster import ClusterConfig
+from revmux import UserError
+from revmux.pretrained import BackboneConfig, inspect
+from revmux.recipe import MethodConfig, Recipe, check
+from tune_spaces.space import SearchSpace, load_space, space_names
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a refused job printed."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--method.prefill_layers", "9"], ["9", "0..3"]),
+        (["--num_inputs", "[3]", "--optim.batch_size", "6"], ["32", "3"]),
+        (["--method.name", "revmax"], ["revmax", "token-split"]),
+        (["--method.options", "{skipp: true}"], ["skipp", "skip"]),
+        (["--optim.batch_size", "10"], ["10", "2 × 2 = 4"]),
+        (["--data.source", "nowhere.csv"], ["nowhere.csv"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    flags: list[str],
+    words: list[str],
+    tiny_model_folder: Path,
+    tiny_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["--backbone.model", str(tiny_model_folder), "--backbone.max_length", "16", "--storage", str(tmp_path)]
+    argv += ["--method.prefill_layers", "1", "--data.source", str(tiny_csv), *flags]
+    assert cli.run(train.main, train.TrainJob, None, argv) == 2
+    line = told(capsys)
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpus_are_refused_where_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    argv = ["--cluster.gpus_per_worker", "1"]
+    assert cli.run(lambda job: job.cluster.check_here(), finetune.FinetuneJob, None, argv) == 2
+    assert "no GPU" in told(capsys)
+
+
+@pytest.mark.parametrize("settings", [{"workers": 0}, {"cpus_per_worker": 0.0}, {"gpus_per_worker": -1.0}])
+def test_resources_are_checked(settings: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(settings))):
+        ClusterConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_an_adapter_folder_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--adapter", str(tmp_path / "nothing"), "--storage", str(tmp_path)]
+    assert cli.run(evaluate.main, evaluate.EvaluateJob, None, argv) == 2
+    assert "no adapter folder" in told(capsys)
+
+
+def test_every_space_of_the_project_fits_a_backbone_of_its_depth() -> None:
+    shape, _ = inspect(BackboneConfig())
+    for name in set(space_names()) - {"paper"}:
+        points = load_space(name).check(Recipe(), shape, 1)
+        assert len({repr(point) for point in points}) == len(points) > 1
+    with pytest.raises(UserError, match=r"l = 6|prefill_layers is|learning"):
+        SearchSpace(prefill_layers=[7]).check(Recipe(), shape, 1)
+
+
+def test_a_space_draws_the_same_points_again() -> None:
+    first, second = (load_space("wide").points(Recipe()) for _ in range(2))
+    assert first == second
+    assert len(first) == 60
+
+
+def test_exit_heads_take_one_input_and_leave_at_their_layer() -> None:
+    points = SearchSpace(methods=["exit-head"], num_inputs=[2, 4], prefill_layers=[1, 2]).points(Recipe())
+    assert [(p.method.num_inputs, p.method.prefill_layers, p.method.options["layer"]) for p in points] == [
+        (1, 1, 1),
+        (1, 2, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("num_inputs: []", "num_inputs is empty"),
+        ("num_input: [2]", "unknown keys: num_input"),
+        ("num_inputs: 2", "give a list"),
+        ("[", "not YAML"),
+    ],
+)
+def test_a_space_of_ones_own_is_checked(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_space(str(tmp_path / "mine.yaml")).points(Recipe())
+
+
+def test_an_unknown_space_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="paper, quick, wide"):
+        load_space("huge")
+
+
+def test_a_recipe_is_checked_by_shape_alone() -> None:
+    shape, labels = inspect(BackboneConfig())
+    assert labels is None
+    assert (shape.hidden_size, shape.num_layers) == (384, 6)
+    with pytest.raises(UserError, match=r"384.*5"):
+        check(Recipe(method=MethodConfig(num_inputs=5)), shape)
+
+
+def test_settings_come_from_yaml_and_flags_win(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("space: wide\noptim: {epochs: 7, learning_rate: 0.002}\n")
+    job = cli.parse(tune.TuneJob, None, ["--config", str(tmp_path / "job.yaml"), "--optim.epochs", "3"])
+    assert (job.space, job.optim.epochs, job.optim.learning_rate) == ("wide", 3, 0.002)
