@@ -51,6 +51,7 @@ class QuickstartJob:
         optim: how adapters move.
         loss: what they move towards.
         space: of the sweep.
+        sweep_trials: points of it that are tried; starting a trial takes longer than training it.
         requests: live requests sent to the server.
         cluster: workers of each training run.
         port: of the server while it is shown.
@@ -69,6 +70,7 @@ class QuickstartJob:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=4, batch_size=16, learning_rate=1e-3))
     loss: LossConfig = field(default_factory=lambda: LossConfig(distillation_weight=1.0))
     space: str = "quick"
+    sweep_trials: int = 2
     requests: int = 64
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     port: int = 8000
@@ -170,12 +172,12 @@ def main(job: QuickstartJob) -> None:
                 base.backbone,
                 job.data,
                 job.space,
+                job.sweep_trials,
                 replace(job.optim, batch_size=8),  # short trials: steps count more than their size
                 job.loss,
                 base.store,
                 shuffles=1,
-                # Starting a trial takes longer than training it: let twice as many start at once.
-                cluster=replace(job.cluster, workers=1, cpus_per_worker=job.cluster.cpus_per_worker / 2),
+                cluster=replace(job.cluster, workers=1),
                 tracking=tracking,
                 storage=str(storage),
             )
@@ -273,7 +275,7 @@ def measure_throughput(
             head = build_method("exit-head", shape, 1, {"layer": row["prefill_layers"]})
             rivals[row_name(row)] = MultiplexedClassifier(pretrained.backbone, head, row["prefill_layers"])
     split = TokenizedSplit(task.test, pretrained.tokenizer, job.backbone.max_length)
-    ratios = paired_throughput(siso, rivals, split, inputs=96, batch_size=32)
+    ratios = paired_throughput(siso, rivals, split, inputs=64, batch_size=32)
     for row in rows:
         ratio = ratios.get(row_name(row))
         row["throughput_ratio"] = 1.0 if ratio is None else round(ratio.median, 3)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class TuneJob:
         backbone: the frozen task model.
         data: the task.
         space: quick, paper, wide, or a YAML file of your own.
+        trials: at most so many points of the space, drawn by its seed; by default as many as the space says.
         optim: how weights move, where the space does not say.
         loss: what they move towards, where the space does not say.
         store: where the backbone's answers are kept; all trials share it.
@@ -49,6 +50,7 @@ class TuneJob:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     space: str = "quick"
+    trials: int | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -60,8 +62,10 @@ class TuneJob:
     name: str = "sweep"
 
     def __post_init__(self) -> None:
-        if self.concurrent_trials is not None and self.concurrent_trials < 1:
-            raise UserError(f"concurrent_trials is {self.concurrent_trials}; choose 1 or more, or leave it out")
+        for name in ("concurrent_trials", "trials"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; choose 1 or more, or leave it out")
 
 
 def run_trial(
@@ -96,6 +100,8 @@ def main(job: TuneJob) -> list[dict[str, Any]]:
     """Check every point, run the trials, record the comparison."""
     storage = absolute_storage(job.storage)
     space = load_space(job.space)
+    if job.trials is not None:
+        space = replace(space, trials=job.trials)
     job.cluster.check_here()
     shape, own_labels = inspect(job.backbone)
     base = Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=job.store, shuffles=job.shuffles)
