@@ -20,7 +20,7 @@ from ray_jobs.launch import absolute_path, absolute_storage, run_params
 from ray_jobs.live import show_live_answers
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.artifact import from_pretrained
-from revmux.cost import relative_cost
+from revmux.cost import rival_exit_layer
 from revmux.data import DataConfig, TaskData, TokenizedSplit, load_task
 from revmux.features import StoreConfig
 from revmux.losses import LossConfig
@@ -109,8 +109,8 @@ def main(job: QuickstartJob) -> None:
     check_port("127.0.0.1", job.port)
     job.cluster.check_here()
     steps = Steps()
-    tracking = TrackingConfig(f"sqlite:///{storage / 'mlflow.db'}")
-    tracker = Tracker(replace(tracking, uri=None), storage)
+    tracker = Tracker(TrackingConfig(), storage)
+    tracking = TrackingConfig(tracker.uri)
     with steps.step("Data", f"Reading the task from '{job.data.source}'."):
         _, own_labels = inspect(job.backbone)
         task = load_task(job.data, own_labels)
@@ -132,7 +132,7 @@ def main(job: QuickstartJob) -> None:
                 model = str(finetune.tune_model(tuned, task, tracker, storage).folder)
         pretrained = load_pretrained(replace(job.backbone, model=model))
         pretrained.backbone.freeze()
-        exits = exit_layers(job, pretrained, task)
+        exits = exit_layers(job, pretrained)
         base = job.recipe(model, MethodConfig("revmux", job.num_inputs[0], job.prefill_layers, job.options), storage)
         with steps.step(
             "Features", "Storing what the frozen model says of each input alone: every run below reads it."
@@ -202,15 +202,12 @@ def main(job: QuickstartJob) -> None:
     print(next_commands(job, storage, model, folders))
 
 
-def exit_layers(job: QuickstartJob, pretrained: Pretrained, task: TaskData) -> dict[int, int]:
-    """For each N, the exit layer that costs as much, rounded down."""
+def exit_layers(job: QuickstartJob, pretrained: Pretrained) -> dict[int, int]:
+    """For each N, the exit layer that costs no more."""
     backbone = pretrained.backbone
-    layers = {}
-    for inputs in job.num_inputs:
-        method = build_method("revmux", BackboneShape.of(backbone), inputs, job.options)
-        cost = relative_cost(backbone, method, job.prefill_layers, job.backbone.max_length)
-        layers[inputs] = max(1, int(cost * backbone.num_layers))
-    return layers
+    methods = {n: build_method("revmux", BackboneShape.of(backbone), n, job.options) for n in job.num_inputs}
+    length = job.backbone.max_length
+    return {n: rival_exit_layer(backbone, method, job.prefill_layers, length) for n, method in methods.items()}
 
 
 def train_exit_head(

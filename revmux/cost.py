@@ -73,6 +73,11 @@ def relative_cost(backbone: Backbone, method: Method, prefill_layers: int, lengt
     return count_flops(backbone, method, prefill_layers, length).per_input / alone
 
 
+def rival_exit_layer(backbone: Backbone, method: Method, prefill_layers: int, length: int) -> int:
+    """The deepest layer, at least 1, at which an exit head costs no more than a method: e/L at most its relative cost."""
+    return max(1, int(relative_cost(backbone, method, prefill_layers, length) * backbone.num_layers))
+
+
 def speedup_ceiling(num_layers: int, prefill_layers: int, num_inputs: int) -> float:
     """N·L / (N·l + L − l): the speed-up over SISO if the cut layers were all that costs.
 
