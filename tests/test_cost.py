@@ -29,7 +29,7 @@ from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.__main__ import main
 from revmux.backbone import Backbone
 from revmux.backbone.verbalizer import Verbalizer
-from revmux.cost import ceiling_table, count_flops, relative_cost, speedup_ceiling
+from revmux.cost import ceiling_table, count_flops, relative_cost, rival_exit_layer, speedup_ceiling
 from revmux.memory import plan_memory
 from revmux.methods import Method
 from revmux.shapes import PRESETS, config_of, meta_backbone
@@ -342,3 +342,11 @@ def test_command_line_reports_a_mistake_on_one_line(command):
     assert status == 2
     assert errors.startswith("error: model is 'bert-huge'")
     assert len(errors.strip().splitlines()) == 1
+
+
+def test_the_rival_exit_layer_is_the_deepest_that_costs_no_more() -> None:
+    backbone = meta_backbone("bert-base")
+    method = build_method("revmux", BackboneShape.of(backbone), 2)
+    layer = rival_exit_layer(backbone, method, 6, 128)
+    cost = relative_cost(backbone, method, 6, 128)
+    assert layer / backbone.num_layers <= cost < (layer + 1) / backbone.num_layers
