@@ -1,0 +1,59 @@
+"""The systems that are compared, as the rows of the paper's tables name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from revmux.recipe import MethodConfig
+
+WIDTHS = (2, 4, 8, 16)
+WARMUP = 60  # steps on retrieval alone, for the systems that are published with it
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of a table.
+
+    Attributes:
+        title: what the page calls it.
+        method: registered name.
+        options: settings of the method.
+        from_embeddings: whether it shares all layers (l = 0) as published; else l is half the layers.
+        widths: values of N.
+        learning_rate: peak of AdamW's rate; lower where the backbone moves too.
+    """
+
+    title: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    from_embeddings: bool = False
+    widths: tuple[int, ...] = WIDTHS
+    learning_rate: float = 1e-3
+
+    def config(self, num_inputs: int, num_layers: int) -> MethodConfig:
+        """The system at one N on a backbone of ``num_layers`` layers."""
+        return MethodConfig(self.method, num_inputs, 0 if self.from_embeddings else num_layers // 2, self.options)
+
+
+SYSTEMS = (
+    System("Vanilla adapters", "vanilla-adapter"),
+    System("Only multiplexer reversible", "only-multiplexer-reversible"),
+    System("RevMUX", "revmux"),
+    System("RevMUX, tuned", "revmux", {"tune_backbone": True}, learning_rate=2e-4),
+    System("DataMUX, tuned", "datamux", {"warmup_steps": WARMUP}, from_embeddings=True, learning_rate=2e-4),
+    System(
+        "MUX-BERT, tuned",
+        "mux-plm",
+        {"warmup_steps": WARMUP},
+        from_embeddings=True,
+        widths=(2, 4, 5, 8, 10, 16),
+        learning_rate=2e-4,
+    ),
+    System("Token split", "token-split"),
+)
+
+
+def exit_head(layer: int) -> System:
+    """The rival of all of them: a trained head at one layer of the frozen backbone."""
+    return System(f"Exit head, layer {layer}", "exit-head", {"layer": layer}, widths=(1,))
