@@ -30,7 +30,7 @@ from revmux.pretrained import BackboneConfig, Pretrained, inspect, load_pretrain
 from revmux.recipe import MethodConfig, Recipe, fill_store, prepare, train_here
 from revmux.report import comparison_table, plot_front, row_name
 from revmux.results import describe_run, write_json
-from revmux.throughput import paired_throughput
+from revmux.throughput import like_length_batches, paired_throughput
 from revmux.training import OptimConfig
 from serve_app.config import server_config
 from serve_app.run import check_port, deploy, shutdown
@@ -272,7 +272,8 @@ def measure_throughput(
             head = build_method("exit-head", shape, 1, {"layer": row["prefill_layers"]})
             rivals[row_name(row)] = MultiplexedClassifier(pretrained.backbone, head, row["prefill_layers"])
     split = TokenizedSplit(task.test, pretrained.tokenizer, job.backbone.max_length)
-    ratios = paired_throughput(siso, rivals, split, inputs=64, batch_size=32)
+    batches = like_length_batches(split, inputs=64, batch_size=32)
+    ratios = {name: paired_throughput(siso, rival, batches) for name, rival in rivals.items()}
     for row in rows:
         ratio = ratios.get(row_name(row))
         row["throughput_ratio"] = 1.0 if ratio is None else round(ratio.median, 3)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from revmux.backbone import TokenBatch
 from revmux.backbone.base import evaluating
 from revmux.data import TokenizedSplit
 from revmux.model import MultiplexedClassifier
@@ -31,28 +32,34 @@ class Ratio:
     pairs: int
 
 
-@torch.no_grad()
-def paired_throughput(
-    baseline: MultiplexedClassifier,
-    rivals: Mapping[str, MultiplexedClassifier],
-    split: TokenizedSplit,
-    inputs: int = 256,
-    batch_size: int = 64,
-    pairs: int = 5,
-) -> dict[str, Ratio]:
-    """Time baseline and rival in turn, A B A B, on the same batches of like length.
+def like_length_batches(
+    split: TokenizedSplit, inputs: int, batch_size: int, device: torch.device | str = "cpu"
+) -> list[TokenBatch]:
+    """Inputs spread evenly over a split, in batches of like length.
 
     Args:
-        baseline: usually SISO.
-        rivals: by name.
-        split: where the inputs come from.
-        inputs: how many are classified in one timing.
-        batch_size: inputs a forward pass.
-        pairs: timings of each; one more of each comes first and does not count.
+        split: where they come from.
+        inputs: how many, if there are as many.
+        batch_size: inputs a batch.
+        device: where the batches are put.
     """
     rows = torch.linspace(0, len(split) - 1, min(inputs, len(split))).long()
     rows = rows[split.lengths[rows].argsort()]
-    batches = [split.batch(chunk, baseline.backbone.device) for chunk in rows.split(batch_size)]
+    return [split.batch(chunk, device) for chunk in rows.split(batch_size)]
+
+
+@torch.no_grad()
+def paired_throughput(
+    baseline: MultiplexedClassifier, rival: MultiplexedClassifier, batches: Sequence[TokenBatch], pairs: int = 5
+) -> Ratio:
+    """Time baseline and rival in turn, A B A B, on the same batches.
+
+    Args:
+        baseline: usually SISO.
+        rival: what is compared.
+        batches: what both classify in one timing; each (B, S).
+        pairs: timings of each; one more of each comes first and does not count.
+    """
 
     def seconds(model: MultiplexedClassifier) -> float:
         _wait(model)
@@ -62,12 +69,9 @@ def paired_throughput(
         _wait(model)
         return time.perf_counter() - started
 
-    ratios: dict[str, Ratio] = {}
-    for name, rival in rivals.items():
-        with evaluating(baseline), evaluating(rival):
-            measured = [seconds(baseline) / seconds(rival) for _ in range(pairs + 1)][1:]
-        ratios[name] = Ratio(statistics.median(measured), min(measured), max(measured), pairs)
-    return ratios
+    with evaluating(baseline), evaluating(rival):
+        measured = [seconds(baseline) / seconds(rival) for _ in range(pairs + 1)][1:]
+    return Ratio(statistics.median(measured), min(measured), max(measured), pairs)
 
 
 def _wait(model: MultiplexedClassifier) -> None:

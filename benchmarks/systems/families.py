@@ -1,0 +1,160 @@
+"""Every system on every family of backbone, at one small shape with random weights: what it costs and how fast it is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from benchmarks.systems.grid import SYSTEMS, System, exit_head
+from revmux.backbone import Backbone, TokenBatch, Verbalizer, cut, supported_model_types
+from revmux.cost import relative_cost
+from revmux.methods import BackboneShape, build_method
+from revmux.model import MultiplexedClassifier
+from revmux.results import write_json
+from revmux.shapes import GENERATIVE_TYPES, PRESETS, meta_backbone
+from revmux.throughput import paired_throughput
+
+LAYERS, WIDTH, HEADS, INNER, VOCABULARY, LENGTH, INPUTS = 6, 384, 6, 1536, 2000, 32, 32
+PUBLISHED_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A system at one N, built for a backbone.
+
+    Attributes:
+        system: which.
+        num_inputs: N.
+        model: backbone and method.
+    """
+
+    system: System
+    num_inputs: int
+    model: MultiplexedClassifier
+
+    def row(self, family: str, backbone: str, length: int) -> dict[str, Any]:
+        """All that needs no clock."""
+        model = self.model
+        tuned = model.backbone.parameters() if model.method.tunes_backbone else ()
+        return {
+            "title": self.system.title,
+            "method": self.system.method,
+            "family": family,
+            "backbone": backbone,
+            "num_inputs": self.num_inputs,
+            "prefill_layers": model.prefill_layers,
+            "tunable_params": model.method.tunable_parameters() + sum(weight.numel() for weight in tuned),
+            "cost_counted": relative_cost(model.backbone, model.method, model.prefill_layers, length),
+        }
+
+
+def small_backbone(family: str) -> Backbone:
+    """Six layers of width 384 with random weights, as a classifier or, where the family speaks, with label words."""
+    common: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    names = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": INNER,
+    }
+    special: dict[str, dict[str, Any]] = {
+        "distilbert": {"dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": INNER},
+        "t5": {
+            "d_model": WIDTH,
+            "d_kv": WIDTH // HEADS,
+            "d_ff": INNER,
+            "num_layers": LAYERS,
+            "num_decoder_layers": LAYERS,
+            "num_heads": HEADS,
+            "decoder_start_token_id": 0,
+        },
+        "bart": {
+            "d_model": WIDTH,
+            "encoder_layers": LAYERS,
+            "decoder_layers": LAYERS,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": INNER,
+            "decoder_ffn_dim": INNER,
+            "decoder_start_token_id": 2,
+        },
+        "gpt2": {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS},
+        "deberta-v2": names | {"relative_attention": True, "position_buckets": 64, "pos_att_type": "p2c|c2p"},
+        "modernbert": names | {"cls_token_id": 1, "sep_token_id": 2},
+    }
+    rotary = {"num_key_value_heads": 2, "head_dim": WIDTH // HEADS}
+    shape = special.get(family, names)
+    if family in ("llama", "mistral", "qwen2", "qwen3"):
+        shape = names | rotary
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **common, **shape)
+    if family not in GENERATIVE_TYPES:
+        return cut(AutoModelForSequenceClassification.from_config(config)).freeze()
+    generates = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return cut(generates.from_config(config), Verbalizer(("no", "yes"), ((10,), (11,)))).freeze()
+
+
+def comparisons(backbone: Backbone, exit_layers: Iterable[int]) -> Iterator[Comparison]:
+    """Every system at every N on one backbone, and exit heads at some layers."""
+    shape = BackboneShape.of(backbone)
+    for system in [*SYSTEMS, *map(exit_head, exit_layers)]:
+        for num_inputs in system.widths:
+            options = dict(system.options)
+            if system.method == "datamux" and shape.encoder_decoder:
+                options["demultiplexer"] = "mlp"  # index tokens are read in the encoder, the answer in the decoder
+            layer = options.get("layer", system.config(num_inputs, backbone.num_layers).prefill_layers)
+            method = build_method(system.method, shape, num_inputs, options).to(backbone.device)
+            yield Comparison(system, num_inputs, MultiplexedClassifier(backbone, method, layer).eval())
+
+
+def measure_family(family: str, pairs: int) -> list[dict[str, Any]]:
+    """Rows of one family with the throughput of each system, timed in turn with SISO."""
+    backbone = small_backbone(family)
+    siso = MultiplexedClassifier(backbone, build_method("siso", BackboneShape.of(backbone), 1), 0).eval()
+    torch.manual_seed(1)
+    tokens: TokenBatch = {
+        "input_ids": torch.randint(20, VOCABULARY - 50, (INPUTS, LENGTH)),
+        "attention_mask": torch.ones(INPUTS, LENGTH, dtype=torch.long),
+    }
+    rows = []
+    for rival in comparisons(backbone, range(1, LAYERS)):
+        ratio = paired_throughput(siso, rival.model, [tokens], pairs)
+        row = rival.row(family, f"{LAYERS} layers, d = {WIDTH}, random", LENGTH)
+        rows.append(row | {"throughput_ratio": round(ratio.median, 3), "pairs": ratio.pairs})
+        rows[-1] |= {"ratio_min": round(ratio.least, 3), "ratio_max": round(ratio.most, 3)}
+        rows[-1] |= {"accuracy_mean": None, "why": "random weights have no accuracy"}
+    return rows
+
+
+def measure_families(folder: Path, pairs: int = 3) -> list[dict[str, Any]]:
+    """Rows of all families; each family's are kept in a file, so that a stopped benchmark goes on."""
+    rows: list[dict[str, Any]] = []
+    for family in supported_model_types():
+        kept = folder / "families" / f"{family}.json"
+        if not kept.is_file():
+            started = time.perf_counter()
+            write_json(kept, measure_family(family, pairs))
+            print(f"{family}: {time.perf_counter() - started:.0f} s", flush=True)
+        rows += json.loads(kept.read_text())
+    return rows
+
+
+def published_shapes() -> list[dict[str, Any]]:
+    """Rows of the paper's own backbones, counted on the meta device: no weights, no clock."""
+    rows = []
+    for name in PRESETS:
+        backbone = meta_backbone(name)
+        with torch.device("meta"):
+            found = list(comparisons(backbone, [backbone.num_layers // 2]))
+        for rival in found:
+            row = rival.row(str(backbone.config.model_type), name, PUBLISHED_LENGTH)
+            row |= {"throughput_ratio": None, "accuracy_mean": None}
+            rows.append(row | {"why": "counted from shapes alone: the weights are on no package registry"})
+    return rows
