@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 
 from revmux.backbone import Backbone
@@ -47,10 +45,10 @@ def tokens_digest(split: TokenizedSplit) -> str:
     """Hash of all that the backbone reads of a split: data, template, tokenizer and max length show in it."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{split.tokenizer.padding_side} {split.tokenizer.pad_token_id}".encode())
-    for name, rows in sorted(split.encoded.items()):
-        digest.update(name.encode())
-        digest.update(np.fromiter((len(row) for row in rows), np.int64).tobytes())
-        digest.update(np.fromiter(chain.from_iterable(rows), np.int64).tobytes())
+    digest.update(split.lengths.numpy().tobytes())
+    for name, values in sorted(split.columns.items()):
+        digest.update(f"{name} {values.dtype}".encode())
+        digest.update(values.tobytes())
     return digest.hexdigest()
 
 
