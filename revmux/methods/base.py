@@ -79,6 +79,7 @@ class Method(nn.Module, ABC):
         matches_teacher: whether :meth:`vector` lives in the space of the backbone's own readout.
         has_auxiliary_loss: whether :meth:`auxiliary_loss` is added to the loss in training.
         warmup_steps: optimizer steps at the start in which the auxiliary loss alone counts.
+        training_only: names of the parts that the auxiliary loss alone needs; no artifact holds them.
     """
 
     name: ClassVar[str]
@@ -90,6 +91,7 @@ class Method(nn.Module, ABC):
     matches_teacher: ClassVar[bool] = True
     has_auxiliary_loss: bool = False
     warmup_steps: int = 0
+    training_only: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
         super().__init__()
@@ -105,6 +107,10 @@ class Method(nn.Module, ABC):
     def tunes_prefill(self) -> bool:
         """Whether the layers up to l are trained too; a tuned task model keeps its lowest layers."""
         return self.tunes_backbone
+
+    def unfreeze(self, backbone: Backbone, prefill_layers: int) -> None:
+        """Let what the method tunes of a frozen backbone be trained; called where ``tunes_backbone``."""
+        backbone.unfreeze_above(0 if self.tunes_prefill else prefill_layers)
 
     def exit_layer(self) -> int:
         """e, the layer after which answers are read; L unless the method leaves early."""
@@ -166,6 +172,20 @@ class Method(nn.Module, ABC):
             A scalar.
         """
         raise NotImplementedError(f"{self.name} sets has_auxiliary_loss but defines no auxiliary_loss")
+
+    def inference_state(self) -> dict[str, Tensor]:
+        """All that answering takes: the state without the ``training_only`` parts."""
+        return {
+            name: value for name, value in self.state_dict().items() if name.partition(".")[0] not in self.training_only
+        }
+
+    def drop_training_parts(self) -> None:
+        """Remove the ``training_only`` parts, and with them the auxiliary loss; answers stay as they are."""
+        for name in self.training_only:
+            if hasattr(self, name):
+                delattr(self, name)
+        self.has_auxiliary_loss = False
+        self.warmup_steps = 0
 
     def options_dict(self) -> dict[str, Any]:
         """The settings as plain data, for artifacts and logs."""

@@ -94,6 +94,12 @@ class DataMUX(Method):
     name: ClassVar[str] = "datamux"
     Options: ClassVar[type] = DataMUXOptions
     matches_teacher: ClassVar[bool] = False
+    training_only: ClassVar[tuple[str, ...]] = (
+        "retrieval_slots",
+        "retrieval_dense",
+        "retrieval_norm",
+        "retrieval_decoder",
+    )
     prefix: Tensor
 
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:

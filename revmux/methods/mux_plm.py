@@ -133,6 +133,7 @@ class MuxPLM(Method):
     name: ClassVar[str] = "mux-plm"
     Options: ClassVar[type] = MuxPLMOptions
     matches_teacher: ClassVar[bool] = False
+    training_only: ClassVar[tuple[str, ...]] = ("retrieval_decoder",)
 
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
