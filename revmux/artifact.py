@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import revmux
+from revmux import hub
 from revmux.backbone import Backbone
 from revmux.errors import UserError
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.pretrained import Pretrained
+from revmux.pretrained import EMBEDDED_NAME, Pretrained
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class AdapterConfig:
         task: identity of the data.
         training: loss, optimiser and seed.
         metrics: what was measured on data that chose nothing.
+        fallback_threshold: confidence below which a server lets an answer fall back, see :mod:`revmux.fallback`;
+            None is never.
+        tunable_parameters: how many weights were trained, the backbone's not counted.
         format_version: of these files.
         library_version: that wrote them.
     """
@@ -61,6 +66,8 @@ class AdapterConfig:
     task: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    fallback_threshold: float | None = None
+    tunable_parameters: int = 0
     format_version: int = FORMAT_VERSION
     library_version: str = ""
 
@@ -85,13 +92,14 @@ def describe(
         task=task,
         training=training or {},
         metrics=metrics or {},
+        tunable_parameters=model.method.tunable_parameters(),
         library_version=revmux.__version__,
     )
 
 
 def adapter_weights(model: MultiplexedClassifier) -> dict[str, Tensor]:
-    """What training made: the method's state, and the backbone's too where the method tunes it."""
-    weights = {f"method.{name}": value for name, value in model.method.state_dict().items()}
+    """What answering takes: the method's state, and the backbone's too where the method tunes it."""
+    weights = {f"method.{name}": value for name, value in model.method.inference_state().items()}
     if model.method.tunes_backbone:
         weights |= {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
     return {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
@@ -100,7 +108,7 @@ def adapter_weights(model: MultiplexedClassifier) -> dict[str, Tensor]:
 def save_pretrained(
     model: MultiplexedClassifier, config: AdapterConfig, folder: str | Path, weights: dict[str, Tensor] | None = None
 ) -> Path:
-    """Write an adapter folder whole or not at all.
+    """Write an adapter folder whole or not at all; the hub is not asked.
 
     Args:
         model: gives the weights, unless they are given.
@@ -111,22 +119,50 @@ def save_pretrained(
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
         save_file(weights or adapter_weights(model), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        text = json.dumps(asdict(config), indent=2, sort_keys=True)
-        (temporary / CONFIG_NAME).write_text(text + "\n")
-        (temporary / "README.md").write_text(model_card(config, model.method.tunable_parameters()))
+        _write_description(config, temporary)
     return folder
 
 
-def load_config(folder: str | Path) -> AdapterConfig:
-    """Read and check ``adapter_config.json``.
+def _write_description(config: AdapterConfig, folder: Path) -> None:
+    text = json.dumps(asdict(config), indent=2, sort_keys=True)
+    (folder / CONFIG_NAME).write_text(text + "\n")
+    (folder / CARD_NAME).write_text(model_card(config))
+
+
+def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
+    """The local folder of an adapter: the one named, or one of the hub, downloaded once.
+
+    Args:
+        adapter: a folder; or on the hub ``user/name``, also with its revision as ``user/name@revision``.
+        revision: branch, tag or commit on the hub; ignored for folders.
 
     Raises:
-        UserError: no such folder, not an adapter, or written in a newer format.
+        UserError: no such folder, and the hub has no such adapter either.
     """
-    path = Path(folder) / CONFIG_NAME
+    folder = Path(adapter).expanduser()
+    name, _, inline = str(adapter).partition("@")
+    if folder.exists() or not hub.is_repository(name):
+        return folder
+    try:
+        return hub.fetch(name, revision or inline or None, [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME])
+    except UserError as error:
+        raise UserError(f"no adapter folder {name!r} here, and as an id of the hub: {error}") from None
+
+
+def load_config(adapter: str | Path, revision: str | None = None) -> AdapterConfig:
+    """Read and check ``adapter_config.json``.
+
+    Args:
+        adapter: a folder or an id of the hub, see :func:`adapter_folder`.
+        revision: on the hub.
+
+    Raises:
+        UserError: no such adapter, not an adapter, or written in a newer format.
+    """
+    path = adapter_folder(adapter, revision) / CONFIG_NAME
     if not path.is_file():
         raise UserError(
-            f"{str(folder)!r} is no adapter folder: it has no {CONFIG_NAME}; name a folder that training wrote"
+            f"{str(adapter)!r} is no adapter folder: it has no {CONFIG_NAME}; name a folder that training wrote"
         )
     try:
         raw = json.loads(path.read_text())
@@ -149,24 +185,28 @@ def load_config(folder: str | Path) -> AdapterConfig:
         raise UserError(f"{path} is incomplete: {error}") from None
 
 
-def from_pretrained(folder: str | Path, pretrained: Pretrained) -> MultiplexedClassifier:
+def from_pretrained(adapter: str | Path, pretrained: Pretrained, revision: str | None = None) -> MultiplexedClassifier:
     """Put an adapter on its backbone, in eval mode.
 
     Args:
-        folder: an adapter folder.
+        adapter: a folder or an id of the hub, see :func:`adapter_folder`.
         pretrained: the backbone that it was trained on. Where the method tuned it, the model gets a copy.
+        revision: of the adapter on the hub: branch, tag or commit.
 
     Raises:
-        UserError: another backbone, other labels, no readable weights, or missing, unexpected or misshaped weights.
+        UserError: no such adapter, another backbone, other labels, no readable weights, or missing, unexpected or
+            misshaped weights.
     """
+    folder = adapter_folder(adapter, revision)
     config = load_config(folder)
-    check_base(config, pretrained, folder)
+    check_base(config, pretrained, adapter)
     backbone: Backbone = pretrained.backbone
     method = build_method(config.method, BackboneShape.of(backbone), config.num_inputs, config.options)
+    method.drop_training_parts()
     if method.tunes_backbone:
         backbone = copy.deepcopy(backbone)  # the one given stays what others were trained on
     model = MultiplexedClassifier(backbone, method, config.prefill_layers)
-    weights = _load_weights(Path(folder) / WEIGHTS_NAME)
+    weights = _load_weights(folder / WEIGHTS_NAME)
     expected = adapter_weights(model)
     problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
@@ -176,9 +216,7 @@ def from_pretrained(folder: str | Path, pretrained: Pretrained) -> MultiplexedCl
         if weights[name].shape != expected[name].shape
     ]
     if problems:
-        raise UserError(
-            f"{Path(folder) / WEIGHTS_NAME} does not fit its config: {'; '.join(problems[:4])}; train it again"
-        )
+        raise UserError(f"{folder / WEIGHTS_NAME} does not fit its config: {'; '.join(problems[:4])}; train it again")
     method.load_state_dict(
         {name.removeprefix("method."): value for name, value in weights.items() if name.startswith("method.")}
     )
@@ -224,11 +262,68 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
         )
 
 
-def model_card(config: AdapterConfig, tunable_parameters: int) -> str:
+def push_to_hub(
+    adapter: str | Path | MultiplexedClassifier,
+    repository: str,
+    config: AdapterConfig | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    base_model: str | None = None,
+    message: str = "Add adapter",
+) -> str:
+    """Put an adapter on the hub, in one commit; the token is that of ``HF_TOKEN`` or of ``hf auth login``.
+
+    Args:
+        adapter: a folder, or a model with its ``config``.
+        repository: ``user/name``; made where it is missing.
+        config: of a model, see :func:`describe`; a folder has its own.
+        revision: branch; None is the default one.
+        private: whether a new repository is private; None is the account's setting.
+        base_model: id on the hub of the backbone, where the adapter was trained on a local copy: recorded with its
+            revision, after its weights were found to be the same ones.
+        message: of the commit.
+
+    Returns:
+        The commit, which ``from_pretrained(..., revision=commit)`` takes.
+
+    Raises:
+        UserError: no adapter, another base model, or the hub refuses.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "adapter"
+        if isinstance(adapter, MultiplexedClassifier):
+            if config is None:
+                raise UserError("a model alone does not say where it comes from; give its config too: describe(...)")
+            save_pretrained(adapter, config, folder)
+        else:
+            config = load_config(adapter)
+            shutil.copytree(adapter_folder(adapter), folder)
+        if base_model is not None:
+            _write_description(replace(config, base_model=_on_hub(config, base_model)), folder)
+        files = [folder / name for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)]
+        if gone := [file.name for file in files if not file.is_file()]:
+            raise UserError(f"{str(adapter)!r} has no {', '.join(gone)}; the folder is damaged, write it again")
+        return hub.push(files, repository, revision, private, message)
+
+
+def _on_hub(config: AdapterConfig, name: str) -> dict[str, str | None]:
+    """The base model of a config under its id on the hub."""
+    revision, sha256 = hub.weights_on_hub(name)
+    wanted = config.base_model.get("sha256")
+    if wanted is None or wanted != sha256:
+        raise UserError(
+            f"the adapter was trained on {config.base_model['name']} (sha256 {wanted}), but {name} on the hub has sha256 "
+            f"{sha256}; push that model first, or leave base_model out"
+        )
+    return config.base_model | {"name": name, "revision": revision}
+
+
+def model_card(config: AdapterConfig) -> str:
     """The README.md of an adapter folder."""
     template = resources.files("revmux").joinpath("model_card.md.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template).render(config=config, tunable_parameters=tunable_parameters)
+    known = config.base_model.get("revision") is not None or config.base_model["name"] == EMBEDDED_NAME
+    return environment.from_string(template).render(config=config, known=known)
 
 
 @contextmanager

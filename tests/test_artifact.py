@@ -77,6 +77,8 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
         ("revmux", 4, {"exit_layer": 2}),
         ("token-split", 2, {}),
         ("mux-plm", 2, {}),
+        ("datamux", 2, {}),
+        ("datamux", 2, {"demultiplexer": "mlp"}),
         ("exit-head", 1, {"layer": 2}),
     ],
 )
@@ -109,6 +111,30 @@ def test_a_tuned_backbone_comes_with_its_adapter_and_leaves_the_given_one_alone(
     loaded = from_pretrained(folder, other)
     torch.testing.assert_close(scores(loaded, other), scores(model, own), rtol=0, atol=1e-6)
     assert torch.equal(scores(plain, other), before), "other adapters of this backbone still find it as it was"
+
+
+RETRIEVAL = [
+    ("datamux", {"tune_backbone": False}),
+    ("datamux", {"tune_backbone": False, "demultiplexer": "mlp"}),
+    ("mux-plm", {"tune_backbone": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), RETRIEVAL)
+def test_what_only_training_needs_is_not_stored(
+    name: str, options: dict, tiny_pretrained: Pretrained, tmp_path: Path
+) -> None:
+    model = adapter(tiny_pretrained, name, options=options)
+    decoder = model.method.state_dict()["retrieval_decoder.weight"]
+    folder = save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "toy.csv"}), tmp_path / "adapter")
+    stored = load_file(folder / WEIGHTS_NAME)
+    assert not [name for name, value in stored.items() if "retrieval" in name or value.shape == decoder.shape]
+    loaded = from_pretrained(folder, tiny_pretrained)
+    assert loaded.method.state_dict().keys() == {name.removeprefix("method.") for name in stored}, "nothing is random"
+    assert "retrieval_decoder.weight" in model.method.state_dict(), "the model in training keeps it"
+    edit_weights(folder, lambda weights: weights.update({"method.retrieval_decoder.weight": decoder}))
+    with pytest.raises(UserError, match=r"unexpected method\.retrieval_decoder\.weight"):
+        from_pretrained(folder, tiny_pretrained)
 
 
 def test_given_weights_are_written_instead_of_the_model(tiny_pretrained: Pretrained, tmp_path: Path) -> None:
