@@ -1,4 +1,4 @@
-"""Put the figures of ``benchmarks/results/`` into README.md and docs/results.md.
+"""Put the figures of ``benchmarks/results/`` between the marks of README.md and docs/.
 
 python -m benchmarks.page
 """
@@ -10,34 +10,60 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.systems.page import systems_words
 from revmux.report import comparison_table
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKS = re.compile(r"(<!-- quickstart -->\n).*?(<!-- /quickstart -->)", re.DOTALL)
+RESULTS = ROOT / "benchmarks/results"
+MARKS = re.compile(r"(<!-- (?P<name>[a-z-]+) -->\n).*?(<!-- /(?P=name) -->)", re.DOTALL)
 
 
-def quickstart_words(result: dict[str, Any]) -> str:
+def quickstart_words(result: dict[str, Any]) -> dict[str, str]:
     """The table of a quickstart with what it was measured on."""
     meta, rows = result["meta"], result["rows"]
     data, machine, seconds = meta["data"], meta["machine"], meta["seconds"]
     steps = ", ".join(f"{step.lower()} {value:.0f} s" for step, value in seconds.items())
-    return (
+    words = (
         f"{comparison_table(rows)}\n\n"
         f"One seed; accuracy on {data['test']} test inputs after {data['train']} training examples, mean ± spread over 10 "
         f"shuffles of who shares a group; {machine['cores']} cores, torch {meta['versions']['torch']}, "
         f"commit `{(meta['commit'] or 'unknown')[:8]}`. Cost is counted at the mean length; throughput is the model alone, median "
         f"of pairs against SISO.\n\nTime: {steps}; {sum(seconds.values()) / 60:.1f} minutes up to the report.\n"
     )
+    return {"quickstart": words}
+
+
+WRITERS = {"quickstart": quickstart_words, "systems": systems_words}
+"""What writes the words of each result file: by file name, the words by mark."""
+
+
+def all_words() -> dict[str, str]:
+    """The words of every mark whose result file is there."""
+    words: dict[str, str] = {}
+    for name, write in WRITERS.items():
+        file = RESULTS / f"{name}.json"
+        if file.is_file():
+            words |= write(json.loads(file.read_text()))
+    return words
 
 
 def main() -> None:
-    """Write both pages from the result files."""
-    words = quickstart_words(json.loads((ROOT / "benchmarks/results/quickstart.json").read_text()))
-    for page in (ROOT / "README.md", ROOT / "docs/results.md"):
+    """Fill every mark on every page.
+
+    Raises:
+        SystemExit: a mark that no result file speaks of.
+    """
+    words = all_words()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text()
-        if not MARKS.search(text):
-            raise SystemExit(f"error: {page.name} lacks <!-- quickstart --> and <!-- /quickstart -->; put them back")
-        page.write_text(MARKS.sub(lambda match: match[1] + words + match[2], text))
+        odd = sorted({match["name"] for match in MARKS.finditer(text)} - words.keys())
+        if odd:
+            raise SystemExit(
+                f"error: {page.name} has the marks {', '.join(odd)}, of which no result file speaks; measure it"
+            )
+        filled = MARKS.sub(lambda match: match[1] + words[match["name"]] + match[3], text)
+        if filled != text:
+            page.write_text(filled)
 
 
 if __name__ == "__main__":
