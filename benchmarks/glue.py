@@ -1,0 +1,97 @@
+"""RevMUX on real GLUE tasks with the real small encoder: tuned, frozen, stored, trained, reported on dev over shuffles.
+
+python -m benchmarks.glue --folder path/to/GLUE   (folders SST-2, MRPC and RTE with train.tsv and dev.tsv)
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.trained import Run, over_seeds, siso_row, train_missing, tuned_task_model
+from revmux.data import DataConfig, load_task
+from revmux.features import StoreConfig
+from revmux.losses import LossConfig
+from revmux.pretrained import BackboneConfig, load_pretrained
+from revmux.recipe import MethodConfig, Recipe, fill_store
+from revmux.results import describe_run, write_json
+from revmux.training import OptimConfig
+
+RESULT, KEPT = Path("benchmarks/results/glue.json"), Path("runs/glue")
+TASKS = ("SST-2", "MRPC", "RTE")
+SYSTEMS = (
+    ("RevMUX", MethodConfig("revmux", 2, 3, {"skip": True})),
+    ("RevMUX", MethodConfig("revmux", 4, 3, {"skip": True})),
+    ("Exit head, layer 3", MethodConfig("exit-head", 1, 3, {"layer": 3})),
+    ("Exit head, layer 4", MethodConfig("exit-head", 1, 4, {"layer": 4})),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is learnt from.
+
+    Attributes:
+        limit: training sentences of a task at most.
+        max_length: tokens an input is cut to.
+        tuning_epochs: of the task model, whose lower half stays as it is.
+        epochs: of the adapters; exit heads get three times as many.
+        seeds: runs of each system.
+        shuffles: groupings of dev a run.
+    """
+
+    limit: int
+    max_length: int = 64
+    tuning_epochs: int = 3
+    epochs: int = 3
+    seeds: int = 3
+    shuffles: int = 10
+
+
+def measure_task(folder: Path, name: str, budget: Budget) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of one task, and the identity of its data."""
+    data = DataConfig(source=str(folder / name), limit=budget.limit)
+    task = load_task(data)
+    kept = KEPT / name
+    tuning = OptimConfig(budget.tuning_epochs, 32, 2e-4)
+    embedded = BackboneConfig(max_length=budget.max_length)
+    model = tuned_task_model(embedded, data, task, tuning, 3, kept / "task-model")
+    backbone = BackboneConfig(str(model), max_length=budget.max_length)
+    store, runs = StoreConfig(root=str(kept / "features")), []
+    for seed in range(budget.seeds):
+        for title, method in SYSTEMS:
+            epochs = budget.epochs * (3 if method.name == "exit-head" else 1)
+            optim = OptimConfig(epochs, 16, 1e-3, seed=seed)
+            recipe = Recipe(backbone, data, method, optim, LossConfig(distillation_weight=1.0), store, budget.shuffles)
+            runs.append(Run.named(title, recipe, kept / "runs"))
+    if not all(run.result.is_file() for run in runs):
+        for split in (task.train, task.selection, task.test):
+            fill_store(runs[0].recipe, split, [3, 4])
+        train_missing(runs, task)
+    rows = over_seeds(runs)
+    family = load_pretrained(backbone).backbone.config.model_type
+    place = {"family": family, "backbone": f"{embedded.model}, tuned to the task", "task": name}
+    return [place | row for row in [siso_row(rows[0]["siso_accuracy"]), *rows]], task.identity
+
+
+def main() -> None:
+    """Measure what has not been measured yet, then write the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="has SST-2, MRPC and RTE")
+    parser.add_argument("--limit", type=int, default=8000, help="training sentences of a task at most")
+    arguments = parser.parse_args()
+    budget = Budget(arguments.limit)
+    rows: list[dict[str, Any]] = []
+    identities: dict[str, Any] = {}
+    for name in TASKS:
+        found, identities[name] = measure_task(arguments.folder, name, budget)
+        rows += found
+    meta = describe_run(f"python -m benchmarks.glue --folder GLUE --limit {budget.limit}", identities, {})
+    meta["backbone"] = {"name": BackboneConfig().model, "tuned": "upper half, on each task"}
+    write_json(RESULT, {"meta": meta | {"budget": asdict(budget)}, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Training many recipes on one machine: several at once, each result kept in a file, so that a stopped benchmark goes on."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from revmux.data import DataConfig, TaskData
+from revmux.losses import LossConfig
+from revmux.pretrained import BackboneConfig
+from revmux.recipe import MethodConfig, Recipe, prepare, train_here
+from revmux.results import write_json
+from revmux.training import OptimConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        title: what is trained; runs of one title and N differ in their seeds alone.
+        recipe: how.
+        result: JSON file of its figures.
+    """
+
+    title: str
+    recipe: Recipe
+    result: Path
+
+    @classmethod
+    def named(cls, title: str, recipe: Recipe, folder: Path) -> Run:
+        """A run whose file is named after its title, N and seed."""
+        words = f"{title} N={recipe.method.num_inputs} seed={recipe.optim.seed}"
+        name = "".join(letter if letter.isalnum() or letter == "=" else "-" for letter in words)
+        return cls(title, recipe, folder / f"{name}.json")
+
+
+def tuned_task_model(
+    backbone: BackboneConfig, data: DataConfig, task: TaskData, optim: OptimConfig, frozen_layers: int, output: Path
+) -> Path:
+    """The SISO model that all runs stand on, tuned once.
+
+    Args:
+        backbone: the pretrained encoder.
+        data: names the task.
+        task: the data read.
+        optim: how it is tuned.
+        frozen_layers: lowest layers that keep their weights.
+        output: folder that it takes; one that is there is used as it is.
+    """
+    if output.is_dir():
+        return output
+    method = MethodConfig("siso", 1, frozen_layers, {"tune_backbone": True})
+    prepared = prepare(Recipe(backbone, data, method, optim, LossConfig(infonce_weight=0.0), shuffles=1), task)
+    print(f"{output}: accuracy {train_here(prepared).accuracy_mean:.1%}", flush=True)
+    partial = output.with_name(f".{output.name}")
+    prepared.pretrained.backbone.model.save_pretrained(partial)
+    prepared.pretrained.tokenizer.save_pretrained(partial)
+    partial.rename(output)
+    return output
+
+
+def train_one(run: Run, task: TaskData, threads: int) -> dict[str, Any]:
+    """Train, test, and keep the figures."""
+    torch.set_num_threads(threads)
+    prepared = prepare(run.recipe, task)
+    evaluation = train_here(prepared)
+    trained = [value for value in prepared.model.parameters() if value.requires_grad]
+    figures = evaluation.metrics() | {
+        "accuracies": evaluation.accuracies,
+        "cost_counted": prepared.cost(),
+        "tunable_params": sum(value.numel() for value in trained),
+        "prefill_layers": run.recipe.method.prefill_layers,
+    }
+    write_json(run.result, figures)
+    return figures
+
+
+def train_missing(runs: Sequence[Run], task: TaskData, processes: int = 2, threads: int = 1) -> None:
+    """Train the runs that have no result yet, several at once.
+
+    Args:
+        runs: in the order in which they start.
+        task: the data of all.
+        processes: runs at once.
+        threads: of each.
+    """
+    missing = [run for run in runs if not run.result.is_file()]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        started = {pool.submit(train_one, run, task, threads): run for run in missing}
+        for done, future in enumerate(as_completed(started), 1):
+            accuracy = future.result()["accuracy_mean"]
+            print(f"{done}/{len(missing)} {started[future].result.stem}: {accuracy:.1%}", flush=True)
+
+
+def over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row a title and N: means over the seeds, and their spread."""
+    together: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        together.setdefault((run.title, run.recipe.method.num_inputs), []).append(run)
+    rows = []
+    for (title, num_inputs), same in together.items():
+        results = [json.loads(run.result.read_text()) for run in same]
+        means = [result["accuracy_mean"] for result in results]
+        rows.append(
+            {
+                "title": title,
+                "method": same[0].recipe.method.name,
+                "num_inputs": num_inputs,
+                "prefill_layers": results[0]["prefill_layers"],
+                "fallback": 0,
+                "tunable_params": results[0]["tunable_params"],
+                "seeds": len(results),
+                "accuracy_mean": statistics.fmean(means),
+                "accuracy_std": statistics.stdev(means) if len(means) > 1 else 0.0,
+                "accuracy_seeds": means,
+                "siso_accuracy": results[0]["siso_accuracy"],
+                "siso_agreement": statistics.fmean(result["siso_agreement"] for result in results),
+                "cost_counted": results[0]["cost_counted"],
+            }
+        )
+    return rows
+
+
+def siso_row(accuracy: float) -> dict[str, Any]:
+    """The plain model, which every run knows as its teacher."""
+    return {
+        "title": "SISO",
+        "method": "siso",
+        "num_inputs": 1,
+        "prefill_layers": 0,
+        "fallback": 0,
+        "tunable_params": 0,
+        "seeds": 1,
+        "accuracy_mean": accuracy,
+        "accuracy_std": 0.0,
+        "siso_accuracy": accuracy,
+        "siso_agreement": 1.0,
+        "cost_counted": 1.0,
+        "throughput_ratio": 1.0,
+    }
