@@ -22,7 +22,7 @@ from revmux.backbone.encoder_decoder import EncoderDecoderBackbone
 from revmux.methods import BackboneShape, Method, build_method
 from revmux.methods.attention import DotProductAttention
 from revmux.model import MultiplexedClassifier
-from revmux.valueless import call_valueless, valueless
+from revmux.valueless import call_valueless, valueless, weightless
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def count_flops(backbone: Backbone, method: Method, prefill_layers: int, length:
     Raises:
         UserError: l is out of range for this backbone and method.
     """
-    model = MultiplexedClassifier(backbone, method, prefill_layers)
+    model = weightless(MultiplexedClassifier(backbone, method, prefill_layers))
     walk = _Walk(model, length)
     with walk.hooks(), valueless(), torch.no_grad():
         call_valueless(model, walk.run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -14,6 +15,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Result = TypeVar("Result")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class _AssumeTrue(TorchDispatchMode):
@@ -52,6 +54,20 @@ def call_valueless(module: nn.Module, function: Callable[[], Result], dtype: tor
     tensors = chain(module.named_parameters(), module.named_buffers())
     weights = {f"module.{name}": stand_in(tensor) for name, tensor in tensors}
     return functional_call(_Holder(module, function), weights)
+
+
+def weightless(module: Module) -> Module:
+    """A copy without weights, so that the module itself may run in another thread meanwhile.
+
+    Returns:
+        The same modules with every parameter and buffer on the meta device.
+    """
+    standing_in: dict[int, Any] = {}
+    for parameter in module.parameters():
+        standing_in[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    for buffer in module.buffers():
+        standing_in[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(module, standing_in)
 
 
 class _Holder(nn.Module):

@@ -96,7 +96,7 @@ class Classifier:
                 f"{len(texts)} texts in one request, at most {self.config.max_texts} are allowed; send fewer"
             )
         answers = await self.engine.answer(texts, bool(asked.truncate), asked.max_multiplex)
-        content = asked.reply(answers, self.engine.label_names)
+        content = asked.reply(answers, self.engine.task().label_names)
         return JSONResponse(content, headers=timing_headers(answers, perf_counter() - started))
 
     async def _body(self, request: Request) -> bytes:
@@ -122,16 +122,17 @@ class Classifier:
 
     def _info(self) -> dict[str, Any]:
         engine, config = self.engine, self.config
-        identity = engine.pretrained.identity
-        used = {route.width for route in engine.routes}
+        task = engine.task()
+        identity = task.pretrained.identity
+        used = {route.width for route in task.lineup.routes}
         return {
             "model_id": identity["name"],
             "model_revision": identity["revision"],
             "model_sha256": identity["sha256"],
-            "model_dtype": str(engine.backbone.dtype).removeprefix("torch."),
-            "model_type": {"classifier": {"id2label": dict(enumerate(engine.label_names))}},
-            "num_layers": engine.backbone.num_layers,
-            "device": str(engine.backbone.device),
+            "model_dtype": str(task.backbone.dtype).removeprefix("torch."),
+            "model_type": {"classifier": {"id2label": dict(enumerate(task.label_names))}},
+            "num_layers": task.backbone.num_layers,
+            "device": str(task.backbone.device),
             "adapters": [
                 {
                     "source": adapter.folder,
@@ -142,11 +143,11 @@ class Classifier:
                     "used": adapter.config.num_inputs in used,
                     "metrics": adapter.config.metrics,
                 }
-                for adapter in engine.adapters
+                for adapter in task.lineup.adapters
             ],
             "group_widths": sorted(used),
             "max_multiplex": max(used),
-            "max_input_length": engine.max_length,
+            "max_input_length": task.max_length,
             "max_queue": config.max_queue,
             "max_batch": config.max_batch,
             "max_batch_tokens": config.max_batch_tokens,

@@ -150,7 +150,7 @@ def test_width_stays_below_the_operators_and_the_requests_bound(
 ) -> None:
     engine = make_engine(max_multiplex=3)
     engine.start()
-    assert [route.width for route in engine.routes] == [1, 2]
+    assert [route.width for route in engine.task().lineup.routes] == [1, 2]
     free = make_engine()
     bounded = free.submit([text(index) for index in range(30)], max_multiplex=3)
     others = free.submit([text(index) for index in range(30)], max_multiplex=99)
@@ -204,8 +204,10 @@ def test_inputs_of_one_cut_share_the_prefill(make_engine: Callable[..., Engine])
     engine.submit(["w1 w2 w3"] * 8, max_multiplex=2)
     futures = engine.submit(["w4 w5 w6"] * 8)
     batches: list[int] = []
-    handle = engine.backbone.layer(0).register_forward_hook(
-        lambda layer, inputs, output: batches.append(len(inputs[0]))
+    handle = (
+        engine.task()
+        .backbone.layer(0)
+        .register_forward_hook(lambda layer, inputs, output: batches.append(len(inputs[0])))
     )
     engine.start()
     futures[-1].result(60)
@@ -224,7 +226,7 @@ def test_a_method_whose_tokens_depend_on_the_slot_is_served(
     engine.start()
     answers = [future.result(60) for future in futures]
     assert {answer.width for answer in answers} == {2}
-    assert engine.max_length == 64 - engine.adapters[0].model.method.added_tokens
+    assert engine.task().max_length == 64 - engine.task().lineup.adapters[0].model.method.added_tokens
 
 
 def test_adapter_that_tuned_the_backbone_is_refused(
@@ -261,7 +263,11 @@ def test_a_full_queue_refuses_whole_requests(make_engine: Callable[..., Engine])
 def test_batches_are_bounded(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch=8, max_batch_tokens=256)
     sizes: list[torch.Size] = []
-    handle = engine.backbone.layer(0).register_forward_hook(lambda layer, inputs, output: sizes.append(inputs[0].shape))
+    handle = (
+        engine.task()
+        .backbone.layer(0)
+        .register_forward_hook(lambda layer, inputs, output: sizes.append(inputs[0].shape))
+    )
     futures = engine.submit([text(index) for index in range(60)])
     engine.start()
     assert all(future.result(60) for future in futures)
@@ -281,7 +287,7 @@ def test_a_failing_batch_fails_its_own_requests_and_no_others(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine()
-    model = engine.adapters[1].model
+    model = engine.task().lineup.adapters[1].model
     grouped = engine.submit([text(19)] * 8)
     alone = engine.submit(["w1"], max_multiplex=1)
     with monkeypatch.context() as patch:
@@ -301,7 +307,7 @@ def test_scores_that_are_not_finite_are_no_answer(
     engine = make_engine()
     engine.start()
     with monkeypatch.context() as patch:
-        patch.setattr(type(engine.backbone), "score", lambda self, vector: vector[..., :3] * float("nan"))
+        patch.setattr(type(engine.task().backbone), "score", lambda self, vector: vector[..., :3] * float("nan"))
         with pytest.raises(InferenceFailed, match="not finite"):
             engine.probe().result(60)
     assert engine.probe().result(60).width == 1

@@ -23,7 +23,10 @@ class Answer:
         width: N of the group that it rode in; 1 is the plain model.
         queue_seconds: from being queued to the start of its forward pass.
         inference_seconds: its forward pass, from padding to scores on the CPU.
-        truncated: whether the text was cut to the engine's ``max_length``.
+        truncated: whether the text was cut to the task's ``max_length``.
+        fell_back: whether the group's answer was less sure than the threshold, so that the input resumed alone and
+            ``scores`` are the plain model's.
+        tokenize_seconds: from text to tokens.
     """
 
     scores: Tensor
@@ -31,6 +34,8 @@ class Answer:
     queue_seconds: float
     inference_seconds: float
     truncated: bool = False
+    fell_back: bool = False
+    tokenize_seconds: float = 0.0
 
 
 def rank_labels(

@@ -1,112 +1,83 @@
-"""One backbone, its adapters, and one thread that owns the device.
+"""Tasks with their adapters, one queue, and one thread that owns the device.
 
-Requests are tokenized and checked before they are queued. Whenever the model is free it takes all that waits,
-chooses the group width from it, and answers::
+Requests are tokenized and checked before they are queued. Whenever the model is free it looks at what waits, chooses
+the group width from it, and runs the forward pass of the input whose turn it is, with all that can share it::
 
-    texts ─ encode ─ queue ─ take ─ groups ─ passes ─ (plain | prefill ─ multiplex ─ upper ─ answer) ─ futures
+    texts ─ encode ─ queue ─ window ─ groups ─ pass ─ (plain | prefill ─ multiplex ─ upper ─ answer) ─ futures
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from revmux.backbone import TokenBatch
 from revmux.errors import UserError
-from revmux.model import gather_rows
 from revmux.pretrained import Pretrained
-from revmux.serving.adapters import load_adapters
+from revmux.serving.adapters import Adapter
 from revmux.serving.answer import Answer
-from revmux.serving.errors import Draining, InferenceFailed
-from revmux.serving.limits import Limits
-from revmux.serving.plan import PLAIN, ForwardPass, Group, choose_width, form_groups, form_passes, useful_routes
-from revmux.serving.queue import PullQueue, Ticket
-from revmux.serving.texts import Encoder, Text
+from revmux.serving.errors import Draining, InferenceFailed, UnknownTask
+from revmux.serving.forward import run_pass
+from revmux.serving.limits import HIGHEST_PRIORITY, Limits
+from revmux.serving.metrics import Metrics, PassReport
+from revmux.serving.plan import Group, next_pass
+from revmux.serving.queue import PullQueue, Ticket, Window
+from revmux.serving.sharing import share_weights
+from revmux.serving.task import Lineup, Task
+from revmux.serving.texts import Text
 
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers texts with one frozen backbone, plain or in groups.
+    """Answers texts with frozen task models, plain or in groups.
 
     Args:
-        pretrained: the backbone, on the device where it is to run; the engine owns it from here on.
+        pretrained: the model of the first task, on the device where it is to run; the engine owns it from here on.
+            None begins without a task.
         adapters: adapter folders trained on it, one for each N.
         limits: what may wait and run at once.
         max_length: tokens that an input may have; None is what all adapters were trained with.
         threads: CPU threads of the model; None leaves the process's setting.
-
-    Attributes:
-        adapters: those that are loaded.
-        routes: the widths that may run, narrowest first.
-        label_names: classes in the order of the scores.
+        task: name of the first task.
+        threshold: see :meth:`add_task`.
+        on_pass: called on the model's thread with a report of every pass, once its answers are given.
 
     Raises:
-        UserError: an adapter that does not fit, two of one N, or limits too small for one group.
+        UserError: as :meth:`add_task`.
     """
 
     def __init__(
         self,
-        pretrained: Pretrained,
+        pretrained: Pretrained | None = None,
         adapters: Sequence[str | Path] = (),
         limits: Limits | None = None,
         max_length: int | None = None,
         threads: int | None = None,
+        task: str = "default",
+        threshold: float | None = None,
+        on_pass: Callable[[PassReport], None] | None = None,
     ) -> None:
-        self.pretrained = pretrained
-        self.backbone = pretrained.backbone.freeze()
-        self.label_names = self.backbone.label_names
         self.limits = limits or Limits()
         self.threads = threads
-        self.adapters = load_adapters(adapters, pretrained, self.limits.max_multiplex)
-        self.routes = useful_routes([adapter.route for adapter in self.adapters])
-        self._models = {adapter.route.width: adapter.model for adapter in self.adapters}
-        self._stems = {route.width: route.stem for route in self.routes}
-        self.max_length = self._checked_length(max_length)
-        self._encoder = Encoder(pretrained.tokenizer, self.max_length)
-        self._padder = copy.deepcopy(pretrained.tokenizer)
-        self._queue = PullQueue(self.limits.max_queue)
+        self.on_pass = on_pass
+        self._tasks: dict[str, Task] = {}  # replaced as a whole, so that other threads may read it
+        self._changing = threading.Lock()
+        self._metrics = Metrics()
+        self._queue = PullQueue(self.limits.max_queue, self._metrics, self.limits.priority_seconds)
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="revmux-tokenize")
         self._worker = threading.Thread(target=self._work, name="revmux-model", daemon=True)
-        self._probe_tokens = self._encoder.encode("ok", truncate=True).tokens
-        self._probe: Future[Answer] | None = None
+        self._probes: dict[Task, Future[Answer]] = {}
         self._probe_lock = threading.Lock()
-        self._inputs: Counter[int] = Counter()
-        self._groups: Counter[int] = Counter()
-        self._failed = 0
-        for adapter in self.adapters:
-            if adapter.route not in self.routes:
-                logger.warning(
-                    "adapter %s (N = %d) costs an input more than a narrower group does and is never used",
-                    adapter.folder,
-                    adapter.route.width,
-                )
-
-    def _checked_length(self, max_length: int | None) -> int:
-        added = max((model.method.added_tokens for model in self._models.values()), default=0)
-        most = self.backbone.max_length - added
-        if max_length is None:
-            max_length = min([adapter.config.max_length for adapter in self.adapters] + [most])
-        if not 2 <= max_length <= most:
-            raise UserError(f"max_length is {max_length}; this backbone with these adapters takes 2..{most}")
-        widest = self.routes[-1].width
-        if widest > self.limits.max_batch or widest * max_length > self.limits.max_batch_tokens:
-            raise UserError(
-                f"one group of {widest} inputs of {max_length} tokens exceeds max_batch ({self.limits.max_batch}) or "
-                f"max_batch_tokens ({self.limits.max_batch_tokens}); raise these, or lower max_multiplex or max_length"
-            )
-        return max_length
+        if pretrained is not None:
+            self.add_task(task, pretrained, adapters, max_length, threshold)
 
     def __enter__(self) -> Engine:
         self.start()
@@ -124,47 +95,145 @@ class Engine:
         """Whether the model's thread runs."""
         return self._worker.is_alive()
 
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """All tasks by name, in the order in which they came."""
+        return dict(self._tasks)
+
+    def task(self, name: str | None = None) -> Task:
+        """A task by name; None is the only one.
+
+        Raises:
+            UnknownTask: no such task, or no name where there are several.
+        """
+        tasks = self._tasks
+        if name is None and len(tasks) == 1:
+            return next(iter(tasks.values()))
+        if name is None or name not in tasks:
+            raise UnknownTask(name, tasks)
+        return tasks[name]
+
+    def add_task(
+        self,
+        name: str,
+        pretrained: Pretrained,
+        adapters: Sequence[str | Path] = (),
+        max_length: int | None = None,
+        threshold: float | None = None,
+    ) -> Task:
+        """Serve one more task, also while others are being served.
+
+        Weights that equal those of a task that is there already are kept once, see :mod:`revmux.serving.sharing`.
+
+        Args:
+            name: by which requests ask for it.
+            pretrained: its task model, on the device where it is to run; the engine owns it from here on.
+            adapters: adapter folders trained on it, one for each N.
+            max_length: tokens that an input may have; None is what all adapters were trained with.
+            threshold: confidence below which an answer falls back to the plain model, for all adapters; None is
+                each adapter's own, 0 switches it off.
+
+        Raises:
+            UserError: a name that is taken, an adapter that does not fit, two of one N, a threshold that an adapter
+                cannot serve, or limits too small for one group.
+        """
+        with self._changing:
+            if name in self._tasks:
+                raise UserError(f"task {name!r} is served already; choose another name, or remove that task first")
+            task = Task(name, pretrained, adapters, self.limits, max_length, threshold)
+            share_weights(task.backbone, [other.backbone for other in self._tasks.values()])
+            self._metrics.add(name)
+            self._tasks = {**self._tasks, name: task}
+        for adapter in task.lineup.adapters:
+            _warn_if_useless(task, adapter)
+        return task
+
+    def remove_task(self, name: str) -> Task:
+        """Take no more requests for a task; those that wait are still answered.
+
+        Raises:
+            UnknownTask: no such task.
+        """
+        with self._changing:
+            task = self.task(name)
+            self._tasks = {other: kept for other, kept in self._tasks.items() if other != name}
+        return task
+
+    def load(self, folder: str | Path, task: str | None = None) -> Adapter:
+        """Serve with one more adapter, or with another one of the same N, without a pause.
+
+        Raises:
+            UnknownTask: no such task.
+            UserError: the adapter does not fit.
+        """
+        with self._changing:
+            own = self.task(task)
+            adapter = own.load(folder)
+        _warn_if_useless(own, adapter)
+        return adapter
+
+    def retire(self, num_inputs: int, task: str | None = None) -> Adapter:
+        """Serve without the adapter of one N from now on; groups in flight finish with it.
+
+        Raises:
+            UnknownTask: no such task.
+            UserError: it has no such adapter.
+        """
+        with self._changing:
+            return self.task(task).retire(num_inputs)
+
     def submit(
-        self, texts: Sequence[Text], truncate: bool = False, max_multiplex: int | None = None
+        self,
+        texts: Sequence[Text],
+        truncate: bool = False,
+        max_multiplex: int | None = None,
+        *,
+        task: str | None = None,
+        priority: float = 0,
+        timeout: float | None = None,
     ) -> list[Future[Answer]]:
         """Tokenize in this thread and queue all texts, or none.
 
         Args:
             texts: strings, or pairs of strings.
-            truncate: cut texts to ``max_length`` tokens; otherwise longer ones are refused.
+            truncate: cut texts to the task's ``max_length`` tokens; otherwise longer ones are refused.
             max_multiplex: widest group that these texts may ride in; 1 is the plain model.
+            task: name; None where there is one only.
+            priority: higher comes earlier, -10..10, see ``Limits.priority_seconds``.
+            timeout: seconds from now by which the model must have started, else :class:`Expired` is the answer.
 
         Returns:
             A future an input; cancelling one that still waits takes it out of the queue.
 
         Raises:
+            UnknownTask: no such task.
             TextError: a text that cannot be classified; none of them is queued.
+            UserError: another value that is out of range.
             Overloaded: no room for all of them.
             Draining: :meth:`close` was called.
         """
-        self._queue.check_room(len(texts))
-        tickets = self._tickets(texts, truncate, max_multiplex)
+        tickets = self._admit(texts, truncate, max_multiplex, task, priority, timeout)()
         self._queue.put(tickets)
         return [ticket.future for ticket in tickets]
 
-    def _tickets(self, texts: Sequence[Text], truncate: bool, max_multiplex: int | None) -> list[Ticket]:
-        cap = self.routes[-1].width if max_multiplex is None else max_multiplex
-        if cap < 1:
-            raise UserError(f"max_multiplex is {cap}; choose 1 (the plain model) or more")
-        encoded = [self._encoder.encode(text, truncate) for text in texts]
-        return [Ticket(item.tokens, cap, item.truncated) for item in encoded]
-
     async def answer(
-        self, texts: Sequence[Text], truncate: bool = False, max_multiplex: int | None = None
+        self,
+        texts: Sequence[Text],
+        truncate: bool = False,
+        max_multiplex: int | None = None,
+        *,
+        task: str | None = None,
+        priority: float = 0,
+        timeout: float | None = None,
     ) -> list[Answer]:
         """:meth:`submit` from an event loop, which is never blocked; cancelling the call cancels its texts.
 
         Raises:
+            Expired: the deadline passed before the model started.
             InferenceFailed: the model failed on one of them; and as :meth:`submit`.
         """
-        self._queue.check_room(len(texts))
-        tokenize = asyncio.get_running_loop().run_in_executor(self._pool, self._tickets, texts, truncate, max_multiplex)
-        tickets = await tokenize
+        tokenize = self._admit(texts, truncate, max_multiplex, task, priority, timeout)
+        tickets = await asyncio.get_running_loop().run_in_executor(self._pool, tokenize)
         self._queue.put(tickets)
         try:
             return list(await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets)))
@@ -173,29 +242,72 @@ class Engine:
                 ticket.future.cancel()
             raise
 
-    def probe(self) -> Future[Answer]:
+    def _admit(
+        self,
+        texts: Sequence[Text],
+        truncate: bool,
+        max_multiplex: int | None,
+        name: str | None,
+        priority: float,
+        timeout: float | None,
+    ) -> Callable[[], list[Ticket]]:
+        """Check a request, and give what tokenizes it."""
+        task = self.task(name)
+        if max_multiplex is not None and max_multiplex < 1:
+            raise UserError(f"max_multiplex is {max_multiplex}; choose 1 (the plain model) or more")
+        if abs(priority) > HIGHEST_PRIORITY:
+            raise UserError(
+                f"priority is {priority}; choose -{HIGHEST_PRIORITY}..{HIGHEST_PRIORITY}, 0 is the usual one"
+            )
+        if timeout is not None and not timeout > 0:
+            raise UserError(f"the timeout is {timeout} s; choose more than 0, or leave it out")
+        self._queue.check_room(task, len(texts))
+        self._metrics.count(task.name, "requests")
+        deadline = None if timeout is None else self._queue.clock() + timeout
+
+        def tokenize() -> list[Ticket]:
+            tickets = []
+            for text in texts:
+                started = perf_counter()
+                encoded = task.encoder.encode(text, truncate)
+                ticket = Ticket(task, encoded.tokens, max_multiplex, priority, deadline, encoded.truncated)
+                ticket.tokenize_seconds = perf_counter() - started
+                tickets.append(ticket)
+            return tickets
+
+        return tokenize
+
+    def probe(self, task: str | None = None) -> Future[Answer]:
         """Ask the model one short text, ahead of the queue; questions at the same time share one answer.
 
+        Args:
+            task: name; None is the first one.
+
         Raises:
+            UnknownTask: no such task.
             Draining: :meth:`close` was called.
         """
+        asked = self.task(task or next(iter(self._tasks), None))
         with self._probe_lock:
-            if self._probe is None or self._probe.done():
-                ticket = Ticket(self._probe_tokens, cap=1)
+            self._probes = {own: probe for own, probe in self._probes.items() if not probe.done()}
+            if asked not in self._probes:
+                ticket = Ticket(asked, asked.probe_tokens, cap=1)
                 self._queue.put([ticket], ahead=True)
-                self._probe = ticket.future
-            return self._probe
+                self._probes[asked] = ticket.future
+            return self._probes[asked]
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start: ``inputs`` and ``groups`` (executions) by width, and what never ran."""
-        return {
-            "waiting": len(self._queue),
-            "inputs": dict(self._inputs),
-            "groups": dict(self._groups),
-            "failed": self._failed,
-            "rejected": self._queue.rejected,
-            "cancelled": self._queue.dropped,
-        }
+        """Counts since the start, summed, and by task under ``tasks``.
+
+        ``inputs`` and ``groups`` (executions) are counted by width, ``seconds`` by stage, ``waiting`` is the queue's
+        depth now. ``rejected`` found no room, ``expired`` waited too long, ``cancelled`` were dropped by their
+        clients: none of these ran.
+        """
+        snapshot = self._metrics.snapshot()
+        depths = self._queue.depths()
+        for name, counts in snapshot["tasks"].items():
+            counts["waiting"] = depths.get(name, 0)
+        return {"waiting": sum(depths.values()), **snapshot}
 
     def close(self, drain: bool = True) -> None:
         """Refuse new texts, answer those that wait, and end the thread.
@@ -214,79 +326,91 @@ class Engine:
     def _work(self) -> None:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        limits = self.limits
         with torch.inference_mode():
-            while (taken := self._queue.take(limits.max_batch, limits.max_batch_tokens)) is not None:
-                tickets, waiting = taken
-                try:
-                    passes = self._plan(tickets, waiting)
-                except Exception as error:
-                    self._fail(tickets, error)
-                    continue
-                for forward in passes:
-                    self._run(forward, tickets)
+            while (window := self._queue.window(self.limits.max_batch)) is not None:
+                started = self._queue.clock()
+                task = window.tickets[0].task
+                self._step(task, task.lineup, window)
+                self._queue.charge(task, self._queue.clock() - started)
 
-    def _plan(self, tickets: Sequence[Ticket], waiting: int) -> list[ForwardPass]:
-        width = choose_width(waiting, self.routes, self.limits.plain_load)
-        lengths = [ticket.length for ticket in tickets]
-        groups = form_groups(lengths, [ticket.cap for ticket in tickets], width, self.routes)
-        return form_passes(groups, lengths, self._stems, self.limits.max_batch_tokens)
-
-    def _run(self, forward: ForwardPass, tickets: Sequence[Ticket]) -> None:
-        started = perf_counter()
-        rows = [tickets[index] for group in forward.groups for index in group.members]
+    def _step(self, task: Task, lineup: Lineup, window: Window) -> None:
+        """Run the pass of the ticket whose turn it is, with the others of the window that can share it."""
+        tickets, limits = window.tickets, self.limits
         try:
-            scores = self._scores(forward, rows)  # (R, C)
-            if not bool(scores.isfinite().all()):
-                raise ArithmeticError("scores are not finite")
+            caps = [lineup.widest if ticket.cap is None else ticket.cap for ticket in tickets]
+            lengths = [ticket.length for ticket in tickets]
+            forward = next_pass(
+                lengths, caps, window.waiting, lineup.routes, limits.plain_load, limits.max_batch_tokens
+            )
+        except Exception as error:
+            self._fail(self._queue.claim(tickets), error)
+            return
+        claimed = set(self._queue.claim([tickets[index] for group in forward.groups for index in group.members]))
+        groups: list[Group] = []
+        rows: list[Ticket] = []
+        for group in forward.groups:  # a group that lost a cancelled member is filled by those that are left
+            members = [tickets[index] for index in group.members if tickets[index] in claimed]
+            if members:
+                groups.append(Group(group.width, tuple(range(len(rows), len(rows) + len(members)))))
+                rows += members
+        if rows:
+            self._run(task, lineup, groups, rows)
+
+    def _run(self, task: Task, lineup: Lineup, groups: Sequence[Group], rows: Sequence[Ticket]) -> None:
+        started, begun = perf_counter(), self._queue.clock()
+        thresholds = {
+            width: threshold for width, adapter in lineup.by_width.items() if (threshold := task.threshold_of(adapter))
+        }
+        models = {width: adapter.model for width, adapter in lineup.by_width.items()}
+        try:
+            outcome = run_pass(
+                task.backbone, models, thresholds, task.padder, groups, [ticket.tokens for ticket in rows]
+            )
         except Exception as error:
             self._fail(rows, error)
             return
         seconds = perf_counter() - started
-        widths = [group.width for group in forward.groups for _ in group.members]
-        self._inputs.update(widths)
-        self._groups.update(group.width for group in forward.groups)
-        for ticket, width, own in zip(rows, widths, scores):
-            ticket.future.set_result(Answer(own, width, started - ticket.queued, seconds, ticket.truncated))
+        widths = [group.width for group in groups for _ in group.members]
+        queued = [begun - ticket.queued for ticket in rows]
+        report = PassReport(
+            task=task.name,
+            widths=tuple(widths),
+            groups=tuple(group.width for group in groups),
+            fell_back=tuple(outcome.fell_back),
+            tokens=sum(ticket.length for ticket in rows),
+            padded_tokens=outcome.padded_tokens,
+            tokenize_seconds=tuple(ticket.tokenize_seconds for ticket in rows),
+            queue_seconds=tuple(queued),
+            stages=outcome.stages,
+            seconds=seconds,
+        )
+        self._metrics.record(report)
+        for ticket, scores, width, waited, fell_back in zip(rows, outcome.scores, widths, queued, outcome.fell_back):
+            ticket.future.set_result(
+                Answer(scores, width, waited, seconds, ticket.truncated, fell_back, ticket.tokenize_seconds)
+            )
+        self._tell(report)
+
+    def _tell(self, report: PassReport) -> None:
+        if self.on_pass is not None:
+            try:
+                self.on_pass(report)
+            except Exception:
+                logger.exception("on_pass failed")
 
     def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
         logger.error("a batch of %d inputs failed", len(tickets), exc_info=error)
-        self._failed += len(tickets)
         for ticket in tickets:
+            self._metrics.count(ticket.task.name, "failed")
             failure = InferenceFailed(f"the model failed on this batch: {type(error).__name__}: {error}")
             failure.__cause__ = error
             ticket.future.set_exception(failure)
 
-    def _scores(self, forward: ForwardPass, rows: Sequence[Ticket]) -> Tensor:
-        """The label scores of one forward pass, (R, C) float32 on the CPU, in the order of its groups' members."""
-        tokens = self._pad(rows)  # (R, S) each
-        if forward.stem == PLAIN.stem:
-            return self.backbone(tokens).float().cpu()
-        by_width: dict[int, list[tuple[int, Group]]] = {}
-        start = 0
-        for group in forward.groups:
-            by_width.setdefault(group.width, []).append((start, group))
-            start += len(group.members)
-        scores = torch.zeros(len(rows), len(self.label_names), device=self.backbone.device)
-        prefilled = None
-        for width, starts in by_width.items():
-            model = self._models[width]
-            slots = torch.stack([slot_rows(first, group) for first, group in starts]).to(self.backbone.device)  # (G, N)
-            if model.method.prepares_tokens:
-                output = model.run_tokens(tokens, slots)
-            else:
-                prefilled = model.prefill(tokens) if prefilled is None else prefilled
-                output = model.run_groups(prefilled, slots)
-            # Zero for the rows of other widths, and the mean for a row that fills several slots.
-            scores += gather_rows(output.scores, slots, len(rows)).float()
-        return scores.cpu()
 
-    def _pad(self, rows: Sequence[Ticket]) -> TokenBatch:
-        columns = {name: [ticket.tokens[name] for ticket in rows] for name in rows[0].tokens}
-        padded = self._padder.pad(columns, return_tensors="pt")
-        return {name: tensor.to(self.backbone.device) for name, tensor in padded.items()}
-
-
-def slot_rows(first: int, group: Group) -> Tensor:
-    """The rows in the N slots of a group whose members lie at ``first`` and after it; members repeat to fill it."""
-    return first + torch.arange(group.width) % len(group.members)
+def _warn_if_useless(task: Task, adapter: Adapter) -> None:
+    if adapter.route not in task.lineup.routes:
+        logger.warning(
+            "adapter %s (N = %d) costs an input more than a narrower group does and is never used",
+            adapter.folder,
+            adapter.route.width,
+        )

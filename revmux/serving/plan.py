@@ -144,6 +144,31 @@ def _narrow_cost(inputs: int, routes: Sequence[Route]) -> float:
     return cost[-1]
 
 
+def next_pass(
+    lengths: Sequence[int],
+    caps: Sequence[int],
+    waiting: int,
+    routes: Sequence[Route],
+    plain_load: float,
+    max_tokens: int,
+) -> ForwardPass:
+    """The forward pass that the first of the inputs rides in; the others may wait for the next one.
+
+    Args:
+        lengths: tokens of each input, in the order of their turns.
+        caps: widest group that each allows.
+        waiting: inputs in the queue, those of other tasks included.
+        routes: as :func:`useful_routes` gives them.
+        plain_load: see :func:`choose_width`.
+        max_tokens: see :func:`form_passes`.
+    """
+    width = choose_width(waiting, routes, plain_load)
+    groups = form_groups(lengths, caps, width, routes)
+    stems = {route.width: route.stem for route in routes}
+    passes = form_passes(groups, lengths, stems, max_tokens)
+    return next(forward for forward in passes if any(0 in group.members for group in forward.groups))
+
+
 def form_passes(
     groups: Sequence[Group], lengths: Sequence[int], stems: dict[int, str], max_tokens: int
 ) -> list[ForwardPass]:

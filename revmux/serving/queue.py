@@ -1,17 +1,33 @@
-"""A bounded queue that the model pulls from: whenever it is free it takes all that waits, up to its bounds."""
+"""Bounded lines, one a task, that the model pulls from whenever it is free.
+
+Within a task inputs come in the order of their arrival, a point of priority being worth a head start of some seconds.
+Between tasks the one comes next that has had the least of the device's time (start-time fair queueing), a point of
+priority being worth as many seconds of it. An input can thus be put off only by what came before it or within its head
+start after it, and a task only until the others have had as much as it: none waits for ever.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from revmux.serving.answer import Answer
-from revmux.serving.errors import Draining, Overloaded
+from revmux.serving.errors import Draining, Expired, Overloaded
+from revmux.serving.metrics import Metrics
+
+if TYPE_CHECKING:
+    from revmux.serving.task import Task
+
+_AHEAD = float("inf")
 
 
 @dataclass(eq=False)
@@ -19,18 +35,28 @@ class Ticket:
     """One input that waits for its answer.
 
     Attributes:
+        task: that it is for.
         tokens: what the tokenizer gave, each a list of ``length`` numbers.
-        cap: widest group that it allows.
+        cap: widest group that it allows; None is any.
+        priority: higher comes first.
+        deadline: second after which it must not be started any more; None waits as long as it takes.
         truncated: whether the text was cut.
+        tokenize_seconds: what tokenizing took.
         future: resolves to its answer.
-        queued: when it was queued, seconds of :func:`time.perf_counter`.
+        queued: when it was queued, seconds of the queue's clock.
+        order: its place in the line of its task.
     """
 
+    task: Task
     tokens: dict[str, list[int]]
-    cap: int
+    cap: int | None = None
+    priority: float = 0
+    deadline: float | None = None
     truncated: bool = False
+    tokenize_seconds: float = 0.0
     future: Future[Answer] = field(default_factory=Future)
     queued: float = 0.0
+    order: tuple[float, int] = (0.0, 0)
 
     @property
     def length(self) -> int:
@@ -38,29 +64,59 @@ class Ticket:
         return len(self.tokens["input_ids"])
 
 
-class PullQueue:
-    """Tickets in the order that they came.
-
-    Args:
-        limit: tickets that may wait.
+@dataclass(frozen=True)
+class Window:
+    """What may run next: the first tickets of one task. They stay in the queue until they are claimed.
 
     Attributes:
-        dropped: tickets whose future was cancelled while they waited.
-        rejected: tickets that found no room.
+        tickets: at least one, the first is the one whose turn it is.
+        waiting: tickets of all tasks.
     """
 
-    def __init__(self, limit: int) -> None:
+    tickets: list[Ticket]
+    waiting: int
+
+
+class PullQueue:
+    """Tickets of all tasks.
+
+    Args:
+        limit: tickets of one task that may wait.
+        metrics: where those are counted that never run.
+        priority_seconds: what a point of priority is worth.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        metrics: Metrics,
+        priority_seconds: float = 1.0,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
         self.limit = limit
-        self.dropped = 0
-        self.rejected = 0
-        self._waiting: OrderedDict[Ticket, None] = OrderedDict()
+        self.metrics = metrics
+        self.priority_seconds = priority_seconds
+        self.clock = clock
+        self._lines: dict[Task, list[Ticket]] = {}  # none of them empty
+        self._served: WeakKeyDictionary[Task, float] = WeakKeyDictionary()  # virtual seconds of the device
+        self._virtual = 0.0  # those of the task that ran last
+        self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(self.depths().values())
 
-    def check_room(self, tickets: int) -> None:
+    def depths(self) -> dict[str, int]:
+        """Tickets that wait, by the name of their task; without the tasks that have none."""
+        with self._changed:
+            found: Counter[str] = Counter()
+            for task, line in self._lines.items():
+                found[task.name] += len(line)
+            return dict(found)
+
+    def check_room(self, task: Task, tickets: int) -> None:
         """Refuse before any work is spent on them.
 
         Raises:
@@ -68,36 +124,42 @@ class PullQueue:
             Draining: closed.
         """
         with self._changed:
-            self._check(tickets)
+            self._check(task, tickets)
 
-    def _check(self, tickets: int) -> None:
+    def _check(self, task: Task, tickets: int) -> None:
         if self._closed:
             raise Draining("the server is shutting down and takes no more requests; ask another one")
-        if len(self._waiting) + tickets > self.limit:
-            self.rejected += tickets
+        waiting = len(self._lines.get(task, ()))
+        if waiting + tickets > self.limit:
+            self.metrics.count(task.name, "rejected", tickets)
             raise Overloaded(
-                f"{len(self._waiting)} inputs wait and at most {self.limit} may: no room for {tickets}; ask again later"
+                f"{waiting} inputs wait and at most {self.limit} may: no room for {tickets}; ask again later"
             )
 
     def put(self, tickets: Sequence[Ticket], ahead: bool = False) -> None:
         """Queue all of the tickets, or none.
 
         Args:
-            tickets: of one request.
+            tickets: of one task.
             ahead: before all others and beyond the limit, for questions about the model's health.
 
         Raises:
             Overloaded: no room for all of them.
             Draining: closed.
         """
+        if not tickets:
+            return
+        task = tickets[0].task
         with self._changed:
-            self._check(0 if ahead else len(tickets))
-            now = perf_counter()
+            self._check(task, 0 if ahead else len(tickets))
+            if task not in self._lines:
+                self._lines[task] = []
+                self._served[task] = max(self._served.get(task, 0.0), self._virtual)
             for ticket in tickets:
-                ticket.queued = now
-                self._waiting[ticket] = None
-                if ahead:
-                    self._waiting.move_to_end(ticket, last=False)
+                ticket.queued = self.clock()
+                ticket.priority = _AHEAD if ahead else ticket.priority
+                ticket.order = (ticket.queued - ticket.priority * self.priority_seconds, next(self._numbers))
+                insort(self._lines[task], ticket, key=_order)
             self._changed.notify_all()
         for ticket in tickets:
             ticket.future.add_done_callback(partial(self._forget, ticket))
@@ -105,37 +167,84 @@ class PullQueue:
     def _forget(self, ticket: Ticket, future: Future[Answer]) -> None:
         if future.cancelled():
             with self._changed:
-                self.dropped += 1
-                self._waiting.pop(ticket, None)
+                self.metrics.count(ticket.task.name, "cancelled")
+                self._remove(ticket)
 
-    def take(self, max_inputs: int, max_tokens: int) -> tuple[list[Ticket], int] | None:
-        """Wait for tickets and take what fits, first come, first served.
+    def _remove(self, ticket: Ticket) -> bool:
+        """Whether it was still in its line."""
+        line = self._lines.get(ticket.task, [])
+        place = bisect_left(line, ticket.order, key=_order)
+        if place == len(line) or line[place] is not ticket:
+            return False
+        del line[place]
+        if not line:
+            del self._lines[ticket.task]
+        return True
+
+    def window(self, most: int) -> Window | None:
+        """Wait for tickets and look at those whose turn it is; tickets that have expired are told so.
 
         Args:
-            max_inputs: tickets at most.
-            max_tokens: tokens at most; one ticket is always taken.
+            most: tickets at most.
 
         Returns:
-            The tickets, none of them cancelled, and how many waited in all; or None when the queue is closed
-            and empty.
+            Tickets of one task; or None when the queue is closed and empty.
+        """
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._closed)
+                expired = self._take_expired()
+                window = None
+                if self._lines:
+                    task = min(self._lines, key=self._turn)
+                    self._virtual = self._served[task]
+                    window = Window(self._lines[task][:most], sum(map(len, self._lines.values())))
+                ended = self._closed and window is None
+            for ticket in expired:
+                waited = self.clock() - ticket.queued
+                ticket.future.set_exception(
+                    Expired(
+                        f"the deadline passed after {waited:.3f} s in the queue; ask again later, or allow more time"
+                    )
+                )
+            if window is not None or ended:
+                return window
+
+    def _turn(self, task: Task) -> tuple[float, tuple[float, int]]:
+        head = self._lines[task][0]
+        return self._served[task] - head.priority * self.priority_seconds, head.order
+
+    def _take_expired(self) -> list[Ticket]:
+        now = self.clock()
+        late = [
+            ticket
+            for line in self._lines.values()
+            for ticket in line
+            if ticket.deadline is not None and ticket.deadline <= now
+        ]
+        late = [ticket for ticket in late if self._remove(ticket) and ticket.future.set_running_or_notify_cancel()]
+        for ticket in late:
+            self.metrics.count(ticket.task.name, "expired")
+        return late
+
+    def claim(self, tickets: Sequence[Ticket]) -> list[Ticket]:
+        """Take tickets out of the queue to run them.
+
+        Args:
+            tickets: of a window.
+
+        Returns:
+            Those that still waited; they cannot be cancelled any more.
         """
         with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return None
-                taken: list[Ticket] = []
-                waiting, tokens = len(self._waiting), 0
-                while self._waiting and len(taken) < max_inputs:
-                    ticket = next(iter(self._waiting))
-                    if taken and tokens + ticket.length > max_tokens:
-                        break
-                    del self._waiting[ticket]
-                    if ticket.future.set_running_or_notify_cancel():
-                        taken.append(ticket)
-                        tokens += ticket.length
-                if taken:
-                    return taken, waiting
+            return [
+                ticket for ticket in tickets if self._remove(ticket) and ticket.future.set_running_or_notify_cancel()
+            ]
+
+    def charge(self, task: Task, seconds: float) -> None:
+        """Book time of the device on a task."""
+        with self._changed:
+            self._served[task] = self._served.get(task, 0.0) + seconds
 
     def close(self) -> None:
         """Refuse new tickets; those that wait can still be taken."""
@@ -146,6 +255,10 @@ class PullQueue:
     def clear(self) -> list[Ticket]:
         """Take out all that wait, without the cancelled ones."""
         with self._changed:
-            tickets = list(self._waiting)
-            self._waiting.clear()
+            tickets = [ticket for line in self._lines.values() for ticket in line]
+            self._lines.clear()
         return [ticket for ticket in tickets if ticket.future.set_running_or_notify_cancel()]
+
+
+def _order(ticket: Ticket) -> tuple[float, int]:
+    return ticket.order

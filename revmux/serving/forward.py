@@ -1,0 +1,171 @@
+"""One forward pass of a batch of groups, timed stage by stage.
+
+Stages: ``pad`` (tokens to the device), ``plain`` (the whole model, N = 1), ``prefill``, ``multiplex``, ``upper``,
+``head`` (demultiplexer and classifier), ``resume`` (inputs that fall back) and ``reply`` (scores to the CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from revmux.backbone import Backbone, HiddenState, TokenBatch
+from revmux.fallback import confidence, resume
+from revmux.model import MultiplexedClassifier, gather_rows
+from revmux.serving.plan import PLAIN, Group
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass made of its R inputs.
+
+    Attributes:
+        scores: (R, C) float32 on the CPU, in the order of the groups' members.
+        fell_back: R, whether each input resumed alone.
+        padded_tokens: R times the longest input.
+        stages: seconds by stage.
+    """
+
+    scores: Tensor
+    fell_back: list[bool]
+    padded_tokens: int
+    stages: dict[str, float]
+
+
+class StageClock:
+    """Seconds between marks, on a GPU by its own events, so that nothing waits for it.
+
+    Args:
+        device: where the stages run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+        self.mark("")
+
+    def mark(self, stage: str) -> None:
+        """The stage ends here."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((stage, event))
+        else:
+            self._marks.append((stage, perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """The time of each stage, summed where it came several times; on a GPU all of them must have ended."""
+        total: dict[str, float] = {}
+        for (_, start), (stage, end) in zip(self._marks, self._marks[1:]):
+            if isinstance(start, float) and isinstance(end, float):
+                spent = end - start
+            else:
+                spent = start.elapsed_time(end) / 1000  # type: ignore[union-attr,arg-type]
+            total[stage] = total.get(stage, 0.0) + spent
+        return total
+
+
+def run_pass(
+    backbone: Backbone,
+    models: dict[int, MultiplexedClassifier],
+    thresholds: dict[int, float],
+    padder: PreTrainedTokenizerBase,
+    groups: Sequence[Group],
+    inputs: Sequence[dict[str, list[int]]],
+) -> Outcome:
+    """Answer groups that share the layers below their cut.
+
+    Args:
+        backbone: the frozen task model.
+        models: by N; not asked for N = 1.
+        thresholds: by N, the confidence below which an answer falls back; N without one never does.
+        padder: the backbone's tokenizer.
+        groups: of one stem, see :class:`revmux.serving.plan.Route`; the plain model's have one member each.
+        inputs: R token lists, group by group in the order of the members.
+
+    Raises:
+        ArithmeticError: scores that are not finite.
+    """
+    clock = StageClock(backbone.device)
+    tokens = pad(inputs, padder, backbone.device)  # (R, S) each
+    clock.mark("pad")
+    fell_back = torch.zeros(len(inputs), dtype=torch.bool, device=backbone.device)
+    if groups[0].width == PLAIN.width:
+        scores = backbone(tokens).float()  # (R, C)
+        clock.mark("plain")
+    else:
+        scores = _multiplexed(backbone, models, thresholds, tokens, groups, fell_back, clock)
+    scores, fell = scores.cpu(), fell_back.cpu()
+    clock.mark("reply")
+    if not bool(scores.isfinite().all()):
+        raise ArithmeticError("scores are not finite")
+    return Outcome(scores, fell.tolist(), tokens["input_ids"].numel(), clock.seconds())
+
+
+def _multiplexed(
+    backbone: Backbone,
+    models: dict[int, MultiplexedClassifier],
+    thresholds: dict[int, float],
+    tokens: TokenBatch,
+    groups: Sequence[Group],
+    fell_back: Tensor,
+    clock: StageClock,
+) -> Tensor:
+    """Scores (R, C) of groups that are wider than one; marks in ``fell_back`` (R,) which inputs resumed alone."""
+    rows = len(fell_back)
+    scores = torch.zeros(rows, backbone.num_labels, device=backbone.device)
+    shared: HiddenState | None = None
+    for width, slots in slots_by_width(groups, backbone.device).items():
+        model = models[width]
+        own_tokens, own_slots = model.slot_tokens(tokens, slots)
+        if model.method.prepares_tokens:
+            prefilled = model.prefill(own_tokens)
+        else:
+            prefilled = shared = model.prefill(tokens) if shared is None else shared
+        clock.mark("prefill")
+        own = backbone.own_answers(prefilled)[own_slots]  # (G, N, d)
+        mixed = model.multiplex(prefilled, own_slots)
+        clock.mark("multiplex")
+        upper = model.upper(mixed)
+        clock.mark("upper")
+        # Zero for the rows of other widths, and the mean for a row that fills several slots.
+        found = gather_rows(model.answer(upper, own).scores, slots, rows).float()  # (R, C)
+        scores += found
+        if width in thresholds:
+            members = torch.zeros_like(fell_back).index_fill(0, slots.flatten(), True)
+            fell_back |= members & (confidence(found) < thresholds[width])
+        clock.mark("head")
+    if thresholds and shared is not None and bool(fell_back.any()):
+        unsure = fell_back.nonzero().squeeze(1)
+        scores[unsure] = resume(backbone, shared.take(unsure))
+        clock.mark("resume")
+    return scores
+
+
+def slots_by_width(groups: Sequence[Group], device: torch.device | str = "cpu") -> dict[int, Tensor]:
+    """The rows in the slots of the groups of each N: (G, N) long, where members lie in the order of the groups."""
+    found: dict[int, list[Tensor]] = {}
+    first = 0
+    for group in groups:
+        found.setdefault(group.width, []).append(slot_rows(first, group))
+        first += len(group.members)
+    return {width: torch.stack(slots).to(device) for width, slots in found.items()}
+
+
+def slot_rows(first: int, group: Group) -> Tensor:
+    """The rows in the N slots of a group whose members lie at ``first`` and after it; members repeat to fill it."""
+    return first + torch.arange(group.width) % len(group.members)
+
+
+def pad(
+    inputs: Sequence[dict[str, list[int]]], padder: PreTrainedTokenizerBase, device: torch.device | str
+) -> TokenBatch:
+    """Token lists to tensors (R, S), S the longest, on the device."""
+    columns = {name: [tokens[name] for tokens in inputs] for name in inputs[0]}
+    padded = padder.pad(columns, return_tensors="pt")
+    return {name: tensor.to(device) for name, tensor in padded.items()}

@@ -1,0 +1,152 @@
+"""A named task: a frozen task model, and the line-up of adapters that requests may ride with at the moment."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from revmux.backbone import Backbone
+from revmux.errors import UserError
+from revmux.fallback import check_threshold
+from revmux.pretrained import Pretrained
+from revmux.serving.adapters import Adapter, load_adapters
+from revmux.serving.limits import Limits
+from revmux.serving.plan import Route, useful_routes
+from revmux.serving.texts import Encoder
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """Adapters of one task at one time; a forward pass keeps the one that it was planned with.
+
+    Attributes:
+        adapters: loaded, narrowest first, one for each N.
+    """
+
+    adapters: tuple[Adapter, ...] = ()
+
+    @cached_property
+    def by_width(self) -> dict[int, Adapter]:
+        """The adapters by their N."""
+        return {adapter.route.width: adapter for adapter in self.adapters}
+
+    @cached_property
+    def routes(self) -> list[Route]:
+        """The widths that may run, narrowest first, the plain model among them."""
+        return useful_routes([adapter.route for adapter in self.adapters])
+
+    @property
+    def widest(self) -> int:
+        """The largest N that may run."""
+        return self.routes[-1].width
+
+
+class Task:
+    """One task of an engine.
+
+    Args:
+        name: by which requests ask for it.
+        pretrained: its frozen task model, on the device where it is to run.
+        adapters: adapter folders trained on it, one for each N.
+        limits: of the engine.
+        max_length: tokens that an input may have; None is what all adapters were trained with.
+        threshold: confidence below which an answer falls back to the plain model, for all adapters; None is each
+            adapter's own, 0 switches it off.
+
+    Attributes:
+        lineup: what requests may ride with now.
+        label_names: classes in the order of the scores.
+        encoder: text to tokens.
+        probe_tokens: of the text that asks for the model's health.
+        padder: a tokenizer for the model's thread alone.
+
+    Raises:
+        UserError: an adapter that does not fit, two of one N, a threshold that an adapter cannot serve, or limits too
+            small for one group.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: Pretrained,
+        adapters: Sequence[str | Path],
+        limits: Limits,
+        max_length: int | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        self.name = name
+        self.pretrained = pretrained
+        self.backbone: Backbone = pretrained.backbone.freeze()
+        self.label_names = self.backbone.label_names
+        self.limits = limits
+        self.threshold = threshold
+        lineup = self._lineup(load_adapters(adapters, pretrained, limits.max_multiplex))
+        if max_length is None:
+            trained = [adapter.config.max_length for adapter in lineup.adapters]
+            max_length = min([*trained, self._longest(lineup)])
+        self.max_length = max_length
+        self._check(lineup)
+        self.lineup = lineup
+        self.encoder = Encoder(pretrained, max_length)
+        self.probe_tokens = self.encoder.encode("ok", truncate=True).tokens
+        self.padder = copy.deepcopy(pretrained.tokenizer)
+
+    def threshold_of(self, adapter: Adapter) -> float:
+        """The confidence below which this adapter's answers fall back; 0 is never."""
+        own = adapter.config.fallback_threshold if self.threshold is None else self.threshold
+        return own or 0.0
+
+    def load(self, folder: str | Path) -> Adapter:
+        """Take an adapter into the line-up, in the place of the one with the same N.
+
+        Groups that are in flight finish with the line-up that they were planned with.
+
+        Raises:
+            UserError: it does not fit the task model, the limits or the length that the task takes.
+        """
+        (adapter,) = load_adapters([folder], self.pretrained)
+        width, most = adapter.route.width, self.limits.max_multiplex
+        if most is not None and width > most:
+            raise UserError(f"adapter {str(folder)!r} serves N = {width}, but max_multiplex is {most}; raise it")
+        others = [other for other in self.lineup.adapters if other.route.width != width]
+        lineup = self._lineup([*others, adapter])
+        self._check(lineup)
+        self.lineup = lineup
+        return adapter
+
+    def retire(self, num_inputs: int) -> Adapter:
+        """Take the adapter of an N out of the line-up; groups in flight finish with it.
+
+        Raises:
+            UserError: there is none of this N.
+        """
+        gone = self.lineup.by_width.get(num_inputs)
+        if gone is None:
+            known = ", ".join(str(width) for width in self.lineup.by_width) or "none"
+            raise UserError(f"task {self.name!r} has no adapter of N = {num_inputs}; loaded: {known}")
+        self.lineup = Lineup(tuple(adapter for adapter in self.lineup.adapters if adapter is not gone))
+        return gone
+
+    def _lineup(self, adapters: Sequence[Adapter]) -> Lineup:
+        for adapter in adapters:
+            check_threshold(self.threshold_of(adapter), adapter.model.method, adapter.folder)
+        return Lineup(tuple(sorted(adapters, key=lambda adapter: adapter.route.width)))
+
+    def _longest(self, lineup: Lineup) -> int:
+        added = max((adapter.model.method.added_tokens for adapter in lineup.adapters), default=0)
+        return self.backbone.max_length - added
+
+    def _check(self, lineup: Lineup) -> None:
+        most, length, limits = self._longest(lineup), self.max_length, self.limits
+        if not 2 <= length <= most:
+            raise UserError(
+                f"max_length of task {self.name!r} is {length}; its backbone with these adapters takes 2..{most}"
+            )
+        if lineup.widest > limits.max_batch or lineup.widest * length > limits.max_batch_tokens:
+            raise UserError(
+                f"one group of {lineup.widest} inputs of {length} tokens exceeds max_batch ({limits.max_batch}) or "
+                f"max_batch_tokens ({limits.max_batch_tokens}); raise these, or lower max_multiplex or max_length"
+            )
