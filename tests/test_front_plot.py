@@ -1,0 +1,45 @@
+"""The pictures of a front hold what they should, and need no network."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from revmux import UserError
+from revmux.front import FrontRow
+from revmux.front_plot import label_of, plot_front_html, plot_front_png
+
+ROWS = [
+    FrontRow("siso", "siso", 1, 0, math.nan, 0.9, 0.9, 1.0, 1.0),
+    FrontRow("revmux-n2", "revmux", 2, 3, 0.25, 0.88, 0.9, 0.75, 1.3),
+    FrontRow("revmux-n4", "revmux", 4, 3, 0.25, 0.85, 0.9, 0.6, threshold=0.8, fallback=0.12),
+    FrontRow("head", "exit-head", 1, 2, math.nan, 0.80, 0.9, 0.7),
+]
+
+
+def test_the_png_is_written_whole(tmp_path: Path) -> None:
+    path = plot_front_png(ROWS, tmp_path / "deep" / "front.png", "a title")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [item.name for item in path.parent.iterdir()] == ["front.png"]
+
+
+def test_the_page_shows_every_row_and_loads_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    text = plot_front_html(ROWS, tmp_path / "front.html", "a title").read_text()
+    for row in ROWS:
+        assert row.name in text
+    assert "12.0%" in text
+    assert not re.findall(r"<(?:script|link)[^>]+(?:src|href)=.https?:", text)
+    assert [item.name for item in tmp_path.iterdir()] == ["front.html"]
+
+
+def test_labels_say_what_a_point_is() -> None:
+    assert [label_of(row) for row in ROWS] == ["SISO", "N=2 l=3", "N=4 l=3, 12% fall back", "layer 2"]
+
+
+def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no row to plot"):
+        plot_front_png([], tmp_path / "front.png", "")
