@@ -27,6 +27,8 @@ class Answer:
         fell_back: whether the group's answer was less sure than the threshold, so that the input resumed alone and
             ``scores`` are the plain model's.
         tokenize_seconds: from text to tokens.
+        tokens: that the input had.
+        group: a number that the inputs of one group share, and no others of the engine.
     """
 
     scores: Tensor
@@ -36,6 +38,8 @@ class Answer:
     truncated: bool = False
     fell_back: bool = False
     tokenize_seconds: float = 0.0
+    tokens: int = 0
+    group: int = 0
 
 
 def rank_labels(

@@ -9,10 +9,12 @@ the group width from it, and runs the forward pass of the input whose turn it is
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -71,6 +73,7 @@ class Engine:
         self._tasks: dict[str, Task] = {}  # replaced as a whole, so that other threads may read it
         self._changing = threading.Lock()
         self._metrics = Metrics()
+        self._group_numbers = itertools.count()
         self._queue = PullQueue(self.limits.max_queue, self._metrics, self.limits.priority_seconds)
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="revmux-tokenize")
         self._worker = threading.Thread(target=self._work, name="revmux-model", daemon=True)
@@ -385,10 +388,12 @@ class Engine:
             seconds=seconds,
         )
         self._metrics.record(report)
-        for ticket, scores, width, waited, fell_back in zip(rows, outcome.scores, widths, queued, outcome.fell_back):
-            ticket.future.set_result(
-                Answer(scores, width, waited, seconds, ticket.truncated, fell_back, ticket.tokenize_seconds)
-            )
+        numbers = [number for group, number in zip(groups, self._group_numbers) for _ in group.members]
+        for ticket, scores, width, waited, fell_back, number in zip(
+            rows, outcome.scores, widths, queued, outcome.fell_back, numbers
+        ):
+            answer = Answer(scores, width, waited, seconds, ticket.truncated, fell_back, ticket.tokenize_seconds)
+            ticket.future.set_result(replace(answer, tokens=ticket.length, group=number))
         self._tell(report)
 
     def _tell(self, report: PassReport) -> None:
