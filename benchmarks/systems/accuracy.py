@@ -20,12 +20,15 @@ MAX_LENGTH = 64
 
 @dataclass(frozen=True)
 class Budget:
-    """How much every system may learn from; the same for all.
+    """How much every system may learn from.
 
     Attributes:
         per_class: sentences a class of the embedded task.
-        epochs: passes over the training split; an exit head, which has no frozen layers to speak through, gets three
-            times as many.
+        epochs: passes over the training split.
+        exit_head_epochs: of exit heads, whose epochs cost next to nothing.
+        tuned_epochs: of systems that tune the backbone, whose epochs cost several times as much.
+        learning_rate: peak of AdamW's rate.
+        tuned_learning_rate: where the backbone moves too.
         batch_size: inputs a step.
         seeds: runs of each system.
         shuffles: groupings of the test split a run.
@@ -33,6 +36,10 @@ class Budget:
 
     per_class: int = 500
     epochs: int = 3
+    exit_head_epochs: int = 9
+    tuned_epochs: int = 2
+    learning_rate: float = 1e-3
+    tuned_learning_rate: float = 2e-4
     batch_size: int = 16
     seeds: int = 3
     shuffles: int = 4
@@ -47,10 +54,13 @@ def all_runs(budget: Budget, model: Path, num_layers: int, folder: Path) -> list
         for system in [*SYSTEMS, *map(exit_head, range(1, num_layers))]:
             for num_inputs in system.widths:
                 method, epochs = system.config(num_inputs, num_layers), budget.epochs
+                if system.tuned:
+                    epochs = budget.tuned_epochs
                 if system.method == "exit-head":
                     method = MethodConfig("exit-head", 1, system.options["layer"], system.options)
-                    epochs *= 3
-                optim = OptimConfig(epochs, budget.batch_size, system.learning_rate, seed=seed)
+                    epochs = budget.exit_head_epochs
+                rate = budget.tuned_learning_rate if system.tuned else budget.learning_rate
+                optim = OptimConfig(epochs, budget.batch_size, rate, seed=seed)
                 recipe = Recipe(backbone, data, method, optim, LossConfig(), store, budget.shuffles)
                 runs.append(Run.named(system.title, recipe, folder / "runs"))
     return runs

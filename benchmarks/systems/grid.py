@@ -21,7 +21,7 @@ class System:
         options: settings of the method.
         from_embeddings: whether it shares all layers (l = 0) as published; else l is half the layers.
         widths: values of N.
-        learning_rate: peak of AdamW's rate; lower where the backbone moves too.
+        tuned: whether the backbone moves too.
     """
 
     title: str
@@ -29,7 +29,7 @@ class System:
     options: dict[str, Any] = field(default_factory=dict)
     from_embeddings: bool = False
     widths: tuple[int, ...] = WIDTHS
-    learning_rate: float = 1e-3
+    tuned: bool = False
 
     def config(self, num_inputs: int, num_layers: int) -> MethodConfig:
         """The system at one N on a backbone of ``num_layers`` layers."""
@@ -40,15 +40,15 @@ SYSTEMS = (
     System("Vanilla adapters", "vanilla-adapter"),
     System("Only multiplexer reversible", "only-multiplexer-reversible"),
     System("RevMUX", "revmux"),
-    System("RevMUX, tuned", "revmux", {"tune_backbone": True}, learning_rate=2e-4),
-    System("DataMUX, tuned", "datamux", {"warmup_steps": WARMUP}, from_embeddings=True, learning_rate=2e-4),
+    System("RevMUX, tuned", "revmux", {"tune_backbone": True}, tuned=True),
+    System("DataMUX, tuned", "datamux", {"warmup_steps": WARMUP}, from_embeddings=True, tuned=True),
     System(
         "MUX-BERT, tuned",
         "mux-plm",
         {"warmup_steps": WARMUP},
         from_embeddings=True,
         widths=(2, 4, 5, 8, 10, 16),
-        learning_rate=2e-4,
+        tuned=True,
     ),
     System("Token split", "token-split"),
 )

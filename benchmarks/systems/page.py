@@ -84,7 +84,8 @@ def systems_words(result: Row) -> dict[str, str]:
     budget, data, machine = meta["budget"], meta["data"], meta["machine"]
     seeds = max(row.get("seeds", 0) for row in rows)
     how = (
-        f"{data['train']} training and {data['test']} test sentences, {budget['epochs']} epochs, batches of "
+        f"{data['train']} training and {data['test']} test sentences, {budget['epochs']} epochs "
+        f"({budget['tuned_epochs']} where the backbone is tuned, {budget['exit_head_epochs']} for exit heads), batches of "
         f"{budget['batch_size']}, {seeds} seeds × {budget['shuffles']} shuffles (± is the spread over seeds); "
         f"{machine['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
     )
