@@ -16,7 +16,8 @@ def epoch_groups(
     """One epoch of training groups: members of like length, found within a shuffled window.
 
     The plan is global and does not depend on the number of workers: each takes its share of every step.
-    Every input comes at least once; the last step is filled up with inputs from the start of the order.
+    Every input comes at least once, and none meets itself in a group. A group that stays short is filled from
+    another, and a step that stays short by whole groups of the epoch.
 
     Args:
         lengths: (M,) tokens an input.
@@ -28,6 +29,9 @@ def epoch_groups(
 
     Returns:
         (steps, groups_per_step, N) long indices.
+
+    Raises:
+        UserError: fewer inputs than N.
     """
     total, per_step = len(lengths), num_inputs * groups_per_step
     if total < num_inputs:
@@ -36,17 +40,46 @@ def epoch_groups(
         )
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(total)
-    steps = -(-total // per_step)
-    order = np.resize(order, steps * per_step)
-    sizes = lengths.numpy()[order]
+    sizes = lengths.numpy()
+    windows = []
+    for start in range(0, total, per_step * window_steps):
+        members = order[start : start + per_step * window_steps]
+        windows.append(members[np.argsort(sizes[members], kind="stable")])
+    groups = [window[: len(window) // num_inputs * num_inputs].reshape(-1, num_inputs) for window in windows]
+    short = windows[-1][groups[-1].size :]
+    groups[-1] = _fill(np.concatenate(groups), groups[-1], short, groups_per_step, random)
+    groups[-1] = groups[-1][np.argsort(sizes[groups[-1]].max(axis=1), kind="stable")]
     planned = []
-    for start in range(0, len(order), per_step * window_steps):
-        window = slice(start, start + per_step * window_steps)
-        by_length = order[window][np.argsort(sizes[window], kind="stable")].reshape(-1, groups_per_step, num_inputs)
+    for window in groups:
         # Slots are not all alike: which member of a group takes which slot is left to chance.
-        by_length = random.permuted(by_length, axis=2)
-        planned.append(by_length[random.permutation(len(by_length))])
+        steps = random.permuted(window.reshape(-1, groups_per_step, num_inputs), axis=2)
+        planned.append(steps[random.permutation(len(steps))])
     return torch.from_numpy(np.concatenate(planned))
+
+
+def _fill(
+    full: np.ndarray, last: np.ndarray, short: np.ndarray, groups_per_step: int, random: np.random.Generator
+) -> np.ndarray:
+    """The groups of the last window, made up to whole steps.
+
+    Args:
+        full: (F, N) all full groups of the epoch, those of the last window last.
+        last: (W, N) the full groups of the last window.
+        short: (R,) the R < N inputs that are left over, the longest of their window.
+        groups_per_step: what the result is a multiple of.
+        random: draws the groups that come twice.
+
+    Returns:
+        (W', N) groups.
+    """
+    if len(short):
+        # The neighbours by length make up the short group; they come twice already, so no copy is taken of theirs.
+        donor = full[-1]
+        last = np.concatenate([last, np.concatenate([donor[len(short) :], short])[None]])
+        full = full[:-1] if len(full) > 1 else full
+    missing = -len(last) % groups_per_step
+    copies = np.resize(random.permutation(len(full)), missing)
+    return np.concatenate([last, full[copies]])
 
 
 def shuffled_groups(total: int, num_inputs: int, seed: int) -> Tensor:

@@ -22,8 +22,8 @@ class LossConfig:
 
     Args:
         infonce_weight: λ; the paper uses 0.25 for BERT, 0.5 for T5 and LLaMA.
-        negatives: ``batch``: every other input of the global batch (stronger; the released code);
-            ``group``: the other members of the group (the paper's text).
+        negatives: ``batch``: every other input of the step, over all workers and micro-batches (stronger; the released
+            code); ``group``: the other members of the group (the paper's text).
         similarity: ``cosine`` (the released code) or ``dot`` (the paper's text).
         temperature: τ that similarities are divided by; the released code has 0.05, the paper's text 1.
         distillation_weight: weight of the KL divergence from the teacher's label scores; 0 as in the paper.
@@ -61,12 +61,16 @@ def similarity_matrix(restored: Tensor, targets: Tensor, config: LossConfig) -> 
     return restored @ targets.transpose(-1, -2) / config.temperature
 
 
-def infonce(restored: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
+def infonce(
+    restored: Tensor, teacher: Tensor, config: LossConfig, candidates: tuple[Tensor, int] | None = None
+) -> Tensor:
     """InfoNCE: each restored vector must find its own teacher vector among the others.
 
     Args:
         restored: (G, N, d) what the demultiplexer gave the classifier.
         teacher: (G, N, d) what the same backbone gives it for the same input alone.
+        candidates: with batch negatives, the teachers (Q, d) of the whole step and the place of the first of
+            ``teacher`` among them; by default those of this call, gathered from every worker.
 
     Returns:
         Scalar mean over the G·N inputs of this worker; with batch negatives the teachers of every
@@ -77,8 +81,8 @@ def infonce(restored: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
         own = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape[:-1])  # (G, N)
         return F.cross_entropy(logits.flatten(0, 1), own.flatten())
     restored, teacher = restored.flatten(0, 1), teacher.flatten(0, 1)  # (P, d)
-    candidates, offset = gather_from_workers(teacher)  # (Q, d)
-    logits = similarity_matrix(restored, candidates, config)  # (P, Q)
+    among, offset = gather_from_workers(teacher) if candidates is None else candidates  # (Q, d)
+    logits = similarity_matrix(restored, among, config)  # (P, Q)
     own = torch.arange(len(restored), device=logits.device) + offset
     return F.cross_entropy(logits, own)
 
@@ -111,6 +115,7 @@ def training_loss(
     teacher_vectors: Tensor | None,
     teacher_scores: Tensor | None,
     config: LossConfig,
+    candidates: tuple[Tensor, int] | None = None,
 ) -> dict[str, Tensor]:
     """The loss and its parts.
 
@@ -120,6 +125,7 @@ def training_loss(
         labels: (G, N) long.
         teacher_vectors: (G, N, d), or None where the method has no vector to match.
         teacher_scores: (G, N, C), or None where nothing is distilled.
+        candidates: see :func:`infonce`.
 
     Returns:
         Scalars ``loss``, ``cross_entropy``, and ``infonce`` and ``distillation`` where they count.
@@ -127,7 +133,7 @@ def training_loss(
     parts = {"cross_entropy": F.cross_entropy(scores.flatten(0, 1), labels.flatten())}
     loss = parts["cross_entropy"]
     if config.infonce_weight and teacher_vectors is not None:
-        parts["infonce"] = infonce(vectors, teacher_vectors, config)
+        parts["infonce"] = infonce(vectors, teacher_vectors, config, candidates)
         loss = loss + config.infonce_weight * parts["infonce"]
     if config.distillation_weight and teacher_scores is not None:
         parts["distillation"] = F.kl_div(

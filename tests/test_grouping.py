@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from revmux import UserError
@@ -16,18 +18,35 @@ def lengths(total: int) -> Tensor:
     return torch.randint(3, 60, (total,), generator=torch.Generator().manual_seed(total))
 
 
-@pytest.mark.parametrize(("total", "num_inputs", "per_step"), [(96, 2, 8), (97, 4, 3), (5, 4, 8), (64, 1, 16)])
-def test_every_input_comes_in_every_epoch(total: int, num_inputs: int, per_step: int) -> None:
-    for epoch in range(3):
-        plan = epoch_groups(lengths(total), num_inputs, per_step, seed=0, epoch=epoch)
-        steps = -(-total // (num_inputs * per_step))
-        assert plan.shape == (steps, per_step, num_inputs)
-        times = torch.bincount(plan.flatten(), minlength=total)
-        assert times.min() >= 1
-        if total >= num_inputs * per_step:
-            assert times.max() <= 2, "only the last step is filled up, with each input once more at most"
-        if total % (num_inputs * per_step) == 0:
-            assert times.max() == 1
+@given(
+    total=st.integers(1, 150),
+    num_inputs=st.integers(1, 8),
+    per_step=st.integers(1, 6),
+    window_steps=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=300, derandomize=True)
+def test_an_epoch_leaves_nobody_out_and_lets_nobody_meet_itself(
+    total: int, num_inputs: int, per_step: int, window_steps: int, epoch: int
+) -> None:
+    assume(total >= num_inputs)
+    plan = epoch_groups(lengths(total), num_inputs, per_step, seed=0, epoch=epoch, window_steps=window_steps)
+    assert plan.shape == (-(-total // (num_inputs * per_step)), per_step, num_inputs)
+    times = torch.bincount(plan.flatten(), minlength=total)
+    assert times.min() >= 1
+    members = plan.flatten(0, 1).sort(dim=1).values
+    assert bool((members[:, 1:] != members[:, :-1]).all()), "an input meets itself"
+    if total >= num_inputs * per_step:
+        assert times.max() <= 2, "steps are filled up with each input once more at most"
+    if total % (num_inputs * per_step) == 0:
+        assert times.max() == 1
+
+
+def test_a_short_group_is_filled_with_inputs_of_like_length() -> None:
+    sizes = torch.arange(3, 38)  # 35 inputs: two steps of 16 and a group of 3
+    plan = epoch_groups(sizes, 4, 4, seed=0, epoch=0)
+    (longest,) = [group for group in plan.flatten(0, 1).tolist() if {32, 33, 34} <= set(group)]
+    assert min(longest) == 31
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])

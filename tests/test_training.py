@@ -17,12 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.backbone.llama import LlamaBackbone
 from revmux.backbone.verbalizer import Verbalizer
+from revmux.checkpoint import CheckpointFolder
 from revmux.data import DataConfig, TokenizedSplit, load_task
-from revmux.features import OnlineFeatures, StoreConfig
-from revmux.losses import LossConfig
+from revmux.features import FeatureBatch, OnlineFeatures, StoreConfig
+from revmux.losses import LossConfig, Negatives
 from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
 from revmux.recipe import MethodConfig, Recipe, check, prepare
 from revmux.training import OptimConfig, Trainer, load_weights
+from revmux.workers import mean_over_workers
 
 FAST = OptimConfig(epochs=4, batch_size=16, learning_rate=5e-3)
 
@@ -34,11 +36,16 @@ def split(pretrained: Pretrained, rows: list[dict[str, str]], with_teacher: bool
 
 
 def trainer(
-    pretrained: Pretrained, rows: list[dict[str, str]], optim: OptimConfig = FAST, seed: int = 0, **arguments: Any
+    pretrained: Pretrained,
+    rows: list[dict[str, str]],
+    optim: OptimConfig = FAST,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> Trainer:
     """RevMUX with dropout, N = 2, l = 1, on 64 rows; 16 rows select."""
     torch.manual_seed(seed)
-    method = build_method("revmux", BackboneShape.of(pretrained.backbone), 2, {"dropout": 0.1, "skip": True})
+    method = build_method("revmux", BackboneShape.of(pretrained.backbone), 2, options or {"dropout": 0.1, "skip": True})
     model = MultiplexedClassifier(pretrained.backbone, method, 1)
     train, selection = split(pretrained, rows[:64]), split(pretrained, rows[64:])
     return Trainer(model, train, selection, optim, LossConfig(), **arguments)
@@ -53,7 +60,7 @@ def changed(before: dict[str, Tensor], module: torch.nn.Module) -> set[str]:
 
 
 def test_the_loss_goes_down_and_only_adapters_move(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
-    running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=12, batch_size=16, learning_rate=5e-3))
+    running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=16, batch_size=16, learning_rate=5e-3, seed=2))
     backbone, method = snapshot(running.model.backbone), snapshot(running.model.method)
     reports = list(running.run())
     losses = [report.metrics["train_cross_entropy"] for report in reports]
@@ -61,8 +68,8 @@ def test_the_loss_goes_down_and_only_adapters_move(tiny_pretrained: Pretrained, 
     assert reports[-1].metrics["selection_accuracy"] > 0.8, "the first word tells the label"
     assert changed(backbone, running.model.backbone) == set()
     assert changed(method, running.model.method) == set(method)
-    assert [report.epoch for report in reports] == list(range(1, 13))
-    assert [report.stop for report in reports] == [False] * 11 + [True]
+    assert [report.epoch for report in reports] == list(range(1, 17))
+    assert [report.stop for report in reports] == [False] * 15 + [True]
     best = max(report.metrics["selection_accuracy"] for report in reports)
     assert running.state.best_accuracy == best
     assert reports[running.state.best_epoch - 1].is_best
@@ -109,18 +116,114 @@ def test_it_stops_when_nothing_gets_better_and_stays_stopped(tiny_pretrained: Pr
     assert list(restarted.run()) == [], "a run that had stopped does not go on after a restart"
 
 
+class Stopped(Exception):
+    """The process ends here."""
+
+
+def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(
+    tiny_pretrained: Pretrained, tiny_rows: list, tmp_path: Path
+) -> None:
+    optim = OptimConfig(epochs=3, batch_size=8, learning_rate=5e-3)  # 8 steps an epoch
+    unbroken = trainer(tiny_pretrained, tiny_rows, optim)
+    list(unbroken.run())
+
+    def stop_after(step: int) -> Callable:
+        def on_step(done: int, total: int, metrics: dict) -> None:
+            if done == step:
+                raise Stopped
+
+        return on_step
+
+    saved: dict[str, Any] = {"checkpoints": CheckpointFolder(tmp_path / "run"), "checkpoint_steps": 3}
+    begun = trainer(tiny_pretrained, tiny_rows, optim, on_step=stop_after(14), **saved)
+    assert begun.resume() == 0
+    with pytest.raises(Stopped):
+        list(begun.run())
+    again = trainer(tiny_pretrained, tiny_rows, optim, seed=99, on_step=stop_after(20), **saved)
+    assert again.resume() == 12
+    assert (again.state.epoch, again.state.epoch_step) == (1, 4)
+    with pytest.raises(Stopped):
+        list(again.run())
+    steps: list[int] = []
+    last = trainer(tiny_pretrained, tiny_rows, optim, 7, on_step=lambda step, *_: steps.append(step), **saved)
+    assert last.resume() == 18
+    list(last.run())
+    assert steps == list(range(19, 25))
+    assert last.state.step == unbroken.state.step == 24
+    for weights, expected in ((last.trained_weights(), unbroken.trained_weights()), (last.best, unbroken.best)):
+        assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    for epoch, other in zip(history(last), history(unbroken), strict=True):
+        assert epoch == pytest.approx(other, rel=1e-6)
+
+
+def test_the_steps_after_a_restart_have_the_inputs_that_were_left(
+    tiny_pretrained: Pretrained, tiny_rows: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optim = OptimConfig(epochs=1, batch_size=8)
+    asked: list[int] = []
+    read = OnlineFeatures.batch
+
+    def batch(self: OnlineFeatures, rows: Tensor) -> FeatureBatch:
+        if len(self) == 64:  # the training split
+            asked.extend(rows.tolist())
+        return read(self, rows)
+
+    def stop(done: int, total: int, metrics: dict) -> None:
+        if done == 5:
+            raise Stopped
+
+    monkeypatch.setattr(OnlineFeatures, "batch", batch)
+    saved: dict[str, Any] = {"checkpoints": CheckpointFolder(tmp_path / "run"), "checkpoint_steps": 5}
+    with pytest.raises(Stopped):
+        list(trainer(tiny_pretrained, tiny_rows, optim, on_step=stop, **saved).run())
+    assert not (tmp_path / "run").exists(), "stopped before step 5 was saved"
+    asked.clear()
+    saved["checkpoint_steps"] = 4
+    with pytest.raises(Stopped):
+        list(trainer(tiny_pretrained, tiny_rows, optim, on_step=stop, **saved).run())
+    done = asked[: 4 * 8]  # what the steps before the checkpoint read
+    asked.clear()
+    again = trainer(tiny_pretrained, tiny_rows, optim, **saved)
+    assert again.resume() == 4
+    list(again.run())
+    assert sorted(done + asked) == list(range(64))
+
+
+def test_a_checkpoint_of_other_steps_is_refused(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    kept = trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=16)).state_dict()
+    with pytest.raises(UserError, match="the checkpoint has batch_size 16, this run has 32"):
+        trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=32)).load_state_dict(kept)
+
+
+def test_parts_of_a_step_add_up_to_it(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    def weights(accumulate: int) -> dict[str, Tensor]:
+        optim = OptimConfig(epochs=2, batch_size=16, learning_rate=5e-3, accumulate=accumulate)
+        running = trainer(tiny_pretrained, tiny_rows, optim, options={"skip": True})
+        list(running.run())
+        return running.trained_weights()
+
+    whole, parts = weights(1), weights(4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match=r"num_inputs × workers × accumulate \(2 × 1 × 3 = 6\); choose 18"):
+        trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=16, accumulate=3))
+
+
 def test_steps_are_told_without_warnings(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     told: list[tuple[int, int]] = []
-    running = trainer(
-        tiny_pretrained,
-        tiny_rows,
-        OptimConfig(epochs=1, batch_size=16),
-        on_step=lambda step, total, metrics: told.append((step, total)),
-    )
+    tokens = 0
+
+    def on_step(step: int, total: int, metrics: dict) -> None:
+        nonlocal tokens
+        told.append((step, total))
+        tokens += metrics["tokens"]
+
+    running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=1, batch_size=16), on_step=on_step)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*requires_grad.*")
         list(running.run())
     assert told == [(step, 4) for step in range(1, 5)]
+    assert tokens == sum(len(row["text"].split()) + 2 for row in tiny_rows[:64])
 
 
 def test_the_rate_rises_then_falls_to_zero(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
@@ -133,7 +236,7 @@ def test_the_rate_rises_then_falls_to_zero(tiny_pretrained: Pretrained, tiny_row
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=3, batch_size=16, learning_rate=1e30))
-    with pytest.raises(FloatingPointError, match=r"in epoch \d; lower learning_rate \(now 1e\+30\)"):
+    with pytest.raises(UserError, match=r"in epoch \d; lower learning_rate \(now 1e\+30\)"):
         list(running.run())
 
 
@@ -265,12 +368,33 @@ def trained(folder: str, rows: list[dict[str, str]], name: str, prefill: int, op
     return running.trained_weights() | {"figures": figures}
 
 
-def test_two_workers_train_what_one_does(run_workers: Callable, tiny_model_folder: Path, tiny_rows: list) -> None:
-    arguments = (str(tiny_model_folder), tiny_rows, "revmux", 1, {})
-    alone = trained(*arguments)
-    for weights in run_workers(trained, 2, *arguments):
-        for name, value in alone.items():
-            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+def loss_curve(folder: str, rows: list[dict[str, str]], accumulate: int, negatives: Negatives) -> Tensor:
+    """The losses of 50 steps of 64 inputs, a mean over the workers."""
+    pretrained = load_pretrained(BackboneConfig(model=folder, max_length=12))
+    backbone = pretrained.backbone.freeze()
+    torch.manual_seed(0)
+    model = MultiplexedClassifier(backbone, build_method("revmux", BackboneShape.of(backbone), 2, {"skip": True}), 1)
+    losses: list[Tensor] = []
+    running = Trainer(
+        model,
+        split(pretrained, rows * 2),  # 160 rows: the last step of an epoch is filled up
+        split(pretrained, rows[:16]),
+        OptimConfig(epochs=17, batch_size=64, learning_rate=2e-3, accumulate=accumulate),
+        LossConfig(infonce_weight=0.5, negatives=negatives),
+        on_step=lambda step, total, metrics: losses.append(metrics["loss"]),
+    )
+    list(running.run())
+    return mean_over_workers(torch.stack(losses[:50]))
+
+
+@pytest.mark.parametrize(("accumulate", "negatives"), [(1, "batch"), (4, "batch"), (1, "group")])
+def test_two_workers_follow_the_loss_curve_of_one(
+    accumulate: int, negatives: Negatives, run_workers: Callable, tiny_model_folder: Path, tiny_rows: list
+) -> None:
+    alone = loss_curve(str(tiny_model_folder), tiny_rows, 1, negatives)
+    assert alone[-1] < 0.8 * alone[0], "a curve, not a line"
+    for curve in run_workers(loss_curve, 2, str(tiny_model_folder), tiny_rows, accumulate, negatives):
+        torch.testing.assert_close(curve, alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

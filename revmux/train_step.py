@@ -1,0 +1,68 @@
+"""One forward pass of training: from a batch and its groups to the losses."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from revmux.features import FeatureBatch
+from revmux.losses import LossConfig, training_loss
+from revmux.model import MultiplexedClassifier
+
+
+class TrainStep(nn.Module):
+    """Model and loss as one module, so that data-parallel training wraps one forward call.
+
+    Args:
+        model: the multiplexed classifier.
+        loss: what it is trained for.
+    """
+
+    def __init__(self, model: MultiplexedClassifier, loss: LossConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(
+        self,
+        batch: FeatureBatch,
+        groups: Tensor,
+        warmup: bool = False,
+        candidates: tuple[Tensor, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            batch: B inputs.
+            groups: (G, N) long, rows of the batch.
+            warmup: whether the method's auxiliary loss alone counts.
+            candidates: see :func:`revmux.losses.infonce`.
+        """
+        method = self.model.method
+        if batch.prefilled is not None:
+            output = self.model.run_groups(batch.prefilled, groups)
+        else:
+            assert batch.tokens is not None
+            output = self.model.run_tokens(batch.tokens, groups)
+        losses = training_loss(
+            output.scores,
+            output.vectors,
+            batch.labels[groups],
+            self.teachers(batch, groups),
+            None if batch.teacher_scores is None else batch.teacher_scores[groups].float(),
+            self.loss,
+            candidates,
+        )
+        if method.has_auxiliary_loss:
+            assert output.shared is not None
+            assert batch.tokens is not None
+            losses["auxiliary"] = method.auxiliary_loss(
+                self.model.backbone, output.shared, batch.tokens["input_ids"][groups]
+            )
+            losses["loss"] = losses["auxiliary"] + (0.0 if warmup else 1.0) * losses["loss"]
+        return losses
+
+    def teachers(self, batch: FeatureBatch, groups: Tensor) -> Tensor | None:
+        """What the groups' restored vectors are to match, (G, N, r) in float32; None where nothing is matched."""
+        if batch.teacher_vectors is None or not self.model.method.matches_teacher:
+            return None
+        return batch.teacher_vectors[groups].float()

@@ -1,0 +1,141 @@
+"""Checkpoints: what was saved comes back, what is damaged is seen, and a full disk harms nothing that was there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from revmux import UserError
+from revmux.checkpoint import CheckpointConfig, CheckpointFolder
+from revmux.workers import from_first, together, worker
+
+
+def save(folder: CheckpointFolder, step: int, best_epoch: int = 0) -> None:
+    folder.save(step, {"step": step, "weights": torch.arange(step)}, {"w": torch.tensor(best_epoch)}, best_epoch)
+
+
+def names(path: Path) -> set[str]:
+    return {file.name for file in path.iterdir()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Two checkpoints, of steps 20 and 30, which share their best weights."""
+    path = tmp_path / "run"
+    folder = CheckpointFolder(path)
+    for step in (10, 20, 30):
+        save(folder, step, best_epoch=1)
+    return path
+
+
+def test_the_last_ones_and_their_best_weights_are_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    assert folder.load() is None
+    for step, best in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 1)):
+        save(folder, step, best)
+    assert names(tmp_path) == {
+        "step-00000004.pt",
+        "step-00000004.json",
+        "step-00000005.pt",
+        "step-00000005.json",
+        "best-00000001.pt",
+    }
+    found = CheckpointFolder(tmp_path).load()
+    assert found is not None
+    assert (found.step, found.state["weights"].tolist(), found.best["w"].item()) == (5, [0, 1, 2, 3, 4], 1)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, halve, Path.unlink], ids=["flipped", "halved", "gone"])
+@pytest.mark.parametrize("suffix", ["pt", "json"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    damage: Callable[[Path], None], suffix: str, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(saved / f"step-00000030.{suffix}")
+    folder = CheckpointFolder(saved)
+    with caplog.at_level(logging.WARNING):
+        found = folder.load()
+    assert found is not None
+    assert found.step == 20
+    if not (damage is Path.unlink and suffix == "json"):  # then it was never finished
+        assert "the checkpoint of step 30" in caplog.text
+        assert "is damaged" in caplog.text
+    save(folder, 25, best_epoch=1)
+    assert {name for name in names(saved) if name.endswith("json")} == {"step-00000020.json", "step-00000025.json"}
+    latest = CheckpointFolder(saved).load()
+    assert latest is not None
+    assert latest.step == 25
+
+
+def test_when_all_are_damaged_nothing_is_trained_anew_unasked(saved: Path) -> None:
+    flip(saved / "best-00000001.pt")
+    with pytest.raises(
+        UserError, match=r"every checkpoint in .*run is damaged \(step 30: best.*; step 20: .*remove that"
+    ):
+        CheckpointFolder(saved).load()
+
+
+def test_what_was_never_finished_does_not_count(saved: Path) -> None:
+    (saved / "step-00000040.pt").write_bytes(b"half")
+    (saved / ".step-00000050.pt.77").write_bytes(b"half")
+    folder = CheckpointFolder(saved)
+    found = folder.load()
+    assert found is not None
+    assert found.step == 30
+    save(folder, 35, 1)
+    assert not names(saved) & {"step-00000040.pt", ".step-00000050.pt.77"}
+
+
+def test_a_checkpoint_runs_no_code(saved: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "harmed",)
+
+    name = "step-00000030.pt"
+    torch.save(Evil(), saved / name)
+    manifest = json.loads((saved / "step-00000030.json").read_text())
+    from revmux.checkpoint import describe
+
+    manifest["files"][name] = describe((saved / name).read_bytes())
+    (saved / "step-00000030.json").write_text(json.dumps(manifest))
+    found = CheckpointFolder(saved).load()
+    assert found is not None
+    assert found.step == 20
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="steps is -1; choose 0 or more"):
+        CheckpointConfig(steps=-1)
+    with pytest.raises(UserError, match="keep is 1; choose 2 or more"):
+        CheckpointConfig(keep=1)
+
+
+def fail_on_second(first: int) -> str:
+    rank, _ = worker()
+    assert from_first(rank + first) == first
+    try:
+        with together():
+            if rank == 1:
+                raise UserError("the second has no disk")
+    except UserError as error:
+        return str(error)
+    return "went on"
+
+
+def test_one_workers_mistake_ends_all(run_workers: Callable) -> None:
+    assert run_workers(fail_on_second, 2, 5) == ["the second has no disk"] * 2
