@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from revmux.errors import UserError
 from revmux.extras import require
 from revmux.results import git_commit
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,16 @@ class Tracker:
             ) from None
 
     @contextmanager
-    def run(self, name: str, params: Mapping[str, Any], parent: str | None = None) -> Iterator[str]:
+    def run(
+        self, name: str, params: Mapping[str, Any], parent: str | None = None, resume: str | None = None
+    ) -> Iterator[str]:
         """A run that ends FINISHED, or FAILED if its body raises; yields the run id.
 
         Args:
             name: shown in MLflow.
             params: nested settings; logged flat, as ``optim.learning_rate``.
-            parent: run id of the sweep that this run is a trial of.
+            parent: run id of the sweep that this run is a trial of; a trial that was interrupted goes on in its own run.
+            resume: id of a run to go on in.
         """
         from mlflow.entities import Param
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -76,7 +82,12 @@ class Tracker:
         tags = {"revmux.command": " ".join(sys.argv), "mlflow.source.git.commit": git_commit() or "unknown"}
         if parent is not None:
             tags[MLFLOW_PARENT_RUN_ID] = parent
-        run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+            resume = resume or self.child_of(parent, name)
+        if resume is None:
+            run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+        else:
+            run_id = resume
+            self.client.update_run(run_id, status="RUNNING")
         self.client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in flatten(params).items()])
         try:
             yield run_id
@@ -84,6 +95,20 @@ class Tracker:
             self.client.set_terminated(run_id, "FAILED")
             raise
         self.client.set_terminated(run_id, "FINISHED")
+
+    def children(self, parent: str) -> list[Run]:
+        """The trials of a sweep, oldest first."""
+        mine = f"tags.`mlflow.parentRunId` = '{parent}'"
+        found: list[Run] = []
+        token = None
+        while token != "":
+            page = self.client.search_runs([self.experiment_id], mine, order_by=["start_time"], page_token=token)
+            found, token = [*found, *page], page.token or ""
+        return found
+
+    def child_of(self, parent: str, name: str) -> str | None:
+        """The run of a trial that was begun before, or None."""
+        return next((run.info.run_id for run in self.children(parent) if run.info.run_name == name), None)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Scalars at a step."""
