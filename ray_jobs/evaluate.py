@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ray_jobs import cli
@@ -15,11 +15,11 @@ from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.launch import absolute_path, absolute_storage
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.artifact import from_pretrained, load_config
-from revmux.data import DataConfig, TaskData, TokenizedSplit, load_task
+from revmux.data import DataConfig, TaskData, load_task
 from revmux.errors import UserError
 from revmux.evaluation import evaluate
 from revmux.features import OnlineFeatures
-from revmux.pretrained import BackboneConfig, inspect, load_pretrained
+from revmux.pretrained import BackboneConfig, check_answers, inspect, load_pretrained
 from revmux.recipe import relative_cost_at
 from revmux.results import write_json
 
@@ -59,10 +59,10 @@ def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
     """The figures of one adapter; runs where the device is."""
     import torch
 
-    pretrained = load_pretrained(job.backbone)
+    pretrained = load_pretrained(job.backbone, task.label_names if job.backbone.prompt else None)
     pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
     model = from_pretrained(job.adapter, pretrained)
-    split = TokenizedSplit(task.test, pretrained.tokenizer, job.backbone.max_length)
+    split = pretrained.tokenize(task.test, job.backbone.max_length)
     features = OnlineFeatures(split, pretrained.backbone)
     figures = evaluate(model, features, job.shuffles, job.seed).metrics()
     return figures | {"cost_counted": relative_cost_at(model, features)}
@@ -75,6 +75,9 @@ def main(job: EvaluateJob) -> dict[str, float]:
     output = absolute_path(job.output, "output") if job.output else storage / f"{name}.json"
     config = load_config(job.adapter)
     job.cluster.check_here()
+    if job.backbone.prompt is None:
+        job = replace(job, backbone=replace(job.backbone, prompt=config.recorded_prompt()))
+    check_answers(job.backbone)
     _, own_labels = inspect(job.backbone)
     task = load_task(job.data, own_labels)
     tracker = Tracker(job.tracking, storage)

@@ -35,6 +35,8 @@ class FinetuneJob:
         storage: folder of checkpoints and of the default MLflow store; absolute, or relative to where the job runs.
         output: folder that the task model takes; by default ``task-model`` in the storage folder.
         name: of the run.
+        soft_prompt: vectors that are put before every input of a language model and tuned in place of its weights, such
+            as 20; takes ``--backbone.prompt``. 0 tunes the weights.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -46,10 +48,12 @@ class FinetuneJob:
     storage: str = "runs"
     output: str | None = None
     name: str = "task-model"
+    soft_prompt: int = 0
 
     def recipe(self) -> Recipe:
-        """The job as a recipe: SISO with the backbone tuned."""
-        method = MethodConfig("siso", 1, self.frozen_layers, {"tune_backbone": True})
+        """The job as a recipe: SISO with the backbone or a soft prompt tuned."""
+        tuned = {"soft_prompt": self.soft_prompt} if self.soft_prompt else {"tune_backbone": True}
+        method = MethodConfig("siso", 1, self.frozen_layers, tuned)
         return Recipe(self.backbone, self.data, method, self.optim, LossConfig(infonce_weight=0.0), shuffles=1)
 
 

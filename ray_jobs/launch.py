@@ -15,8 +15,8 @@ from ray_jobs.tracking import Tracker
 from revmux.artifact import atomic_folder
 from revmux.data import TaskData, load_task
 from revmux.errors import UserError
-from revmux.pretrained import identity_of, inspect
-from revmux.recipe import MethodConfig, Recipe, check
+from revmux.pretrained import check_answers, identity_of, inspect
+from revmux.recipe import MethodConfig, Recipe, check, makes_head
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def absolute_storage(storage: str) -> Path:
 
 def load_checked(recipe: Recipe, workers: int) -> TaskData:
     """Check a recipe against the backbone's shape, then read its data: all that can fail before a cluster starts."""
+    if not makes_head(recipe):
+        check_answers(recipe.backbone)
     shape, own_labels = inspect(recipe.backbone)
     check(recipe, shape, workers)
     return load_task(recipe.data, own_labels)

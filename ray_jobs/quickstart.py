@@ -21,7 +21,7 @@ from ray_jobs.live import show_live_answers
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.artifact import from_pretrained
 from revmux.cost import rival_exit_layer
-from revmux.data import DataConfig, TaskData, TokenizedSplit, load_task
+from revmux.data import DataConfig, TaskData, load_task
 from revmux.features import StoreConfig
 from revmux.losses import LossConfig
 from revmux.methods import BackboneShape, build_method
@@ -271,7 +271,7 @@ def measure_throughput(
         if row["method"] == "exit-head":
             head = build_method("exit-head", shape, 1, {"layer": row["prefill_layers"]})
             rivals[row_name(row)] = MultiplexedClassifier(pretrained.backbone, head, row["prefill_layers"])
-    split = TokenizedSplit(task.test, pretrained.tokenizer, job.backbone.max_length)
+    split = pretrained.tokenize(task.test, job.backbone.max_length)
     batches = like_length_batches(split, inputs=64, batch_size=32)
     ratios = {name: paired_throughput(siso, rival, batches) for name, rival in rivals.items()}
     for row in rows:

@@ -19,7 +19,7 @@ from revmux.data import DataConfig, TaskData, load_task
 from revmux.errors import UserError
 from revmux.features import StoreConfig
 from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig, inspect
+from revmux.pretrained import BackboneConfig, check_answers, inspect
 from revmux.recipe import Recipe
 from revmux.results import write_json
 from revmux.training import OptimConfig
@@ -103,6 +103,7 @@ def main(job: TuneJob) -> list[dict[str, Any]]:
     if job.trials is not None:
         space = replace(space, trials=job.trials)
     job.cluster.check_here()
+    check_answers(job.backbone)
     shape, own_labels = inspect(job.backbone)
     base = Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=job.store, shuffles=job.shuffles)
     points = space.check(base, shape, job.cluster.workers)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
@@ -23,6 +23,7 @@ from torch import Tensor
 import revmux
 from revmux import hub
 from revmux.backbone import Backbone
+from revmux.data.prompts import Prompt
 from revmux.errors import UserError
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
@@ -49,6 +50,7 @@ class AdapterConfig:
         task: identity of the data.
         training: loss, optimiser and seed.
         metrics: what was measured on data that chose nothing.
+        prompt: what every input was put into, as plain data; None with a classification head.
         fallback_threshold: confidence below which a server lets an answer fall back, see :mod:`revmux.fallback`;
             None is never.
         tunable_parameters: how many weights were trained, the backbone's not counted.
@@ -66,10 +68,15 @@ class AdapterConfig:
     task: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    prompt: dict[str, Any] | None = None
     fallback_threshold: float | None = None
     tunable_parameters: int = 0
     format_version: int = FORMAT_VERSION
     library_version: str = ""
+
+    def recorded_prompt(self) -> Prompt | None:
+        """The prompt, with its classes in the order of the scores."""
+        return None if self.prompt is None else Prompt.from_dict(self.prompt, self.label_names)
 
 
 def describe(
@@ -92,6 +99,7 @@ def describe(
         task=task,
         training=training or {},
         metrics=metrics or {},
+        prompt=None if pretrained.prompt is None else pretrained.prompt.to_dict(),
         tunable_parameters=model.method.tunable_parameters(),
         library_version=revmux.__version__,
     )
@@ -185,6 +193,16 @@ def load_config(adapter: str | Path, revision: str | None = None) -> AdapterConf
         raise UserError(f"{path} is incomplete: {error}") from None
 
 
+def recorded_prompt(adapters: Sequence[str | Path]) -> Prompt | None:
+    """The prompt that adapters of one backbone were trained with, so that whoever loads the backbone can give it.
+
+    Raises:
+        UserError: no such adapter, or not an adapter.
+    """
+    prompts = (load_config(adapter).recorded_prompt() for adapter in adapters)
+    return next((prompt for prompt in prompts if prompt is not None), None)
+
+
 def from_pretrained(adapter: str | Path, pretrained: Pretrained, revision: str | None = None) -> MultiplexedClassifier:
     """Put an adapter on its backbone, in eval mode.
 
@@ -255,6 +273,14 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
                 f"adapter {str(folder)!r} was trained on {config.base_model['name']}, but the backbone given is "
                 f"{pretrained.identity['name']}; load that backbone"
             )
+    own, other = config.recorded_prompt(), pretrained.prompt
+    if own != other:
+        names = [f"prompt {prompt.name}" if prompt else "no prompt" for prompt in (own, other)]
+        where = f" ({own.difference(other)})" if own and other else ""
+        remedy = f"load the backbone with prompt {own.name}" if own else "load the backbone without one"
+        raise UserError(
+            f"adapter {str(folder)!r} was trained with {names[0]}, but the backbone given has {names[1]}{where}; {remedy}"
+        )
     if config.label_names != pretrained.backbone.label_names:
         raise UserError(
             f"adapter {str(folder)!r} has the labels {', '.join(config.label_names)}, the backbone has "

@@ -35,7 +35,7 @@ class TextClassifier:
         self.label_names = pretrained.backbone.label_names
         self.num_inputs = model.num_inputs
         self.max_length = min(max_length, model.backbone.max_length - model.method.added_tokens)
-        self._encoder = Encoder(pretrained.tokenizer, self.max_length)
+        self._encoder = Encoder(pretrained, self.max_length)
         self._tokenizer = pretrained.tokenizer
 
     @classmethod
@@ -64,7 +64,7 @@ class TextClassifier:
         if backbone is None:
             backbone = recorded_backbone(config, adapter)
         elif isinstance(backbone, (str, Path)):
-            backbone = BackboneConfig(model=str(backbone), max_length=config.max_length)
+            backbone = BackboneConfig(str(backbone), max_length=config.max_length, prompt=config.recorded_prompt())
         pretrained = load_pretrained(backbone) if isinstance(backbone, BackboneConfig) else backbone
         pretrained.backbone.freeze().to(device)
         return cls(from_pretrained(folder, pretrained), pretrained, config.max_length)
@@ -139,4 +139,4 @@ def recorded_backbone(config: AdapterConfig, adapter: str | Path) -> BackboneCon
             f"adapter {str(adapter)!r} was trained on the local model {name!r} (sha256 {str(base.get('sha256'))[:12]}…); "
             "say where it is: backbone=FOLDER, or its id on the hub"
         )
-    return BackboneConfig(model=name, revision=revision, max_length=config.max_length)
+    return BackboneConfig(name, revision, config.max_length, prompt=config.recorded_prompt())

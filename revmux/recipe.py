@@ -14,14 +14,14 @@ from datasets import Dataset
 
 from revmux.artifact import AdapterConfig, describe
 from revmux.cost import relative_cost
-from revmux.data import DataConfig, TaskData, TokenizedSplit
+from revmux.data import DataConfig, TaskData
 from revmux.errors import UserError
 from revmux.evaluation import Evaluation, evaluate
 from revmux.features import Features, OnlineFeatures, StoreConfig, open_features
 from revmux.losses import LossConfig
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.pretrained import BackboneConfig, Pretrained, check_length, load_pretrained
 from revmux.training import OptimConfig, Trainer, load_weights
 
 
@@ -140,9 +140,8 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
         UserError: anything in the recipe that does not fit the backbone or the data.
     """
     method_config = recipe.method
-    tunes_task_model = method_config.name == "siso" and bool(method_config.options.get("tune_backbone"))
     torch.manual_seed(recipe.optim.seed)  # a fresh head
-    pretrained = load_pretrained(recipe.backbone, task.label_names if tunes_task_model else None)
+    pretrained = load_backbone(recipe, task.label_names)
     check_labels(pretrained, task)
     backbone = pretrained.backbone.freeze().to(device)
     torch.manual_seed(recipe.optim.seed)  # the same adapters whatever was drawn before
@@ -151,11 +150,10 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
     ).to(device)
     model = MultiplexedClassifier(backbone, method, method_config.prefill_layers)
     splits = [
-        TokenizedSplit(split, pretrained.tokenizer, recipe.backbone.max_length)
-        for split in (task.train, task.selection, task.test)
+        pretrained.tokenize(split, recipe.backbone.max_length) for split in (task.train, task.selection, task.test)
     ]
     features: list[Features]
-    if tunes_task_model:
+    if method.name == "siso" and method.tunes_backbone:
         features = [OnlineFeatures(split, backbone, with_teacher=False) for split in splits]
     else:
         stored = not (method.tunes_backbone or method.prepares_tokens)
@@ -163,8 +161,24 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
         stores = [open_features(pretrained, split, layers, recipe.store) for split in splits]
         features = [store.at(method_config.prefill_layers) if stored else store.with_tokens() for store in stores]
     if method.tunes_backbone:
-        backbone.unfreeze_above(0 if method.tunes_prefill else method_config.prefill_layers)
+        method.unfreeze(backbone, method_config.prefill_layers)
+        check_length(recipe.backbone, backbone)  # a soft prompt takes room
     return Prepared(recipe, pretrained, task, model, *features)
+
+
+def load_backbone(recipe: Recipe, label_names: list[str]) -> Pretrained:
+    """The backbone of a run; a head or words are made for classes only where the run says so.
+
+    Args:
+        recipe: the run.
+        label_names: the task's classes.
+    """
+    return load_pretrained(recipe.backbone, label_names if makes_head(recipe) or recipe.backbone.prompt else None)
+
+
+def makes_head(recipe: Recipe) -> bool:
+    """Whether a backbone without a head gets one: where a task model is tuned."""
+    return recipe.method.name == "siso" and bool(recipe.method.options.get("tune_backbone"))
 
 
 def check_labels(pretrained: Pretrained, task: TaskData) -> None:
@@ -197,9 +211,7 @@ def fill_store(
         torch.set_num_threads(threads)
     pretrained = load_pretrained(recipe.backbone)
     pretrained.backbone.freeze().to(device)
-    open_features(
-        pretrained, TokenizedSplit(split, pretrained.tokenizer, recipe.backbone.max_length), layers, recipe.store
-    )
+    open_features(pretrained, pretrained.tokenize(split, recipe.backbone.max_length), layers, recipe.store)
 
 
 def train_here(prepared: Prepared) -> Evaluation:

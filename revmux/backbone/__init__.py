@@ -11,8 +11,17 @@ from revmux.backbone import modernbert as modernbert
 from revmux.backbone import roberta as roberta
 from revmux.backbone import t5 as t5
 from revmux.backbone.base import Backbone
-from revmux.backbone.registry import cut, register_backbone, supported_model_types
+from revmux.backbone.registry import cut, generative_model_types, register_backbone, supported_model_types
 from revmux.backbone.state import HiddenState, TokenBatch
 from revmux.backbone.verbalizer import Verbalizer
 
-__all__ = ["Backbone", "HiddenState", "TokenBatch", "Verbalizer", "cut", "register_backbone", "supported_model_types"]
+__all__ = [
+    "Backbone",
+    "HiddenState",
+    "TokenBatch",
+    "Verbalizer",
+    "cut",
+    "generative_model_types",
+    "register_backbone",
+    "supported_model_types",
+]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from revmux.backbone.base import Backbone, padding_mask
 from revmux.backbone.soft_prompt import SoftPrompt
@@ -111,6 +112,11 @@ class GenerativeBackbone(Backbone):
         """A readout vector (..., d) to label scores (..., C) by the verbalizer's rows of the output embedding."""
         head: Any = self.label_rows
         return head(vector, self.model.get_output_embeddings().weight, self.output_bias)
+
+
+def language_model_class(config: Any) -> Any:
+    """The transformers class that makes a language model of a configuration."""
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def token_positions(mask: Tensor) -> Tensor:

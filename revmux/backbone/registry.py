@@ -27,6 +27,11 @@ def supported_model_types() -> list[str]:
     return sorted(_FAMILIES)
 
 
+def generative_model_types() -> list[str]:
+    """Those of :func:`supported_model_types` that can answer by label words."""
+    return [name for name in supported_model_types() if issubclass(_FAMILIES[name], GenerativeBackbone)]
+
+
 def cut(model: nn.Module, verbalizer: Verbalizer | None = None) -> Backbone:
     """Wrap a Hugging Face model so that it can be run in parts; its weights are shared, not copied.
 
@@ -47,9 +52,8 @@ def cut(model: nn.Module, verbalizer: Verbalizer | None = None) -> Backbone:
     if verbalizer is None:
         return family(model)
     if not issubclass(family, GenerativeBackbone):
-        readers = [name for name in supported_model_types() if issubclass(_FAMILIES[name], GenerativeBackbone)]
         raise UserError(
             f"{model_type} generates no text, so a verbalizer cannot score it; leave the verbalizer out, "
-            f"or choose from {', '.join(readers)}"
+            f"or choose from {', '.join(generative_model_types())}"
         )
     return family(model, verbalizer)

@@ -10,18 +10,19 @@ Prompts are data, one YAML file a task, beside this module or anywhere on disk::
     reading: single              # single: every word is one token; first: words are read by their first
                                  # token; mean: by the mean over all their tokens
     answer_prefix: ""            # what an encoder-decoder's decoder is given before it answers
+    chat: false                  # true: the template is a user's message in the model's own chat template
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from revmux.backbone import Verbalizer
 from revmux.errors import UserError, one_of
@@ -33,7 +34,7 @@ _FOLDER = Path(__file__).with_name("prompts")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A task's template and label words.
+    """A task's template and label words; two of other names are equal where all else is.
 
     Args:
         name: the task, or the file that it was read from.
@@ -42,17 +43,19 @@ class Prompt:
         pair_template: the template for pairs, where ``template`` is for single texts.
         reading: ``single``, ``first`` or ``mean``; see the module.
         answer_prefix: text that an encoder-decoder's decoder is given before it answers.
+        chat: whether the template is a user's message, which the tokenizer's chat template is put around.
 
     Raises:
         UserError: an unknown or missing field in a template, a class without a word, an unknown reading.
     """
 
-    name: str
+    name: str = field(compare=False)
     template: str
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     pair_template: str | None = None
     reading: str = "single"
     answer_prefix: str = ""
+    chat: bool = False
 
     def __post_init__(self) -> None:
         _check_template(self.name, "template", self.template, required=("text",))
@@ -64,14 +67,62 @@ class Prompt:
             if not words or not all(word.strip() for word in words):
                 raise UserError(f"class {label!r} of prompt {self.name} has no word; give it one, such as [{label}]")
 
+    @property
+    def needs_pair(self) -> bool:
+        """Whether an input must have two texts."""
+        return "text_pair" in _fields(self.template)
+
+    def with_labels(self, label_names: Sequence[str] | None) -> Prompt:
+        """Itself where it lists labels; else with these classes, each under its own name as its word.
+
+        Raises:
+            UserError: neither lists any.
+        """
+        if self.labels:
+            return self
+        if not label_names:
+            raise UserError(f"prompt {self.name} lists no labels; name the classes, or add labels to the prompt")
+        return replace(self, labels={name: (name,) for name in label_names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, for artifacts; what is None is left out."""
+        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        labels = {label: list(words) for label, words in self.labels.items()}
+        return {key: value for key, value in (content | {"labels": labels}).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], label_names: Sequence[str] | None = None) -> Prompt:
+        """What :meth:`to_dict` gave.
+
+        Args:
+            content: as plain data.
+            label_names: the order of the classes, where the data has lost it.
+
+        Raises:
+            UserError: data that is no prompt.
+        """
+        rest = dict(content)
+        prompt = _read(str(rest.pop("name", "unnamed")), rest)
+        if label_names is None or set(label_names) != set(prompt.labels):
+            return prompt
+        return replace(prompt, labels={name: prompt.labels[name] for name in label_names})
+
+    def difference(self, other: Prompt) -> str:
+        """Where two prompts first differ, for messages: ``template 'Text: …' here, 'Sentence: …' there``."""
+        own, others = self.to_dict(), other.to_dict()
+        for key in ("template", "pair_template", "labels", "reading", "answer_prefix", "chat"):
+            if own.get(key) != others.get(key):
+                return f"{key} {own.get(key)!r:.60} here, {others.get(key)!r:.60} there"
+        return "no difference"
+
     def render(self, text: str, text_pair: str | None = None) -> str:
-        """The prompt for one input.
+        """The template for one input.
 
         Raises:
             UserError: the template wants a second text and there is none, or the reverse.
         """
         if text_pair is None:
-            if "text_pair" in _fields(self.template):
+            if self.needs_pair:
                 raise UserError(
                     f"prompt {self.name} is for pairs of texts, but an input has one; choose another prompt"
                 )
@@ -83,8 +134,33 @@ class Prompt:
             )
         return template.format(text=text, text_pair=text_pair)
 
+    def write(self, tokenizer: PreTrainedTokenizerBase, text: str, text_pair: str | None = None) -> str:
+        """All that the model reads of one input: :meth:`render`, inside the chat template where ``chat`` asks for it.
+
+        Raises:
+            UserError: as :meth:`render`, or the tokenizer has no chat template.
+        """
+        rendered = self.render(text, text_pair)
+        if not self.chat:
+            return rendered
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"prompt {self.name} is a chat, but the model's tokenizer has no chat template; choose a model that is "
+                "tuned to chat, or another prompt"
+            )
+        message = {"role": "user", "content": rendered}
+        # The answer is read at once, so a model that may think aloud first is told not to.
+        return str(
+            tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        )
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, written: list[str]) -> BatchEncoding:
+        """What :meth:`write` gave, to tokens, uncut."""
+        # A chat template brings the special tokens itself.
+        return tokenizer(written, add_special_tokens=not self.chat, verbose=False)
+
     def fit(self, tokenizer: PreTrainedTokenizerBase, text: str, text_pair: str | None, max_length: int) -> str:
-        """The prompt for one input, its longer text cut at the end until the prompt has ``max_length`` tokens.
+        """:meth:`write`, the input's longer text cut at the end until it has ``max_length`` tokens.
 
         Cutting the prompt itself would cut off its end, where a decoder reads the answer.
 
@@ -93,10 +169,10 @@ class Prompt:
         """
 
         def shortened(limit: int) -> str:
-            return self.render(text[:limit], None if text_pair is None else text_pair[:limit])
+            return self.write(tokenizer, text[:limit], None if text_pair is None else text_pair[:limit])
 
         def tokens(limit: int) -> int:
-            return len(tokenizer(shortened(limit))["input_ids"])
+            return len(self.encode(tokenizer, [shortened(limit)])["input_ids"][0])
 
         longest = max(len(text), len(text_pair or ""))
         if tokens(longest) <= max_length:
@@ -123,19 +199,18 @@ class Prompt:
             UserError: a class without a word, or a word that the tokenizer cannot read as ``reading`` says
                 or that begins like another class's.
         """
-        names = list(self.labels) if label_names is None else list(label_names)
-        if not names:
-            raise UserError(f"prompt {self.name} lists no labels; name the classes, or add labels to the prompt")
-        if self.labels and set(names) != set(self.labels):
+        named = self.with_labels(label_names)
+        names = list(named.labels) if label_names is None else list(label_names)
+        if set(names) != set(named.labels):
             raise UserError(
                 f"the task has classes {', '.join(names)}, but prompt {self.name} has words for "
-                f"{', '.join(self.labels)}; give every class its words under labels"
+                f"{', '.join(named.labels)}; give every class its words under labels"
             )
         owners: dict[int, tuple[str, str]] = {}
         ids: list[tuple[int, ...]] = []
         for name in names:
             of_class: list[int] = []
-            for word in self.labels.get(name, (name,)):
+            for word in named.labels[name]:
                 tokens = self._word_tokens(tokenizer, name, word)
                 owner, other = owners.setdefault(tokens[0], (name, word))
                 if owner != name:
@@ -150,12 +225,13 @@ class Prompt:
         return Verbalizer(tuple(names), tuple(ids), tuple(prefix))
 
     def _word_tokens(self, tokenizer: PreTrainedTokenizerBase, label: str, word: str) -> list[int]:
-        """A word as it goes on from the template: behind a space where the template does not end in one.
+        """A word as it goes on from the prompt: behind a space where the prompt does not end in one.
 
         Tokenizers that mark the beginning of words themselves take the bare word; the form with fewer
         tokens is the one that they were trained on.
         """
-        bare = self.template[-1:].isspace()
+        pair = "" if self.needs_pair else None
+        bare = self.write(tokenizer, "", pair)[-1:].isspace()
         forms = [word, f" {word}"] if bare else [f" {word}", word]
         tokens = min((_encode(tokenizer, form) for form in forms), key=len)
         pieces = tokenizer.convert_ids_to_tokens(tokens)
@@ -201,13 +277,15 @@ def load_prompt(name: str) -> Prompt:
 
 
 def _read(name: str, content: Any) -> Prompt:
-    keys = ("template", "labels", "pair_template", "reading", "answer_prefix")
+    keys = tuple(item.name for item in fields(Prompt) if item.name != "name")
     if not isinstance(content, dict) or "template" not in content:
         raise UserError(f"prompt {name} has no template; known keys: {', '.join(keys)}; add template")
     for key, value in content.items():
         if key not in keys:
             raise one_of("key", key, keys, f"remove it from prompt {name}")
-        if key != "labels" and not isinstance(value, str):
+        if key == "chat" and not isinstance(value, bool):
+            raise UserError(f"chat of prompt {name} is {value!r}; write true or false")
+        if key not in ("labels", "chat") and not isinstance(value, str):
             raise UserError(f"{key} of prompt {name} is {value!r}; write a text in quotes")
     labels = content.get("labels", {})
     if not isinstance(labels, dict):
@@ -219,6 +297,7 @@ def _read(name: str, content: Any) -> Prompt:
         pair_template=content.get("pair_template"),
         reading=content.get("reading", "single"),
         answer_prefix=content.get("answer_prefix", ""),
+        chat=content.get("chat", False),
     )
 
 

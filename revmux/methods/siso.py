@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from revmux.backbone import HiddenState
+from revmux.backbone import Backbone, HiddenState, generative_model_types
+from revmux.backbone.generative import GenerativeBackbone
+from revmux.errors import UserError
 from revmux.methods.base import BackboneShape, Method
 from revmux.methods.registry import register_method
 
@@ -18,9 +20,11 @@ class SisoOptions:
 
     Args:
         tune_backbone: train the layers above ``prefill_layers`` and the head: how a task model is made.
+        soft_prompt: vectors that are put before every input and trained instead, the model itself frozen; 0 for none.
     """
 
     tune_backbone: bool = False
+    soft_prompt: int = 0
 
 
 @register_method
@@ -33,11 +37,35 @@ class Siso(Method):
 
     def __init__(self, shape: BackboneShape, num_inputs: int = 1, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
-        self.tunes_backbone = self.options.tune_backbone
+        if self.options.soft_prompt < 0:
+            raise UserError(
+                f"siso: soft_prompt is {self.options.soft_prompt}; choose 0 (none) or more vectors, such as 20"
+            )
+        if self.options.tune_backbone and self.options.soft_prompt:
+            raise UserError("siso: a soft prompt is tuned on a frozen model; set soft_prompt, or tune_backbone")
+        self.tunes_backbone = self.options.tune_backbone or self.options.soft_prompt > 0
 
     @property
     def tunes_prefill(self) -> bool:
         return False
+
+    def check_prefill(self, prefill_layers: int) -> None:
+        super().check_prefill(prefill_layers)
+        if self.options.soft_prompt and prefill_layers:
+            raise UserError(
+                f"siso: prefill_layers is {prefill_layers}, but a soft prompt is tuned through every layer; choose 0"
+            )
+
+    def unfreeze(self, backbone: Backbone, prefill_layers: int) -> None:
+        if not self.options.soft_prompt:
+            super().unfreeze(backbone, prefill_layers)
+            return
+        if not isinstance(backbone, GenerativeBackbone):
+            raise UserError(
+                f"siso: a {backbone.config.model_type} takes no soft prompt; choose a model of "
+                f"{', '.join(generative_model_types())}"
+            )
+        backbone.add_soft_prompt(self.options.soft_prompt)
 
     def multiplex(self, states: HiddenState) -> HiddenState:
         return states.map(lambda tensor: tensor[:, 0])

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from revmux.data.tokens import encode_texts
+from revmux.errors import UserError
+from revmux.pretrained import Pretrained
 from revmux.serving.errors import EmptyText, TextError
 
 Text = str | tuple[str, str]
@@ -28,21 +31,31 @@ class Encoded:
 
 
 class Encoder:
-    """A tokenizer that threads may share.
+    """The prompt and the tokenizer of a backbone, for threads to share.
 
     A fast tokenizer keeps its truncation setting in itself and fails when another thread changes it meanwhile, so
     every thread gets a copy.
 
     Args:
-        tokenizer: the backbone's.
-        max_length: tokens that an input may have.
+        pretrained: the backbone.
+        max_length: tokens that an input may have, a prompt's own included.
+
+    Attributes:
+        example: some input that can be answered.
+
+    Raises:
+        UserError: the prompt alone is longer than ``max_length``.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(self, pretrained: Pretrained, max_length: int) -> None:
         self.max_length = max_length
-        self._original = tokenizer
+        self._prompt = pretrained.prompt
+        self._original = pretrained.tokenizer
         self._lock = threading.Lock()
         self._own = threading.local()
+        self.example = self._encode(
+            ("ok", "ok") if self._prompt is not None and self._prompt.needs_pair else ("ok",), True
+        )
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if not hasattr(self._own, "tokenizer"):
@@ -70,14 +83,31 @@ class Encoder:
                 part.encode()
         except UnicodeEncodeError as error:
             raise TextError(f"an input is not valid Unicode ({error.reason}); send UTF-8") from None
+        try:
+            return self._encode(parts, truncate)
+        except TextError:
+            raise
+        except UserError as error:
+            raise TextError(str(error)) from None  # a pair where the prompt is for one text, or the reverse
+
+    def _encode(self, parts: tuple[str, ...], truncate: bool) -> Encoded:
         tokenizer = self._tokenizer()
-        encoded = tokenizer(*parts, truncation=False, verbose=False)
-        length = len(encoded["input_ids"])
-        if length > self.max_length:
-            if not truncate:
-                raise TextError(
-                    f"an input has {length} tokens, at most {self.max_length} are allowed; "
-                    "shorten it, or set truncate to true"
-                )
-            encoded = tokenizer(*parts, truncation=True, max_length=self.max_length, verbose=False)
-        return Encoded(dict(encoded), truncated=length > self.max_length)
+        tokens = self._tokens(tokenizer, parts)
+        length = len(tokens["input_ids"])
+        if length <= self.max_length:
+            return Encoded(tokens, truncated=False)
+        if not truncate:
+            raise TextError(
+                f"an input has {length} tokens, at most {self.max_length} are allowed; "
+                "shorten it, or set truncate to true"
+            )
+        first, *second = parts
+        encoded, _ = encode_texts(tokenizer, [first], second or None, self.max_length, self._prompt)
+        return Encoded({name: rows[0] for name, rows in encoded.items()}, truncated=True)
+
+    def _tokens(self, tokenizer: PreTrainedTokenizerBase, parts: tuple[str, ...]) -> dict[str, list[int]]:
+        """All tokens of an input."""
+        if self._prompt is None:
+            return dict(tokenizer(*parts, truncation=False, verbose=False))
+        written = [self._prompt.write(tokenizer, *parts)]
+        return {name: rows[0] for name, rows in self._prompt.encode(tokenizer, written).items()}

@@ -1,0 +1,66 @@
+"""A task model on disk: as Hugging Face writes it, with the prompt and the soft prompt that it was tuned with beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from revmux.backbone.soft_prompt import SoftPrompt
+from revmux.data.prompts import Prompt
+
+if TYPE_CHECKING:
+    from revmux.pretrained import Pretrained
+
+PROMPT_NAME = "prompt.json"
+SOFT_PROMPT_NAME = "soft_prompt.safetensors"
+
+
+def save_task_model(pretrained: Pretrained, folder: str | Path) -> Path:
+    """Write a backbone as it stands; :func:`revmux.pretrained.load_pretrained` reads all of it again.
+
+    Args:
+        pretrained: with or without a prompt.
+        folder: made where it is missing.
+    """
+    folder = Path(folder)
+    pretrained.backbone.model.save_pretrained(folder)
+    pretrained.tokenizer.save_pretrained(folder)
+    if pretrained.prompt is not None:
+        text = json.dumps(pretrained.prompt.to_dict(), indent=2, ensure_ascii=False)
+        (folder / PROMPT_NAME).write_text(text + "\n", encoding="utf-8")
+    soft_prompt = getattr(pretrained.backbone, "soft_prompt", None)
+    if soft_prompt is not None:
+        save_file({"vectors": soft_prompt.vectors.detach().cpu()}, folder / SOFT_PROMPT_NAME)
+    return folder
+
+
+def read_prompt(location: str, revision: str | None = None) -> Prompt | None:
+    """The prompt that a model was tuned with, if it was.
+
+    Args:
+        location: a folder, or a Hugging Face id.
+        revision: on the hub.
+    """
+    file = _file(location, PROMPT_NAME, revision)
+    return None if file is None else Prompt.from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def read_soft_prompt(location: str, revision: str | None = None) -> SoftPrompt | None:
+    """The soft prompt of a model, if it has one; arguments as :func:`read_prompt`."""
+    file = _file(location, SOFT_PROMPT_NAME, revision)
+    return None if file is None else SoftPrompt(load_file(file)["vectors"])
+
+
+def _file(location: str, name: str, revision: str | None) -> Path | None:
+    folder = Path(location)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(location, name, revision=revision))
+    except EntryNotFoundError:
+        return None

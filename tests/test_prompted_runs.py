@@ -1,0 +1,411 @@
+"""Language models that answer by label words, from a configuration to served answers, on tiny random checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LABELS, WORDS
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from ray_jobs import cli, evaluate, finetune, train
+from ray_jobs.launch import load_checked
+from revmux import UserError
+from revmux.artifact import from_pretrained, load_config, recorded_prompt, save_pretrained
+from revmux.classifier import TextClassifier
+from revmux.data import DataConfig
+from revmux.data.prompts import Prompt
+from revmux.features import StoreConfig
+from revmux.features.key import tokens_digest
+from revmux.losses import LossConfig
+from revmux.pretrained import BackboneConfig, check_answers, inspect, load_pretrained
+from revmux.recipe import MethodConfig, Prepared, Recipe, prepare, train_here
+from revmux.serving import Engine, TextError
+from revmux.task_model import save_task_model
+from revmux.training import OptimConfig
+from serve_app.config import server_config
+
+TEMPLATE = ["Text:", "Is", "it", "bad", "or", "good?", "Answer:", "good", "no"]
+PROMPT = Prompt("mine", "Text: {text}\nIs it bad or good?\nAnswer:", {"bad": ("bad",), "good": ("good",)})
+FAMILIES = ("llama", "t5")
+
+
+def write_language_model(folder: Path, family: str) -> Path:
+    """A random language model (d = 32, L = 3) with a tokenizer that, as LLaMA's, begins or, as T5's, ends a text."""
+    torch.manual_seed(0)
+    names = ["<pad>", "</s>", "<unk>", "<s>", *TEMPLATE, *WORDS]
+    size = len(names)
+    core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    frame = "<s> $A" if family == "llama" else "$A </s>"
+    core.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("<s>", 3), ("</s>", 1)])
+    tokens = {"unk_token": "<unk>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if family == "t5" else {})
+    PreTrainedTokenizerFast(tokenizer_object=core, **tokens).save_pretrained(folder)
+    if family == "llama":
+        config = LlamaConfig(
+            vocab_size=size,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=40,
+            initializer_range=0.2,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    else:
+        shape = T5Config(
+            vocab_size=size,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=3,
+            num_heads=4,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            n_positions=40,
+            initializer_factor=2.0,
+        )
+        T5ForConditionalGeneration(shape).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's model, written once."""
+    made: dict[str, Path] = {}
+
+    def find(family: str) -> Path:
+        if family not in made:
+            made[family] = write_language_model(tmp_path_factory.mktemp("language") / f"tiny-{family}", family)
+        return made[family]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompt") / "mine.yaml"
+    file.write_text(json.dumps({key: value for key, value in PROMPT.to_dict().items() if key != "name"}))
+    return file
+
+
+def backbone(folder: Path, prompt: Prompt | str | None = PROMPT, max_length: int = 24) -> BackboneConfig:
+    return BackboneConfig(str(folder), max_length=max_length, prompt=prompt)
+
+
+def recipe(folder: Path, source: Path, store: Path, **changes: object) -> Recipe:
+    settings = {
+        "backbone": backbone(folder),
+        "data": DataConfig(source=str(source)),
+        "method": MethodConfig("revmux", 2, 1),
+        "optim": OptimConfig(epochs=1, batch_size=16, learning_rate=1e-3),
+        "store": StoreConfig(root=str(store), dtype="float32"),
+        "shuffles": 1,
+    }
+    return Recipe(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def prepared(running: Recipe) -> Prepared:
+    return prepare(running, load_checked(running, workers=1))
+
+
+def whole_model_scores(folder: Path, family: str, texts: list[str]) -> Tensor:
+    """(B, 2) scores of «bad» and «good» by the untouched model, one input at a time, from rendered text alone."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    words = tokenizer.convert_tokens_to_ids(["bad", "good"])
+    model = (LlamaForCausalLM if family == "llama" else T5ForConditionalGeneration).from_pretrained(folder).eval()
+    rows = []
+    for text in texts:
+        ids = tokenizer(f"Text: {text}\nIs it bad or good?\nAnswer:", return_tensors="pt")["input_ids"]
+        more = {"decoder_input_ids": torch.tensor([[0]])} if family == "t5" else {}
+        with torch.no_grad():
+            rows.append(model(ids, **more).logits[0, -1, words])
+    return torch.stack(rows)
+
+
+TEXTS = ["w1 w5 w7", "w2", "w3 w4 w9 w9 w12 w13"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_the_models_own_scores_of_the_label_words(family: str, model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder(family)
+    shape, labels = inspect(backbone(folder))
+    assert (shape.hidden_size, shape.num_layers, shape.num_labels, labels) == (32, 3, 2, LABELS)
+    pretrained = load_pretrained(backbone(folder))
+    assert pretrained.backbone.label_names == LABELS
+    assert not pretrained.has_head
+    with torch.no_grad():
+        scores = pretrained.backbone.freeze()(pretrained.encode(TEXTS, max_length=24))
+    torch.testing.assert_close(scores, whole_model_scores(folder, family, TEXTS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_is_trained_kept_evaluated_and_served_with_its_prompt(
+    family: str, model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+) -> None:
+    folder = model_folder(family)
+    ready = prepared(recipe(folder, tiny_csv, tmp_path / "store"))
+    task = ready.task
+    rendered = [PROMPT.render(text) for text in task.test["text"]]
+    lengths = [len(ready.pretrained.tokenizer(text)["input_ids"]) for text in rendered]
+    assert ready.test.lengths.tolist() == lengths, "splits are tokenized inside the template"
+    evaluation = train_here(ready)
+    assert 0.0 <= evaluation.accuracy_mean <= 1.0
+    teacher = torch.cat([whole_model_scores(folder, family, [text]) for text in task.test["text"][:6]])
+    stored = ready.test.batch(range(6)).teacher_scores
+    torch.testing.assert_close(stored, teacher, rtol=1e-4, atol=1e-4)
+
+    adapter = save_pretrained(ready.model, ready.adapter_config({}), tmp_path / "adapter")
+    assert load_config(adapter).recorded_prompt() == PROMPT
+    assert list(recorded_prompt([adapter]).labels) == LABELS  # type: ignore[union-attr]
+    fresh = load_pretrained(backbone(folder, recorded_prompt([adapter])))
+    with torch.no_grad():
+        expected = ready.model.eval()(ready.pretrained.encode(TEXTS[:2]))
+        torch.testing.assert_close(from_pretrained(adapter, fresh)(fresh.encode(TEXTS[:2])), expected)
+    classifier = TextClassifier.from_pretrained(adapter, folder)
+    assert classifier.scores(TEXTS[:2]).shape == (2, 2)
+
+    with Engine(fresh, [adapter]) as engine:
+        answers = [future.result(60) for future in engine.submit(TEXTS, max_multiplex=1)]
+        assert engine.probe().result(60).width == 1
+    scores = torch.stack([answer.scores for answer in answers])
+    torch.testing.assert_close(scores, whole_model_scores(folder, family, TEXTS), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_on_another_prompt_is_refused_with_both_names(
+    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+) -> None:
+    folder = model_folder("llama")
+    ready = prepared(recipe(folder, tiny_csv, tmp_path / "store"))
+    adapter = save_pretrained(ready.model, ready.adapter_config({}), tmp_path / "adapter")
+    other = load_pretrained(backbone(folder, replace(PROMPT, name="other", template="{text}\nAnswer:")))
+    with pytest.raises(UserError, match=r"trained with prompt mine, but .* has prompt other \(template 'Text: .* here"):
+        from_pretrained(adapter, other)
+    renamed = load_pretrained(backbone(folder, replace(PROMPT, name="a copy of it")))
+    from_pretrained(adapter, renamed)
+
+
+def test_a_server_takes_the_prompt_of_its_configuration_checked_at_the_door(prompt_file: Path) -> None:
+    settings = {"model": str(prompt_file.parent), "adapters": ["x"]}
+    assert server_config(**settings, prompt="sst2").prompt == "sst2"
+    assert server_config(**settings, prompt=str(prompt_file)).prompt == str(prompt_file)
+    with pytest.raises(UserError, match="unknown prompt 'sst'; known: default"):
+        server_config(**settings, prompt="sst")
+
+
+def test_long_texts_are_cut_and_the_template_never(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    pretrained = load_pretrained(backbone(model_folder("llama")))
+    long = " ".join(WORDS[:30])
+    split = pretrained.tokenize(Dataset.from_dict({"text": [long, "w1"], "label": [0, 1]}), 14)
+    tokenizer = pretrained.tokenizer
+    assert split.truncated == 1
+    first = split.batch([0])["input_ids"][0]
+    assert tokenizer.decode(first) == "<s> Text: w0 w1 w2 w3 w4 w5 Is it bad or good? Answer:"
+    with Engine(pretrained, max_length=14) as engine:
+        with pytest.raises(TextError, match="an input has 38 tokens, at most 14"):
+            engine.submit([long])
+        cut = engine.submit([long], truncate=True)[0].result(60)
+    with torch.inference_mode():
+        expected = pretrained.backbone(split.batch([0]))[0]
+    assert cut.truncated
+    torch.testing.assert_close(cut.scores, expected)
+    with pytest.raises(UserError, match="the template of prompt mine alone has 8 tokens"):
+        Engine(pretrained, max_length=6)
+
+
+def test_pairs_and_single_texts_are_told_apart_before_they_are_queued(model_folder: Callable[[str], Path]) -> None:
+    pairs = replace(PROMPT, template="Text: {text} or {text_pair}\nAnswer:")
+    with Engine(load_pretrained(backbone(model_folder("llama"), pairs))) as engine:
+        assert engine.probe().result(60).width == 1
+        assert engine.submit([("w1", "w2")])[0].result(60).scores.shape == (2,)
+        with pytest.raises(TextError, match="prompt mine is for pairs of texts, but an input has one"):
+            engine.submit(["w1"])
+
+
+def test_another_template_is_another_key(model_folder: Callable[[str], Path]) -> None:
+    folder, rows = model_folder("llama"), Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0]})
+
+    def key(prompt: Prompt) -> str:
+        return tokens_digest(load_pretrained(backbone(folder, prompt)).tokenize(rows, 24))
+
+    own = key(PROMPT)
+    assert key(replace(PROMPT, name="a copy of it")) == own
+    assert key(replace(PROMPT, template="Text: {text}\nIs it good? or bad\nAnswer:")) != own
+
+
+def test_a_plain_language_model_names_both_remedies(
+    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for family in FAMILIES:
+        for refuse in (check_answers, load_pretrained):
+            with pytest.raises(UserError, match=r"ray_jobs\.finetune .* or .* --backbone\.prompt"):
+                refuse(backbone(model_folder(family), None))
+    argv = ["--backbone.model", str(model_folder("llama")), "--data.source", str(tiny_csv), "--storage", str(tmp_path)]
+    assert cli.run(train.main, train.TrainJob, None, argv) == 2
+    assert "--backbone.prompt" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "before anything starts"
+
+
+def test_prompts_for_models_that_cannot_answer_by_words_are_refused(
+    tiny_model_folder: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"is a bert, which cannot answer by words; .* gpt2, llama"):
+        inspect(backbone(tiny_model_folder))
+    with pytest.raises(UserError, match="word 'negative' of class 'negative' is unknown"):
+        inspect(backbone(model_folder("llama"), "sst2"))
+    classifier = tmp_path / "classifier"
+    torch.manual_seed(0)
+    tuned = load_pretrained(backbone(model_folder("llama"), None), LABELS)
+    tuned.backbone.model.save_pretrained(classifier)
+    tuned.tokenizer.save_pretrained(classifier)
+    with pytest.raises(UserError, match=r"answers by a trained classification head; leave --backbone\.prompt out"):
+        load_pretrained(backbone(classifier))
+    assert load_pretrained(backbone(classifier, None)).has_head
+
+
+def test_a_checkpoint_without_its_output_embedding_is_refused(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    core = LlamaForCausalLM.from_pretrained(model_folder("llama")).model
+    core.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(model_folder("llama")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"LlamaModel without the weights that score its vocabulary \(lm_head.weight\)"):
+        load_pretrained(backbone(tmp_path))
+
+
+def test_class_names_are_the_words_where_a_prompt_lists_none(
+    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+) -> None:
+    wordless = replace(PROMPT, labels={})
+    running = recipe(model_folder("llama"), tiny_csv, tmp_path, backbone=backbone(model_folder("llama"), wordless))
+    ready = prepared(running)
+    assert ready.pretrained.prompt == PROMPT, "the words are recorded"
+    with pytest.raises(UserError, match="prompt mine lists no labels"):
+        load_pretrained(running.backbone)
+
+
+def test_a_decoders_tokenizer_without_padding_is_padded(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    assert PreTrainedTokenizerFast.from_pretrained(folder).pad_token is None
+    torch.manual_seed(0)
+    tuned = load_pretrained(backbone(folder, None), LABELS)
+    tokens = tuned.encode(TEXTS)
+    with torch.no_grad():
+        together = tuned.backbone.freeze()(tokens)
+        apart = torch.cat([tuned.backbone(tuned.encode([text])) for text in TEXTS])
+        reference = tuned.backbone.model(**{name: tokens[name] for name in ("input_ids", "attention_mask")}).logits
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_settings_hold_the_prompts_content(prompt_file: Path, model_folder: Callable[[str], Path]) -> None:
+    argv = ["--backbone.model", str(model_folder("t5")), "--backbone.prompt", str(prompt_file)]
+    job = cli.parse(train.TrainJob, None, argv)
+    assert job.backbone.prompt == PROMPT
+    assert PROMPT.template in repr(job.recipes()).replace("\\n", "\n"), "what tells one run from another"
+    inline = prompt_file.with_name("job.yaml")
+    inline.write_text(json.dumps({"backbone": {"prompt": PROMPT.to_dict()}, "adapter": "x"}))
+    assert cli.parse(evaluate.EvaluateJob, None, ["--config", str(inline)]).backbone.prompt == PROMPT
+
+
+def soft_prompt_recipe(folder: Path, source: Path, store: Path, length: int = 4) -> Recipe:
+    job = finetune.FinetuneJob(
+        backbone(folder), DataConfig(source=str(source)), OptimConfig(4, 16, 0.05), soft_prompt=length
+    )
+    return replace(job.recipe(), store=StoreConfig(root=str(store)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_soft_prompt_is_tuned_kept_and_carries_adapters(
+    family: str, model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+) -> None:
+    ready = prepared(soft_prompt_recipe(model_folder(family), tiny_csv, tmp_path / "store"))
+    before = {name: value.clone() for name, value in ready.model.state_dict().items()}
+    trainer = ready.trainer()
+    reports = list(trainer.run())
+    assert reports[-1].metrics["train_loss"] < 0.8 * reports[0].metrics["train_loss"]
+    after = ready.model.state_dict()
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved == {"backbone.soft_prompt.vectors"}
+
+    tuned = save_task_model(ready.pretrained, tmp_path / "task-model")
+    loaded = load_pretrained(backbone(tuned, None))
+    assert loaded.prompt == PROMPT
+    with torch.no_grad():
+        expected = ready.pretrained.backbone.eval()(ready.pretrained.encode(TEXTS))
+        torch.testing.assert_close(loaded.backbone.freeze()(loaded.encode(TEXTS)), expected)
+    plain = load_pretrained(backbone(model_folder(family)))
+    assert loaded.identity["sha256"] != plain.identity["sha256"], "another soft prompt is another backbone"
+    with pytest.raises(UserError, match="was tuned with prompt mine, not other"):
+        load_pretrained(backbone(tuned, replace(PROMPT, name="other", template="{text}")))
+    with pytest.raises(UserError, match=r"max_length is 37, .* reads at most 36 tokens"):
+        load_pretrained(backbone(tuned, None, max_length=37))
+
+    adapters = prepared(
+        recipe(tuned, tiny_csv, tmp_path / "store", backbone=backbone(tuned, None), loss=LossConfig(infonce_weight=0.0))
+    )
+    torch.testing.assert_close(
+        adapters.test.batch(range(3)).teacher_scores,
+        loaded.backbone(loaded.encode(adapters.task.test["text"][:3])).detach(),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    train_here(adapters)
+    folder = save_pretrained(adapters.model, adapters.adapter_config({}), tmp_path / "adapter")
+    with Engine(loaded, [folder]) as engine:
+        own = engine.submit(TEXTS[:1], max_multiplex=1)[0].result(60)
+    torch.testing.assert_close(own.scores, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_itself_is_tuned_with_its_prompt(
+    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+) -> None:
+    folder = model_folder("t5")
+    job = finetune.FinetuneJob(backbone(folder), DataConfig(source=str(tiny_csv)), OptimConfig(2, 16, 2e-3))
+    ready = prepared(replace(job.recipe(), store=StoreConfig(root=str(tmp_path))))
+    train_here(ready)
+    loaded = load_pretrained(backbone(save_task_model(ready.pretrained, tmp_path / "task-model"), None))
+    with torch.no_grad():
+        expected = ready.pretrained.backbone.eval()(ready.pretrained.encode(TEXTS))
+        torch.testing.assert_close(loaded.backbone.freeze()(loaded.encode(TEXTS)), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "length", "message"),
+    [
+        ("t5", None, 4, r"--backbone\.prompt"),
+        ("t5", PROMPT, 39, "max_length is 24, but .* reads at most 1 tokens"),
+        ("t5", PROMPT, -1, "soft_prompt is -1; choose 0"),
+    ],
+)
+def test_soft_prompts_that_cannot_be_are_refused(
+    family: str,
+    prompt: Prompt | None,
+    length: int,
+    message: str,
+    model_folder: Callable[[str], Path],
+    tiny_csv: Path,
+    tmp_path: Path,
+) -> None:
+    running = soft_prompt_recipe(model_folder(family), tiny_csv, tmp_path, length)
+    with pytest.raises(UserError, match=message):
+        prepared(replace(running, backbone=backbone(model_folder(family), prompt)))
+
+
+def test_an_encoder_takes_no_soft_prompt(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
+    running = soft_prompt_recipe(tiny_model_folder, tiny_csv, tmp_path)
+    with pytest.raises(UserError, match="a bert takes no soft prompt; choose a model of bart"):
+        prepared(replace(running, backbone=backbone(tiny_model_folder, None)))
