@@ -1,6 +1,7 @@
 """Before a run: ``python -m revmux cost`` prints speed-ups, ``python -m revmux memory`` the memory of training.
 
-``python -m revmux cache ls`` and ``cache rm`` list and remove stored features.
+``python -m revmux cache ls`` and ``cache rm`` list and remove stored features; ``python -m revmux push`` puts an
+adapter on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import auto_cli
 
+from revmux.artifact import push_to_hub
 from revmux.cost import ceiling_table, relative_cost
 from revmux.errors import UserError
 from revmux.features import cache_cli
@@ -92,6 +94,29 @@ def memory(
     return "\n".join(lines)
 
 
+def push(
+    folder: str,
+    repository: str,
+    revision: str | None = None,
+    private: bool | None = None,
+    base_model: str | None = None,
+    message: str = "Add adapter",
+) -> str:
+    """Put an adapter folder on the Hugging Face hub; the token is that of HF_TOKEN or of `hf auth login`.
+
+    Args:
+        folder: adapter folder.
+        repository: USER/NAME, made where it is missing.
+        revision: branch.
+        private: whether a new repository is private; by default as the account is set.
+        base_model: id on the hub of the backbone, where the adapter was trained on a local copy of it; without it those
+            who load such an adapter must say where the backbone is.
+        message: of the commit.
+    """
+    commit = push_to_hub(folder, repository, None, revision, private, base_model, message)
+    return f"pushed: {repository} at {commit}"
+
+
 def _on_meta(method: str, shape: BackboneShape, num_inputs: int) -> Method:
     with torch.device("meta"):
         return build_method(method, shape, num_inputs)
@@ -100,7 +125,7 @@ def _on_meta(method: str, shape: BackboneShape, num_inputs: int) -> Method:
 def main() -> int:
     """Run a subcommand; 0, or 2 for a mistake in its arguments."""
     try:
-        print(auto_cli({"cost": cost, "memory": memory, "cache": CACHE}, prog="python -m revmux"))
+        print(auto_cli({"cost": cost, "memory": memory, "cache": CACHE, "push": push}, prog="python -m revmux"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -85,7 +85,11 @@ def push(files: Sequence[Path], repository: str, revision: str | None, private: 
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
         return str(api.create_commit(repository, operations, commit_message=message, revision=revision).oid)
     except _FAILURES as error:
-        told = "log in: hf auth login, or set HF_TOKEN" if _unauthorised(error) else "check its id and your rights"
+        told = (
+            "log in: hf auth login, or set HF_TOKEN"
+            if _unauthorised(error)
+            else "check its id, your rights and the network"
+        )
         raise UserError(f"cannot push to {repository!r} at {api.endpoint} ({_reason(error)}); {told}") from None
 
 
@@ -125,4 +129,4 @@ def _unauthorised(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return ": ".join([type(error).__name__, *lines[:1]])

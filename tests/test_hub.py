@@ -1,0 +1,230 @@
+"""Adapters on the hub: pushed in one commit, loaded by id and revision, with the very backbone that they were trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tiny_model
+from hub_server import TOKEN, Hub, running_hub
+from huggingface_hub import constants
+
+from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
+from revmux import hub as library
+from revmux.artifact import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    describe,
+    from_pretrained,
+    load_config,
+    push_to_hub,
+    save_pretrained,
+)
+from revmux.classifier import TextClassifier
+from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained, weights_sha256
+
+TEXTS = ["w1 w5 w6", "w2 w9", "w7", "w30 w1 w2 w3", "w11 w12"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that this process reaches, with an empty cache."""
+    with running_hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the hub that it was made for
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running
+
+
+def build(pretrained: Pretrained, seed: int = 3) -> MultiplexedClassifier:
+    torch.manual_seed(seed)
+    method = build_method("revmux", BackboneShape.of(pretrained.backbone), 2)
+    return MultiplexedClassifier(pretrained.backbone, method, 1).eval()
+
+
+def save(pretrained: Pretrained, folder: Path, seed: int = 3) -> Path:
+    model = build(pretrained, seed)
+    return save_pretrained(model, describe(model, pretrained, 16, {"source": "toy.csv"}), folder)
+
+
+def scores(adapter: str | Path, **arguments: object) -> torch.Tensor:
+    return TextClassifier.from_pretrained(adapter, **arguments).scores(TEXTS)  # type: ignore[arg-type]
+
+
+def load_from_hub(name: str) -> Pretrained:
+    pretrained = load_pretrained(BackboneConfig(model=name, max_length=16))
+    pretrained.backbone.freeze()
+    return pretrained
+
+
+def test_an_adapter_comes_back_from_the_hub_as_it_was(hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path) -> None:
+    folder = save(tiny_pretrained, tmp_path / "adapter")
+    assert hub.requests == [], "saving asks no hub"
+    commit = push_to_hub(folder, "me/adapter", private=True)
+    pushed = hub.repositories["me/adapter"]
+    assert pushed.private
+    assert pushed.branches == {"main": commit}
+    assert pushed.commits[commit] == {path.name: path.read_bytes() for path in folder.iterdir()}
+    loaded = from_pretrained("me/adapter", tiny_pretrained)
+    state = build(tiny_pretrained).method.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.method.state_dict().items())
+
+
+def test_a_revision_is_a_branch_or_a_commit(hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path) -> None:
+    first = push_to_hub(save(tiny_pretrained, tmp_path / "a"), "me/adapter")
+    model = build(tiny_pretrained, seed=4)
+    config = describe(model, tiny_pretrained, 12, {"source": "toy.csv"})
+    second = push_to_hub(model, "me/adapter", config, revision="longer")
+    assert hub.repositories["me/adapter"].branches == {"main": first, "longer": second}
+    lengths = {revision: load_config("me/adapter", revision).max_length for revision in (None, first, "longer", second)}
+    assert lengths == {None: 16, first: 16, "longer": 12, second: 12}
+    assert load_config("me/adapter@longer").max_length == 12
+    down = [
+        from_pretrained("me/adapter", tiny_pretrained, revision).method.get_parameter("down.weight")
+        for revision in (first, second)
+    ]
+    assert not torch.equal(*down)
+
+
+def test_an_adapter_alone_brings_its_backbone_at_the_revision_it_was_trained_on(
+    hub: Hub, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add("org/tiny", tiny_model_folder)
+    pretrained = load_from_hub("org/tiny")
+    assert pretrained.identity == {
+        "name": "org/tiny",
+        "revision": commit,
+        "sha256": weights_sha256(tiny_model_folder),
+    }
+    folder = save(pretrained, tmp_path / "adapter")
+    assert load_config(folder).base_model == pretrained.identity
+    assert "base_model: org/tiny\n" in (folder / CARD_NAME).read_text()
+    expected = scores(folder, backbone=pretrained)
+    push_to_hub(folder, "me/adapter")
+    moved = hub.add("org/tiny", write_tiny_model(tmp_path / "moved", seed=1))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another machine"))
+    torch.testing.assert_close(scores("me/adapter"), expected, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match=r"trained on org/tiny \(sha256 .* is org/tiny \(sha256"):
+        scores("me/adapter", backbone="org/tiny")
+    torch.testing.assert_close(scores("me/adapter", backbone=tiny_model_folder), expected, rtol=0, atol=1e-6)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    torch.testing.assert_close(scores("me/adapter"), expected, rtol=0, atol=1e-6)
+    assert hub.requests == []
+    assert moved != commit
+
+
+def test_a_local_backbone_is_recorded_under_its_id_on_the_hub(
+    hub: Hub, tiny_pretrained: Pretrained, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = save(tiny_pretrained, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"trained on the local model 'tiny-bert' \(sha256 .*backbone=FOLDER"):
+        scores(folder)
+    hub.add("me/other", write_tiny_model(tmp_path / "other", seed=1))
+    with pytest.raises(UserError, match=r"trained on tiny-bert .* me/other on the hub has sha256"):
+        push_to_hub(folder, "me/adapter", base_model="me/other")
+    assert "me/adapter" not in hub.repositories
+    commit = hub.add("me/tiny", tiny_model_folder)
+    push_to_hub(folder, "me/adapter", base_model="me/tiny")
+    identity = {"name": "me/tiny", "revision": commit, "sha256": tiny_pretrained.identity["sha256"]}
+    assert load_config("me/adapter").base_model == identity
+    assert load_config(folder).base_model == tiny_pretrained.identity, "the folder stays as it was"
+    torch.testing.assert_close(scores("me/adapter"), scores(folder, backbone=tiny_pretrained), rtol=0, atol=1e-6)
+
+
+def test_the_hash_of_several_files_is_the_same_here_and_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002", "model-00002-of-00002"):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        (tmp_path / "shards" / f"{name}.safetensors").write_bytes(name.encode())
+    commit = hub.add("org/shards", tmp_path / "shards")
+    assert library.weights_on_hub("org/shards") == (commit, weights_sha256(tmp_path / "shards"))
+
+
+def test_what_cannot_be_loaded_is_named(
+    hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_to_hub(save(tiny_pretrained, tmp_path / "adapter"), "me/adapter", private=True)
+    with pytest.raises(UserError, match=r"no adapter folder 'me/mistyped' here.*cannot get 'me/mistyped'.*404"):
+        load_config("me/mistyped")
+    with pytest.raises(UserError, match="'me/adapter' at revision 'v9'"):
+        load_config("me/adapter", revision="v9")
+    hub.add("me/no-adapter", write_tiny_model(tmp_path / "model"))
+    with pytest.raises(UserError, match=f"'me/no-adapter' is no adapter folder: it has no {CONFIG_NAME}"):
+        load_config("me/no-adapter")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another machine"))
+    monkeypatch.setenv("HF_TOKEN", "another")
+    with pytest.raises(UserError, match=r"cannot get 'me/adapter'.*HF_TOKEN where it is private"):
+        load_config("me/adapter")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="cannot get 'me/elsewhere'"):
+        load_config("me/elsewhere")
+
+
+def test_what_cannot_be_pushed_is_named(
+    hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tiny_pretrained, tmp_path / "adapter")
+    with pytest.raises(UserError, match="repository is 'adapter'; choose USER/NAME"):
+        push_to_hub(folder, "adapter")
+    with pytest.raises(UserError, match=r"give its config too: describe\(\.\.\.\)"):
+        push_to_hub(build(tiny_pretrained), "me/adapter")
+    with pytest.raises(UserError, match="is no adapter folder"):
+        push_to_hub(tmp_path, "me/adapter")
+    (folder / WEIGHTS_NAME).rename(tmp_path / WEIGHTS_NAME)
+    with pytest.raises(UserError, match=f"has no {WEIGHTS_NAME}; the folder is damaged"):
+        push_to_hub(folder, "me/adapter")
+    (tmp_path / WEIGHTS_NAME).rename(folder / WEIGHTS_NAME)
+    monkeypatch.setenv("HF_TOKEN", "another")
+    with pytest.raises(UserError, match=r"401.*log in: hf auth login, or set HF_TOKEN"):
+        push_to_hub(folder, "me/adapter")
+    assert hub.repositories == {}
+
+
+OTHER_MACHINE = """
+import json, sys, torch
+torch.set_num_threads(2)
+from revmux.classifier import TextClassifier
+classifier = TextClassifier.from_pretrained(sys.argv[1])
+print(json.dumps(classifier.scores(json.loads(sys.argv[2])).tolist()))
+"""
+
+
+def test_pushed_from_one_machine_and_loaded_on_another_the_scores_are_the_same(
+    hub: Hub, tiny_pretrained: Pretrained, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    hub.add("me/tiny", tiny_model_folder)
+    folder = save(tiny_pretrained, tmp_path / "adapter")
+
+    def python(machine: str, *arguments: str) -> str:
+        home = tmp_path / machine
+        home.mkdir()
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=home,
+            env=environment | settings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    told = python("one", "-m", "revmux", "push", str(folder), "me/adapter", "--base_model", "me/tiny")
+    assert told == f"pushed: me/adapter at {hub.repositories['me/adapter'].branches['main']}"
+    found = torch.tensor(json.loads(python("another", "-c", OTHER_MACHINE, "me/adapter", json.dumps(TEXTS))))
+    torch.testing.assert_close(found, scores(folder, backbone=tiny_pretrained), rtol=0, atol=1e-6)
