@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -53,22 +56,30 @@ def sentiment(**changes: object) -> Prompt:
     return Prompt(name="mine", **{**settings, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["sst2", "mrpc", "rte", "qnli", "default"])
+def test_every_task_has_a_prompt_for_every_kind_of_model() -> None:
+    tasks = [f"{task}{kind}" for task in ("sst2", "mrpc", "rte", "qnli") for kind in ("", "-t5", "-chat")]
+    assert set(prompt_names()) == {"default", *tasks}
+
+
+@pytest.mark.parametrize("name", prompt_names())
 def test_shipped_prompts_can_be_read(name: str) -> None:
-    assert name in prompt_names()
     prompt = load_prompt(name)
-    pair = None if name == "sst2" else "second"
+    pair = None if name.startswith("sst2") else "second"
+    assert prompt.needs_pair == (pair is not None and name != "default")
     rendered = prompt.render("the {first} text", pair)
     assert "the {first} text" in rendered
     assert pair is None or pair in rendered
     assert not rendered[-1].isspace()
+    assert prompt.chat == name.endswith("-chat")
+    assert rendered.endswith("<extra_id_0>") == (prompt.answer_prefix == "<extra_id_0>") == name.endswith("-t5")
 
 
 def test_label_words_follow_the_classes_of_glue() -> None:
-    assert list(load_prompt("sst2").labels) == ["negative", "positive"]
-    assert load_prompt("mrpc").labels == {"not_equivalent": ("no",), "equivalent": ("yes",)}
-    for name in ("rte", "qnli"):
-        assert load_prompt(name).labels == {"entailment": ("yes",), "not_entailment": ("no",)}
+    for kind in ("", "-t5", "-chat"):
+        assert list(load_prompt(f"sst2{kind}").labels) == ["negative", "positive"]
+        assert load_prompt(f"mrpc{kind}").labels == {"not_equivalent": ("no",), "equivalent": ("yes",)}
+        for name in ("rte", "qnli"):
+            assert load_prompt(f"{name}{kind}").labels == {"entailment": ("yes",), "not_entailment": ("no",)}
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), word_tokenizer()])
@@ -134,6 +145,49 @@ def test_long_texts_are_cut_but_never_the_template() -> None:
         prompt.fit(tokenizer, long, short, 5)
 
 
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.chat_template = (
+        "<s>{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[model]{% if enable_thinking is not defined or enable_thinking %}<think>"
+        "{% endif %}{{ '\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_chat_puts_the_model_s_own_template_around_the_prompt() -> None:
+    tokenizer = chat_tokenizer()
+    prompt = sentiment(template="Is it? {text}", labels={"a": ("x",), "b": ("z",)}, chat=True)
+    written = prompt.write(tokenizer, "so")
+    assert written == "<s>[user]Is it? so\n[model]\n"
+    tokens = prompt.encode(tokenizer, [written])["input_ids"][0]
+    assert tokens.count(tokenizer.bos_token_id) == 1, "the chat template brings the special tokens"
+    assert tokenizer.decode(tokens) == written
+    bare = tuple((tokenizer.convert_tokens_to_ids(letter),) for letter in "xz")
+    assert prompt.verbalizer(tokenizer).token_ids == bare, "the model answers on a new line, without a space"
+    cut = prompt.fit(tokenizer, "yes or no? " * 60, None, len(tokens) + 9)
+    assert cut.startswith("<s>[user]Is it? yes or no? ")
+    assert cut.endswith("\n[model]\n")
+    with pytest.raises(UserError, match="prompt mine is a chat, but the model's tokenizer has no chat template"):
+        prompt.verbalizer(byte_tokenizer())
+
+
+@pytest.mark.parametrize("name", prompt_names())
+def test_a_prompt_survives_as_plain_data(name: str) -> None:
+    prompt = load_prompt(name)
+    content = json.loads(json.dumps(prompt.to_dict(), sort_keys=True))
+    again = Prompt.from_dict(content, list(prompt.labels))
+    assert (again, again.name, list(again.labels)) == (prompt, name, list(prompt.labels))
+
+
+def test_prompts_are_equal_by_what_they_say() -> None:
+    one = sentiment()
+    assert one == replace(one, name="copy")
+    other = replace(one, template="{text}?")
+    assert one != other
+    assert one.difference(other) == "template '{text} Answer:' here, '{text}?' there"
+
+
 def test_a_users_file_takes_the_place_of_a_shipped_one(tmp_path: Path) -> None:
     path = write(tmp_path, 'template: "{{{text}}} Answer:"\nlabels:\n  0: "no"\n  1: ["yes", "positive"]\n')
     prompt = load_prompt(path)
@@ -155,6 +209,7 @@ def test_a_users_file_takes_the_place_of_a_shipped_one(tmp_path: Path) -> None:
         ("template: '{text}'\nlabels: [a, b]", r"labels of prompt .* one line a class"),
         ("template: '{text}'\nreading: last", "unknown reading 'last'; known: single, first, mean"),
         ("template: '{text}'\nlabel: {a: [x]}", "unknown key 'label'; known: template, labels"),
+        ("template: '{text}'\nchat: maybe", "chat of prompt .* is 'maybe'; write true or false"),
         ("template: 3", "template of prompt .* is 3; write a text in quotes"),
         ("labels: {a: [x]}", "has no template"),
         ("- a", "has no template"),
@@ -168,7 +223,7 @@ def test_a_file_that_is_no_prompt_is_refused_with_a_remedy(tmp_path: Path, text:
 
 
 def test_unknown_prompts_are_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown prompt 'sst'; known: default, mrpc, qnli, rte, sst2"):
+    with pytest.raises(UserError, match=r"unknown prompt 'sst'; known: default, mrpc, .*, sst2, sst2-chat, sst2-t5"):
         load_prompt("sst")
     with pytest.raises(UserError, match="cannot read prompt file"):
         load_prompt(str(tmp_path / "none.yaml"))
