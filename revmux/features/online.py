@@ -19,12 +19,21 @@ class OnlineFeatures:
         split: the tokens.
         backbone: where batches go, and who the teacher is.
         with_teacher: whether the plain model's answer is computed too, without gradients and in eval mode.
+        prefill_layers: l, where the teacher's pass hands over the states at that depth too, so that no layer runs
+            twice; None leaves the prefill to the model.
     """
 
-    def __init__(self, split: TokenizedSplit, backbone: Backbone, with_teacher: bool = True) -> None:
+    def __init__(
+        self,
+        split: TokenizedSplit,
+        backbone: Backbone,
+        with_teacher: bool = True,
+        prefill_layers: int | None = None,
+    ) -> None:
         self.split = split
         self.backbone = backbone
         self.with_teacher = with_teacher
+        self.prefill_layers = prefill_layers
         self.labels, self.lengths = split.labels, split.lengths
 
     def __len__(self) -> int:
@@ -38,8 +47,13 @@ class OnlineFeatures:
         if not self.with_teacher:
             return FeatureBatch(labels, tokens=tokens)
         with torch.no_grad():
-            state = self.backbone.run(self.backbone.embed(tokens), self.backbone.num_layers)
+            prefilled = self.backbone.run(self.backbone.embed(tokens), self.prefill_layers or 0)
+            state = self.backbone.run(prefilled, self.backbone.num_layers)
             vectors = self.backbone.readout(self.backbone.answers(state)[:, 0])  # (B, r)
             return FeatureBatch(
-                labels, tokens=tokens, teacher_vectors=vectors, teacher_scores=self.backbone.score(vectors)
+                labels,
+                tokens=tokens,
+                prefilled=None if self.prefill_layers is None else prefilled,
+                teacher_vectors=vectors,
+                teacher_scores=self.backbone.score(vectors),
             )

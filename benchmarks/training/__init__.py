@@ -1,0 +1,4 @@
+"""What frozen weights and the feature store save in training, measured in pairs.
+
+python -m benchmarks.training
+"""

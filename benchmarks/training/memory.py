@@ -1,0 +1,93 @@
+"""Peak memory of training on stored features as the data set grows tenfold."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+from benchmarks.rows import ratio_row
+from benchmarks.training.backbones import MAX_LENGTH, small_task
+from revmux.backbone import cut
+from revmux.data import TokenizedSplit
+from revmux.features import OnlineFeatures, StoreConfig, open_features
+from revmux.losses import LossConfig
+from revmux.methods import BackboneShape, build_method
+from revmux.model import MultiplexedClassifier
+from revmux.pretrained import Pretrained, resolve
+from revmux.training import OptimConfig, Trainer
+
+SIZES = (5_000, 50_000)
+
+
+def anonymous_megabytes() -> float:
+    """Memory of this process that no file stands behind: mapped shards do not count, copies of them do."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status has no RssAnon; run this on Linux")
+
+
+def train_on(size: int, folder: str, fill: bool, results: Any) -> None:
+    """One epoch over ``size`` examples; puts the peak megabytes over all steps."""
+    torch.set_num_threads(1)
+    task = small_task()
+    names = dict(enumerate(task.label_names))
+    config = BertConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=512,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+    )
+    torch.manual_seed(0)
+    backbone = cut(AutoModelForSequenceClassification.from_config(config)).freeze()
+    tokenizer = AutoTokenizer.from_pretrained(resolve("all-MiniLM-L6-v2"))
+    pretrained = Pretrained(backbone, tokenizer, {"name": "small", "revision": None, "sha256": None}, True)
+    texts, labels = task.train["text"], task.train["label"]
+    rows = Dataset.from_dict(
+        {
+            "text": [f"{texts[index % len(texts)]} {index}" for index in range(size)],
+            "label": [labels[index % len(labels)] for index in range(size)],
+        }
+    )
+    split = TokenizedSplit(rows, tokenizer, MAX_LENGTH)
+    store = open_features(pretrained, split, [1], StoreConfig(root=folder))
+    if fill:
+        return
+    few = OnlineFeatures(TokenizedSplit(task.selection.select(range(8)), tokenizer, MAX_LENGTH), backbone)
+    model = MultiplexedClassifier(backbone, build_method("revmux", BackboneShape.of(backbone), 2), 1)
+    peak = 0.0
+
+    def on_step(step: int, total: int, metrics: dict[str, Any]) -> None:
+        nonlocal peak
+        if step % 20 == 0:
+            peak = max(peak, anonymous_megabytes())
+
+    list(Trainer(model, store.at(1), few, OptimConfig(1, 64), LossConfig(), on_step).run())
+    results.put(peak)
+
+
+def measure() -> list[dict[str, Any]]:
+    """The row, with both peaks."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in SIZES:
+            for fill in (True, False):  # the pass that fills the store is another process: its memory is not training's
+                process = context.Process(target=train_on, args=(size, folder, fill, results))
+                process.start()
+                process.join()
+            peaks[size] = results.get(timeout=60)
+    small, large = (peaks[size] for size in SIZES)
+    row = ratio_row(f"peak memory of training on {SIZES[1]:,} examples / on {SIZES[0]:,}", [large / small], 1.0)
+    row |= {"megabytes": {str(size): round(peak) for size, peak in peaks.items()}, "unit": "anonymous resident memory"}
+    print(f"{row['name']}: {row['ratio_median']} ({row['megabytes']} MB)", flush=True)
+    return [row]

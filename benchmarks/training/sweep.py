@@ -1,0 +1,56 @@
+"""The second trial of a sweep against the first: the first fills the store that the second reads."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import ratio_row
+from benchmarks.training.backbones import MAX_LENGTH, embedded, small_task
+from revmux.data import DataConfig
+from revmux.features import StoreConfig
+from revmux.losses import LossConfig
+from revmux.pretrained import BackboneConfig
+from revmux.recipe import MethodConfig, Recipe, prepare, train_here
+from revmux.training import OptimConfig
+
+PER_CLASS = 150
+
+
+def trial(recipe: Recipe) -> float:
+    """Seconds of one whole trial: load, prepare, train, evaluate."""
+    started = time.perf_counter()
+    train_here(prepare(recipe, small_task(PER_CLASS)))
+    return time.perf_counter() - started
+
+
+def measure(pairs: int = 3) -> Iterator[dict[str, Any]]:
+    """Rows for trials of one epoch, as a sweep's early stopping starts them, and of three."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "task-model"
+        pretrained = embedded(small_task(PER_CLASS))
+        pretrained.backbone.model.save_pretrained(model)
+        pretrained.tokenizer.save_pretrained(model)
+        for epochs in (1, 3):
+            for num_inputs in (2, 4):
+                ratios = []
+                for pair in range(pairs):
+                    recipe = Recipe(
+                        BackboneConfig(str(model), max_length=MAX_LENGTH),
+                        DataConfig(per_class=PER_CLASS),
+                        MethodConfig("revmux", num_inputs, 3),
+                        OptimConfig(epochs, 16, seed=pair),
+                        LossConfig(infonce_weight=0.25),
+                        StoreConfig(root=f"{folder}/features-{epochs}-{num_inputs}-{pair}"),
+                        shuffles=1,
+                    )
+                    first = trial(recipe)
+                    ratios.append(first / trial(replace(recipe, loss=LossConfig(infonce_weight=0.5))))
+                name = f"first trial of a sweep / second, {epochs} epoch{'s' if epochs > 1 else ''}"
+                row = ratio_row(name, ratios, 3.0 if epochs == 1 else None)
+                yield {"backbone": "all-MiniLM-L6-v2", "num_inputs": num_inputs, "prefill_layers": 3} | row
+                print(f"{name}, N = {num_inputs}: {row['ratio_median']}", flush=True)

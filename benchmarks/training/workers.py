@@ -1,0 +1,84 @@
+"""Two workers against one on the same batches, one thread each, and the share of their time that they wait."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.rows import ratio_row
+from benchmarks.training.backbones import MAX_LENGTH, embedded, small_task
+from revmux.data import TokenizedSplit
+from revmux.features import OnlineFeatures, StoreConfig, open_features
+from revmux.losses import LossConfig
+from revmux.methods import BackboneShape, build_method
+from revmux.model import MultiplexedClassifier
+from revmux.training import OptimConfig, Trainer
+
+NUM_INPUTS, LAYER, BATCH = 2, 3, 32
+
+
+def work(rank: int, world: int, store: str, meeting: str, epochs: int, results: Any) -> None:
+    """One worker: puts the inputs a second of each epoch but the first, and its own share of waiting.
+
+    A thread that waits for the other worker sleeps, so what its processor time lacks of the clock's is waiting.
+    """
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    task = small_task()
+    pretrained = embedded(task)
+    split = TokenizedSplit(task.train, pretrained.tokenizer, MAX_LENGTH)
+    few = TokenizedSplit(task.selection.select(range(8)), pretrained.tokenizer, MAX_LENGTH)
+    features = open_features(pretrained, split, [LAYER], StoreConfig(root=store)).at(LAYER)
+    torch.manual_seed(0)
+    method = build_method("revmux", BackboneShape.of(pretrained.backbone), NUM_INPUTS)
+    model = MultiplexedClassifier(pretrained.backbone, method, LAYER)
+    online = OnlineFeatures(few, pretrained.backbone)
+    trainer = Trainer(model, features, online, OptimConfig(epochs + 1, BATCH), LossConfig())
+    run = trainer.run()
+    next(run)
+    clock, processor = time.perf_counter(), time.process_time()
+    rates = [report.metrics["inputs_per_second"] for report in run]
+    waited = 1 - (time.process_time() - processor) / (time.perf_counter() - clock)
+    results.put((rank, rates, waited))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def run(world: int, store: str, epochs: int) -> tuple[float, float]:
+    """Median inputs a second over all workers, and the mean share of waiting."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world, store, str(Path(folder) / "meet"), epochs, results)
+        processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(world)]
+        for process in processes:
+            process.start()
+        found = sorted(results.get(timeout=600) for _ in processes)
+        for process in processes:
+            process.join()
+    return statistics.median(found[0][1]), statistics.fmean(waited for _, _, waited in found)
+
+
+def measure(pairs: int = 3, epochs: int = 3) -> list[dict[str, Any]]:
+    """The row, with the waiting of two workers."""
+    with tempfile.TemporaryDirectory() as store:
+        run(1, store, 1)  # fills the store
+        ratios, waits = [], []
+        for _ in range(pairs):
+            one, _ = run(1, store, epochs)
+            two, waited = run(2, store, epochs)
+            ratios.append(two / one)
+            waits.append(waited)
+    row = {"backbone": "all-MiniLM-L6-v2", "num_inputs": NUM_INPUTS, "prefill_layers": LAYER}
+    row |= ratio_row("inputs a second of two workers / of one, a thread each", ratios)
+    row |= {"waiting_median": round(statistics.median(waits), 3), "waiting": [round(value, 3) for value in waits]}
+    print(f"{row['name']}: {row['ratio_median']}, waiting {row['waiting_median']:.0%}", flush=True)
+    return [row]
