@@ -68,9 +68,18 @@ def count_flops(backbone: Backbone, method: Method, prefill_layers: int, length:
 
 def relative_cost(backbone: Backbone, method: Method, prefill_layers: int, length: int) -> float:
     """Cost an input over the cost of the same input alone (SISO) on the same backbone; 0.5 is twice as fast."""
-    siso = build_method("siso", BackboneShape.of(backbone), 1)
-    alone = count_flops(backbone, siso, 0, length).per_input
+    alone = count_flops(backbone, _siso(backbone), 0, length).per_input
     return count_flops(backbone, method, prefill_layers, length).per_input / alone
+
+
+def resume_cost(backbone: Backbone, prefill_layers: int, length: int) -> float:
+    """Cost of an input that resumes alone after layer l, relative to SISO: layers l+1..L, a decoder, the model's head."""
+    alone = count_flops(backbone, _siso(backbone), prefill_layers, length)
+    return (alone.per_input - alone.prefill) / alone.per_input
+
+
+def _siso(backbone: Backbone) -> Method:
+    return build_method("siso", BackboneShape.of(backbone), 1)
 
 
 def rival_exit_layer(backbone: Backbone, method: Method, prefill_layers: int, length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def evaluate(
     correct, agreed, teacher_correct = [], [], 0.0
     with evaluating(model):
         for shuffle in range(shuffles):
-            predicted, teacher = predict(
+            predicted, teacher, _ = predict(
                 model, features, shuffled_groups(total, model.num_inputs, seed + shuffle), batch_size
             )
             correct.append(float((predicted == features.labels).double().mean()))
@@ -74,10 +75,22 @@ def evaluate(
     )
 
 
+class Predictions(NamedTuple):
+    """What a model answered to M inputs.
+
+    Attributes:
+        labels: (M,) long on the CPU.
+        teacher: the same of the plain model, or None.
+        scores: (M, C) float32 on the CPU, before softmax.
+    """
+
+    labels: Tensor
+    teacher: Tensor | None
+    scores: Tensor
+
+
 @torch.no_grad()
-def predict(
-    model: MultiplexedClassifier, features: Features, groups: Tensor, batch_size: int = 128
-) -> tuple[Tensor, Tensor | None]:
+def predict(model: MultiplexedClassifier, features: Features, groups: Tensor, batch_size: int = 128) -> Predictions:
     """The class of every input, grouped as told, and the teacher's class.
 
     Args:
@@ -85,15 +98,13 @@ def predict(
         features: the split.
         groups: (G, N) long; every input at least once.
         batch_size: inputs a forward pass.
-
-    Returns:
-        (M,) long on the CPU, and the same of the teacher or None.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     longest = features.lengths[groups].amax(dim=1)  # (G,)
     ordered = groups[longest.argsort(descending=True)][rank::world]  # groups of like length share a batch
     labels = torch.full((len(features),), -1, dtype=torch.long)
     teacher = torch.full_like(labels, -1)
+    scores = torch.full((len(features), model.backbone.num_labels), -torch.inf)
     for chunk in ordered.split(max(1, batch_size // model.num_inputs)):
         rows, inside = local_rows(chunk)
         batch = features.batch(rows)
@@ -103,13 +114,17 @@ def predict(
         else:
             assert batch.tokens is not None
             output = model.run_tokens(batch.tokens, inside)
-        labels[rows] = gather_rows(output.scores, inside, len(rows)).argmax(-1).cpu()
+        scores[rows] = gather_rows(output.scores, inside, len(rows)).cpu()
+        labels[rows] = scores[rows].argmax(-1)
         if batch.teacher_scores is not None:
             teacher[rows] = batch.teacher_scores.argmax(-1).cpu()
     if world > 1:
-        both = torch.stack([labels, teacher])
-        if dist.get_backend() == "nccl":
-            both = both.cuda()
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
-        labels, teacher = both.cpu()
-    return labels, None if bool((teacher < 0).any()) else teacher
+        labels, teacher, scores = _most(labels), _most(teacher), _most(scores)
+    return Predictions(labels, None if bool((teacher < 0).any()) else teacher, scores)
+
+
+def _most(own: Tensor) -> Tensor:
+    """The largest value over all workers, element by element; each has -1 or -inf where another worker answered."""
+    shared = own.cuda() if dist.get_backend() == "nccl" else own
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.cpu()

@@ -54,7 +54,7 @@ def test_siso_is_the_plain_model_and_is_asked_once(tiny_pretrained: Pretrained, 
 def test_every_input_gets_the_answer_of_its_own_slot(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     model, data = multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows)
     groups = shuffled_groups(len(data), 2, seed=0)
-    predicted, teacher = predict(model, data, groups)
+    predicted, teacher, _ = predict(model, data, groups)
     assert teacher is not None
     assert torch.equal(teacher, own_labels(tiny_pretrained, data).argmax(-1))
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_every_input_gets_the_answer_of_its_own_slot(tiny_pretrained: Pretrained
 def test_the_batch_size_does_not_change_an_answer(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     model, data = multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows)
     groups = shuffled_groups(len(data), 2, seed=1)
-    one_by_one, _ = predict(model, data, groups, batch_size=1)
+    one_by_one = predict(model, data, groups, batch_size=1).labels
     assert torch.equal(one_by_one, predict(model, data, groups, batch_size=64)[0])
 
 

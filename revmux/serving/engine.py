@@ -14,26 +14,22 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-
-import torch
 
 from revmux.errors import UserError
 from revmux.pretrained import Pretrained
 from revmux.serving.adapters import Adapter
 from revmux.serving.answer import Answer
-from revmux.serving.errors import Draining, InferenceFailed, UnknownTask
-from revmux.serving.forward import run_pass
+from revmux.serving.errors import Draining, UnknownTask
 from revmux.serving.limits import HIGHEST_PRIORITY, Limits
 from revmux.serving.metrics import Metrics, PassReport
-from revmux.serving.plan import Group, next_pass
-from revmux.serving.queue import PullQueue, Ticket, Window
+from revmux.serving.queue import PullQueue, Ticket
 from revmux.serving.sharing import share_weights
-from revmux.serving.task import Lineup, Task
+from revmux.serving.task import Task
 from revmux.serving.texts import Text
+from revmux.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +65,13 @@ class Engine:
     ) -> None:
         self.limits = limits or Limits()
         self.threads = threads
-        self.on_pass = on_pass
         self._tasks: dict[str, Task] = {}  # replaced as a whole, so that other threads may read it
         self._changing = threading.Lock()
         self._metrics = Metrics()
         self._group_numbers = itertools.count()
         self._queue = PullQueue(self.limits.max_queue, self._metrics, self.limits.priority_seconds)
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="revmux-tokenize")
-        self._worker = threading.Thread(target=self._work, name="revmux-model", daemon=True)
+        self._worker = Worker(self._queue, self._metrics, self.limits, threads, on_pass)
         self._probes: dict[Task, Future[Answer]] = {}
         self._probe_lock = threading.Lock()
         if pretrained is not None:
@@ -96,7 +91,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the model's thread runs."""
-        return self._worker.is_alive()
+        return self._worker.alive
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -325,91 +320,6 @@ class Engine:
         if self.alive:
             self._worker.join()
         self._pool.shutdown()
-
-    def _work(self) -> None:
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        with torch.inference_mode():
-            while (window := self._queue.window(self.limits.max_batch)) is not None:
-                started = self._queue.clock()
-                task = window.tickets[0].task
-                self._step(task, task.lineup, window)
-                self._queue.charge(task, self._queue.clock() - started)
-
-    def _step(self, task: Task, lineup: Lineup, window: Window) -> None:
-        """Run the pass of the ticket whose turn it is, with the others of the window that can share it."""
-        tickets, limits = window.tickets, self.limits
-        try:
-            caps = [lineup.widest if ticket.cap is None else ticket.cap for ticket in tickets]
-            lengths = [ticket.length for ticket in tickets]
-            forward = next_pass(
-                lengths, caps, window.waiting, lineup.routes, limits.plain_load, limits.max_batch_tokens
-            )
-        except Exception as error:
-            self._fail(self._queue.claim(tickets), error)
-            return
-        claimed = set(self._queue.claim([tickets[index] for group in forward.groups for index in group.members]))
-        groups: list[Group] = []
-        rows: list[Ticket] = []
-        for group in forward.groups:  # a group that lost a cancelled member is filled by those that are left
-            members = [tickets[index] for index in group.members if tickets[index] in claimed]
-            if members:
-                groups.append(Group(group.width, tuple(range(len(rows), len(rows) + len(members)))))
-                rows += members
-        if rows:
-            self._run(task, lineup, groups, rows)
-
-    def _run(self, task: Task, lineup: Lineup, groups: Sequence[Group], rows: Sequence[Ticket]) -> None:
-        started, begun = perf_counter(), self._queue.clock()
-        thresholds = {
-            width: threshold for width, adapter in lineup.by_width.items() if (threshold := task.threshold_of(adapter))
-        }
-        models = {width: adapter.model for width, adapter in lineup.by_width.items()}
-        try:
-            outcome = run_pass(
-                task.backbone, models, thresholds, task.padder, groups, [ticket.tokens for ticket in rows]
-            )
-        except Exception as error:
-            self._fail(rows, error)
-            return
-        seconds = perf_counter() - started
-        widths = [group.width for group in groups for _ in group.members]
-        queued = [begun - ticket.queued for ticket in rows]
-        report = PassReport(
-            task=task.name,
-            widths=tuple(widths),
-            groups=tuple(group.width for group in groups),
-            fell_back=tuple(outcome.fell_back),
-            tokens=sum(ticket.length for ticket in rows),
-            padded_tokens=outcome.padded_tokens,
-            tokenize_seconds=tuple(ticket.tokenize_seconds for ticket in rows),
-            queue_seconds=tuple(queued),
-            stages=outcome.stages,
-            seconds=seconds,
-        )
-        self._metrics.record(report)
-        numbers = [number for group, number in zip(groups, self._group_numbers) for _ in group.members]
-        for ticket, scores, width, waited, fell_back, number in zip(
-            rows, outcome.scores, widths, queued, outcome.fell_back, numbers
-        ):
-            answer = Answer(scores, width, waited, seconds, ticket.truncated, fell_back, ticket.tokenize_seconds)
-            ticket.future.set_result(replace(answer, tokens=ticket.length, group=number))
-        self._tell(report)
-
-    def _tell(self, report: PassReport) -> None:
-        if self.on_pass is not None:
-            try:
-                self.on_pass(report)
-            except Exception:
-                logger.exception("on_pass failed")
-
-    def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
-        logger.error("a batch of %d inputs failed", len(tickets), exc_info=error)
-        for ticket in tickets:
-            self._metrics.count(ticket.task.name, "failed")
-            failure = InferenceFailed(f"the model failed on this batch: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            ticket.future.set_exception(failure)
 
 
 def _warn_if_useless(task: Task, adapter: Adapter) -> None:

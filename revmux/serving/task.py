@@ -11,6 +11,7 @@ from pathlib import Path
 from revmux.backbone import Backbone
 from revmux.errors import UserError
 from revmux.fallback import check_threshold
+from revmux.model import MultiplexedClassifier
 from revmux.pretrained import Pretrained
 from revmux.serving.adapters import Adapter, load_adapters
 from revmux.serving.limits import Limits
@@ -24,14 +25,16 @@ class Lineup:
 
     Attributes:
         adapters: loaded, narrowest first, one for each N.
+        thresholds: by N, the confidence below which an answer falls back; N without one never does.
     """
 
-    adapters: tuple[Adapter, ...] = ()
+    adapters: tuple[Adapter, ...]
+    thresholds: dict[int, float]
 
     @cached_property
-    def by_width(self) -> dict[int, Adapter]:
-        """The adapters by their N."""
-        return {adapter.route.width: adapter for adapter in self.adapters}
+    def models(self) -> dict[int, MultiplexedClassifier]:
+        """The adapters on the backbone, by N."""
+        return {adapter.route.width: adapter.model for adapter in self.adapters}
 
     @cached_property
     def routes(self) -> list[Route]:
@@ -91,13 +94,8 @@ class Task:
         self._check(lineup)
         self.lineup = lineup
         self.encoder = Encoder(pretrained, max_length)
-        self.probe_tokens = self.encoder.encode("ok", truncate=True).tokens
+        self.probe_tokens = self.encoder.example.tokens
         self.padder = copy.deepcopy(pretrained.tokenizer)
-
-    def threshold_of(self, adapter: Adapter) -> float:
-        """The confidence below which this adapter's answers fall back; 0 is never."""
-        own = adapter.config.fallback_threshold if self.threshold is None else self.threshold
-        return own or 0.0
 
     def load(self, folder: str | Path) -> Adapter:
         """Take an adapter into the line-up, in the place of the one with the same N.
@@ -123,17 +121,21 @@ class Task:
         Raises:
             UserError: there is none of this N.
         """
-        gone = self.lineup.by_width.get(num_inputs)
-        if gone is None:
-            known = ", ".join(str(width) for width in self.lineup.by_width) or "none"
+        gone = [adapter for adapter in self.lineup.adapters if adapter.route.width == num_inputs]
+        if not gone:
+            known = ", ".join(str(width) for width in self.lineup.models) or "none"
             raise UserError(f"task {self.name!r} has no adapter of N = {num_inputs}; loaded: {known}")
-        self.lineup = Lineup(tuple(adapter for adapter in self.lineup.adapters if adapter is not gone))
-        return gone
+        self.lineup = self._lineup([adapter for adapter in self.lineup.adapters if adapter not in gone])
+        return gone[0]
 
     def _lineup(self, adapters: Sequence[Adapter]) -> Lineup:
+        thresholds: dict[int, float] = {}
         for adapter in adapters:
-            check_threshold(self.threshold_of(adapter), adapter.model.method, adapter.folder)
-        return Lineup(tuple(sorted(adapters, key=lambda adapter: adapter.route.width)))
+            own = adapter.config.fallback_threshold if self.threshold is None else self.threshold
+            check_threshold(own or 0.0, adapter.model.method, adapter.folder)
+            if own:
+                thresholds[adapter.route.width] = own
+        return Lineup(tuple(sorted(adapters, key=lambda adapter: adapter.route.width)), thresholds)
 
     def _longest(self, lineup: Lineup) -> int:
         added = max((adapter.model.method.added_tokens for adapter in lineup.adapters), default=0)
