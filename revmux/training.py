@@ -177,7 +177,9 @@ class Trainer:
         if self.world > 1:
             # A tuned backbone has parts that an adapter may pass by: its own head, layers above the exit.
             self.step = DistributedDataParallel(self.train_step, find_unused_parameters=model.method.tunes_prefill)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True
+        )
         self.groups_per_step = optim.batch_size // model.num_inputs
         self.steps_per_epoch = -(-len(train) // (self.groups_per_step * model.num_inputs))
         self.total_steps = self.steps_per_epoch * optim.epochs
