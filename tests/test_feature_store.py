@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import resource
+import shutil
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from revmux.backbone.verbalizer import Verbalizer
 from revmux.data.tokens import TokenizedSplit
 from revmux.features import (
     OnlineFeatures,
+    StoreBuilder,
     StoreConfig,
     list_stores,
     measure_precision,
@@ -124,7 +128,8 @@ def pretrained(backbone: Backbone) -> Pretrained:
 
 @pytest.fixture
 def config(tmp_path: Path) -> StoreConfig:
-    return StoreConfig(root=str(tmp_path / "features"), dtype="float32", batch_size=4, shard_inputs=SHARD)
+    folders = {"root": str(tmp_path / "features"), "copies": str(tmp_path / "copies")}
+    return StoreConfig(**folders, dtype="float32", batch_size=4, shard_inputs=SHARD)
 
 
 def same(config: StoreConfig, **changes: Any) -> StoreConfig:
@@ -212,17 +217,19 @@ def truncate(path: Path) -> None:
 
 
 def corrupt(path: Path) -> None:
-    """Change bytes in the middle, keeping the size."""
+    """Change one byte in the middle and nothing that a listing shows."""
+    status = path.stat()
     with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        file.write(b"\xff" * 64)
-    os.utime(path, ns=(1, 1))
+        file.seek(status.st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(status.st_size // 2)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def swap(path: Path) -> None:
     """Another shard's content, of its own right a complete file."""
-    path.write_bytes(path.with_name("shard-00001.arrow").read_bytes())
-    os.utime(path, ns=(1, 1))
+    path.write_bytes(max(path.parent.glob("*.arrow")).read_bytes())
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, truncate, corrupt, swap])
@@ -248,6 +255,39 @@ def test_a_touched_but_unchanged_shard_is_kept(config: StoreConfig) -> None:
     assert shard_files(config)[path] == 1
 
 
+def test_a_full_disk_leaves_what_is_complete(config: StoreConfig) -> None:
+    model, tokens = pretrained(bert()), split()
+    teacher = open_features(model, tokens, [], config)
+    kept = shard_files(config)
+    largest = max(path.stat().st_size for path in kept)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))  # states take more room than the teacher
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*shard-00000.*free some space.*what is complete is kept"):
+            open_features(model, tokens, [1], config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert shard_files(config) == kept
+    assert not list(Path(config.root).rglob("*.tmp"))
+    store = open_features(model, tokens, [1], config)
+    assert store.key == teacher.key
+    expect_equal(store, model.backbone, tokens, 1, 1e-5)
+
+
+def test_what_workers_wrote_elsewhere_is_missed(config: StoreConfig) -> None:
+    builder = StoreBuilder(pretrained(bert()), split(), [1], config)
+    with pytest.raises(UserError, match="not seen from here; name a root that every node reaches"), builder.filling():
+        pass
+
+
+def test_a_worker_with_another_backbone_is_refused(config: StoreConfig) -> None:
+    with StoreBuilder(pretrained(bert()), split(), [1], config).filling() as missing:
+        missing.write(bert(), split())
+    missing.check_backbone(bert())
+    with pytest.raises(UserError, match="another backbone"):
+        missing.check_backbone(bert(seed=1))
+
+
 def test_an_interrupted_writer_is_carried_on(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = pretrained(bert()), split()
     write, written = Place.write, []
@@ -270,14 +310,6 @@ def test_an_interrupted_writer_is_carried_on(config: StoreConfig, monkeypatch: p
     after = shard_files(config)
     assert {path: after[path] for path in before} == before
     assert not list(Path(config.root).rglob("*.tmp"))
-
-
-def test_unreadable_manifests_are_not_trusted(config: StoreConfig) -> None:
-    model, tokens = pretrained(bert()), split()
-    open_features(model, tokens, [1], config)
-    for path in Path(config.root).rglob("manifest.json"):
-        path.write_text('{"format": 1, "shards')
-    expect_equal(open_features(model, tokens, [1], config), model.backbone, tokens, 1, 1e-5)
 
 
 def test_every_ingredient_is_in_the_key(config: StoreConfig) -> None:
@@ -308,10 +340,10 @@ def open_and_log(config: StoreConfig, log: str, barrier: Any) -> None:
     """One process of several that want the same store; notes every shard that it writes."""
     write = ShardSet.write
 
-    def noted(shards: ShardSet, index: int, columns: Any) -> None:
+    def noted(shards: ShardSet, index: int, *content: Any) -> None:
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {shards.place.path} {index}\n")
-        write(shards, index, columns)
+        write(shards, index, *content)
 
     backbone, tokens = bert(), split()
     barrier.wait()
@@ -408,15 +440,20 @@ def test_answers_that_depend_on_padding_are_refused(config: StoreConfig) -> None
 
 def test_precision_is_measured_and_noted(config: StoreConfig) -> None:
     backbone, tokens = bert(), split()
-    half = measure_precision(backbone, tokens, 1, torch.float16)
-    brain = measure_precision(backbone, tokens, 1, torch.bfloat16)
-    exact = measure_precision(backbone, tokens, 1, torch.float32)
-    assert (exact.max_relative_error, exact.mean_relative_error, exact.changed_share) == (0, 0, 0)
+    half, brain, exact = (
+        measure_precision(backbone, tokens, range(INPUTS), 1, dtype, batch_size=5)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    )
+    assert (exact.max_relative_error, exact.mean_relative_error, exact.changed) == (0, 0, 0)
     assert 0 < half.mean_relative_error < brain.mean_relative_error < 2**-8
     assert half.mean_relative_error <= half.max_relative_error < 2**-11
-    assert half.inputs == INPUTS
+    assert (half.inputs, half.tokens) == (INPUTS, int(tokens.lengths.sum()))
     store = open_features(pretrained(backbone), tokens, [1], same(config, dtype="float16"))
-    assert store.notes(1)["precision"]["mean_relative_error"] == pytest.approx(half.mean_relative_error)
+    noted = store.precision(1)
+    assert noted is not None
+    assert asdict(noted) == pytest.approx(asdict(half))  # all shards together, each small enough to be measured whole
+    assert f"  layer-001-float16: {noted}" in format_stores(list_stores(config.root))
+    assert open_features(pretrained(backbone), tokens, [1], config).precision(1) is None
 
 
 def test_a_root_may_be_a_uri(config: StoreConfig) -> None:
@@ -428,9 +465,14 @@ def test_a_root_may_be_a_uri(config: StoreConfig) -> None:
     assert shard_files(config) == files
 
 
-@pytest.mark.parametrize("kind", ["subtree", "memory"])
-def test_any_filesystem_will_do(config: StoreConfig, tmp_path: Path, kind: str, monkeypatch: Any) -> None:
+@pytest.fixture
+def _no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lease.__init__, "__defaults__", (100.0, 0.0, 0.0, lambda seconds: None, lambda: 0.0))
+
+
+@pytest.mark.usefixtures("_no_settling")
+@pytest.mark.parametrize("kind", ["subtree", "memory"])
+def test_any_filesystem_will_do(config: StoreConfig, tmp_path: Path, kind: str) -> None:
     filesystem = SubTreeFileSystem(str(tmp_path), LocalFileSystem())
     if kind == "memory":
         filesystem = FileSystem.from_uri("mock:///")[0]
@@ -442,15 +484,72 @@ def test_any_filesystem_will_do(config: StoreConfig, tmp_path: Path, kind: str, 
     assert [info.key for info in list_stores(remote.root, filesystem)] == [store.key]
     remove_stores([store.key], remote.root, filesystem=filesystem)
     assert list_stores(remote.root, filesystem) == []
+    assert [info.key for info in list_stores(config.copies)] == [store.key], "copies are listed and freed like stores"
 
 
-def test_local_states_are_mapped_not_read(config: StoreConfig) -> None:
+@pytest.mark.usefixtures("_no_settling")
+@pytest.mark.parametrize("side", ["deep", "copies"])
+def test_remote_shards_are_copied_once_and_mended(config: StoreConfig, tmp_path: Path, side: str) -> None:
+    filesystem, remote = SubTreeFileSystem(str(tmp_path), LocalFileSystem()), same(config, root="deep/features")
     model, tokens = pretrained(bert()), split()
+    for _ in range(2):
+        expect_equal(open_features(model, tokens, [1], remote, filesystem), model.backbone, tokens, 1, 1e-5)
+    files = {folder: shard_files(same(config, root=str(tmp_path / folder))) for folder in ("deep", "copies")}
+    assert {path.name for path in files["deep"]} == {path.name for path in files["copies"]}
+    damaged = next(iter(files[side]))
+    corrupt(damaged)
+    if side == "deep":
+        shutil.rmtree(config.copies)
+    expect_equal(open_features(model, tokens, [1], remote, filesystem), model.backbone, tokens, 1, 1e-5)
+    after = shard_files(same(config, root=str(tmp_path / side)))
+    assert after.keys() == files[side].keys()
+    assert {path for path in after if after[path] != files[side][path]} == {damaged}
+
+
+@pytest.mark.usefixtures("_no_settling")
+@pytest.mark.parametrize("remote", [False, True])
+def test_states_are_mapped_not_read(config: StoreConfig, tmp_path: Path, remote: bool) -> None:
+    model, tokens = pretrained(bert()), split()
+    filesystem = SubTreeFileSystem(str(tmp_path), LocalFileSystem()) if remote else None
     before = pa.total_allocated_bytes()
-    store = open_features(model, tokens, [1], config)
+    store = open_features(model, tokens, [1], same(config, root="deep") if remote else config, filesystem)
     view: Any = store.at(1)
     assert pa.total_allocated_bytes() == before
     assert sum(values.nbytes for values in view.states.values) == int(tokens.lengths.sum()) * WIDTH * 4
+
+
+def resident_bytes(folder: str) -> int:
+    """Memory of this process that files below a folder take by being mapped."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):
+            inside = folder in rest
+        elif inside and name == "Rss:":
+            total += int(rest.split()[0]) * 1024
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="this system does not tell what is resident")
+def test_reading_keeps_little_resident(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pretrained(bert())
+    texts = [" ".join(WORDS[(row + place) % len(WORDS)] for place in range(38)) for row in range(400)]
+    tokens = TokenizedSplit(Dataset.from_dict({"text": texts, "label": [0] * len(texts)}), tokenizer(), 40)
+    store = open_features(model, tokens, [1], same(config, shard_inputs=50))
+    monkeypatch.setattr("revmux.features.pages.READ_AHEAD", 0)  # rows in the order in which they lie
+    stored = len(texts) * 40 * WIDTH * 4
+    peaks = {}
+    for limit in (stored // 8, 1000 * stored):
+        monkeypatch.setattr("revmux.features.pages.RESIDENT_BYTES", limit)
+        view = store.at(1)
+        resident = []
+        for start in range(0, len(texts), 10):
+            view.batch(range(start, start + 10))
+            resident.append(resident_bytes(config.root))
+        peaks[limit] = max(resident)
+        del view
+    assert peaks[1000 * stored] > stored
+    assert peaks[stored // 8] < stored // 2
 
 
 class Clock:
@@ -494,6 +593,20 @@ def test_a_lease_lost_while_it_settles_is_waited_for() -> None:
     clock.wake = lambda: next(steps, lambda: None)()
     assert loser.acquire()
     assert next(steps, None) is None
+
+
+def test_a_lease_is_kept_for_as_long_as_its_holder_works() -> None:
+    filesystem = FileSystem.from_uri("mock:///")[0]
+    lease = Lease(filesystem, "lease", lifetime=0.2, settle=0.0)
+    assert lease.acquire()
+    with lease.kept():
+        first = lease._read()
+        assert first is not None
+        until = time.monotonic() + 30
+        while (now := lease._read()) is None or now["renewed"] == first["renewed"]:
+            assert time.monotonic() < until
+        assert now["holder"] == lease.holder
+    assert lease._read() is None
 
 
 def test_stores_are_listed_and_removed(
@@ -553,6 +666,7 @@ def test_shards_hold_every_input_once_and_no_more_than_they_may(monkeypatch: pyt
         ({"batch_size": 0}, "batch_size is 0"),
         ({"shard_inputs": 0}, "shard_inputs is 0"),
         ({"root": ""}, "root of the feature store is empty"),
+        ({"copies": "s3://bucket/copies"}, "copies is 's3://bucket/copies'; name a folder of this machine"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], problem: str) -> None:

@@ -5,14 +5,17 @@ from revmux.features.cache_cli import StoreInfo, list_stores, remove_stores
 from revmux.features.config import StoreConfig
 from revmux.features.online import OnlineFeatures
 from revmux.features.precision import Precision, measure_precision
-from revmux.features.store import FeatureStore, open_features
+from revmux.features.store import FeatureStore, StoreBuilder, open_features
+from revmux.features.writer import FeaturePass
 
 __all__ = [
     "FeatureBatch",
+    "FeaturePass",
     "FeatureStore",
     "Features",
     "OnlineFeatures",
     "Precision",
+    "StoreBuilder",
     "StoreConfig",
     "StoreInfo",
     "list_stores",

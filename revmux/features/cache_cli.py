@@ -11,7 +11,8 @@ from revmux.errors import UserError
 from revmux.features.budget import GIGABYTE
 from revmux.features.config import default_root
 from revmux.features.place import Place
-from revmux.features.shards import read_json
+from revmux.features.precision import Precision, noted_precision
+from revmux.features.shards import read_json, read_notes
 from revmux.features.store import META
 
 
@@ -25,6 +26,7 @@ class StoreInfo:
         inputs: inputs of the split.
         tokens: tokens of the split.
         contents: what is stored, such as ``teacher`` and ``layer-003-float16``.
+        losses: what each layer lost by its type on disk, as far as it was written and loses anything.
         bytes: size on disk.
     """
 
@@ -33,6 +35,7 @@ class StoreInfo:
     inputs: int
     tokens: int
     contents: tuple[str, ...]
+    losses: tuple[tuple[str, Precision], ...]
     bytes: int
 
 
@@ -50,8 +53,10 @@ def list_stores(root: str | None = None, filesystem: FileSystem | None = None) -
         meta = read_json(store, META)
         if meta:
             contents = tuple(store.folders())
-            name = str(meta["backbone"]["name"])
-            stores.append(StoreInfo(key, name, meta["inputs"], meta["tokens"], contents, store.size()))
+            noted = ((name, noted_precision(read_notes(store.child(name)))) for name in contents)
+            losses = tuple((name, loss) for name, loss in noted if loss is not None)
+            backbone = str(meta["backbone"]["name"])
+            stores.append(StoreInfo(key, backbone, meta["inputs"], meta["tokens"], contents, losses, store.size()))
     return sorted(stores, key=lambda store: -store.bytes)
 
 
@@ -112,6 +117,7 @@ def format_stores(stores: Sequence[StoreInfo]) -> str:
             f"{store.key:<24}  {size:>8.3f}  {store.inputs:>9}  {store.tokens:>11}  {store.backbone}  "
             f"{', '.join(store.contents)}"
         )
+        lines += [f"  {name}: {loss}" for name, loss in store.losses]
     total = sum(store.bytes for store in stores) / GIGABYTE
     return "\n".join([*lines, f"{len(stores)} stores, {total:.3f} GB"])
 

@@ -24,23 +24,28 @@ class StoreConfig:
 
     Args:
         root: folder of all stores: a local path, or a URI that pyarrow opens, such as ``s3://bucket/features``.
-            Local stores are memory-mapped; others are read into memory.
+        copies: local folder that shards of a URI's store are copied to when they are read, to be memory-mapped from
+            there; by default the user's cache.
         dtype: type of the states on disk; what it loses is measured and noted in the store.
         budget_gb: most gigabytes (10^9 bytes) that one split's store may take on disk. Beyond it only the
             teacher is stored, and the prefill is computed online. 0 always does so.
-        batch_size: inputs a forward pass while the store is built.
+        batch_size: inputs a forward pass while the store is filled.
         shard_inputs: most inputs in a file.
     """
 
     root: str = field(default_factory=default_root)
+    copies: str = field(default_factory=default_root)
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     budget_gb: float = 10.0
     batch_size: int = 64
     shard_inputs: int = 2048
 
     def __post_init__(self) -> None:
-        if not self.root:
-            raise UserError("root of the feature store is empty; name a folder or a URI")
+        for name in ("root", "copies"):
+            if not getattr(self, name):
+                raise UserError(f"{name} of the feature store is empty; name a folder")
+        if "://" in self.copies:
+            raise UserError(f"copies is {self.copies!r}; name a folder of this machine: files are mapped from there")
         if self.dtype not in DTYPES:
             raise one_of("dtype", self.dtype, DTYPES, "choose float16 for the smallest error at half the size")
         if not self.budget_gb >= 0:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pyarrow.fs import FileSystem, FileType
@@ -44,7 +46,6 @@ class Lease:
         self.lifetime, self.settle, self.poll = lifetime, settle, poll
         self.sleep, self.now = sleep, now
         self.holder = uuid.uuid4().hex
-        self.renewed = 0.0
 
     def acquire(self, wait: bool = True) -> bool:
         """Take the lease, waiting for another's to end if told so; says whether it was taken."""
@@ -63,15 +64,33 @@ class Lease:
                 told = True
             self.sleep(self.poll)
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the acquired lease from running out, by a thread of its own, and give it back in the end."""
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(self.lifetime / 4):
+                try:
+                    self.renew()
+                except OSError as error:
+                    _log.warning("%s could not be renewed (%s); trying again", self.path, error)
+
+        keeper = threading.Thread(target=renew, daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            done.set()
+            keeper.join()
+            self.release()
+
     def renew(self) -> None:
-        """Say that the holder is alive; cheap to call often."""
-        if self.now() - self.renewed < self.lifetime / 4:
-            return
-        if not self._holds():
+        """Say that the holder is alive."""
+        if self._holds():
+            self._write()
+        else:
             _log.warning("%s was taken by another process; both go on, and write the same files", self.path)
-            self.renewed = self.now()
-            return
-        self._write()
 
     def release(self) -> None:
         """Give the lease back."""
@@ -83,15 +102,17 @@ class Lease:
         return content is not None and content["holder"] == self.holder
 
     def _read(self) -> dict[str, Any] | None:
-        if self.filesystem.get_file_info(self.path).type != FileType.File:
+        info = self.filesystem.get_file_info(self.path)
+        if info.type != FileType.File:
             return None
         try:
             with self.filesystem.open_input_file(self.path) as stream:
                 return dict(json.loads(stream.read()))
-        except (FileNotFoundError, ValueError):  # released, or being written, just now
+        except FileNotFoundError:  # released just now
             return None
+        except ValueError:  # being written, just now or when its writer died
+            return {"holder": "", "renewed": info.mtime.timestamp() if info.mtime else 0.0}
 
     def _write(self) -> None:
-        self.renewed = self.now()
         with self.filesystem.open_output_stream(self.path) as stream:
-            stream.write(json.dumps({"holder": self.holder, "renewed": self.renewed}).encode())
+            stream.write(json.dumps({"holder": self.holder, "renewed": self.now()}).encode())

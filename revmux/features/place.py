@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
+import xxhash
 from filelock import FileLock, Timeout
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
@@ -19,8 +21,6 @@ from revmux.features.lease import Lease
 
 _log = logging.getLogger(__name__)
 _TEMPORARY = ".tmp"
-Stat = tuple[int, int | None]
-"""Size in bytes and time of the last change in nanoseconds (None where a filesystem keeps none)."""
 
 
 class Place:
@@ -80,73 +80,111 @@ class Place:
         except OSError as error:
             raise UserError(f"cannot write to {self.path} ({error}); choose another root for features") from None
 
-    def stats(self, names: Sequence[str]) -> list[Stat | None]:
-        """Size and time of change of files inside; None for those that are not there."""
-        infos = self.filesystem.get_file_info([self.file(name) for name in names])
-        return [(info.size, info.mtime_ns) if info.type == FileType.File else None for info in infos]
+    def files(self) -> list[str]:
+        """Names of the files inside, sorted."""
+        return self._names(FileType.File)
 
     def folders(self) -> list[str]:
         """Names of the folders inside, sorted."""
+        return self._names(FileType.Directory)
+
+    def _names(self, kind: FileType) -> list[str]:
         infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in infos if info.type == FileType.Directory)
+        return sorted(info.base_name for info in infos if info.type == kind)
 
     def size(self) -> int:
         """Bytes of all files inside, at any depth."""
         infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True, recursive=True))
         return sum(info.size for info in infos if info.type == FileType.File)
 
-    def free(self) -> int | None:
-        """Free bytes on the disk that holds this existing folder; None where that is unknown."""
-        return shutil.disk_usage(self.path).free if self.local else None
+    def free(self) -> int:
+        """Free bytes on the local disk that holds this existing folder."""
+        return shutil.disk_usage(self.path).free
 
     def read(self, name: str) -> pa.Buffer | None:
         """A file's bytes: memory-mapped where local, else read into memory; None if it is not there."""
-        if self.stats([name]) == [None]:
-            return None
         path = self.file(name)
+        if self.filesystem.get_file_info(path).type != FileType.File:
+            return None
         # A closed map keeps its pages for the buffers cut from it, without holding a file descriptor each.
         with pa.memory_map(path) if self.local else self.filesystem.open_input_file(path) as stream:
             return stream.read_buffer()
 
+    def digest(self, name: str) -> str | None:
+        """Hash of a local file's bytes; None if it cannot be read."""
+        try:
+            with open(self.file(name), "rb") as file:
+                return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        except OSError:
+            return None
+
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write a whole file: under its own name it is complete and on the disk, or not there."""
+        """Write a whole file: under its own name it is complete and on the disk, or not there.
+
+        Raises:
+            UserError: it cannot be written, for want of space or of permission.
+        """
         temporary = self.file(f"{name}.{uuid.uuid4().hex}{_TEMPORARY}")
-        if not self.local:
+        try:
+            if self.local:
+                self._write_local(temporary, self.file(name), data)
+                return
             with self.filesystem.open_output_stream(temporary) as stream:
                 stream.write(data)
             self.filesystem.move(temporary, self.file(name))
-            return
+        except OSError as error:
+            with suppress(OSError):
+                self.filesystem.delete_file(temporary)
+            raise UserError(
+                f"cannot write {self.file(name)} ({error}); free some space there or choose another root for features, "
+                "then start again: what is complete is kept"
+            ) from None
+
+    def _write_local(self, temporary: str, path: str, data: bytes | pa.Buffer) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.file(name))
+        os.replace(temporary, path)
         folder = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
 
+    def copy(self, name: str, target: Place) -> None:
+        """Copy a file to another place, whole or not at all.
+
+        Raises:
+            UserError: it is gone, or cannot be written.
+        """
+        data = self.read(name)
+        if data is None:
+            raise UserError(f"{self.file(name)} was removed while it was copied; start again")
+        target.create()
+        target.write(name, data)
+
     def sweep(self) -> None:
         """Remove what interrupted writers left unfinished; for the holder of the lock."""
-        for info in self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True)):
-            if info.type == FileType.File and info.base_name.endswith(_TEMPORARY):
-                self.filesystem.delete_file(info.path)
+        for name in self.files():
+            if name.endswith(_TEMPORARY):
+                self.remove_file(name)
+
+    def remove_file(self, name: str) -> None:
+        """Remove a file inside."""
+        self.filesystem.delete_file(self.file(name))
 
     def remove(self, name: str) -> None:
         """Remove a folder inside with all that it holds."""
         self.filesystem.delete_dir(self.file(name))
 
     @contextmanager
-    def exclusive(self, name: str, wait: bool = True) -> Iterator[Callable[[], None]]:
+    def exclusive(self, name: str, wait: bool = True) -> Iterator[None]:
         """One holder at a time over all processes: a file lock where local, a lease file elsewhere.
 
         Args:
             name: of the lock, a file in this folder.
             wait: wait for another holder to finish.
-
-        Yields:
-            A function for the holder to call from time to time: it keeps a lease from running out.
 
         Raises:
             UserError: another holds it and ``wait`` is False.
@@ -156,10 +194,8 @@ class Place:
             lease = Lease(self.filesystem, self.file(name))
             if not lease.acquire(wait):
                 raise busy
-            try:
-                yield lease.renew
-            finally:
-                lease.release()
+            with lease.kept():
+                yield
             return
         Path(self.path).mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.file(name))
@@ -171,6 +207,6 @@ class Place:
             _log.info("another process is writing %s; waiting for it", self.file(name))
             lock.acquire()
         try:
-            yield lambda: None
+            yield
         finally:
             lock.release()

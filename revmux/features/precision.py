@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,42 +21,62 @@ class Precision:
     Attributes:
         max_relative_error: the largest over tokens of ‖stored − true‖ / ‖true‖.
         mean_relative_error: its mean over tokens.
-        changed_share: share of inputs whose label changes when the plain model goes on from the stored state.
+        changed: inputs whose label changes when the plain model goes on from the stored state.
         inputs: inputs that were measured.
+        tokens: their tokens.
     """
 
     max_relative_error: float
     mean_relative_error: float
-    changed_share: float
+    changed: int
     inputs: int
+    tokens: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Precision]) -> Precision:
+        """Of all inputs together that at least one part measured."""
+        tokens = sum(part.tokens for part in parts)
+        return cls(
+            max_relative_error=max(part.max_relative_error for part in parts),
+            mean_relative_error=sum(part.mean_relative_error * part.tokens for part in parts) / tokens,
+            changed=sum(part.changed for part in parts),
+            inputs=sum(part.inputs for part in parts),
+            tokens=tokens,
+        )
 
     def __str__(self) -> str:
         return (
             f"states lose {self.mean_relative_error:.1e} of their norm on average, {self.max_relative_error:.1e} at "
-            f"most; {self.changed_share:.2%} of {self.inputs} labels change"
+            f"most; {self.changed} of {self.inputs} labels change"
         )
 
 
+def noted_precision(notes: Sequence[Mapping[str, Any]]) -> Precision | None:
+    """What a layer lost, from what was noted of its shards; None where that is nothing."""
+    parts = [Precision(**note) for note in notes if note]
+    return Precision.of(parts) if parts else None
+
+
+def spread(rows: Sequence[int] | np.ndarray, count: int) -> list[int]:
+    """At most ``count`` of the rows, evenly spread over them."""
+    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64))
+    return np.asarray(rows)[places].tolist()
+
+
 def measure_precision(
-    backbone: Backbone,
-    split: TokenizedSplit,
-    layer: int,
-    dtype: torch.dtype,
-    inputs: int = 256,
-    batch_size: int = 64,
+    backbone: Backbone, split: TokenizedSplit, rows: Sequence[int], layer: int, dtype: torch.dtype, batch_size: int = 64
 ) -> Precision:
     """Compare states at ``layer`` with what is left of them after a round trip through ``dtype``.
 
     Args:
         backbone: the cut model.
         split: the tokens.
+        rows: inputs to measure.
         layer: depth of the states.
         dtype: type of the states on disk.
-        inputs: inputs to measure, evenly spread over the split.
         batch_size: inputs a forward pass.
     """
-    rows = np.unique(np.linspace(0, len(split) - 1, min(inputs, len(split))).round().astype(np.int64)).tolist()
-    largest, total, tokens, changed = 0.0, 0.0, 0, 0
+    parts = []
     with evaluating(backbone), torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             batch = split.batch(rows[start : start + batch_size], backbone.device)
@@ -62,10 +84,10 @@ def measure_precision(
             stored = replace(true, hidden=true.hidden.to(dtype).to(true.hidden.dtype))  # (B, S, d)
             error = (stored.hidden.float() - true.hidden.float()).norm(dim=-1)[true.mask]  # (T,)
             error = error / true.hidden.float().norm(dim=-1)[true.mask].clamp(min=1e-12)
-            largest, total, tokens = max(largest, float(error.max())), total + float(error.sum()), tokens + len(error)
             labels = [
                 backbone.classify(backbone.answers(backbone.run(state, backbone.num_layers))[:, 0]).argmax(dim=-1)
                 for state in (true, stored)
             ]
-            changed += int((labels[0] != labels[1]).sum())
-    return Precision(largest, total / tokens, changed / len(rows), len(rows))
+            changed = int((labels[0] != labels[1]).sum())
+            parts.append(Precision(float(error.max()), float(error.mean()), changed, len(labels[0]), len(error)))
+    return Precision.of(parts)

@@ -12,6 +12,7 @@ from torch import Tensor
 from revmux.backbone import Backbone, HiddenState
 from revmux.data.tokens import TokenizedSplit
 from revmux.features.base import FeatureBatch
+from revmux.features.pages import MappedPages
 from revmux.features.shards import ShardSet, fixed_values, ragged_values
 
 
@@ -38,8 +39,8 @@ class RowIndex:
 class FixedRows:
     """A column of equally wide rows over all shards; its values stay on disk until they are read."""
 
-    def __init__(self, shards: list[np.ndarray], index: RowIndex) -> None:
-        self.shards, self.index = shards, index
+    def __init__(self, shards: list[np.ndarray], index: RowIndex, pages: MappedPages) -> None:
+        self.shards, self.index, self.pages = shards, index, pages
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """(B,) rows to (B, W)."""
@@ -48,6 +49,7 @@ class FixedRows:
         for shard in np.unique(owners):
             here = np.flatnonzero(owners == shard)
             taken[here] = self.shards[shard][places[here]]
+        self.pages.touch(len(rows), taken.nbytes)
         return taken
 
 
@@ -58,14 +60,21 @@ class RaggedRows:
         shards: each shard's values (T, ...) and offsets (R + 1,).
         plan: rows of each shard.
         index: where each input lies.
+        pages: of the files that hold the shards.
 
     Attributes:
         counts: (M,) tokens of each input.
     """
 
-    def __init__(self, shards: list[tuple[np.ndarray, np.ndarray]], plan: list[np.ndarray], index: RowIndex) -> None:
+    def __init__(
+        self,
+        shards: list[tuple[np.ndarray, np.ndarray]],
+        plan: list[np.ndarray],
+        index: RowIndex,
+        pages: MappedPages,
+    ) -> None:
         self.values = [values for values, _ in shards]
-        self.index = index
+        self.index, self.pages = index, pages
         self.starts = np.empty(len(index.shard), np.int64)
         self.counts = np.empty(len(index.shard), np.int64)
         for rows, (_, offsets) in zip(plan, shards, strict=True):
@@ -96,6 +105,7 @@ class RaggedRows:
             else:
                 target[:count] = source
                 target[count:] = 0
+        self.pages.touch(len(rows), view.nbytes)
         return batch
 
 
@@ -109,16 +119,18 @@ class TeacherReader:
 
     def __init__(self, shards: ShardSet, plan: list[np.ndarray]) -> None:
         self.plan, self.index = plan, RowIndex(plan)
-        batches = [shards.read(index) for index in range(len(plan))]
+        batches, files = zip(*(shards.read(index) for index in range(len(plan))), strict=True)
+        pages = MappedPages(files)
         self._fixed = {
-            name: FixedRows([fixed_values(batch.column(name)) for batch in batches], self.index)
+            name: FixedRows([fixed_values(batch.column(name)) for batch in batches], self.index, pages)
             for name in ("vectors", "scores", "answer")
         }
         self._ragged = {
-            name: RaggedRows([ragged_values(batch.column(name)) for batch in batches], plan, self.index)
+            name: RaggedRows([ragged_values(batch.column(name)) for batch in batches], plan, self.index, pages)
             for name in batches[0].schema.names
             if name not in self._fixed
         }
+        pages.release()  # what opening read
 
     def take(self, name: str, rows: np.ndarray) -> Tensor:
         """``vectors`` (B, r), ``scores`` (B, C) or ``answer`` (B, A), counted from an input's first token."""
@@ -184,8 +196,11 @@ class StoredFeatures(TeacherFeatures):
         self.depth, self.dtype = depth, dtype
         self.pad_left = split.tokenizer.padding_side == "left"
         plan = teacher.plan
-        columns = [ragged_values(shards.read(index).column("hidden")) for index in range(len(plan))]
-        self.states = RaggedRows(columns, plan, teacher.index)
+        batches, files = zip(*(shards.read(index) for index in range(len(plan))), strict=True)
+        columns = [ragged_values(batch.column("hidden")) for batch in batches]
+        pages = MappedPages(files)
+        self.states = RaggedRows(columns, plan, teacher.index, pages)
+        pages.release()  # what opening read
 
     def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
         """See :meth:`revmux.features.Features.batch`."""

@@ -1,25 +1,27 @@
-"""Ragged rows as Arrow IPC files of some thousand inputs, each trusted only as its manifest describes it."""
+"""Ragged rows as Arrow IPC files of some thousand inputs, each named by the hash of its bytes and trusted only by it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+import xxhash
 from torch import Tensor
 
 from revmux.errors import UserError
 from revmux.features.place import Place
 
-FORMAT = 1
-_MANIFEST = "manifest.json"
+FORMAT = 2
 SHARD_TOKENS = 65_536
 """Most tokens in a shard, so that a writer's memory stays small also where inputs are long."""
+_NAME = re.compile(r"shard-(\d+)\.([0-9a-f]{32})\.arrow")
+_NOTES = b"revmux"
 
 
 def plan_shards(lengths: np.ndarray, shard_inputs: int) -> list[np.ndarray]:
@@ -85,102 +87,106 @@ def _numpy_type(kind: pa.DataType) -> Any:
     return np.int16 if pa.types.is_fixed_size_binary(kind) else kind.to_pandas_dtype()
 
 
-@dataclass(frozen=True)
-class ShardRecord:
-    """What a finished shard is known by.
-
-    Attributes:
-        rows: inputs in it.
-        bytes: size of its file.
-        digest: hash of its file.
-        modified: time of its last change, in nanoseconds; None where the filesystem keeps none.
-    """
-
-    rows: int
-    bytes: int
-    digest: str
-    modified: int | None
-
-
 class ShardSet:
     """The shards of one thing: the teacher, or the states of one layer.
 
+    A shard's name carries the hash of its bytes. So any process may write one without telling the others, and any
+    can tell whether one is what was written.
+
     Args:
         place: their folder.
-        rows: inputs that each shard is to hold.
+        size: how many there are to be.
+        copies: local folder that shards are copied to, to be mapped from there; None where ``place`` is local.
 
     Attributes:
-        notes: what the manifest says beside the shards.
+        names: file name of each shard that was found.
+        mapped: where shards are mapped from.
     """
 
-    def __init__(self, place: Place, rows: list[int]) -> None:
-        self.place, self.rows = place, rows
-        self.records: dict[int, ShardRecord] = {}
-        self.notes: dict[str, Any] = {}
-        content = read_json(place, _MANIFEST)
-        if content.get("format") == FORMAT:
-            self.notes = content["notes"]
-            self.records = {
-                int(index): ShardRecord(**record)
-                for index, record in content["shards"].items()
-                if int(index) < len(rows) and record["rows"] == rows[int(index)]
-            }
+    def __init__(self, place: Place, size: int, copies: Place | None = None) -> None:
+        self.place, self.size, self.copies = place, size, copies
+        self.mapped = copies or place
+        self.names: dict[int, str] = {}
+        self._intact: set[str] = set()
+        self._damaged: set[str] = set()
 
-    def complete(self) -> bool:
-        """Whether every shard is there as it was written, by size and time of change."""
-        return len(self.records) == len(self.rows) and all(
-            stat == (self.records[index].bytes, self.records[index].modified)
-            for index, stat in enumerate(self._stats())
-        )
+    def find(self, verify: bool = True) -> list[int]:
+        """Look which shards are there; one whose bytes are not what was written counts as missing.
 
-    def repair(self) -> list[int]:
-        """Read again what was changed since it was written, and forget what does not hold what it should.
+        Args:
+            verify: read and hash those that were not hashed yet, which copies those of a remote place; else their
+                names are believed.
 
         Returns:
-            Shards to be written.
+            Shards that are missing.
         """
-        for index, stat in enumerate(self._stats()):
-            record = self.records.get(index)
-            if record is None or stat == (record.bytes, record.modified):
-                continue
-            data = self.place.read(_name(index)) if stat is not None and stat[0] == record.bytes else None
-            if stat is not None and data is not None and _digest(data) == record.digest:
-                self.records[index] = ShardRecord(record.rows, record.bytes, record.digest, stat[1])
-            else:
-                del self.records[index]
-        return [index for index in range(len(self.rows)) if index not in self.records]
+        names: dict[int, str] = {}
+        self._damaged.clear()
+        for name in self.place.files():
+            match = _NAME.fullmatch(name)
+            if match is not None and int(match[1]) not in names and (not verify or self._is_intact(name, match[2])):
+                names[int(match[1])] = name
+        self.names = names
+        return [index for index in range(self.size) if index not in names]
 
-    def write(self, index: int, columns: Mapping[str, pa.Array]) -> None:
-        """Write a shard whole, then enter it in the manifest."""
+    def sweep(self) -> None:
+        """Remove what interrupted writers left, and shards found damaged; for the holder of the lock."""
+        self.place.sweep()
+        while self._damaged:
+            self.place.remove_file(self._damaged.pop())
+
+    def write(self, index: int, columns: Mapping[str, pa.Array], notes: Mapping[str, Any] | None = None) -> None:
+        """Write a shard whole.
+
+        Args:
+            index: its number.
+            columns: one row an input.
+            notes: what is to be known of it, as JSON.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         batch = pa.record_batch(list(columns.values()), names=list(columns))
+        batch = batch.replace_schema_metadata({_NOTES: json.dumps(dict(notes or {}))})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         data = sink.getvalue()
-        self.place.write(_name(index), data)
-        stat = self.place.stats([_name(index)])[0]
-        assert stat is not None
-        self.records[index] = ShardRecord(batch.num_rows, data.size, _digest(data), stat[1])
-        self.save()
+        name = f"shard-{index:05d}.{xxhash.xxh3_128_hexdigest(data)}.arrow"
+        self.place.write(name, data)
+        self.names[index] = name
 
-    def read(self, index: int) -> pa.RecordBatch:
-        """A shard, memory-mapped where its filesystem is local.
+    def read(self, index: int) -> tuple[pa.RecordBatch, pa.Buffer]:
+        """A shard, and the memory-mapped file that its columns lie in.
 
         Raises:
             UserError: the shard is gone.
         """
-        data = self.place.read(_name(index))
+        name = self.names[index]
+        data = self.mapped.read(name)
         if data is None:
-            raise UserError(f"{self.place.file(_name(index))} was removed while it was opened; start again")
-        return pa.ipc.open_file(data).get_batch(0)
+            raise UserError(f"{self.mapped.file(name)} was removed while it was opened; start again")
+        return pa.ipc.open_file(data).get_batch(0), data
 
-    def save(self) -> None:
-        """Write the manifest."""
-        shards = {str(index): asdict(record) for index, record in sorted(self.records.items())}
-        write_json(self.place, _MANIFEST, {"format": FORMAT, "notes": self.notes, "shards": shards})
+    def _is_intact(self, name: str, digest: str) -> bool:
+        if name in self._intact:
+            return True
+        if self.copies is not None and self.copies.digest(name) != digest:
+            self.place.copy(name, self.copies)
+        if self.mapped.digest(name) != digest:
+            self._damaged.add(name)
+            return False
+        self._intact.add(name)
+        return True
 
-    def _stats(self) -> list[tuple[int, int | None] | None]:
-        return self.place.stats([_name(index) for index in range(len(self.rows))])
+
+def read_notes(place: Place) -> list[dict[str, Any]]:
+    """What was noted of each shard in a folder, from the ends of the files alone; unreadable ones are passed over."""
+    notes = []
+    for name in filter(_NAME.fullmatch, place.files()):
+        with suppress(OSError, pa.ArrowInvalid, KeyError), place.filesystem.open_input_file(place.file(name)) as file:
+            notes.append(json.loads(pa.ipc.open_file(file).schema.metadata[_NOTES]))
+    return notes
 
 
 def read_json(place: Place, name: str) -> dict[str, Any]:
@@ -195,11 +201,3 @@ def read_json(place: Place, name: str) -> dict[str, Any]:
 def write_json(place: Place, name: str, content: Mapping[str, Any]) -> None:
     """Write a JSON object."""
     place.write(name, json.dumps(content, indent=2, sort_keys=True).encode())
-
-
-def _name(index: int) -> str:
-    return f"shard-{index:05d}.arrow"
-
-
-def _digest(data: pa.Buffer) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

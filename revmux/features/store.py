@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,15 +19,14 @@ from revmux.features.budget import GIGABYTE, predict_size
 from revmux.features.config import DTYPES, StoreConfig
 from revmux.features.key import backbone_digest, combine, tokens_digest
 from revmux.features.place import Place
-from revmux.features.precision import measure_precision
+from revmux.features.precision import Precision, noted_precision
 from revmux.features.reader import StoredFeatures, TeacherFeatures, TeacherReader
-from revmux.features.shards import FORMAT, ShardSet, plan_shards, read_json, write_json
-from revmux.features.writer import write_features
+from revmux.features.shards import FORMAT, ShardSet, plan_shards, read_json, read_notes, write_json
+from revmux.features.writer import FeaturePass
 from revmux.pretrained import Pretrained
 
 _log = logging.getLogger(__name__)
 META = "meta.json"
-PRECISION_INPUTS = 32  # enough for the size of rounding; each costs two passes
 AGREEMENT = 0.05
 """Share of their norm by which stored features may differ from computed ones, rounding and hardware included."""
 
@@ -90,9 +88,9 @@ class FeatureStore:
         """Tokens and the stored teacher: for models that prefill otherwise than the frozen backbone does."""
         return TeacherFeatures(self._split, self._backbone, self._teacher)
 
-    def notes(self, layer: int) -> dict[str, Any]:
-        """What is noted of a stored layer, such as its loss of precision."""
-        return dict(self._layers[layer].notes)
+    def precision(self, layer: int) -> Precision | None:
+        """What a stored layer lost by its type on disk, measured when it was written; None where that is nothing."""
+        return noted_precision(read_notes(self._layers[layer].mapped))
 
     def check(self, inputs: int = 4) -> None:
         """Compare some inputs with what the backbone says now: its code can change where its weights do not.
@@ -145,65 +143,112 @@ def open_features(
     Raises:
         UserError: a layer out of range, an empty split, or a place that cannot be written.
     """
-    config = config or StoreConfig()
-    wanted = sorted({int(layer) for layer in prefill_layers})
-    for layer in wanted:
-        if not 0 <= layer <= pretrained.backbone.num_layers:
-            raise UserError(f"prefill layer {layer} does not exist; choose 0..{pretrained.backbone.num_layers}")
-    if not len(split):
-        raise UserError("the split is empty; bring at least one example")
-    return _Builder(pretrained, split, wanted, config, Place.open(config.root, filesystem)).open()
+    return StoreBuilder(pretrained, split, prefill_layers, config, filesystem).open()
 
 
-class _Builder:
-    """Finds, completes and opens one store."""
+class StoreBuilder:
+    """Finds, completes and opens one store; its arguments are those of :func:`open_features`.
+
+    Attributes:
+        key: of the store.
+        split: the tokens.
+    """
 
     def __init__(
-        self, pretrained: Pretrained, split: TokenizedSplit, wanted: list[int], config: StoreConfig, root: Place
+        self,
+        pretrained: Pretrained,
+        split: TokenizedSplit,
+        prefill_layers: Sequence[int],
+        config: StoreConfig | None = None,
+        filesystem: FileSystem | None = None,
     ) -> None:
+        self.config = config or StoreConfig()
         self.pretrained, self.backbone, self.split = pretrained, pretrained.backbone, split
-        self.wanted, self.config, self.root = wanted, config, root
-        self.dtype = DTYPES[config.dtype]
-        self.plan = plan_shards(split.lengths.numpy(), config.shard_inputs)
+        self.wanted = sorted({int(layer) for layer in prefill_layers})
+        for layer in self.wanted:
+            if not 0 <= layer <= self.backbone.num_layers:
+                raise UserError(f"prefill layer {layer} does not exist; choose 0..{self.backbone.num_layers}")
+        if not len(split):
+            raise UserError("the split is empty; bring at least one example")
+        self.dtype = DTYPES[self.config.dtype]
+        self.plan = plan_shards(split.lengths.numpy(), self.config.shard_inputs)
         self.ingredients = {
             "format": FORMAT,
             "backbone": backbone_digest(self.backbone),
             "tokens": tokens_digest(split),
-            "shard_inputs": config.shard_inputs,
+            "shard_inputs": self.config.shard_inputs,
         }
         self.key = combine(self.ingredients)
-        self.place = root.child(self.key)
+        self.root = Place.open(self.config.root, filesystem)
+        self.place = self.root.child(self.key)
+        self.copies = None if self.root.local else Place.open(self.config.copies).child(self.key)
+        self.teacher = self._shards("teacher")
+        self.layers = {layer: self._shards(layer_folder(layer, self.config.dtype)) for layer in self.wanted}
+
+    def complete(self, verify: bool = True) -> bool:
+        """Whether all that is wanted is stored.
+
+        Args:
+            verify: read and hash every shard; else their names are believed.
+        """
+        missing = [shards.find(verify) for shards in (self.teacher, *self.layers.values())]
+        return not any(missing)
+
+    @contextmanager
+    def filling(self, verify: bool = True) -> Iterator[FeaturePass]:
+        """Be the one process that completes the store, waiting for another that is at it.
+
+        Args:
+            verify: see :meth:`complete`.
+
+        Yields:
+            What is to be written, as far as the budget goes; at the end it is there.
+
+        Raises:
+            UserError: what was written is not seen here.
+        """
+        self.root.create()
+        with self.root.exclusive(f"{self.key}.lock"):
+            self.complete(verify)  # another process may have written since
+            self.layers = self._affordable()
+            for shards in (self.teacher, *self.layers.values()):
+                shards.place.create()
+                shards.sweep()
+            self._describe(self.place)
+            backbone = self.ingredients["backbone"]
+            yield FeaturePass(
+                self.key, str(backbone), self.plan, self.teacher, self.layers, self.dtype, self.config.batch_size
+            )
+            if not self.complete(verify):
+                raise UserError(
+                    f"{self.place.path}: what was written there is not seen from here; name a root that every node "
+                    "reaches under the same name, a shared folder or a URI"
+                )
 
     def open(self) -> FeatureStore:
-        """The store, complete as far as the budget goes."""
-        teacher, layers = self._shards("teacher"), {layer: self._layer(layer) for layer in self.wanted}
-        if all(shards.complete() for shards in (teacher, *layers.values())):
-            return self._opened(teacher, layers)
-        self.root.create()
-        with self.root.exclusive(f"{self.key}.lock") as alive:
-            # Another process may have written since.
-            teacher = self._shards("teacher")
-            layers = self._affordable({layer: self._layer(layer) for layer in self.wanted})
-            self._complete(teacher, layers, alive)
-        return self._opened(teacher, layers)
-
-    def _opened(self, teacher: ShardSet, layers: dict[int, ShardSet]) -> FeatureStore:
-        store = FeatureStore(self.key, self.wanted, self.split, self.pretrained, teacher, layers, self.plan, self.dtype)
+        """The store, completed here as far as the budget goes."""
+        if not self.complete():
+            with self.filling() as missing:
+                missing.write(self.backbone, self.split)
+        if self.copies is not None:
+            self.copies.create()
+            self._describe(self.copies)
+        store = FeatureStore(
+            self.key, self.wanted, self.split, self.pretrained, self.teacher, self.layers, self.plan, self.dtype
+        )
         store.check()
         return store
 
     def _shards(self, name: str) -> ShardSet:
-        return ShardSet(self.place.child(name), [len(rows) for rows in self.plan])
+        copies = None if self.copies is None else self.copies.child(name)
+        return ShardSet(self.place.child(name), len(self.plan), copies)
 
-    def _layer(self, layer: int) -> ShardSet:
-        return self._shards(layer_folder(layer, self.config.dtype))
-
-    def _affordable(self, layers: dict[int, ShardSet]) -> dict[int, ShardSet]:
+    def _affordable(self) -> dict[int, ShardSet]:
         """The layers to store: all, or those that are there already."""
-        complete = {layer: shards for layer, shards in layers.items() if shards.complete()}
-        missing = sorted(set(layers) - set(complete))
+        complete = {layer: shards for layer, shards in self.layers.items() if len(shards.names) == len(self.plan)}
+        missing = sorted(set(self.layers) - set(complete))
         if not missing:
-            return layers
+            return self.layers
         probe = self._probe()
         if probe.decoder is not None:
             _log.warning(
@@ -214,14 +259,15 @@ class _Builder:
             return complete
         prompt = int(probe.mask.sum()) - int(self.split.lengths[0])
         size = predict_size(self.split, self.backbone, self.dtype, prompt)
-        used, free = self.place.size(), self.root.free()
-        kept = used - sum(layers[layer].place.size() for layer in missing)
+        used = self.place.size()
+        kept = used - sum(self.layers[layer].place.size() for layer in missing)
         needed = max(kept, size.teacher) + size.layer * len(missing)
+        disk = self._disk()
         limit = None
         if needed > self.config.budget_gb * GIGABYTE:
             limit = f"budget_gb = {self.config.budget_gb:g}"
-        elif free is not None and needed > used + free:
-            limit = f"the {(used + free) / GIGABYTE:.3g} GB that the disk has for them"
+        elif needed > disk:
+            limit = f"the {disk / GIGABYTE:.3g} GB that the disk has for them"
         if limit is not None:
             _log.warning(
                 "features at layers %s of %d inputs need %.3g GB, over %s; "
@@ -232,32 +278,22 @@ class _Builder:
                 limit,
             )
             return complete
-        return layers
+        return self.layers
 
     def _probe(self) -> HiddenState:
         with torch.inference_mode():
             return self.backbone.embed(self.split.batch([0], self.backbone.device))
 
-    def _complete(self, teacher: ShardSet, layers: dict[int, ShardSet], alive: Callable[[], None]) -> None:
-        self._describe()
-        for shards in (teacher, *layers.values()):
-            shards.place.create()
-            shards.place.sweep()
-        write_features(self.backbone, self.split, self.plan, teacher, layers, self.dtype, self.config.batch_size, alive)
-        for layer, shards in layers.items():
-            if "precision" not in shards.notes:
-                precision = measure_precision(
-                    self.backbone, self.split, layer, self.dtype, PRECISION_INPUTS, self.config.batch_size
-                )
-                shards.notes["precision"] = asdict(precision)
-                _log.info("layer %d in %s: %s", layer, self.config.dtype, precision)
-            shards.save()
-        teacher.save()
+    def _disk(self) -> int:
+        """Bytes that the disk from which shards are mapped has for this store, with what it takes there already."""
+        place, root = (self.place, self.root) if self.copies is None else (self.copies, Place.open(self.config.copies))
+        root.create()
+        return place.size() + root.free()
 
-    def _describe(self) -> None:
-        self.place.create()
-        self.place.sweep()
-        if not read_json(self.place, META):
+    def _describe(self, place: Place) -> None:
+        place.create()
+        place.sweep()
+        if not read_json(place, META):
             content = {
                 "ingredients": self.ingredients,
                 "backbone": self.pretrained.identity,
@@ -265,7 +301,7 @@ class _Builder:
                 "tokens": int(self.split.lengths.sum()),
                 "longest": int(self.split.lengths.max()),
             }
-            write_json(self.place, META, content)
+            write_json(place, META, content)
 
 
 def layer_folder(layer: int, dtype: str) -> str:

@@ -1,8 +1,9 @@
-"""One pass of the frozen backbone over a split, written shard by shard."""
+"""One pass of the frozen backbone over a split, shard by shard: here, or each shard wherever there is a worker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,55 +15,104 @@ from revmux.backbone import Backbone, HiddenState
 from revmux.backbone.base import evaluating
 from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
+from revmux.features.key import backbone_digest
+from revmux.features.precision import Precision, measure_precision, spread
 from revmux.features.shards import ShardSet, fixed_column, ragged_column
 
 TOKEN_FIELDS = ("positions", "segments", "spans")
 """What a state may say of each token beside the hidden vector."""
+PRECISION_INPUTS, PRECISION_INPUTS_A_SHARD = 32, 8
+"""Inputs whose rounding is measured, at least: enough for its size; each costs two passes a layer."""
 
 
-def write_features(
-    backbone: Backbone,
-    split: TokenizedSplit,
-    plan: list[np.ndarray],
-    teacher: ShardSet,
-    layers: Mapping[int, ShardSet],
-    dtype: torch.dtype,
-    batch_size: int,
-    alive: Callable[[], None],
-) -> None:
-    """Compute and write the shards that are not there; what is there is left as it is.
+@dataclass(frozen=True)
+class FeaturePass:
+    """What one store lacks. Every shard is a unit of work of its own, for any process that has the backbone.
 
-    Args:
-        backbone: where the pass runs, on its own device, in eval mode.
-        split: the tokens.
+    Attributes:
+        key: of the store.
+        backbone_digest: of the backbone that the store belongs to.
         plan: rows of each shard.
         teacher: where the teacher goes.
         layers: where each layer's states go.
         dtype: type of the states on disk.
         batch_size: inputs a forward pass.
-        alive: called after every batch.
-
-    Raises:
-        UserError: states that ``dtype`` cannot hold.
     """
-    missing = {index for shards in (teacher, *layers.values()) for index in shards.repair()}
-    total = sum(len(plan[index]) for index in missing)
-    with evaluating(backbone), torch.inference_mode(), tqdm(total=total, desc="features", disable=None) as bar:
-        for index in sorted(missing):
-            pieces = _Pieces(
-                dtype,
-                wants_teacher=index not in teacher.records,
-                layers=sorted(depth for depth, shards in layers.items() if index not in shards.records),
+
+    key: str
+    backbone_digest: str
+    plan: list[np.ndarray]
+    teacher: ShardSet
+    layers: dict[int, ShardSet]
+    dtype: torch.dtype
+    batch_size: int
+
+    @cached_property
+    def missing(self) -> list[int]:
+        """Shards to be written, the longest inputs first."""
+        present = [shards.names for shards in (self.teacher, *self.layers.values())]
+        return [index for index in range(len(self.plan)) if not all(index in names for names in present)]
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse another backbone than the one whose store this is, as a worker may find it on its own disk.
+
+        Raises:
+            UserError: its weights or settings differ.
+        """
+        if backbone_digest(backbone) != self.backbone_digest:
+            raise UserError(
+                "this worker loaded another backbone than the job's driver did: the model's folder has other files "
+                "there, or another library version; give every node the same"
             )
-            for start in range(0, len(plan[index]), batch_size):
-                rows = plan[index][start : start + batch_size]
-                pieces.add(backbone, backbone.embed(split.batch(rows.tolist(), backbone.device)))
-                bar.update(len(rows))
-                alive()
-            if pieces.wants_teacher:
-                teacher.write(index, pieces.teacher_columns())
-            for depth in pieces.layers:
-                layers[depth].write(index, {"hidden": pieces.column(str(depth))})
+
+    def write_shard(self, backbone: Backbone, split: TokenizedSplit, index: int) -> dict[int, Precision]:
+        """Compute and write one shard, of everything that lacks it.
+
+        Args:
+            backbone: where it is computed, on its own device, in eval mode.
+            split: the tokens.
+            index: number of the shard.
+
+        Returns:
+            What each layer loses on some of the shard's inputs, where ``dtype`` is not the backbone's.
+
+        Raises:
+            UserError: states that ``dtype`` cannot hold, or a place that cannot be written.
+        """
+        rows = self.plan[index]
+        wants_teacher = index not in self.teacher.names
+        layers = sorted(layer for layer, shards in self.layers.items() if index not in shards.names)
+        pieces = _Pieces(self.dtype, wants_teacher, layers)
+        with evaluating(backbone), torch.inference_mode():
+            for start in range(0, len(rows), self.batch_size):
+                batch = split.batch(rows[start : start + self.batch_size].tolist(), backbone.device)
+                pieces.add(backbone, backbone.embed(batch))
+        if wants_teacher:
+            self.teacher.write(index, pieces.teacher_columns())
+        measured = spread(rows, max(PRECISION_INPUTS_A_SHARD, -(-PRECISION_INPUTS // len(self.plan))))
+        losses = {}
+        for layer in layers:
+            if self.dtype != backbone.dtype:
+                losses[layer] = measure_precision(backbone, split, measured, layer, self.dtype, self.batch_size)
+            notes = asdict(losses[layer]) if layer in losses else {}
+            self.layers[layer].write(index, {"hidden": pieces.column(str(layer))}, notes)
+        return losses
+
+    def write(self, backbone: Backbone, split: TokenizedSplit) -> None:
+        """Write all missing shards in this process.
+
+        Args:
+            backbone: see :meth:`write_shard`.
+            split: the tokens.
+
+        Raises:
+            UserError: see :meth:`write_shard`.
+        """
+        total = sum(len(self.plan[index]) for index in self.missing)
+        with tqdm(total=total, desc="features", unit=" inputs", disable=None) as bar:
+            for index in self.missing:
+                self.write_shard(backbone, split, index)
+                bar.update(len(self.plan[index]))
 
 
 class _Pieces:
@@ -96,7 +146,7 @@ class _Pieces:
 
     def column(self, name: str) -> Any:
         """All batches' tokens as one Arrow column, one list an input."""
-        return ragged_column(torch.cat(self.parts[name]), torch.cat(self.counts))
+        return ragged_column(torch.cat(self.parts.pop(name)), torch.cat(self.counts))
 
     def teacher_columns(self) -> dict[str, Any]:
         """What is stored once for all layers."""
