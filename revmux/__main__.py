@@ -30,6 +30,8 @@ def cost(
     num_inputs: list[int] | None = None,
     prefill_layers: list[int] | None = None,
     length: int = 128,
+    prompt: str | None = None,
+    soft_prompt: int = 0,
 ) -> str:
     """Speed-ups over one input alone: the ceiling N·L / (N·l + L − l), and by counted operations.
 
@@ -38,9 +40,11 @@ def cost(
         method: a method's name.
         num_inputs: values of N; 2, 4, 8 and 16 by default.
         prefill_layers: values of l; by default quarters of the layers.
-        length: S, tokens an input.
+        length: S, tokens an input, a prompt's template included.
+        prompt: by which the language model of a folder answers: a shipped prompt's name or a YAML file.
+        soft_prompt: vectors before every input of a language model.
     """
-    backbone = meta_backbone(model)
+    backbone = meta_backbone(model, prompt=prompt, soft_prompt=soft_prompt)
     layers = backbone.num_layers
     rows = ceiling_table(
         layers, num_inputs or [2, 4, 8, 16], sorted(set(prefill_layers or [0, layers // 4, layers // 2]))
@@ -64,6 +68,8 @@ def memory(
     batch_size: list[int] | None = None,
     length: list[int] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    prompt: str | None = None,
+    soft_prompt: int = 0,
 ) -> str:
     """Memory of one training process: backbone, adapters in fp32 with AdamW, activations.
 
@@ -75,8 +81,10 @@ def memory(
         batch_size: inputs a step, multiples of N; 16N by default.
         length: S, tokens of the longest input; 128 by default.
         dtype: type of a frozen backbone's weights.
+        prompt: by which the language model of a folder answers: a shipped prompt's name or a YAML file.
+        soft_prompt: vectors before every input of a language model.
     """
-    backbone = meta_backbone(model)
+    backbone = meta_backbone(model, prompt=prompt, soft_prompt=soft_prompt)
     adapters = _on_meta(method, BackboneShape.of(backbone), num_inputs)
     cut_at = backbone.num_layers // 2 if prefill_layers is None else prefill_layers
     lines = [

@@ -172,6 +172,8 @@ def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
         verbalizer = prompt.verbalizer(_load_tokenizer(config, location))
     with torch.device("meta"):
         backbone = cut(language_model_class(model_config).from_config(model_config), verbalizer)
+        if (soft_prompt := read_soft_prompt(location, config.revision)) is not None:
+            backbone.add_soft_prompt(len(soft_prompt))
     return backbone, names
 
 

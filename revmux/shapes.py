@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from revmux.backbone import Backbone, cut
+from revmux.backbone import Backbone, cut, generative_model_types
+from revmux.backbone.generative import language_model_class
 from revmux.backbone.verbalizer import Verbalizer
+from revmux.data.prompts import Prompt
 from revmux.errors import UserError
+from revmux.pretrained import BackboneConfig, outline
+from revmux.task_model import read_prompt
 
 PRESETS: dict[str, dict[str, Any]] = {
     "bert-base": {"model_type": "bert"},
@@ -66,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Shapes of the paper's backbones, as ``config.json`` would have them; what is missing is the type's default."""
 
-GENERATIVE_TYPES = ("bart", "gpt2", "llama", "mistral", "qwen2", "qwen3", "t5")
+GENERATIVE_TYPES = tuple(generative_model_types())
 """Model types that are language models unless their architecture says otherwise."""
 
 
@@ -86,7 +85,9 @@ def config_of(model: str) -> Any:
     )
 
 
-def meta_backbone(model: str, dtype: torch.dtype = torch.float32) -> Backbone:
+def meta_backbone(
+    model: str, dtype: torch.dtype = torch.float32, prompt: str | Prompt | None = None, soft_prompt: int = 0
+) -> Backbone:
     """The cut backbone on the meta device, frozen.
 
     T5 and LLaMA answer by label words, as in the paper, unless a folder's architecture is a classifier.
@@ -94,12 +95,31 @@ def meta_backbone(model: str, dtype: torch.dtype = torch.float32) -> Backbone:
     Args:
         model: a preset or a local model folder.
         dtype: type of the weights.
+        prompt: of a folder's language model; otherwise it answers by two words of one token each.
+        soft_prompt: vectors before every input, those of a task model's own aside.
+
+    Raises:
+        UserError: an unknown model, a prompt for a preset, or a prompt or soft prompt that the model cannot take.
     """
     config = config_of(model)
+    if model in PRESETS and prompt is not None:
+        raise UserError(
+            f"prompt is given for the preset {model!r}, which has no tokenizer; name a model folder, or leave it out"
+        )
+    if prompt is not None or (model not in PRESETS and read_prompt(model) is not None):
+        backbone = outline(BackboneConfig(model, prompt=prompt))[0].to(dtype)
+    else:
+        backbone = _answering(config, dtype)
+    if soft_prompt:
+        backbone.add_soft_prompt(soft_prompt)
+    return backbone.freeze()
+
+
+def _answering(config: Any, dtype: torch.dtype) -> Backbone:
+    """A model with its own kind of head, or with two label words."""
     classifies = any("SequenceClassification" in name for name in config.architectures or [])
     words = Verbalizer(label_names=("no", "yes"), token_ids=((1,), (2,)))
-    generates = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         if classifies or config.model_type not in GENERATIVE_TYPES:
-            return cut(AutoModelForSequenceClassification.from_config(config, dtype=dtype)).freeze()
-        return cut(generates.from_config(config, dtype=dtype), words).freeze()
+            return cut(AutoModelForSequenceClassification.from_config(config, dtype=dtype))
+        return cut(language_model_class(config).from_config(config, dtype=dtype), words)

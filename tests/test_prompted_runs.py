@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from transformers import (
 
 from ray_jobs import cli, evaluate, finetune, train
 from ray_jobs.launch import load_checked
-from revmux import UserError
+from revmux import BackboneShape, UserError, build_method
+from revmux.__main__ import main
 from revmux.artifact import from_pretrained, load_config, recorded_prompt, save_pretrained
 from revmux.classifier import TextClassifier
+from revmux.cost import count_flops
 from revmux.data import DataConfig
 from revmux.data.prompts import Prompt
 from revmux.features import StoreConfig
@@ -34,6 +37,7 @@ from revmux.losses import LossConfig
 from revmux.pretrained import BackboneConfig, check_answers, inspect, load_pretrained
 from revmux.recipe import MethodConfig, Prepared, Recipe, prepare, train_here
 from revmux.serving import Engine, TextError
+from revmux.shapes import meta_backbone
 from revmux.task_model import save_task_model
 from revmux.training import OptimConfig
 from serve_app.config import server_config
@@ -347,6 +351,7 @@ def test_a_soft_prompt_is_tuned_kept_and_carries_adapters(
     with torch.no_grad():
         expected = ready.pretrained.backbone.eval()(ready.pretrained.encode(TEXTS))
         torch.testing.assert_close(loaded.backbone.freeze()(loaded.encode(TEXTS)), expected)
+    assert meta_backbone(str(tuned)).max_length == 40 - 4
     plain = load_pretrained(backbone(model_folder(family)))
     assert loaded.identity["sha256"] != plain.identity["sha256"], "another soft prompt is another backbone"
     with pytest.raises(UserError, match="was tuned with prompt mine, not other"):
@@ -405,7 +410,34 @@ def test_soft_prompts_that_cannot_be_are_refused(
         prepared(replace(running, backbone=backbone(model_folder(family), prompt)))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cost_and_memory_are_told_of_prompts(
+    family: str,
+    model_folder: Callable[[str], Path],
+    prompt_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = str(model_folder(family))
+
+    def alone(**settings: object) -> float:
+        backbone = meta_backbone(folder, **settings)  # type: ignore[arg-type]
+        return count_flops(backbone, build_method("siso", BackboneShape.of(backbone), 1), 0, 16).per_input
+
+    assert alone(prompt=PROMPT) == alone()
+    assert alone(soft_prompt=8) > 1.3 * alone()
+
+    def command(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["revmux", *arguments])
+        return main()
+
+    assert command("cost", "--model", folder, "--prompt", str(prompt_file), "--length", "16") == 0
+    assert command("memory", "--model", folder, "--soft_prompt", "4", "--length", "[16]") == 0
+    assert command("cost", "--model", "t5-small", "--prompt", "sst2") == 2
+    assert "the preset 't5-small', which has no tokenizer" in capsys.readouterr().err
+
+
 def test_an_encoder_takes_no_soft_prompt(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
     running = soft_prompt_recipe(tiny_model_folder, tiny_csv, tmp_path)
-    with pytest.raises(UserError, match="a bert takes no soft prompt; choose a model of bart"):
+    with pytest.raises(UserError, match="soft_prompt is 4, but a bert takes no soft prompt; choose a language model"):
         prepared(replace(running, backbone=backbone(tiny_model_folder, None)))

@@ -95,6 +95,20 @@ class Backbone(nn.Module, ABC):
         self.requires_grad_(False)
         return self.eval()
 
+    def add_soft_prompt(self, length: int) -> nn.Module:
+        """Begin every input with trainable vectors, where the family can.
+
+        Args:
+            length: vectors.
+
+        Raises:
+            UserError: it cannot.
+        """
+        raise UserError(
+            f"soft_prompt is {length}, but a {self.config.model_type} takes no soft prompt; choose a language model, such "
+            "as t5 or llama, or leave it out"
+        )
+
     def unfreeze_above(self, depth: int) -> Backbone:
         """Train the layers above ``depth`` and the head; the embeddings too where ``depth`` is 0."""
         self.requires_grad_(True)

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from revmux.backbone import Backbone, HiddenState, generative_model_types
-from revmux.backbone.generative import GenerativeBackbone
+from revmux.backbone import Backbone, HiddenState
 from revmux.errors import UserError
 from revmux.methods.base import BackboneShape, Method
 from revmux.methods.registry import register_method
@@ -60,11 +59,6 @@ class Siso(Method):
         if not self.options.soft_prompt:
             super().unfreeze(backbone, prefill_layers)
             return
-        if not isinstance(backbone, GenerativeBackbone):
-            raise UserError(
-                f"siso: a {backbone.config.model_type} takes no soft prompt; choose a model of "
-                f"{', '.join(generative_model_types())}"
-            )
         backbone.add_soft_prompt(self.options.soft_prompt)
 
     def multiplex(self, states: HiddenState) -> HiddenState:
