@@ -29,7 +29,7 @@ def show_live_answers(url: str, task: TaskData, count: int, shown: int = 8) -> N
         reply.raise_for_status()
         answer = reply.json()
         best = answer[0][0] if isinstance(answer[0], list) else answer[0]
-        return best["label"], int(reply.headers["x-group-width"])
+        return best["label"], int(reply.headers["x-revmux-width"])
 
     with ThreadPoolExecutor(count) as pool:
         answers = list(pool.map(ask, rows))

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from revmux.serving import Answer, EmptyText, TextError, rank_labels
 from revmux.serving.answer import ScoreFunction
+from revmux.serving.limits import HIGHEST_PRIORITY
 from revmux.serving.texts import Text
 from serve_app.config import explain
 
 Ranking = list[dict[str, str | float]]
 """``[{"label", "score"}, …]``, best first."""
+
+Body = TypeVar("Body", bound=BaseModel)
+
+_TEXT = {"type": "string", "minLength": 1}
+_PAIR = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 2}
+INPUTS_SCHEMA = {"anyOf": [_TEXT, _PAIR, {"type": "array", "items": _PAIR, "minItems": 1}]}
 
 
 class Parameters(BaseModel):
@@ -25,17 +32,29 @@ class Parameters(BaseModel):
     function_to_apply: ScoreFunction | None = Field(default=None, description="applied to the scores")
 
 
-class PredictRequest(BaseModel):
-    """Body of ``POST /predict``."""
+class Asked(BaseModel):
+    """What every form of request may ask for beside its texts."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    inputs: Any = Field(
-        description='"a" is one text, ["a", "b"] one sentence pair, [["a"], ["b", "c"]] a batch of a text and a pair'
-    )
     truncate: bool | None = Field(default=False, description="cut long texts; otherwise they are refused")
     raw_scores: bool | None = Field(default=False, description="scores as the model gives them, no softmax")
     max_multiplex: int | None = Field(default=None, ge=1, description="widest group to ride in; 1 is the plain model")
+    priority: float | None = Field(
+        default=None, ge=-HIGHEST_PRIORITY, le=HIGHEST_PRIORITY, description="higher comes first; 0 by default"
+    )
+    timeout_ms: float | None = Field(
+        default=None, gt=0, le=86_400_000, description="answer 504 if the model has not begun by then"
+    )
+
+
+class PredictRequest(Asked):
+    """Body of ``POST /predict``."""
+
+    inputs: Annotated[Any, WithJsonSchema(INPUTS_SCHEMA)] = Field(
+        description='"a" is one text, ["a", "b"] one sentence pair, [["a"], ["b", "c"]] a batch of a text and a pair'
+    )
+    task: str | None = Field(default=None, description="which task, where the server has several")
     parameters: Parameters | None = Field(default=None, description="if present, the reply is nested even for one text")
 
     @property
@@ -84,7 +103,7 @@ def _text(item: Any) -> Text:
     )
 
 
-def parse_request(body: bytes) -> PredictRequest:
+def parse(body: bytes, kind: type[Body]) -> Body:
     """A request from its bytes.
 
     Raises:
@@ -94,21 +113,6 @@ def parse_request(body: bytes) -> PredictRequest:
     if not body:
         raise EmptyText('the body is empty; send JSON such as {"inputs": "a text"}')
     try:
-        return PredictRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
-        raise TextError(f"{explain(error)}; known keys: {', '.join(PredictRequest.model_fields)}") from None
-
-
-def timing_headers(answers: Sequence[Answer], total_seconds: float) -> dict[str, str]:
-    """How the inputs rode: group widths and truncation an input, and times in milliseconds, the longest of all inputs."""
-    return {
-        "x-group-width": ",".join(str(answer.width) for answer in answers),
-        "x-truncated": ",".join(str(answer.truncated).lower() for answer in answers),
-        "x-queue-time": _milliseconds(max(answer.queue_seconds for answer in answers)),
-        "x-inference-time": _milliseconds(max(answer.inference_seconds for answer in answers)),
-        "x-total-time": _milliseconds(total_seconds),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.1f}"
+        raise TextError(f"{explain(error)}; known keys: {', '.join(kind.model_fields)}") from None

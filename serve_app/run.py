@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import socket
 import time
@@ -14,7 +15,9 @@ from revmux.artifact import load_config
 from revmux.errors import UserError
 from revmux.extras import require
 from revmux.pretrained import resolve
+from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, ServerConfig
+from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.sources import is_mlflow
 
 APPLICATION = "revmux"
@@ -39,10 +42,11 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     global _started_ray
     require("ray", "serve")
     check_port(config.host, config.port)
-    resolve(config.model)
-    for adapter in config.adapters:
-        if not is_mlflow(adapter):
-            load_config(Path(adapter))
+    for task in config.served.values():
+        resolve(task.model)
+        for adapter in task.adapters:
+            if not is_mlflow(adapter):
+                load_config(Path(adapter))
 
     import ray
     from ray import serve
@@ -50,6 +54,8 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     from serve_app.app import build
 
     if not ray.is_initialized():
+        read_tokens(config.token_file, config.token_env)  # on another cluster only its replicas can tell
+        os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)  # what this cluster starts inherits it
         ray.init(address="local", include_dashboard=False, logging_level="warning")
         _started_ray = True
     try:
@@ -106,12 +112,13 @@ def check_port(host: str, port: int) -> None:
 
 
 def _check_resources(config: ServerConfig, present: dict[str, float]) -> None:
+    replicas = config.autoscaling.min_replicas if config.autoscaling else config.num_replicas
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
-        wanted, there = config.num_replicas * each, present.get(kind, 0.0)
+        wanted, there = replicas * each, present.get(kind, 0.0)
         if wanted > there:
             raise UserError(
-                f"{config.num_replicas} replicas × {each:g} {kind} = {wanted:g}, but the cluster has {there:g}; "
-                f"choose fewer num_replicas or a smaller num_{kind.lower()}s"
+                f"{replicas} replicas × {each:g} {kind} = {wanted:g}, but the cluster has {there:g}; "
+                f"choose fewer replicas or a smaller num_{kind.lower()}s"
             )
 
 

@@ -1,9 +1,11 @@
-"""Where adapters come from: folders, and MLflow's registry and runs."""
+"""Where adapters come from: folders, the model hub, and MLflow's registry and runs."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+from revmux import artifact
 from revmux.artifact import CONFIG_NAME
 from revmux.errors import UserError
 from revmux.extras import require
@@ -15,19 +17,20 @@ def is_mlflow(adapter: str) -> bool:
 
 
 def adapter_folder(adapter: str) -> Path:
-    """The local folder of an adapter; MLflow's are downloaded.
+    """The local folder of an adapter; those of the hub and of MLflow are downloaded.
 
     Args:
-        adapter: a folder, ``models:/name@alias``, ``models:/name/version`` or ``runs:/id/path``.
+        adapter: a folder, ``user/name`` or ``user/name@revision`` on the hub, ``models:/name@alias``,
+            ``models:/name/version`` or ``runs:/id/path``.
 
     Raises:
-        UserError: MLflow cannot find it, or it holds no adapter, or several.
+        UserError: the hub or MLflow cannot find it, or it holds no adapter, or several.
     """
     if not is_mlflow(adapter):
-        return Path(adapter)
+        return artifact.adapter_folder(adapter)
     mlflow = require("mlflow", "mlflow")
     try:
-        downloaded = Path(mlflow.artifacts.download_artifacts(adapter))
+        downloaded = Path(mlflow.artifacts.download_artifacts(_without_backbone(mlflow, adapter)))
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise UserError(
             f"MLflow at {mlflow.get_tracking_uri()} has no {adapter!r} ({error}); check the name, and MLFLOW_TRACKING_URI"
@@ -36,3 +39,9 @@ def adapter_folder(adapter: str) -> Path:
     if len(found) != 1:
         raise UserError(f"{adapter!r} holds {len(found)} folders with {CONFIG_NAME}; name the artifact that holds one")
     return found[0]
+
+
+def _without_backbone(mlflow: Any, uri: str) -> str:
+    """The adapter alone of a model that may bring its backbone, which the server has already."""
+    names = {PurePosixPath(file.path).name for file in mlflow.artifacts.list_artifacts(artifact_uri=uri)}
+    return f"{uri.rstrip('/')}/artifacts/adapter" if "MLmodel" in names else uri

@@ -21,10 +21,11 @@ from revmux.errors import UserError
 from revmux.pretrained import Pretrained
 from revmux.serving import Answer, Draining, EmptyText, InferenceFailed, Overloaded, TextError
 from serve_app import failures
-from serve_app.__main__ import main, parse
+from serve_app.__main__ import main
+from serve_app.__main__ import parse as parse_flags
 from serve_app.config import AppConfig, server_config
 from serve_app.failures import TooLarge, Unhealthy
-from serve_app.protocol import parse_request
+from serve_app.protocol import PredictRequest, parse
 from serve_app.run import base_url, check_port, deploy, shutdown
 from serve_app.sources import adapter_folder
 
@@ -81,7 +82,7 @@ def test_one_text_gets_a_flat_sorted_list_of_the_plain_models_scores(server: Ser
     found = {item["label"]: item["score"] for item in reply.json()}
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert [found[label] for label in server.pretrained.backbone.label_names] == pytest.approx(expected.tolist())
-    assert reply.headers["x-group-width"] == "1"
+    assert reply.headers["x-revmux-width"] == "1"
     times = [float(reply.headers[f"x-{name}-time"]) for name in ("queue", "inference", "total")]
     assert times[2] >= times[1] > 0
 
@@ -100,7 +101,7 @@ def test_two_strings_are_one_pair_and_nested_lists_a_batch(server: Server) -> No
     single = post(server, {"inputs": "w1 w2"})
     assert len(pair.json()) == 3
     assert len(batch.json()) == 2
-    assert batch.headers["x-group-width"] == "1,1"
+    assert batch.headers["x-revmux-width"] == "1,1"
     for together, alone in zip(batch.json(), (single.json(), pair.json())):
         assert [item["label"] for item in together] == [item["label"] for item in alone]
         assert [item["score"] for item in together] == pytest.approx([item["score"] for item in alone], abs=1e-5)
@@ -139,7 +140,7 @@ def test_many_clients_ride_in_groups_and_each_gets_its_own_answer(server: Server
     widths: list[str] = []
     for texts, reply in zip(requests, replies):
         assert reply.status_code == 200
-        widths += reply.headers["x-group-width"].split(",")
+        widths += reply.headers["x-revmux-width"].split(",")
         scores = plain_scores(server.pretrained, texts)
         for answer, expected in zip(reply.json(), scores):
             found = {item["label"]: item["score"] for item in answer}
@@ -160,8 +161,8 @@ def test_many_clients_ride_in_groups_and_each_gets_its_own_answer(server: Server
 @pytest.mark.cluster
 def test_a_request_bounds_its_own_width(server: Server) -> None:
     batch = [[text(index)] for index in range(16)]
-    assert post(server, {"inputs": batch, "max_multiplex": 2}).headers["x-group-width"] == ",".join(["2"] * 16)
-    assert post(server, {"inputs": batch, "max_multiplex": 1}).headers["x-group-width"] == ",".join(["1"] * 16)
+    assert post(server, {"inputs": batch, "max_multiplex": 2}).headers["x-revmux-width"] == ",".join(["2"] * 16)
+    assert post(server, {"inputs": batch, "max_multiplex": 1}).headers["x-revmux-width"] == ",".join(["1"] * 16)
 
 
 @pytest.mark.cluster
@@ -195,7 +196,7 @@ def test_refusals_say_whose_fault_it_is(server: Server, body: bytes, status: int
 def test_a_long_text_is_cut_on_request_and_the_reply_says_so(server: Server) -> None:
     reply = post(server, {"inputs": [[" ".join(WORDS * 2)], ["w1"]], "truncate": True})
     assert reply.status_code == 200
-    assert reply.headers["x-truncated"] == "true,false"
+    assert reply.headers["x-revmux-truncated"] == "true,false"
 
 
 @pytest.mark.cluster
@@ -249,7 +250,7 @@ def test_a_folder_without_an_adapter_is_refused_before_anything_starts(folders: 
 
 
 def test_configuration_is_strict() -> None:
-    with pytest.raises(UserError, match=r"max_multiplx.*known keys: model, "):
+    with pytest.raises(UserError, match=r"max_multiplx.*known keys: .*max_multiplex, "):
         server_config(model="m", max_multiplx=4)
     with pytest.raises(UserError, match="max_queue"):
         server_config(model="m", max_queue=0)
@@ -265,7 +266,7 @@ def test_command_line_strings_become_settings(folders: tuple[Path, list[Path]]) 
     assert config.adapters == [str(adapters[0]), "models:/toy@best"]
     assert config.max_queue == 9
     for given in ("a,b", "[a, b]"):
-        assert parse(["--model", "m", "--adapters", given]).adapters == ["a", "b"]
+        assert parse_flags(["--model", "m", "--adapters", given]).adapters == ["a", "b"]
 
 
 def test_the_address_is_this_machine_unless_told(folders: tuple[Path, list[Path]]) -> None:
@@ -304,7 +305,7 @@ def test_serve_lets_more_requests_through_than_the_queue_holds() -> None:
     ],
 )
 def test_forms_of_inputs(inputs: Any, texts: list[Any]) -> None:
-    asked = parse_request(json.dumps({"inputs": inputs}).encode())
+    asked = parse(json.dumps({"inputs": inputs}).encode(), PredictRequest)
     assert asked.texts == texts
     answers = [Answer(torch.zeros(2), 1, 0.0, 0.0)] * len(texts)
     reply = asked.reply(answers, ["x", "y"])
@@ -317,17 +318,17 @@ def test_forms_of_inputs(inputs: Any, texts: list[Any]) -> None:
 )
 def test_other_forms_are_refused(inputs: Any) -> None:
     with pytest.raises(TextError):
-        _ = parse_request(json.dumps({"inputs": inputs}).encode()).texts
+        _ = parse(json.dumps({"inputs": inputs}).encode(), PredictRequest).texts
 
 
 def test_parameters_nest_the_reply_and_choose_the_scores() -> None:
     answers = [Answer(torch.tensor([0.0, 2.0]), 1, 0.0, 0.0)]
-    empty = parse_request(b'{"inputs": "a", "parameters": {}}')
+    empty = parse(b'{"inputs": "a", "parameters": {}}', PredictRequest)
     assert [len(ranking) for ranking in empty.reply(answers, ["x", "y"])] == [2]
-    one = parse_request(b'{"inputs": "a", "parameters": {"top_k": 1, "function_to_apply": "sigmoid"}}')
+    one = parse(b'{"inputs": "a", "parameters": {"top_k": 1, "function_to_apply": "sigmoid"}}', PredictRequest)
     assert one.reply(answers, ["x", "y"]) == [[{"label": "y", "score": pytest.approx(0.8808, abs=1e-4)}]]
     with pytest.raises(TextError, match="temperature"):
-        parse_request(b'{"inputs": "a", "parameters": {"temperature": 1}}')
+        parse(b'{"inputs": "a", "parameters": {"temperature": 1}}', PredictRequest)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""What a reply's headers tell: how the inputs rode, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from revmux.serving import Answer
+from revmux.serving.texts import Text
+
+
+def reply_headers(
+    texts: Sequence[Text], answers: Sequence[Answer], total_seconds: float, device: str
+) -> dict[str, str]:
+    """Names as text-embeddings-inference has them where it has any; times in milliseconds, the longest of all inputs.
+
+    Args:
+        texts: the inputs of a request.
+        answers: to them.
+        total_seconds: since the request came.
+        device: ``cpu`` or ``gpu``.
+
+    ``x-revmux-…`` have a value an input, separated by commas. Inputs with the same ``x-revmux-group`` shared a pass;
+    groups are numbered within the request.
+    """
+    numbers: dict[int, int] = {}
+    for answer in answers:
+        numbers.setdefault(answer.group, len(numbers) + 1)
+    return {
+        "x-compute-type": device,
+        "x-compute-time": _milliseconds([total_seconds]),
+        "x-compute-characters": str(sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)),
+        "x-compute-tokens": str(sum(answer.tokens for answer in answers)),
+        "x-total-time": _milliseconds([total_seconds]),
+        "x-tokenization-time": _milliseconds(answer.tokenize_seconds for answer in answers),
+        "x-queue-time": _milliseconds(answer.queue_seconds for answer in answers),
+        "x-inference-time": _milliseconds(answer.inference_seconds for answer in answers),
+        "x-revmux-width": ",".join(str(answer.width) for answer in answers),
+        "x-revmux-group": ",".join(str(numbers[answer.group]) for answer in answers),
+        "x-revmux-fallback": ",".join(str(answer.fell_back).lower() for answer in answers),
+        "x-revmux-truncated": ",".join(str(answer.truncated).lower() for answer in answers),
+    }
+
+
+def _milliseconds(seconds: Iterable[float]) -> str:
+    return f"{1000 * max(seconds):.1f}"

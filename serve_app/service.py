@@ -1,0 +1,225 @@
+"""What the endpoints share: the engine with its tasks, the configuration, and the replica's figures. No Ray here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from prometheus_client.core import Metric
+
+import revmux
+from revmux.artifact import load_config, recorded_prompt
+from revmux.errors import UserError
+from revmux.pretrained import BackboneConfig, load_pretrained
+from revmux.serving import Engine
+from revmux.serving.task import Task
+from serve_app.auth import read_tokens
+from serve_app.config import AppConfig, TaskConfig
+from serve_app.failures import Unhealthy
+from serve_app.metrics import ReplicaMetrics
+from serve_app.sources import adapter_folder
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 15.0
+"""How long the model may take to answer a question about its health; it finishes its pass first."""
+
+_FIXED = ("model", "revision", "dtype", "prompt", "max_length", "threshold")
+
+
+class Service:
+    """One replica's tasks, and what HTTP needs of them.
+
+    Args:
+        config: of the application. Its tasks are served by :meth:`serve`, not from the start.
+        replica: the name of this replica.
+
+    Attributes:
+        peers: asks all replicas for their figures, by name; where it is None this one is alone.
+        tokens: that open the server; none lets everyone in.
+        update_error: why the last change of tasks was not taken.
+
+    Raises:
+        UserError: the tokens cannot be read.
+    """
+
+    def __init__(self, config: AppConfig, replica: str = "0") -> None:
+        self.config = config
+        self.replica = replica
+        self.tokens = read_tokens(config.token_file, config.token_env)
+        self.metrics = ReplicaMetrics(config.max_queue)
+        self.engine = Engine(
+            limits=config.limits(),
+            threads=config.threads or max(1, int(config.num_cpus)),
+            on_pass=self.metrics.on_pass,
+        )
+        self.metrics.engine = self.engine
+        self.peers: Callable[[], Awaitable[dict[str, list[Metric]]]] | None = None
+        self.update_error: str | None = None
+        self._served: dict[str, TaskConfig] = {}
+        self._adapters: dict[str, dict[int, str]] = {}  # by task and N, what the operator calls them
+        self._changing = threading.Lock()
+        self.engine.start()
+
+    def serve(self, tasks: Mapping[str, TaskConfig]) -> None:
+        """Serve these tasks with these adapters from now on, without a pause.
+
+        The new is loaded before the old is let go: a mistake takes nothing away.
+
+        Args:
+            tasks: all of them by name.
+
+        Raises:
+            UserError: a model or adapter that does not fit, or another model under a name that is served.
+        """
+        with self._changing:
+            wanted = {name: self._by_width(task) for name, task in tasks.items()}
+            for name, task in tasks.items():
+                if name in self._served:
+                    self._check_same(name, task)
+            for name, task in tasks.items():
+                if name in self._served:
+                    self._load(name, wanted[name])
+                else:
+                    self._add(name, task, wanted[name])
+                self._served[name] = task
+            for name in self._served.keys() - tasks.keys():
+                self.engine.remove_task(name)
+                del self._served[name], self._adapters[name]
+            for name, adapters in wanted.items():
+                for width in self._adapters[name].keys() - adapters.keys():
+                    self.engine.retire(width, name)
+                    del self._adapters[name][width]
+
+    def _by_width(self, task: TaskConfig) -> dict[int, str]:
+        """The adapters that may run, by their N."""
+        found: dict[int, str] = {}
+        most = self.config.max_multiplex
+        for source in task.adapters:
+            width = load_config(adapter_folder(source)).num_inputs
+            if width in found:
+                raise UserError(f"adapters {found[width]!r} and {source!r} both serve N = {width}; name one for each N")
+            if most is None or width <= most:
+                found[width] = source
+        return found
+
+    def _check_same(self, name: str, task: TaskConfig) -> None:
+        for setting in _FIXED:
+            old, new = getattr(self._served[name], setting), getattr(task, setting)
+            if old != new:
+                raise UserError(
+                    f"task {name!r} is served with {setting} {old!r}, not {new!r}; name the new one otherwise, "
+                    "or deploy new replicas"
+                )
+
+    def _add(self, name: str, task: TaskConfig, adapters: dict[int, str]) -> None:
+        # Only inputs are cut to max_length, by the engine; loading just wants a legal one.
+        folders = [adapter_folder(source) for source in adapters.values()]
+        prompt = task.prompt or recorded_prompt(folders)
+        backbone = BackboneConfig(task.model, task.revision, task.max_length or 2, task.dtype, prompt=prompt)
+        pretrained = load_pretrained(backbone)
+        pretrained.backbone.to("cuda" if self.config.num_gpus else "cpu")
+        self.engine.add_task(name, pretrained, folders, task.max_length, task.threshold)
+        self._adapters[name] = dict(adapters)
+
+    def _load(self, name: str, adapters: dict[int, str]) -> None:
+        own = self._adapters[name]
+        for width, source in adapters.items():
+            if own.get(width) != source:
+                self.engine.load(adapter_folder(source), name)
+                own[width] = source
+
+    def update(self, tasks: Mapping[str, TaskConfig]) -> None:
+        """:meth:`serve`, but what does not fit is only noted: a replica that answers is worth more than none."""
+        try:
+            self.serve(tasks)
+        except UserError as error:
+            self.update_error = str(error)
+            logger.error("the tasks stay as they are: %s", error)
+        else:
+            self.update_error = None
+
+    async def probe(self, task: str | None = None) -> None:
+        """Ask the models, or one task's, a short text.
+
+        Raises:
+            Unhealthy: no answer, or not in time.
+        """
+        names = list(self.engine.tasks) if task is None else [task]
+        if not names:
+            raise Unhealthy("no task is loaded yet; ask again later")
+        try:
+            answers = [asyncio.wrap_future(self.engine.probe(name)) for name in names]
+            # Shielded, for others may wait for the same answers.
+            await asyncio.wait_for(asyncio.shield(asyncio.gather(*answers)), PROBE_SECONDS)
+        except TimeoutError:
+            raise Unhealthy(f"the model did not answer within {PROBE_SECONDS:g} s") from None
+        except Exception as error:
+            raise Unhealthy(f"the model does not answer: {error}") from error
+
+    def close(self) -> None:
+        """Answer what waits, and end."""
+        self.engine.close()
+
+    def info(self) -> dict[str, Any]:
+        """What is served, with every limit."""
+        engine, config = self.engine, self.config
+        tasks = engine.tasks
+        first = next(iter(tasks.values()), None)
+        described = {name: self._task_info(task) for name, task in tasks.items()}
+        return {
+            # The first task under the names of text-embeddings-inference, which has one model.
+            **(described[first.name] if first else {}),
+            "tasks": described,
+            "update_error": self.update_error,
+            "max_multiplex": max((task.lineup.widest for task in tasks.values()), default=1),
+            "max_concurrent_requests": config.max_queue,
+            "max_queue": config.max_queue,
+            "max_batch": config.max_batch,
+            "max_batch_tokens": config.max_batch_tokens,
+            "plain_load": config.plain_load,
+            "priority_seconds": config.priority_seconds,
+            "max_client_batch_size": config.max_texts,
+            "max_body_bytes": config.max_body_bytes,
+            "body_seconds": config.body_seconds,
+            "needs_token": bool(self.tokens),
+            "num_replicas": config.num_replicas,
+            "autoscaling": config.autoscaling.model_dump() if config.autoscaling else None,
+            "threads": engine.threads,
+            "replica": {"name": self.replica, **engine.stats()},
+            "version": revmux.__version__,
+            "versions": {package: version(package) for package in ("torch", "transformers", "ray")},
+        }
+
+    def _task_info(self, task: Task) -> dict[str, Any]:
+        identity = task.pretrained.identity
+        used = {route.width for route in task.lineup.routes}
+        sources = self._adapters.get(task.name, {})
+        return {
+            "model_id": identity["name"],
+            "model_sha": identity["revision"],
+            "model_sha256": identity["sha256"],
+            "model_dtype": str(task.backbone.dtype).removeprefix("torch."),
+            "device": str(task.backbone.device),
+            "model_type": {"classifier": {"id2label": dict(enumerate(task.label_names))}},
+            "num_layers": task.backbone.num_layers,
+            "max_input_length": task.max_length,
+            "group_widths": sorted(used),
+            "adapters": [
+                {
+                    "source": sources.get(adapter.config.num_inputs, adapter.folder),
+                    "method": adapter.config.method,
+                    "num_inputs": adapter.config.num_inputs,
+                    "prefill_layers": adapter.config.prefill_layers,
+                    "relative_cost": round(adapter.route.per_input, 4),
+                    "threshold": task.lineup.thresholds.get(adapter.config.num_inputs, 0.0),
+                    "used": adapter.config.num_inputs in used,
+                    "metrics": adapter.config.metrics,
+                }
+                for adapter in task.lineup.adapters
+            ],
+        }

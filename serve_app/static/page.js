@@ -1,0 +1,145 @@
+"use strict";
+// The page of one server: asks /predict like any client, and reads /metrics once a second while it is looked at.
+const at = (id) => document.getElementById(id);
+const history = [];  // of the last minute: {time, inputs, groups, waiting}
+const SECONDS = 60;
+
+async function ask(path, body) {
+  const headers = { "Content-Type": "application/json" };
+  if (at("token").value) headers.Authorization = `Bearer ${at("token").value}`;
+  const reply = await fetch(path, body ? { method: "POST", headers, body: JSON.stringify(body) } : { headers });
+  if (reply.status === 401) at("token-entry").hidden = false;
+  if (!reply.ok) {
+    const failure = await reply.json().catch(() => ({}));
+    throw new Error(failure.error || `the server answered ${reply.status}`);
+  }
+  return reply;
+}
+
+function cell(row, text) {
+  const made = row.insertCell();
+  made.textContent = text;
+  return made;
+}
+
+function show(texts, rankings, headers) {
+  const widths = headers.get("x-revmux-width").split(",");
+  const groups = headers.get("x-revmux-group").split(",");
+  const alone = headers.get("x-revmux-fallback").split(",");
+  const body = at("answers").tBodies[0];
+  body.replaceChildren();
+  texts.forEach((text, index) => {
+    const row = body.insertRow();
+    cell(row, text);
+    cell(row, rankings[index][0].label);
+    const scores = cell(row, "");
+    for (const { label, score } of rankings[index]) {
+      const line = document.createElement("div");
+      line.className = "score";
+      line.style.setProperty("--share", `${100 * score}%`);
+      line.textContent = `${label} ${score.toFixed(3)}`;
+      scores.append(line);
+    }
+    cell(row, widths[index] + (alone[index] === "true" ? ", then alone" : ""));
+    cell(row, groups[index]);
+  });
+  at("answers").hidden = false;
+  const time = (name) => `${headers.get(`x-${name}-time`)} ms`;
+  at("status").textContent = `${texts.length} answered in ${time("total")}: queue ${time("queue")}, model ${time("inference")}`;
+}
+
+async function classify(event) {
+  event.preventDefault();
+  const texts = at("texts").value.split("\n").map((line) => line.trim()).filter(Boolean);
+  if (!texts.length) return;
+  const button = at("ask").querySelector("button");
+  button.disabled = true;
+  at("status").className = "";
+  try {
+    const body = { inputs: texts.map((text) => [text]) };
+    if (at("task").value) body.task = at("task").value;
+    if (at("width").value) body.max_multiplex = Number(at("width").value);
+    const reply = await ask("predict", body);
+    show(texts, await reply.json(), reply.headers);
+  } catch (failure) {
+    at("status").className = "error";
+    at("status").textContent = failure.message;
+  } finally {
+    button.disabled = false;
+  }
+}
+
+// The sum of a metric over all replicas, and how many lines it had.
+function total(page, name) {
+  let sum = 0, lines = 0;
+  for (const line of page.split("\n")) {
+    if (line.startsWith(name + "{") || line.startsWith(name + " ")) {
+      sum += Number(line.slice(line.lastIndexOf(" ") + 1));
+      lines += 1;
+    }
+  }
+  return { sum, lines };
+}
+
+function draw(id, values, top) {
+  const points = values.map((value, index) => `${600 - 600 * (values.length - 1 - index) / SECONDS},${115 - 110 * value / top}`);
+  at(id).setAttribute("points", points.join(" "));
+}
+
+async function watch() {
+  if (!document.hidden) {
+    try {
+      const page = await (await ask("metrics")).text();
+      history.push({
+        time: performance.now(),
+        inputs: total(page, "revmux_inputs_total").sum,
+        groups: total(page, "revmux_groups_total").sum,
+      });
+      while (history.length > SECONDS + 1) history.shift();
+      const steps = history.slice(1).map((now, index) => {
+        const then = history[index];
+        const inputs = Math.max(0, now.inputs - then.inputs), groups = now.groups - then.groups;
+        return { rate: 1000 * inputs / (now.time - then.time), width: groups > 0 ? inputs / groups : 0 };
+      });
+      const waiting = total(page, "revmux_queue_inputs");
+      at("waiting").textContent = waiting.sum;
+      at("replicas").textContent = waiting.lines;
+      if (steps.length) {
+        const last = steps[steps.length - 1];
+        const rates = steps.map((step) => step.rate), widths = steps.map((step) => step.width);
+        const rateTop = Math.max(1, ...rates), widthTop = Math.max(1, ...widths);
+        at("throughput").textContent = last.rate.toFixed(last.rate < 10 ? 1 : 0);
+        at("mean-width").textContent = last.width ? last.width.toFixed(2) : "–";
+        at("throughput-top").textContent = rateTop.toFixed(0);
+        at("width-top").textContent = widthTop.toFixed(1);
+        draw("throughput-line", rates, rateTop);
+        draw("width-line", widths, widthTop);
+      }
+    } catch (failure) {
+      at("throughput").textContent = "–";
+    }
+  }
+  setTimeout(watch, 1000);
+}
+
+async function describe() {
+  try {
+    const info = await (await ask("info")).json();
+    const tasks = Object.keys(info.tasks);
+    at("model").textContent = `${info.model_id}, ${info.model_dtype} on ${info.device}`;
+    at("task").replaceChildren(...tasks.map((name) => new Option(name, name)));
+    at("task-choice").hidden = tasks.length < 2;
+    const widths = new Set(Object.values(info.tasks).flatMap((task) => task.group_widths));
+    at("width").replaceChildren(new Option("as the server likes", ""), ...[...widths].sort((a, b) => a - b).map((width) => new Option(width, width)));
+  } catch (failure) {
+    at("status").textContent = failure.message;
+  }
+}
+
+at("ask").addEventListener("submit", classify);
+at("texts").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit();
+});
+at("token").addEventListener("change", describe);
+describe();
+watch();
