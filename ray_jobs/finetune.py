@@ -13,6 +13,7 @@ from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.launch import Trained, absolute_path, absolute_storage, launch, load_checked
 from ray_jobs.tracking import Tracker, TrackingConfig
+from revmux.checkpoint import CheckpointConfig
 from revmux.data import DataConfig, TaskData
 from revmux.errors import UserError
 from revmux.losses import LossConfig
@@ -31,6 +32,7 @@ class FinetuneJob:
         optim: how weights move.
         frozen_layers: lowest layers, with the embeddings, that keep their weights; 0 tunes everything.
         cluster: workers.
+        checkpoint: when the run is saved, to go on from after a fault.
         tracking: MLflow.
         storage: folder of checkpoints and of the default MLflow store; absolute, or relative to where the job runs.
         output: folder that the task model takes; by default ``task-model`` in the storage folder.
@@ -44,6 +46,7 @@ class FinetuneJob:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=3, learning_rate=1e-4))
     frozen_layers: int = 0
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: str = "runs"
     output: str | None = None
@@ -60,7 +63,7 @@ class FinetuneJob:
 def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: Path) -> Trained:
     """The job on a connected cluster, with its data read."""
     output = absolute_path(job.output, "output") if job.output else storage / "task-model"
-    trained = launch(job.recipe(), task, job.cluster, tracker, storage, job.name, output)
+    trained = launch(job.recipe(), task, job.cluster, tracker, storage, job.name, output, checkpoint=job.checkpoint)
     print(f"task model: {trained.folder}, accuracy on the test split {trained.metrics['accuracy_mean']:.1%}")
     return trained
 

@@ -13,6 +13,7 @@ from typing import Any
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.tracking import Tracker
 from revmux.artifact import atomic_folder
+from revmux.checkpoint import CheckpointConfig
 from revmux.data import TaskData, load_task
 from revmux.errors import UserError
 from revmux.pretrained import check_answers, identity_of, inspect
@@ -92,6 +93,7 @@ def launch(
     output: Path,
     parent: str | None = None,
     callbacks: list[Any] | None = None,
+    checkpoint: CheckpointConfig | None = None,
 ) -> Trained:
     """Train on the connected cluster; a run that was stopped goes on from its last checkpoint.
 
@@ -105,20 +107,27 @@ def launch(
         output: folder that the result takes.
         parent: MLflow run id of a sweep.
         callbacks: of Ray Train.
+        checkpoint: when the run is saved; by default at the end of each epoch.
+
+    Raises:
+        UserError: what a person has to mend, such as a full disk; the checkpoints stay.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ray_jobs.worker import RESULT_NAME, WorkerConfig, train_worker
+    from ray_jobs.worker import RESULT_NAME, Outcome, WorkerConfig, train_worker
 
+    run_folder = storage / "checkpoints" / f"{name}-{fingerprint(recipe, task)}"
     with tracker.run(name, run_params(recipe, cluster), parent) as run_id:
         tracker.log_data(run_id, task.identity)
         worker = WorkerConfig(
             recipe=recipe,
             task=ray.put(task),
             title=name,
-            threads=max(1, int(cluster.cpus_per_worker)) if not cluster.use_gpu else 0,
+            threads=max(1, int(cluster.cpus_per_worker)),
+            folder=run_folder,
+            checkpoint=checkpoint or CheckpointConfig(),
             tracking_uri=tracker.uri,
             run_id=run_id,
             progress=sys.stderr.isatty(),
@@ -126,7 +135,6 @@ def launch(
         resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
         if cluster.use_gpu:
             resources["GPU"] = cluster.gpus_per_worker
-        run_folder = f"{name}-{fingerprint(recipe, task)}"
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": worker},
@@ -135,23 +143,22 @@ def launch(
             ),
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
             run_config=RunConfig(
-                name=run_folder,
-                storage_path=str(storage / "checkpoints"),
+                name=run_folder.name,
+                storage_path=str(run_folder.parent),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
                 callbacks=callbacks,
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
-        result = trainer.fit()
-        assert result.checkpoint is not None
-        with result.checkpoint.as_directory() as folder, atomic_folder(output) as temporary:
-            shutil.copytree(Path(folder) / RESULT_NAME, temporary, dirs_exist_ok=True)
-        metrics = {key: value for key, value in (result.metrics or {}).items() if isinstance(value, float)}
-        tracker.log_metrics(run_id, metrics)
+        outcome: Outcome = trainer.fit().return_value
+        if outcome.error is not None:
+            raise UserError(outcome.error)
+        with atomic_folder(output) as temporary:
+            shutil.copytree(run_folder / RESULT_NAME, temporary, dirs_exist_ok=True)
+        tracker.log_metrics(run_id, outcome.metrics)
         tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
-        shutil.rmtree(storage / "checkpoints" / run_folder, ignore_errors=True)
-    return Trained(output, recipe.method, metrics, run_id)
+        shutil.rmtree(run_folder, ignore_errors=True)
+    return Trained(output, recipe.method, outcome.metrics, run_id)
 
 
 def run_params(recipe: Recipe, cluster: ClusterConfig) -> dict[str, Any]:

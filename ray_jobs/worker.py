@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import logging
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.experimental import tqdm_ray
+import torch.distributed as dist
 from ray.train.torch import get_device
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from ray_jobs.tracking import log_metrics
-from revmux.artifact import save_atomically, save_pretrained
+from ray_jobs.system_metrics import system_metrics
+from ray_jobs.train_progress import TrainProgress
+from revmux.artifact import atomic_folder, save_pretrained
+from revmux.checkpoint import CheckpointConfig, CheckpointFolder
 from revmux.data import TaskData
+from revmux.errors import UserError
 from revmux.recipe import Prepared, Recipe, prepare
-from revmux.training import EpochReport, Trainer, load_weights
+from revmux.task_model import save_task_model
+from revmux.training import load_weights
+from revmux.workers import together
 
-STATE_NAME, BEST_NAME, RESULT_NAME = "trainer.pt", "best.safetensors", "result"
+RESULT_NAME = "result"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class WorkerConfig:
         recipe: the run.
         task: reference to the data that the driver read.
         title: what is trained, in the words of the progress lines.
-        threads: of each worker; 0 leaves torch's default.
+        threads: of each worker, its share of the CPUs.
+        folder: of the run's checkpoints and its result, on a disk that every worker reaches.
+        checkpoint: when the run is saved.
         tracking_uri: MLflow store.
         run_id: the MLflow run that curves go to.
         progress: whether to draw a bar.
@@ -47,106 +50,111 @@ class WorkerConfig:
     task: ray.ObjectRef
     title: str
     threads: int
+    folder: Path
+    checkpoint: CheckpointConfig
     tracking_uri: str
     run_id: str
     progress: bool
 
 
-def train_worker(arguments: dict[str, Any]) -> None:
-    """Body of a worker; every rank runs it and reports alike.
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker hands to the driver.
+
+    Attributes:
+        metrics: the figures of the test split, cost, weights.
+        error: what a person has to mend; starting the workers again would not.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+def train_worker(arguments: dict[str, Any]) -> Outcome:
+    """Body of a worker; every rank runs it, reports alike and ends alike.
 
     Args:
         arguments: ``{"config": WorkerConfig}``, as Ray Train hands it over.
     """
-    config: WorkerConfig = arguments["config"]
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    try:
+        return Outcome(train(arguments["config"]))
+    except UserError as error:
+        return Outcome(error=str(error))
+
+
+def train(config: WorkerConfig) -> dict[str, float]:
+    """Go on from the last checkpoint to the end, evaluate, and leave the result in the run's folder.
+
+    Raises:
+        UserError: on every rank, though it may be one that met it.
+    """
+    torch.set_num_threads(config.threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every report otherwise
     disable_progress_bar()
     task: TaskData = ray.get(config.task)
-    rank = ray.train.get_context().get_world_rank()
-    prepared = prepare(config.recipe, task, get_device())
-    bar = tqdm_ray.tqdm(desc=config.title, total=0) if config.progress and rank == 0 else None
-
-    def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
-        if bar is not None:
-            bar.total = total
-            bar.update(step - bar._x)
-
-    trainer = prepared.trainer(on_step=on_step)
-    best = resume(trainer)
-    started = time.perf_counter()
-    for report in trainer.run():
-        if report.is_best:
-            best = trainer.trained_weights()
-        if rank == 0:
-            # Not print: Ray Train's own print shows each line twice.
-            sys.stdout.write(epoch_line(config, trainer, report, time.perf_counter() - started) + "\n")
-            sys.stdout.flush()
-            log_metrics(config.tracking_uri, config.run_id, report.metrics, report.epoch)
-        report_checkpoint(
-            report.metrics | {"epoch": report.epoch}, rank, partial(save_state, trainer=trainer, best=best)
-        )
-    if bar is not None:
-        bar.close()
-    load_weights(prepared.model, best)
-    evaluation = prepared.evaluate_test()
+    first = ray.train.get_context().get_world_rank() == 0
+    with together():
+        prepared = prepare(config.recipe, task, get_device())
+    trainer = prepared.trainer(
+        checkpoints=CheckpointFolder(config.folder, config.checkpoint.keep), checkpoint_steps=config.checkpoint.steps
+    )
+    start = trainer.resume()
+    progress = (
+        TrainProgress(config.title, trainer, config.tracking_uri, config.run_id, config.progress) if first else None
+    )
+    if progress is not None:
+        progress.tell(f"{workers_in_words()}, step {start} of {trainer.total_steps}")
+        trainer.on_step = progress.step
+    with system_metrics(config.tracking_uri, config.run_id) if first else nullcontext():
+        for report in trainer.run():
+            if progress is not None:
+                progress.epoch(report)
+            ray.train.report(report.metrics | {"epoch": report.epoch})
+        if progress is not None:
+            progress.close()
+        load_weights(prepared.model, trainer.best)
+        evaluation = prepared.evaluate_test()
     metrics = evaluation.metrics() | {
         "cost_counted": prepared.cost(),
-        "tunable_params": float(sum(value.numel() for value in best.values())),
+        "tunable_params": float(sum(value.numel() for value in trainer.best.values())),
         "best_epoch": float(trainer.state.best_epoch),
         "selection_accuracy": trainer.state.best_accuracy,
     }
     metrics = {name: value for name, value in metrics.items() if value == value}  # no NaN where there is no teacher
-    report_checkpoint(
-        metrics | {"epoch": trainer.state.epoch}, rank, partial(save_result, prepared=prepared, metrics=metrics)
+    with together():
+        if first:
+            leave_result(config.folder / RESULT_NAME, prepared, metrics)
+    return metrics
+
+
+def workers_in_words() -> str:
+    """How many workers there are, on what, with how many threads each."""
+    world, backend = (dist.get_world_size(), f"{dist.get_backend()}, ") if dist.is_initialized() else (1, "")
+    threads = torch.get_num_threads()
+    return (
+        f"{world} worker{'s' * (world > 1)} ({backend}{get_device().type}, {threads} thread{'s' * (threads > 1)} each)"
     )
 
 
-def resume(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Go on from the last checkpoint of this run, if there is one; returns the best weights so far."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return trainer.trained_weights()
-    with checkpoint.as_directory() as folder:
-        if not (Path(folder) / STATE_NAME).is_file():
-            return trainer.trained_weights()
-        trainer.load_state_dict(torch.load(Path(folder) / STATE_NAME, weights_only=True, map_location="cpu"))
-        return load_file(Path(folder) / BEST_NAME)
+def leave_result(folder: Path, prepared: Prepared, metrics: dict[str, float]) -> None:
+    """:func:`save_result`, whole or not at all.
 
-
-def save_state(folder: Path, trainer: Trainer, best: dict[str, torch.Tensor]) -> None:
-    """What :func:`resume` reads."""
-    save_atomically(trainer.state_dict(), folder / STATE_NAME)
-    save_file(best, folder / BEST_NAME)
+    Raises:
+        UserError: the disk is full or refuses.
+    """
+    try:
+        with atomic_folder(folder) as temporary:
+            save_result(temporary, prepared, metrics)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write the result to {folder} ({error}); make room there and give the same command again: "
+            "training is done and its checkpoint kept"
+        ) from error
 
 
 def save_result(folder: Path, prepared: Prepared, metrics: dict[str, float]) -> None:
     """The finished adapter, or the finished task model in Hugging Face's own form."""
     if prepared.model.method.name == "siso":
-        prepared.pretrained.backbone.model.save_pretrained(folder / RESULT_NAME)
-        prepared.pretrained.tokenizer.save_pretrained(folder / RESULT_NAME)
+        save_task_model(prepared.pretrained, folder)
     else:
-        save_pretrained(prepared.model, prepared.adapter_config(metrics), folder / RESULT_NAME)
-
-
-def report_checkpoint(metrics: dict[str, float], rank: int, write: Callable[[Path], None]) -> None:
-    """Report to Ray Train; rank 0 brings the checkpoint, every rank comes."""
-    if rank != 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def epoch_line(config: WorkerConfig, trainer: Trainer, report: EpochReport, seconds: float) -> str:
-    """One plain line an epoch, for logs."""
-    epochs = config.recipe.optim.epochs
-    left = seconds / report.step * (trainer.total_steps - report.step) if report.step else 0.0
-    metrics = report.metrics
-    return (
-        f"{config.title}: epoch {report.epoch}/{epochs}, step {report.step}/{trainer.total_steps}, "
-        f"loss {metrics['train_loss']:.3f}, selection accuracy {metrics['selection_accuracy']:.1%}, "
-        f"{metrics['inputs_per_second']:.0f} inputs/s, {left:.0f} s left"
-    )
+        save_pretrained(prepared.model, prepared.adapter_config(metrics), folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from revmux.features import FeatureBatch
@@ -15,12 +16,14 @@ class TrainStep(nn.Module):
     Args:
         model: the multiplexed classifier.
         loss: what it is trained for.
+        half_width: whether the model computes in bfloat16 where that is safe (autocast); losses never do.
     """
 
-    def __init__(self, model: MultiplexedClassifier, loss: LossConfig) -> None:
+    def __init__(self, model: MultiplexedClassifier, loss: LossConfig, half_width: bool = False) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.half_width = half_width
 
     def forward(
         self,
@@ -38,11 +41,12 @@ class TrainStep(nn.Module):
             candidates: see :func:`revmux.losses.infonce`.
         """
         method = self.model.method
-        if batch.prefilled is not None:
-            output = self.model.run_groups(batch.prefilled, groups)
-        else:
-            assert batch.tokens is not None
-            output = self.model.run_tokens(batch.tokens, groups)
+        with torch.autocast(groups.device.type, torch.bfloat16, enabled=self.half_width):
+            if batch.prefilled is not None:
+                output = self.model.run_groups(batch.prefilled, groups)
+            else:
+                assert batch.tokens is not None
+                output = self.model.run_tokens(batch.tokens, groups)
         losses = training_loss(
             output.scores,
             output.vectors,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from revmux.checkpoint import CheckpointFolder
-from revmux.errors import UserError
+from revmux.errors import UserError, one_of
 from revmux.evaluation import evaluate
 from revmux.features import Features
 from revmux.grouping import epoch_groups, local_rows
@@ -47,6 +47,8 @@ class OptimConfig:
         accumulate: parts that each worker computes its share of a step in, one after the other, for batches that do
             not fit into memory. It changes nothing but rounding and dropout: InfoNCE's negatives are those of the
             whole step.
+        precision: ``bfloat16`` computes steps under autocast while weights and optimiser stay in float32: for a GPU that
+            tunes a backbone. A frozen backbone is smaller and faster with its own ``dtype`` set.
     """
 
     epochs: int = 10
@@ -58,8 +60,11 @@ class OptimConfig:
     patience: int = 0
     seed: int = 0
     accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise one_of("precision", self.precision, ("float32", "bfloat16"), "choose one of these")
         for name in ("epochs", "batch_size", "learning_rate", "clip", "accumulate"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; choose a value above 0")
@@ -172,7 +177,7 @@ class Trainer:
                 f"{model.method.name} has no weights to train on a frozen backbone; choose another method, or set its "
                 "option tune_backbone"
             )
-        self.train_step = TrainStep(model, loss)
+        self.train_step = TrainStep(model, loss, half_width=optim.precision == "bfloat16")
         self.step: nn.Module = self.train_step
         if self.world > 1:
             # A tuned backbone has parts that an adapter may pass by: its own head, layers above the exit.

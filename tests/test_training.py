@@ -409,7 +409,7 @@ def test_two_workers_tune_one_backbone_though_not_all_of_it_is_used(
     assert all(torch.equal(value, second[weight]) for weight, value in first.items())
 
 
-@pytest.mark.parametrize(
+EVERY_METHOD = pytest.mark.parametrize(
     ("name", "num_inputs", "prefill_layers", "options"),
     [
         ("revmux", 2, 1, {}),
@@ -425,6 +425,9 @@ def test_two_workers_tune_one_backbone_though_not_all_of_it_is_used(
         ("siso", 1, 2, {"tune_backbone": True}),
     ],
 )
+
+
+@EVERY_METHOD
 def test_every_trained_weight_has_a_gradient_in_every_step(
     name: str,
     num_inputs: int,
@@ -447,3 +450,32 @@ def test_every_trained_weight_has_a_gradient_in_every_step(
     running.step(batch, torch.arange(8).view(-1, num_inputs))["loss"].backward()
     without = [key for key, value in prepared.model.named_parameters() if value.requires_grad and value.grad is None]
     assert without == []
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("half_width", [{"dtype": "bfloat16"}, {"precision": "bfloat16"}], ids=["backbone", "autocast"])
+def test_half_width_trains_full_width_weights(
+    half_width: dict[str, Any],
+    name: str,
+    num_inputs: int,
+    prefill_layers: int,
+    options: dict,
+    tiny_model_folder: Path,
+    tiny_csv: Path,
+    tmp_path: Path,
+) -> None:
+    if "dtype" in half_width and options.get("tune_backbone"):
+        pytest.skip("a backbone is tuned in float32")
+    dtype, precision = half_width.get("dtype", "float32"), half_width.get("precision", "float32")
+    recipe = Recipe(
+        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16, dtype=dtype),
+        data=DataConfig(source=str(tiny_csv)),
+        method=MethodConfig(name, num_inputs, prefill_layers, options),
+        optim=OptimConfig(epochs=6, batch_size=16, learning_rate=2e-3, precision=precision),
+        loss=LossConfig(distillation_weight=1.0),
+        store=StoreConfig(root=str(tmp_path)),
+    )
+    prepared = prepare(recipe, load_task(recipe.data))
+    reports = list(prepared.trainer().run())
+    assert {value.dtype for value in prepared.trainer().parameters} == {torch.float32}
+    assert reports[-1].metrics["train_loss"] < reports[0].metrics["train_loss"]
