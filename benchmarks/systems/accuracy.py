@@ -29,7 +29,7 @@ class Budget:
         tuned_epochs: of systems that tune the backbone, whose epochs cost several times as much.
         learning_rate: peak of AdamW's rate.
         tuned_learning_rate: where the backbone moves too.
-        batch_size: inputs a step.
+        batch_size: inputs a step, or the nearest multiple of N.
         seeds: runs of each system.
         shuffles: groupings of the test split a run.
     """
@@ -60,7 +60,8 @@ def all_runs(budget: Budget, model: Path, num_layers: int, folder: Path) -> list
                     method = MethodConfig("exit-head", 1, system.options["layer"], system.options)
                     epochs = budget.exit_head_epochs
                 rate = budget.tuned_learning_rate if system.tuned else budget.learning_rate
-                optim = OptimConfig(epochs, budget.batch_size, rate, seed=seed)
+                batch_size = round(budget.batch_size / num_inputs) * num_inputs  # of whole groups
+                optim = OptimConfig(epochs, batch_size, rate, seed=seed)
                 recipe = Recipe(backbone, data, method, optim, LossConfig(), store, budget.shuffles)
                 runs.append(Run.named(system.title, recipe, folder / "runs"))
     return runs
