@@ -20,6 +20,8 @@ LOCAL_ENVIRONMENT = {
     # A thread that waits leaves the core to the worker beside it.
     "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
+    # Workers wait after each epoch until Ray Train looks for their report, every 2 seconds by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
 
 

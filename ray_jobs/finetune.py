@@ -32,13 +32,13 @@ class FinetuneJob:
         optim: how weights move.
         frozen_layers: lowest layers, with the embeddings, that keep their weights; 0 tunes everything.
         cluster: workers.
-        checkpoint: when the run is saved, to go on from after a fault.
         tracking: MLflow.
         storage: folder of checkpoints and of the default MLflow store; absolute, or relative to where the job runs.
         output: folder that the task model takes; by default ``task-model`` in the storage folder.
         name: of the run.
         soft_prompt: vectors that are put before every input of a language model and tuned in place of its weights, such
             as 20; takes ``--backbone.prompt``. 0 tunes the weights.
+        checkpoint: when the run is saved, to go on from after a fault.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -46,12 +46,12 @@ class FinetuneJob:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=3, learning_rate=1e-4))
     frozen_layers: int = 0
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: str = "runs"
     output: str | None = None
     name: str = "task-model"
     soft_prompt: int = 0
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def recipe(self) -> Recipe:
         """The job as a recipe: SISO with the backbone or a soft prompt tuned."""

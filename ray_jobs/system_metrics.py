@@ -32,6 +32,7 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
         return
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells when it starts and stops
     try:
         monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)
         monitor.collect_metrics()

@@ -177,6 +177,11 @@ class Trainer:
                 f"{model.method.name} has no weights to train on a frozen backbone; choose another method, or set its "
                 "option tune_backbone"
             )
+        if any(parameter.dtype != torch.float32 for parameter in self.parameters):
+            raise UserError(
+                f"{model.method.name} tunes a backbone that was loaded as {model.backbone.dtype}, where small steps are lost "
+                "to rounding; load it as float32, and set precision bfloat16 to compute at half width"
+            )
         self.train_step = TrainStep(model, loss, half_width=optim.precision == "bfloat16")
         self.step: nn.Module = self.train_step
         if self.world > 1:

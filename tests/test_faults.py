@@ -1,0 +1,390 @@
+"""Faults: workers, drivers and machines that are killed, and disks that fill up. Training ends as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+from torch import Tensor
+
+from revmux import UserError
+from revmux.artifact import WEIGHTS_NAME, save_pretrained
+from revmux.checkpoint import CheckpointFolder
+from revmux.data import DataConfig, load_task
+from revmux.features import StoreConfig
+from revmux.pretrained import BackboneConfig
+from revmux.recipe import MethodConfig, Recipe, prepare
+from revmux.training import OptimConfig, Trainer, load_weights
+
+ROOT = Path(__file__).parents[1]
+RAY = str(Path(sys.executable).with_name("ray"))
+EPOCHS, EVERY = 14, 7
+
+
+def recipe(model: Path, data: Path, store: Path) -> Recipe:
+    return Recipe(
+        backbone=BackboneConfig(model=str(model), max_length=16),
+        data=DataConfig(source=str(data)),
+        method=MethodConfig("revmux", 2, 1, {"dropout": 0.1}),
+        optim=OptimConfig(epochs=EPOCHS, batch_size=4),
+        store=StoreConfig(root=str(store)),
+        shuffles=2,
+    )
+
+
+@dataclass
+class Ended:
+    """A run that nothing disturbed."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    steps_per_epoch: int = 0
+
+
+def run_undisturbed(model: str, data: str, folder: str) -> dict[str, Any]:
+    """The same recipe without Ray, in each process of a gloo group."""
+    prepared = prepare(recipe(Path(model), Path(data), Path(folder) / "store"), load_task(DataConfig(source=data)))
+    trainer = prepared.trainer()
+    list(trainer.run())
+    load_weights(prepared.model, trainer.best)
+    save_pretrained(prepared.model, prepared.adapter_config({}), Path(folder) / f"adapter-{trainer.rank}")
+    state = trainer.state
+    return {"history": state.history, "steps": state.step, "steps_per_epoch": trainer.steps_per_epoch}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    run_workers: Callable, tiny_model_folder: Path, tiny_csv: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Ended:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = run_workers(run_undisturbed, 2, str(tiny_model_folder), str(tiny_csv), str(folder))[0]
+    assert ended["steps_per_epoch"] % EVERY, "a checkpoint must fall within an epoch"
+    return Ended(load_file(folder / "adapter-0" / WEIGHTS_NAME), **ended)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Path) -> Any:
+    """What the condition gives once it is true; fails with the log if the process ends before."""
+    while not (found := condition()):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)
+            pytest.fail(f"ended with status {process.returncode}: {log.read_text()}")
+    return found
+
+
+@dataclass
+class TrainJob:
+    """``python -m ray_jobs.train`` in a process of its own, with storage and HOME in a folder of its own."""
+
+    folder: Path
+    model: Path
+    data: Path
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def storage(self) -> Path:
+        return self.folder / "storage"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "job.log"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        return environment | {
+            "HOME": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+
+    @contextmanager
+    def started(self) -> Iterator[subprocess.Popen]:
+        command = [
+            sys.executable,
+            "-m",
+            "ray_jobs.train",
+            "--data.source",
+            str(self.data),
+            "--storage",
+            str(self.storage),
+        ]
+        command += ["--backbone.model", str(self.model), "--backbone.max_length", "16", "--shuffles", "2"]
+        command += ["--num_inputs", "[2]", "--method.prefill_layers", "1", "--method.options", '{"dropout": 0.1}']
+        command += ["--optim.epochs", str(EPOCHS), "--optim.batch_size", "4", "--checkpoint.steps", str(EVERY)]
+        command += self.flags
+        with self.log.open("w") as output:
+            process = subprocess.Popen(
+                command, env=self.environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        family: list[psutil.Process] = []
+        try:
+            yield process
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                family = psutil.Process(process.pid).children(recursive=True)
+            kill_group(process)
+            psutil.wait_procs(kill_all(family))
+
+    def checkpoint_within_epoch(self, steps_per_epoch: int, after: int = 0) -> int | None:
+        """The step of a finished checkpoint that no epoch ends with."""
+        for manifest in self.storage.glob("checkpoints/*/step-*.json"):
+            step = int(manifest.stem.partition("-")[2])
+            if step > after and step % steps_per_epoch:
+                return step
+        return None
+
+    def starts(self) -> list[int]:
+        """The steps that the workers began at, each time that they were started."""
+        lines = [line.partition("each), step ")[2] for line in self.log.read_text().splitlines()]
+        return [int(line.split()[0]) for line in lines if line]
+
+    def finished_like(self, undisturbed: Ended) -> None:
+        """Same steps, same loss in each epoch, same weights, and the folder of the checkpoints tidied away."""
+        log = self.log.read_text()
+        assert f"step {undisturbed.steps}/{undisturbed.steps}" in log
+        weights = load_file(self.storage / "adapters/revmux-n2-l1" / WEIGHTS_NAME)
+        assert weights.keys() == undisturbed.weights.keys()
+        assert all(torch.equal(value, undisturbed.weights[name]) for name, value in weights.items())
+        client = MlflowClient(f"sqlite:///{self.storage}/mlflow.db")
+        experiment = client.get_experiment_by_name("revmux")
+        assert experiment is not None
+        last = client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])[0]
+        assert last.info.status == "FINISHED"
+        for name in ("train_loss", "selection_accuracy"):
+            points = client.get_metric_history(last.info.run_id, name)
+            curve = {point.step: point.value for point in points if point.step}  # 0 is the run's own figure
+            expected = {epoch: metrics[name] for epoch, metrics in enumerate(undisturbed.history, start=1)}
+            assert curve == pytest.approx(expected, rel=1e-5)
+        assert not list(self.storage.glob("checkpoints/*"))
+
+
+def kill_all(processes: list[psutil.Process]) -> list[psutil.Process]:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return processes
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def train_workers(parent: int) -> list[psutil.Process]:
+    """The training processes of a driver that has a Ray of its own."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+@pytest.fixture
+def job(tiny_model_folder: Path, tiny_csv: Path) -> Iterator[TrainJob]:
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:  # not pytest's: Ray's socket paths must stay short
+        yield TrainJob(Path(folder), tiny_model_folder, tiny_csv)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_worker_killed_within_an_epoch_is_made_up_for(job: TrainJob, undisturbed: Ended) -> None:
+    with job.started() as process:
+        step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
+        workers = train_workers(process.pid)
+        assert len(workers) == 2
+        workers[1].kill()
+        assert process.wait() == 0, job.log.read_text()
+    assert f"2 workers (gloo, cpu, 1 thread each), step 0 of {undisturbed.steps}" in job.log.read_text()
+    first, resumed = job.starts()
+    assert first == 0
+    assert resumed >= step
+    job.finished_like(undisturbed)
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_same_command_goes_on_after_its_driver_was_killed(job: TrainJob, undisturbed: Ended) -> None:
+    with job.started() as process:
+        step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
+        workers = train_workers(process.pid)
+        process.kill()
+        left = psutil.wait_procs(workers, timeout=60)[1]
+        assert not left, "workers outlive their driver"
+    with job.started() as process:
+        assert process.wait() == 0, job.log.read_text()
+    (resumed,) = job.starts()
+    assert resumed >= step
+    job.finished_like(undisturbed)
+
+
+@pytest.fixture
+def two_nodes(job: TrainJob) -> Iterator[Callable[[], subprocess.Popen]]:
+    """A head and a second node with one core each, and what starts one more; the first call gives the second node."""
+    port = free_port()
+    environment = job.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    nodes: list[subprocess.Popen] = []
+
+    def start(*flags: str) -> subprocess.Popen:
+        command = [RAY, "start", "--block", "--num-cpus=1", "--min-worker-port=0", "--max-worker-port=0", *flags]
+        with (job.folder / f"node-{len(nodes)}.log").open("w") as output:
+            nodes.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            )
+        return nodes[-1]
+
+    start("--head", f"--port={port}", f"--temp-dir={job.folder}/ray", "--include-dashboard=false")
+    job.flags += ["--cluster.address", f"127.0.0.1:{port}"]
+    try:
+        yield lambda: start(f"--address=127.0.0.1:{port}")
+    finally:
+        for node in nodes:
+            with suppress(psutil.NoSuchProcess):
+                family = psutil.Process(node.pid).children(recursive=True)
+                kill_group(node)
+                psutil.wait_procs(kill_all(family))
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_node_that_is_lost_and_replaced_ends_no_training(
+    job: TrainJob, undisturbed: Ended, two_nodes: Callable[[], subprocess.Popen]
+) -> None:
+    second = two_nodes()
+    with job.started() as process:
+        step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
+        family = psutil.Process(second.pid).children(recursive=True)
+        assert train_workers(second.pid), "one worker a node"
+        kill_group(second)
+        psutil.wait_procs(kill_all(family))
+        two_nodes()
+        assert process.wait() == 0, job.log.read_text()
+    first, resumed = job.starts()
+    assert first == 0
+    assert resumed >= step
+    job.finished_like(undisturbed)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[], Any]]:
+    """A disk of 4 MB in a folder; yields what fills it to the last byte and gives what frees it again."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a small disk")
+
+    def fill() -> Callable[[], None]:
+        ballast = folder / "ballast"
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        return ballast.unlink
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def small_files(folder: Path) -> Iterator[Callable[[], Any]]:
+    """No file may grow beyond 10 kB once the disk is «full»; the same interface as :func:`small_disk`."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> Callable[[], None]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, former[1]))
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+    try:
+        yield fill
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+@pytest.mark.parametrize("disk", [small_disk, small_files])
+def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(
+    disk: Callable, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    def trainer(folder: Path | None, on_step: Callable | None = None) -> Trainer:
+        prepared = prepare(short, load_task(short.data))
+        checkpoints = None if folder is None else CheckpointFolder(folder)
+        return prepared.trainer(checkpoints=checkpoints, checkpoint_steps=4, on_step=on_step)
+
+    def fill_at_10(step: int, total: int, metrics: dict) -> None:
+        if step == 10:
+            free.append(fill())
+
+    short = recipe(tiny_model_folder, tiny_csv, tmp_path / "store")
+    short = replace(short, optim=replace(short.optim, epochs=2))
+    unbroken = trainer(None)
+    list(unbroken.run())
+    (tmp_path / "disk").mkdir()
+    free: list[Callable] = []
+    with disk(tmp_path / "disk") as fill:
+        folder = tmp_path / "disk" / "run"
+        with pytest.raises(UserError) as told:
+            list(trainer(folder, fill_at_10).run())
+        assert f"cannot write the checkpoint of step 12 to {folder} (" in str(told.value)
+        assert "make room there" in str(told.value)
+        assert "goes on from step 8" in str(told.value)
+        assert not list(folder.glob(".*")), "half a file is left"
+        free[0]()
+        again = trainer(folder)
+        assert again.resume() == 8
+        list(again.run())
+    assert again.state.step == unbroken.state.step
+    expected = unbroken.trained_weights()
+    assert all(torch.equal(value, expected[name]) for name, value in again.trained_weights().items())
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_job_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
+    job: TrainJob, undisturbed: Ended
+) -> None:
+    job.storage.mkdir()
+    with small_disk(job.storage) as fill:
+        with job.started() as process:
+            wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
+            free = fill()
+            assert process.wait() == 2, job.log.read_text()
+        log = job.log.read_text()
+        (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+        assert "No space left on device" in line
+        assert "make room there" in line
+        assert "Traceback" not in log
+        free()
+        with job.started() as process:
+            assert process.wait() == 0, job.log.read_text()
+        assert job.starts()[0] > 0
+        job.finished_like(undisturbed)
