@@ -14,8 +14,9 @@ from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.launch import absolute_path, absolute_storage
 from ray_jobs.tracking import Tracker, TrackingConfig
-from revmux.artifact import from_pretrained, load_config
+from revmux.artifact import check_prompt, from_pretrained, load_config
 from revmux.data import DataConfig, TaskData, load_task
+from revmux.data.prompts import Prompt
 from revmux.errors import UserError
 from revmux.evaluation import evaluate
 from revmux.features import OnlineFeatures
@@ -75,7 +76,9 @@ def main(job: EvaluateJob) -> dict[str, float]:
     output = absolute_path(job.output, "output") if job.output else storage / f"{name}.json"
     config = load_config(job.adapter)
     job.cluster.check_here()
-    if job.backbone.prompt is None:
+    if isinstance(job.backbone.prompt, Prompt):
+        check_prompt(config, job.backbone.prompt.with_labels(config.label_names), job.adapter)
+    else:
         job = replace(job, backbone=replace(job.backbone, prompt=config.recorded_prompt()))
     check_answers(job.backbone)
     _, own_labels = inspect(job.backbone)

@@ -273,19 +273,30 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
                 f"adapter {str(folder)!r} was trained on {config.base_model['name']}, but the backbone given is "
                 f"{pretrained.identity['name']}; load that backbone"
             )
-    own, other = config.recorded_prompt(), pretrained.prompt
-    if own != other:
-        names = [f"prompt {prompt.name}" if prompt else "no prompt" for prompt in (own, other)]
-        where = f" ({own.difference(other)})" if own and other else ""
-        remedy = f"load the backbone with prompt {own.name}" if own else "load the backbone without one"
-        raise UserError(
-            f"adapter {str(folder)!r} was trained with {names[0]}, but the backbone given has {names[1]}{where}; {remedy}"
-        )
+    check_prompt(config, pretrained.prompt, folder)
     if config.label_names != pretrained.backbone.label_names:
         raise UserError(
             f"adapter {str(folder)!r} has the labels {', '.join(config.label_names)}, the backbone has "
             f"{', '.join(pretrained.backbone.label_names)}; load the task model that it was trained on"
         )
+
+
+def check_prompt(config: AdapterConfig, prompt: Prompt | None, folder: str | Path) -> None:
+    """Refuse an adapter on a backbone with another prompt than its own.
+
+    Raises:
+        UserError: naming both prompts, and where they differ.
+    """
+    own = config.recorded_prompt()
+    if own == prompt:
+        return
+    names = [f"prompt {known.name}" if known else "no prompt" for known in (own, prompt)]
+    where = f" ({own.difference(prompt)})" if own and prompt else ""
+    raise UserError(
+        f"adapter {str(folder)!r} was trained with {names[0]}, but the backbone given has {names[1]}{where}; leave "
+        "the prompt out of a command, which then takes the adapter's own, or in Python load the backbone with "
+        f"recorded_prompt([{str(folder)!r}])"
+    )
 
 
 def push_to_hub(

@@ -41,6 +41,7 @@ from revmux.shapes import meta_backbone
 from revmux.task_model import save_task_model
 from revmux.training import OptimConfig
 from serve_app.config import server_config
+from serve_app.service import Service
 
 TEMPLATE = ["Text:", "Is", "it", "bad", "or", "good?", "Answer:", "good", "no"]
 PROMPT = Prompt("mine", "Text: {text}\nIs it bad or good?\nAnswer:", {"bad": ("bad",), "good": ("good",)})
@@ -190,7 +191,7 @@ def test_an_adapter_is_trained_kept_evaluated_and_served_with_its_prompt(
 
 
 def test_an_adapter_on_another_prompt_is_refused_with_both_names(
-    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = model_folder("llama")
     ready = prepared(recipe(folder, tiny_csv, tmp_path / "store"))
@@ -200,6 +201,30 @@ def test_an_adapter_on_another_prompt_is_refused_with_both_names(
         from_pretrained(adapter, other)
     renamed = load_pretrained(backbone(folder, replace(PROMPT, name="a copy of it")))
     from_pretrained(adapter, renamed)
+
+    argv = ["--backbone.model", str(folder), "--backbone.prompt", "sst2", "--adapter", str(adapter)]
+    assert cli.run(evaluate.main, evaluate.EvaluateJob, None, [*argv, "--storage", str(tmp_path / "runs")]) == 2
+    assert "was trained with prompt mine, but the backbone given has prompt sst2" in capsys.readouterr().err
+
+
+def test_a_server_is_told_no_prompt_and_takes_the_adapters(
+    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+) -> None:
+    folder = model_folder("t5")
+    ready = prepared(recipe(folder, tiny_csv, tmp_path / "store"))
+    adapter = save_pretrained(ready.model, ready.adapter_config({}), tmp_path / "adapter")
+    config = server_config(model=str(folder), adapters=[str(adapter)])
+    service = Service(config)
+    try:
+        service.serve(config.served)
+        (task,) = service.engine.tasks.values()
+        assert task.pretrained.prompt == PROMPT
+        (answer,) = service.engine.submit(TEXTS[:1], max_multiplex=1)
+        torch.testing.assert_close(
+            answer.result(60).scores, whole_model_scores(folder, "t5", TEXTS[:1])[0], rtol=1e-4, atol=1e-4
+        )
+    finally:
+        service.engine.close()
 
 
 def test_a_server_takes_the_prompt_of_its_configuration_checked_at_the_door(prompt_file: Path) -> None:
@@ -319,6 +344,7 @@ def test_settings_hold_the_prompts_content(prompt_file: Path, model_folder: Call
     argv = ["--backbone.model", str(model_folder("t5")), "--backbone.prompt", str(prompt_file)]
     job = cli.parse(train.TrainJob, None, argv)
     assert job.backbone.prompt == PROMPT
+    assert job.backbone.prompt.name == "mine", "no path of this machine"
     assert PROMPT.template in repr(job.recipes()).replace("\\n", "\n"), "what tells one run from another"
     inline = prompt_file.with_name("job.yaml")
     inline.write_text(json.dumps({"backbone": {"prompt": PROMPT.to_dict()}, "adapter": "x"}))

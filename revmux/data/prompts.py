@@ -37,7 +37,7 @@ class Prompt:
     """A task's template and label words; two of other names are equal where all else is.
 
     Args:
-        name: the task, or the file that it was read from.
+        name: the task, or that of the file that it was read from.
         template: what the model reads, with ``{text}`` and for pairs ``{text_pair}``; ``{{`` is a brace.
         labels: the words of each class, in the order of the classes; empty takes the class names as words.
         pair_template: the template for pairs, where ``template`` is for single texts.
@@ -273,7 +273,7 @@ def load_prompt(name: str) -> Prompt:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"prompt file {name!r} is not YAML ({reason}); {_FOLDER / 'sst2.yaml'} is an example") from None
-    return _read(name, content)
+    return replace(_read(name, content), name=path.stem)
 
 
 def _read(name: str, content: Any) -> Prompt:
