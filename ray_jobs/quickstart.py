@@ -16,6 +16,7 @@ from typing import Any
 
 from ray_jobs import cli, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.features import fill_stores
 from ray_jobs.launch import absolute_path, absolute_storage, run_params
 from ray_jobs.live import show_live_answers
 from ray_jobs.tracking import Tracker, TrackingConfig
@@ -27,7 +28,7 @@ from revmux.losses import LossConfig
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained import BackboneConfig, Pretrained, inspect, load_pretrained
-from revmux.recipe import MethodConfig, Recipe, fill_store, prepare, train_here
+from revmux.recipe import MethodConfig, Recipe, prepare, train_here
 from revmux.report import comparison_table, plot_front, row_name
 from revmux.results import describe_run, write_json
 from revmux.throughput import like_length_batches, paired_throughput
@@ -137,13 +138,7 @@ def main(job: QuickstartJob) -> None:
         with steps.step(
             "Features", "Storing what the frozen model says of each input alone: every run below reads it."
         ):
-            import ray
-
-            cores, gpus = job.cluster.cpus_per_worker, job.cluster.gpus_per_worker
-            filler = ray.remote(num_cpus=cores, num_gpus=gpus)(fill_store)
-            layers, device = sorted({job.prefill_layers, *exits.values()}), "cuda" if job.cluster.use_gpu else "cpu"
-            splits = (task.train, task.test, task.selection)
-            ray.get([filler.remote(base, split, layers, device, max(1, int(cores))) for split in splits])
+            fill_stores(base, sorted({job.prefill_layers, *exits.values()}), task, job.cluster)
         rows, folders = [], []
         with steps.step("Adapters", f"Training RevMUX for N = {', '.join(map(str, job.num_inputs))} by Ray Train."):
             training = train.TrainJob(

@@ -19,7 +19,7 @@ from revmux.errors import UserError
 from revmux.evaluation import Evaluation, evaluate
 from revmux.features import Features, OnlineFeatures, StoreConfig, open_features
 from revmux.losses import LossConfig
-from revmux.methods import BackboneShape, build_method
+from revmux.methods import BackboneShape, Method, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained import BackboneConfig, Pretrained, check_length, load_pretrained
 from revmux.training import OptimConfig, Trainer, load_weights
@@ -153,17 +153,39 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
         pretrained.tokenize(split, recipe.backbone.max_length) for split in (task.train, task.selection, task.test)
     ]
     features: list[Features]
-    if method.name == "siso" and method.tunes_backbone:
+    layers = stored_layers(method, method_config.prefill_layers)
+    if layers is None:
         features = [OnlineFeatures(split, backbone, with_teacher=False) for split in splits]
     else:
-        stored = not (method.tunes_backbone or method.prepares_tokens)
-        layers = [method_config.prefill_layers] if stored else []
         stores = [open_features(pretrained, split, layers, recipe.store) for split in splits]
-        features = [store.at(method_config.prefill_layers) if stored else store.with_tokens() for store in stores]
+        features = [store.at(layers[0]) if layers else store.with_tokens() for store in stores]
     if method.tunes_backbone:
         method.unfreeze(backbone, method_config.prefill_layers)
         check_length(recipe.backbone, backbone)  # a soft prompt takes room
     return Prepared(recipe, pretrained, task, model, *features)
+
+
+def stored_layers(method: Method, prefill_layers: int) -> list[int] | None:
+    """Depths whose stored states a run reads, beside the teacher.
+
+    Args:
+        method: the run's.
+        prefill_layers: l.
+
+    Returns:
+        l, or none where the method changes what is below it; None where it reads no store at all.
+    """
+    if method.name == "siso" and method.tunes_backbone:
+        return None
+    return [] if method.tunes_backbone or method.prepares_tokens else [prefill_layers]
+
+
+def layers_read(recipe: Recipe, shape: BackboneShape) -> list[int] | None:
+    """As :func:`stored_layers`, from shapes alone."""
+    method = recipe.method
+    with torch.device("meta"):
+        built = build_method(method.name, shape, method.num_inputs, method.options)
+    return stored_layers(built, method.prefill_layers)
 
 
 def load_backbone(recipe: Recipe, label_names: list[str]) -> Pretrained:
@@ -195,20 +217,17 @@ def check_labels(pretrained: Pretrained, task: TaskData) -> None:
         )
 
 
-def fill_store(
-    recipe: Recipe, split: Dataset, layers: Sequence[int], device: torch.device | str = "cpu", threads: int = 0
-) -> None:
+def fill_store(recipe: Recipe, split: Dataset, layers: Sequence[int], device: torch.device | str = "cpu") -> None:
     """Compute in one pass what several runs will read of a split: the teacher, and the prefilled states at some layers.
+
+    On a cluster :mod:`ray_jobs.features` does the same by many workers.
 
     Args:
         recipe: of any of the runs; its backbone and store count.
         split: of their data.
         layers: depths that the runs prefill to.
         device: where the backbone runs.
-        threads: CPU threads; 0 leaves torch's default.
     """
-    if threads:
-        torch.set_num_threads(threads)
     pretrained = load_pretrained(recipe.backbone)
     pretrained.backbone.freeze().to(device)
     open_features(pretrained, pretrained.tokenize(split, recipe.backbone.max_length), layers, recipe.store)
@@ -217,9 +236,7 @@ def fill_store(
 def train_here(prepared: Prepared) -> Evaluation:
     """Train in this process, keep the best epoch's weights, and evaluate on the test split."""
     trainer = prepared.trainer()
-    best = trainer.trained_weights()
-    for report in trainer.run():
-        if report.is_best:
-            best = trainer.trained_weights()
-    load_weights(prepared.model, best)
+    for _ in trainer.run():
+        pass
+    load_weights(prepared.model, trainer.best)
     return prepared.evaluate_test()

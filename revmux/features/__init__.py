@@ -5,7 +5,7 @@ from revmux.features.cache_cli import StoreInfo, list_stores, remove_stores
 from revmux.features.config import StoreConfig
 from revmux.features.online import OnlineFeatures
 from revmux.features.precision import Precision, measure_precision
-from revmux.features.store import FeatureStore, StoreBuilder, open_features
+from revmux.features.store import FeatureStore, NotSeenError, StoreBuilder, open_features
 from revmux.features.writer import FeaturePass
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "FeaturePass",
     "FeatureStore",
     "Features",
+    "NotSeenError",
     "OnlineFeatures",
     "Precision",
     "StoreBuilder",

@@ -31,6 +31,10 @@ AGREEMENT = 0.05
 """Share of their norm by which stored features may differ from computed ones, rounding and hardware included."""
 
 
+class NotSeenError(UserError):
+    """What workers wrote to a store is not there for the process that sent them: they have another disk."""
+
+
 class FeatureStore:
     """A split's stored features, complete.
 
@@ -205,7 +209,7 @@ class StoreBuilder:
             What is to be written, as far as the budget goes; at the end it is there.
 
         Raises:
-            UserError: what was written is not seen here.
+            NotSeenError: what was written is not seen here.
         """
         self.root.create()
         with self.root.exclusive(f"{self.key}.lock"):
@@ -220,7 +224,7 @@ class StoreBuilder:
                 self.key, str(backbone), self.plan, self.teacher, self.layers, self.dtype, self.config.batch_size
             )
             if not self.complete(verify):
-                raise UserError(
+                raise NotSeenError(
                     f"{self.place.path}: what was written there is not seen from here; name a root that every node "
                     "reaches under the same name, a shared folder or a URI"
                 )

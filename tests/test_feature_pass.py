@@ -1,0 +1,148 @@
+"""The feature pass on a cluster: workers write what one process would, a lost one is replaced, nothing is done twice."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.features import FeaturesJob, ShardWorker, fill_for, fill_stores, main
+from revmux import UserError
+from revmux.data import DataConfig, TaskData, load_task
+from revmux.features import NotSeenError, StoreBuilder, StoreConfig, open_features
+from revmux.pretrained import BackboneConfig, load_pretrained
+from revmux.recipe import MethodConfig, Recipe, prepare
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+LAYERS = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ClusterConfig]:
+    config = ClusterConfig(address="local", workers=2)
+    with connected(config):
+        yield config
+
+
+@pytest.fixture(scope="module")
+def data(tiny_csv: Path) -> DataConfig:
+    return DataConfig(source=str(tiny_csv))
+
+
+@pytest.fixture(scope="module")
+def task(data: DataConfig) -> TaskData:
+    return load_task(data)
+
+
+@pytest.fixture
+def recipe(tiny_model_folder: Path, tmp_path: Path) -> Recipe:
+    """One input a shard, so that the pass has many shards."""
+    store = StoreConfig(root=str(tmp_path / "features"), dtype="bfloat16", shard_inputs=1)
+    return Recipe(BackboneConfig(str(tiny_model_folder), max_length=16), store=store)
+
+
+def shards(recipe: Recipe) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in sorted(Path(recipe.store.root).rglob("*.arrow"))}
+
+
+def shard_workers() -> list[psutil.Process]:
+    """Processes of this test's own cluster that write shards."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if ShardWorker.__name__ in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def write_five(builder: StoreBuilder) -> None:
+    with builder.filling() as missing:
+        for index in missing.missing[:5]:
+            missing.write_shard(builder.backbone, builder.split, index)
+
+
+def kill_a_worker(recipe: Recipe, after: int, jobs: list[Future[None]]) -> int:
+    """Kill one as soon as more than ``after`` shards are there; returns how many there were."""
+    while True:
+        there = len(shards(recipe))
+        if there > after and (workers := shard_workers()):
+            workers[0].send_signal(signal.SIGKILL)
+            return there
+        if any(job.done() for job in jobs):
+            pytest.fail(f"the pass was over before a worker was killed: {jobs}")
+        time.sleep(0.001)
+
+
+def test_a_pass_is_completed_by_workers_that_may_die(
+    recipe: Recipe,
+    data: DataConfig,
+    task: TaskData,
+    cluster: ClusterConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretrained = load_pretrained(recipe.backbone)
+    pretrained.backbone.freeze()
+    splits = [pretrained.tokenize(split, 16) for split in (task.train, task.selection, task.test)]
+    with pytest.raises(NotSeenError):
+        write_five(StoreBuilder(pretrained, splits[0], LAYERS, recipe.store))
+    before = shards(recipe)
+    assert len(before) == 15  # a teacher and two layers each
+    total = 3 * sum(map(len, splits))
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(fill_stores, recipe, LAYERS, task, cluster) for _ in range(2)]
+        assert kill_a_worker(recipe, len(before), jobs) < total
+    for job in jobs:
+        job.result()
+    filled = shards(recipe)
+    assert len(filled) == total, "each shard once, though two jobs asked for them"
+    assert {path: filled[path] for path in before} == before
+    assert capsys.readouterr().out.count("layer 2 in bfloat16: states lose") == 1, "one of the jobs did the work"
+
+    main(FeaturesJob(recipe.backbone, data, LAYERS, recipe.store, cluster))
+    assert "features: complete in" in capsys.readouterr().out
+    prepared = prepare(replace(recipe, method=MethodConfig(prefill_layers=2)), task)
+    assert shards(recipe) == filled, "neither a further job nor a run that reads writes anything"
+
+    local = replace(recipe.store, root=str(tmp_path / "local"), shard_inputs=64)
+    for split, read in zip(splits, (prepared.train, prepared.selection, prepared.test), strict=True):
+        batch, alone = read.batch(range(len(split))), open_features(pretrained, split, [2], local).at(2)
+        expected = alone.batch(range(len(split)))
+        assert batch.prefilled is not None
+        assert expected.prefilled is not None
+        torch.testing.assert_close(batch.prefilled.hidden, expected.prefilled.hidden, atol=2**-8, rtol=2**-7)
+        torch.testing.assert_close(batch.teacher_scores, expected.teacher_scores, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(batch.teacher_vectors, expected.teacher_vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mistake_that_a_worker_finds_is_told_in_one_line(
+    recipe: Recipe, task: TaskData, cluster: ClusterConfig, tmp_path: Path
+) -> None:
+    model = BertForSequenceClassification.from_pretrained(recipe.backbone.model)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.LayerNorm.weight.mul_(1e6)
+    folder = tmp_path / "large"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(recipe.backbone.model).save_pretrained(folder)
+    narrow = replace(recipe, store=replace(recipe.store, dtype="float16"))
+    large = replace(narrow, backbone=replace(recipe.backbone, model=str(folder)))
+    with pytest.raises(UserError, match=r"float16 cannot hold the states of layer 1.*bfloat16 or float32"):
+        fill_for([replace(large, method=MethodConfig(prefill_layers=1))], task, cluster)
+
+
+def test_layers_are_checked_before_a_cluster_starts(recipe: Recipe, data: DataConfig) -> None:
+    job = FeaturesJob(recipe.backbone, data, [9], recipe.store)
+    with pytest.raises(UserError, match=r"layers has 9, but the backbone has 3; choose 0..3"):
+        main(job)
