@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs.pyfunc import MODEL_NAME, save_pyfunc
 from revmux.errors import UserError
 from revmux.extras import require
 from revmux.results import git_commit
@@ -77,6 +79,7 @@ class Tracker:
             resume: id of a run to go on in.
         """
         from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
         tags = {"revmux.command": " ".join(sys.argv), "mlflow.source.git.commit": git_commit() or "unknown"}
@@ -92,7 +95,8 @@ class Tracker:
         try:
             yield run_id
         except BaseException:
-            self.client.set_terminated(run_id, "FAILED")
+            with suppress(MlflowException):  # a full disk or a server that is away must not hide what went wrong
+                self.client.set_terminated(run_id, "FAILED")
             raise
         self.client.set_terminated(run_id, "FINISHED")
 
@@ -106,6 +110,14 @@ class Tracker:
             found, token = [*found, *page], page.token or ""
         return found
 
+    def has_run(self, run_id: str | None) -> bool:
+        """Whether the store holds a run, and it was not deleted."""
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):
+            return run_id is not None and bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        return False
+
     def child_of(self, parent: str, name: str) -> str | None:
         """The run of a trial that was begun before, or None."""
         return next((run.info.run_id for run in self.children(parent) if run.info.run_name == name), None)
@@ -118,23 +130,37 @@ class Tracker:
         """A folder as artifact."""
         self.client.log_artifacts(run_id, str(folder), name)
 
-    def register(self, run_id: str, artifact: str, name: str, tags: Mapping[str, Any]) -> str:
-        """A run's folder as the next version of a registered model, which the server loads as ``models:/NAME/VERSION``.
+    def register(
+        self,
+        run_id: str,
+        adapter: Path,
+        name: str,
+        tags: Mapping[str, Any],
+        backbone: str | None = None,
+        pairs: bool = False,
+    ) -> str:
+        """An adapter as the next version of a registered model.
+
+        The server loads it as ``models:/NAME/VERSION``, and so does ``mlflow.pyfunc.load_model``.
 
         Args:
-            run_id: the run that logged the folder.
-            artifact: its name within the run.
+            run_id: the run that made the adapter.
+            adapter: its folder.
             name: of the registered model, made where it is missing.
             tags: what a person chooses by.
+            backbone: see :func:`ray_jobs.pyfunc.save_pyfunc`.
+            pairs: whether an input is a pair of texts.
 
         Returns:
             The version.
         """
         from mlflow.exceptions import MlflowException
 
+        with tempfile.TemporaryDirectory() as folder:
+            self.log_folder(run_id, save_pyfunc(adapter, Path(folder) / MODEL_NAME, backbone, pairs), MODEL_NAME)
         with suppress(MlflowException):  # it is there
             self.client.create_registered_model(name)
-        source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact}"
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/{MODEL_NAME}"
         texts = {key: str(value) for key, value in tags.items()}
         return str(self.client.create_model_version(name, source, run_id, tags=texts).version)
 

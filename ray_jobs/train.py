@@ -11,8 +11,10 @@ from pathlib import Path
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.features import fill_for
 from ray_jobs.launch import Trained, absolute_path, absolute_storage, launch, load_checked
 from ray_jobs.tracking import Tracker, TrackingConfig
+from revmux.checkpoint import CheckpointConfig
 from revmux.data import DataConfig, TaskData
 from revmux.features import StoreConfig
 from revmux.losses import LossConfig
@@ -38,8 +40,11 @@ class TrainJob:
         tracking: MLflow.
         storage: folder of checkpoints and of the default MLflow store; absolute, or relative to where the job runs.
         register: name of a registered model in MLflow; each adapter becomes a version of it, with its N, l, cost and
-            accuracy as tags, which the server loads as ``models:/NAME/VERSION``.
+            accuracy as tags, which the server and ``mlflow.pyfunc.load_model`` load as ``models:/NAME/VERSION``.
+        register_backbone: let each version bring a copy of a local task model, so that it predicts wherever MLflow
+            loads it; without, whoever loads it must name the task model's folder.
         output: folder that takes one adapter folder for each N; by default ``adapters`` in the storage folder.
+        checkpoint: when the run is saved, to go on from after a fault.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -54,7 +59,9 @@ class TrainJob:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: str = "runs"
     register: str | None = None
+    register_backbone: bool = True
     output: str | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def recipes(self) -> dict[str, Recipe]:
         """A recipe for each N, by the name of its run."""
@@ -69,9 +76,13 @@ class TrainJob:
 def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, storage: Path) -> list[Trained]:
     """The job on a connected cluster, with its data read, one run after the other."""
     output = absolute_path(job.output, "output") if job.output else storage / "adapters"
-    done = []
-    for name, recipe in job.recipes().items():
-        trained = launch(recipe, tasks[name], job.cluster, tracker, storage, name, output / name)
+    recipes, done = job.recipes(), []
+    if job.cluster.workers > 1:  # else the one worker fills the store as well by itself
+        fill_for(list(recipes.values()), next(iter(tasks.values())), job.cluster)
+    for name, recipe in recipes.items():
+        trained = launch(
+            recipe, tasks[name], job.cluster, tracker, storage, name, output / name, checkpoint=job.checkpoint
+        )
         metrics = trained.metrics
         print(
             f"{name}: accuracy {metrics['accuracy_mean']:.1%} ± {metrics['accuracy_std']:.1%} over {job.shuffles} "
@@ -82,7 +93,9 @@ def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, 
             tags = {"method": recipe.method.name, "num_inputs": recipe.method.num_inputs}
             tags |= {"prefill_layers": recipe.method.prefill_layers}
             tags |= {key: f"{metrics[key]:.4f}" for key in ("accuracy_mean", "siso_accuracy", "cost_counted")}
-            version = tracker.register(trained.run_id, "adapter", job.register, tags)
+            backbone = job.backbone.model if job.register_backbone else None
+            pairs = "text_pair" in tasks[name].train.column_names
+            version = tracker.register(trained.run_id, trained.folder, job.register, tags, backbone, pairs)
             print(f"registered: models:/{job.register}/{version}")
         done.append(trained)
     return done

@@ -74,6 +74,11 @@ class AdapterConfig:
     format_version: int = FORMAT_VERSION
     library_version: str = ""
 
+    @property
+    def backbone_is_found(self) -> bool:
+        """Whether ``base_model`` leads to the backbone on any machine: it is the embedded one, or one of the hub."""
+        return self.base_model.get("revision") is not None or self.base_model["name"] == EMBEDDED_NAME
+
     def recorded_prompt(self) -> Prompt | None:
         """The prompt, with its classes in the order of the scores."""
         return None if self.prompt is None else Prompt.from_dict(self.prompt, self.label_names)
@@ -359,8 +364,7 @@ def model_card(config: AdapterConfig) -> str:
     """The README.md of an adapter folder."""
     template = resources.files("revmux").joinpath("model_card.md.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    known = config.base_model.get("revision") is not None or config.base_model["name"] == EMBEDDED_NAME
-    return environment.from_string(template).render(config=config, known=known)
+    return environment.from_string(template).render(config=config)
 
 
 @contextmanager

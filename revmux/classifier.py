@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from revmux.artifact import AdapterConfig, adapter_folder, from_pretrained, load
 from revmux.errors import UserError
 from revmux.grouping import local_rows
 from revmux.model import MultiplexedClassifier, consecutive_groups
-from revmux.pretrained import EMBEDDED_NAME, BackboneConfig, Pretrained, load_pretrained
+from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
 from revmux.serving.answer import ScoreFunction, rank_labels
 from revmux.serving.texts import Encoder, Text
 
@@ -64,8 +65,12 @@ class TextClassifier:
         if backbone is None:
             backbone = recorded_backbone(config, adapter)
         elif isinstance(backbone, (str, Path)):
-            backbone = BackboneConfig(str(backbone), max_length=config.max_length, prompt=config.recorded_prompt())
-        pretrained = load_pretrained(backbone) if isinstance(backbone, BackboneConfig) else backbone
+            backbone = BackboneConfig(str(backbone))
+        if isinstance(backbone, BackboneConfig):
+            prompt = backbone.prompt or config.recorded_prompt()
+            pretrained = load_pretrained(replace(backbone, max_length=config.max_length, prompt=prompt))
+        else:
+            pretrained = backbone
         pretrained.backbone.freeze().to(device)
         return cls(from_pretrained(folder, pretrained), pretrained, config.max_length)
 
@@ -132,11 +137,10 @@ def recorded_backbone(config: AdapterConfig, adapter: str | Path) -> BackboneCon
         UserError: it was a local folder, of which only the name is recorded.
     """
     base = config.base_model
-    name, revision = base["name"], base.get("revision")
-    assert name is not None
-    if revision is None and name != EMBEDDED_NAME:
+    name, revision = str(base["name"]), base.get("revision")
+    if not config.backbone_is_found:
         raise UserError(
             f"adapter {str(adapter)!r} was trained on the local model {name!r} (sha256 {str(base.get('sha256'))[:12]}…); "
             "say where it is: backbone=FOLDER, or its id on the hub"
         )
-    return BackboneConfig(name, revision, config.max_length, prompt=config.recorded_prompt())
+    return BackboneConfig(name, revision)

@@ -185,7 +185,7 @@ def test_finetune_train_and_evaluate_leave_results_and_runs(
     assert runs["revmux-n2-l1"].data.metrics.keys() > FIGURES
     version = MlflowClient(f"sqlite:///{head.storage}/mlflow.db").get_model_version("reviews", "1")
     assert (version.run_id, version.tags["num_inputs"]) == (runs["revmux-n2-l1"].info.run_id, "2")
-    assert (Path(version.source.removeprefix("file://")) / "adapter_config.json").is_file()
+    assert (Path(version.source.removeprefix("file://")) / "artifacts/adapter/adapter_config.json").is_file()
     assert runs["revmux-n2-l1"].data.metrics["accuracy_mean"] == pytest.approx(figures["accuracy_mean"])
     assert runs["task-model"].data.params.keys() - runs["revmux-n2-l1"].data.params.keys() == {
         "recipe.method.options.tune_backbone"
