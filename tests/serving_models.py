@@ -73,3 +73,38 @@ def plain_scores(pretrained: Pretrained, texts: list[str]) -> Tensor:
     """(B, C) scores of the plain model on one padded batch."""
     with torch.inference_mode():
         return pretrained.backbone(dict(pretrained.tokenizer(texts, padding=True, return_tensors="pt")))
+
+
+def write_identifying_model(folder: Path, seed: int) -> tuple[Path, dict[str, str]]:
+    """A task model with a label a text: an answer names the text that it belongs to.
+
+    The head is solved for, so that each text of :func:`known_texts` scores 10 at its own label and 0 at the others.
+    All layers are those of :func:`write_model`, the same for every seed, but each seed labels the texts in another
+    order.
+
+    Returns:
+        The folder, and the label of each text.
+    """
+    write_model(folder)
+    model = BertForSequenceClassification.from_pretrained(folder)
+    texts = known_texts()
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        pretrained = load(folder)
+        tokens = pretrained.tokenizer(texts, padding=True, return_tensors="pt")
+        states = pretrained.backbone.run(pretrained.backbone.embed(dict(tokens)), pretrained.backbone.num_layers)
+        vectors = pretrained.backbone.readout(pretrained.backbone.answers(states)[:, 0])  # (M, d)
+        head = torch.nn.Linear(vectors.shape[1], len(texts))
+        head.weight.copy_((torch.linalg.pinv(vectors.double()) @ (10 * torch.eye(len(texts)).double()[order])).T)
+        head.bias.zero_()
+    model.classifier, model.num_labels = head, len(texts)
+    labels = [f"label {place}" for place in range(len(texts))]
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {name: place for place, name in enumerate(labels)}
+    model.save_pretrained(folder)
+    return folder, {text: labels[place] for text, place in zip(texts, order.tolist())}
+
+
+def known_texts() -> list[str]:
+    """Texts of many lengths that tiny models tell apart."""
+    return [text(index) for index in range(0, 56, 2)]

@@ -1,50 +1,14 @@
-"""The serving engine without Ray: widths from the queue, exactness, limits, and nobody gets another's answer."""
+"""Widths and groups from what waits: the arithmetic alone, and under simulated load on a clock that never sleeps."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
-from serving_models import CUT, WORDS, load, plain_scores, text, write_adapter, write_model
 
 from revmux.errors import UserError
-from revmux.pretrained import Pretrained
-from revmux.serving import Draining, EmptyText, Engine, InferenceFailed, Limits, Overloaded, TextError, rank_labels
-from revmux.serving.plan import PLAIN, Group, Route, choose_width, form_groups, form_passes, useful_routes
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def pretrained(model_folder: Path) -> Pretrained:
-    return load(model_folder)
-
-
-@pytest.fixture
-def adapters(pretrained: Pretrained, tmp_path: Path) -> list[Path]:
-    return [write_adapter(tmp_path, pretrained, num_inputs) for num_inputs in (2, 4)]
-
-
-@pytest.fixture
-def make_engine(pretrained: Pretrained, adapters: list[Path]) -> Iterator[Callable[..., Engine]]:
-    """Engines that have not started, so that a test fills the queue first; all are closed at the end."""
-    made: list[Engine] = []
-
-    def make(folders: list[Path] | None = None, **limits: Any) -> Engine:
-        made.append(Engine(pretrained, adapters if folders is None else folders, Limits(**limits)))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close()
-
+from revmux.serving import Overloaded
+from revmux.serving.metrics import Metrics
+from revmux.serving.plan import PLAIN, Group, Route, choose_width, form_groups, form_passes, next_pass, useful_routes
+from revmux.serving.queue import PullQueue, Ticket
 
 # Costs of groups of 2 and 4 over the same cut layer, in plain inputs: 0.7 and 0.5 an input.
 TWO = Route(2, "layer 1", 0.4, 0.6)
@@ -111,301 +75,87 @@ def test_passes_share_a_stem_bound_their_tokens_and_do_not_pad_short_texts_to_lo
     assert len(form_passes(groups, lengths, stems, 6 * 30 - 1)) == 4
 
 
-def test_alone_is_bit_for_bit_the_plain_model(make_engine: Callable[..., Engine], pretrained: Pretrained) -> None:
-    engine = make_engine()
-    engine.start()
-    for index in range(5):
-        answer = engine.submit([text(index)])[0].result(60)
-        assert answer.width == 1
-        assert torch.equal(answer.scores, plain_scores(pretrained, [text(index)])[0])
+def test_the_next_pass_is_the_one_whose_turn_it_is_whatever_its_length() -> None:
+    lengths = [4, 60, 61, 62, 63, 5]
+    forward = next_pass(lengths, [4] * 6, 6, [PLAIN, TWO, FOUR], plain_load=0, max_tokens=1000)
+    assert [group.members for group in forward.groups] == [(5, 0)]
+    assert {group.width for group in forward.groups} == {4}  # a pair fills it twice: 2 · 0.4 + 0.4 < 2 · 0.4 + 0.6
+    alone = next_pass(lengths, [1, 4, 4, 4, 4, 4], 6, [PLAIN, TWO, FOUR], plain_load=0, max_tokens=1000)
+    assert [group.members for group in alone.groups] == [(0,)]
 
 
-def test_plain_inputs_share_a_batch_that_is_bit_for_bit_the_plain_models(
-    make_engine: Callable[..., Engine], pretrained: Pretrained
-) -> None:
-    engine = make_engine()
-    texts = [" ".join(WORDS[start : start + 9]) for start in range(12)]  # one length: their order stays
-    grouped = engine.submit([text(19)] * 8)
-    futures = engine.submit(texts, max_multiplex=1)
-    engine.start()
-    answers = [future.result(60) for future in futures]
-    assert {future.result(60).width for future in grouped} == {4}
-    assert {answer.width for answer in answers} == {1}
-    assert torch.equal(torch.stack([answer.scores for answer in answers]), plain_scores(pretrained, texts))
+class Simulation:
+    """Inputs that arrive evenly, and a model that takes a second for a plain input, on a clock that never sleeps."""
+
+    def __init__(self, max_queue: int = 100) -> None:
+        self.now = 0.0
+        self.queue = PullQueue(max_queue, Metrics(), clock=lambda: self.now)
+        self.widths: list[int] = []
+        self.waits: list[float] = []
+        self.rejected = 0
+
+    def run(self, rate: float, inputs: int) -> Simulation:
+        arrivals = [self.now + index / rate for index in range(inputs)]
+        while arrivals or len(self.queue):
+            while arrivals and arrivals[0] <= self.now:
+                self.arrive(arrivals.pop(0))
+            if len(self.queue):
+                self.serve()
+            else:
+                self.now = arrivals[0]
+        return self
+
+    def arrive(self, at: float) -> None:
+        now, self.now = self.now, at  # it came while a pass ran
+        try:
+            self.queue.put([Ticket(TASK, {"input_ids": [0] * 9})])
+        except Overloaded:
+            self.rejected += 1
+        self.now = now
+
+    def serve(self) -> None:
+        window = self.queue.window(32)
+        assert window is not None
+        count = len(window.tickets)
+        forward = next_pass([9] * count, [4] * count, window.waiting, [PLAIN, TWO, FOUR], 4.0, 10_000)
+        rows = self.queue.claim([window.tickets[place] for group in forward.groups for place in group.members])
+        self.waits += [self.now - ticket.queued for ticket in rows]
+        for group in forward.groups:
+            self.widths += [group.width] * len(group.members)
+            route = {1: PLAIN, 2: TWO, 4: FOUR}[group.width]
+            self.now += route.group_cost(len(group.members))
 
 
-@pytest.mark.parametrize(("waiting", "width"), [(1, 1), (3, 1), (64, 4)])
-def test_engine_takes_all_that_waits_and_chooses_the_width_from_it(
-    make_engine: Callable[..., Engine], waiting: int, width: int
-) -> None:
-    engine = make_engine()
-    futures = [engine.submit([text(index)])[0] for index in range(waiting)]
-    engine.start()
-    assert {future.result(60).width for future in futures} == {width}
-    assert engine.stats()["groups"] == {width: waiting // width}
+class Named:
+    name = "task"
 
 
-def test_width_stays_below_the_operators_and_the_requests_bound(
-    make_engine: Callable[..., Engine], pretrained: Pretrained
-) -> None:
-    engine = make_engine(max_multiplex=3)
-    engine.start()
-    assert [route.width for route in engine.task().lineup.routes] == [1, 2]
-    free = make_engine()
-    bounded = free.submit([text(index) for index in range(30)], max_multiplex=3)
-    others = free.submit([text(index) for index in range(30)], max_multiplex=99)
-    free.start()
-    assert max(future.result(60).width for future in bounded) == 2
-    assert max(future.result(60).width for future in others) == 4
-    with pytest.raises(UserError, match="max_multiplex is 0"):
-        free.submit(["w1"], max_multiplex=0)
+TASK = Named()
 
 
-def test_nobody_gets_anothers_answer(make_engine: Callable[..., Engine], pretrained: Pretrained) -> None:
-    texts = [text(index) for index in range(500)]
-    expected = plain_scores(pretrained, texts)
-    engine = make_engine(max_batch=60, max_batch_tokens=700)
-    futures = []
-    for start in range(0, 500, 5):
-        futures += engine.submit(texts[start : start + 5], max_multiplex=(None, 1, 2, 4)[start // 5 % 4])
-    engine.start()
-    answers = [future.result(120) for future in futures]
-    found = torch.stack([answer.scores for answer in answers])
-    assert {1, 2, 4} == {answer.width for answer in answers}
-    assert expected.unique(dim=0).shape[0] > 300
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
-    assert torch.equal(found.argmax(-1), expected.argmax(-1))
-    stats = engine.stats()
-    assert sum(stats["inputs"].values()) == 500
-    assert sum(stats["groups"].values()) < 350
+def test_under_little_load_every_input_rides_alone_and_at_once() -> None:
+    quiet = Simulation().run(rate=0.5, inputs=200)
+    assert set(quiet.widths) == {1}
+    assert max(quiet.waits) == 0
 
 
-def test_adapters_cut_at_different_layers_serve_one_batch(
-    make_engine: Callable[..., Engine], pretrained: Pretrained, tmp_path: Path
-) -> None:
-    folders = [
-        write_adapter(tmp_path, pretrained, 2, prefill_layers=2),
-        write_adapter(tmp_path, pretrained, 4, prefill_layers=CUT),
-    ]
-    engine = make_engine(folders)
-    texts = [text(index) for index in range(40)]
-    futures = engine.submit(texts[:20], max_multiplex=2) + engine.submit(texts[20:])
-    engine.start()
-    answers = [future.result(60) for future in futures]
-    assert {answer.width for answer in answers[:20]} == {2}
-    assert {answer.width for answer in answers[20:]} == {4}
-    torch.testing.assert_close(
-        torch.stack([answer.scores for answer in answers]), plain_scores(pretrained, texts), atol=1e-3, rtol=0
-    )
+@pytest.mark.parametrize(("rate", "least", "most"), [(1.3, 1.1, 3.0), (1.9, 3.0, 4.0)])
+def test_groups_are_as_wide_as_the_load_needs(rate: float, least: float, most: float) -> None:
+    """One input alone a second, two in groups of four: between them the server keeps up, and waits stay short."""
+    loaded = Simulation().run(rate, inputs=2000)
+    assert loaded.rejected == 0
+    assert len(loaded.widths) == 2000
+    assert least < sum(loaded.widths) / 2000 < most
+    assert max(loaded.waits) < 40
 
 
-def test_inputs_of_one_cut_share_the_prefill(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine()
-    engine.submit(["w1 w2 w3"] * 8, max_multiplex=2)
-    futures = engine.submit(["w4 w5 w6"] * 8)
-    batches: list[int] = []
-    handle = (
-        engine.task()
-        .backbone.layer(0)
-        .register_forward_hook(lambda layer, inputs, output: batches.append(len(inputs[0])))
-    )
-    engine.start()
-    futures[-1].result(60)
-    handle.remove()
-    assert batches == [16]
-
-
-def test_a_method_whose_tokens_depend_on_the_slot_is_served(
-    make_engine: Callable[..., Engine], pretrained: Pretrained, tmp_path: Path
-) -> None:
-    folder = write_adapter(
-        tmp_path, pretrained, 2, prefill_layers=0, method="datamux", demultiplexer="index", tune_backbone=False
-    )
-    engine = make_engine([folder], plain_load=0)
-    futures = engine.submit([text(index) for index in range(6)])
-    engine.start()
-    answers = [future.result(60) for future in futures]
-    assert {answer.width for answer in answers} == {2}
-    assert engine.task().max_length == 64 - engine.task().lineup.adapters[0].model.method.added_tokens
-
-
-def test_adapter_that_tuned_the_backbone_is_refused(
-    make_engine: Callable[..., Engine], pretrained: Pretrained, tmp_path: Path
-) -> None:
-    folder = write_adapter(tmp_path, pretrained, 2, method="revmux", tune_backbone=True)
-    with pytest.raises(UserError, match="tuned the backbone"):
-        make_engine([folder])
-
-
-def test_cancelled_requests_leave_the_queue_and_never_run(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine(max_queue=4)
-    futures = [engine.submit([text(index)])[0] for index in range(4)]
-    assert futures[1].cancel()
-    assert futures[2].cancel()
-    futures += engine.submit(["w1", "w2"])  # their room is free at once
-    engine.start()
-    assert all(future.result(60) for future in futures if not future.cancelled())
-    assert sum(engine.stats()["inputs"].values()) == 4
-    assert engine.stats()["cancelled"] == 2
-
-
-def test_a_full_queue_refuses_whole_requests(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine(max_queue=5)
-    kept = engine.submit(["w1", "w2", "w3"])
-    with pytest.raises(Overloaded, match="at most 5"):
-        engine.submit(["w4", "w5", "w6"])
-    kept += engine.submit(["w4", "w5"])
-    engine.start()
-    assert [future.result(60).scores.shape for future in kept] == [(3,)] * 5
-    assert engine.stats()["rejected"] == 3
-
-
-def test_batches_are_bounded(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine(max_batch=8, max_batch_tokens=256)
-    sizes: list[torch.Size] = []
-    handle = (
-        engine.task()
-        .backbone.layer(0)
-        .register_forward_hook(lambda layer, inputs, output: sizes.append(inputs[0].shape))
-    )
-    futures = engine.submit([text(index) for index in range(60)])
-    engine.start()
-    assert all(future.result(60) for future in futures)
-    handle.remove()
-    assert max(shape[0] for shape in sizes) <= 8
-    assert max(shape[0] * shape[1] for shape in sizes) <= 256
-
-
-def test_limits_too_small_for_one_group_are_refused(make_engine: Callable[..., Engine]) -> None:
-    with pytest.raises(UserError, match="one group of 4 inputs of 64 tokens"):
-        make_engine(max_batch_tokens=255)
-    with pytest.raises(UserError, match="max_queue is 0"):
-        Limits(max_queue=0)
-
-
-def test_a_failing_batch_fails_its_own_requests_and_no_others(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = make_engine()
-    model = engine.task().lineup.adapters[1].model
-    grouped = engine.submit([text(19)] * 8)
-    alone = engine.submit(["w1"], max_multiplex=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(model.method, "multiplex", lambda states: 1 / 0)
-        engine.start()
-        for future in grouped:
-            with pytest.raises(InferenceFailed, match="ZeroDivisionError"):
-                future.result(60)
-        assert alone[0].result(60).width == 1
-    assert engine.submit(["w1"])[0].result(60).scores.shape == (3,)
-    assert engine.stats()["failed"] == 8
-
-
-def test_scores_that_are_not_finite_are_no_answer(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = make_engine()
-    engine.start()
-    with monkeypatch.context() as patch:
-        patch.setattr(type(engine.task().backbone), "score", lambda self, vector: vector[..., :3] * float("nan"))
-        with pytest.raises(InferenceFailed, match="not finite"):
-            engine.probe().result(60)
-    assert engine.probe().result(60).width == 1
-
-
-@pytest.mark.parametrize("bad", ["", ("w1", ""), 7, ("a", "b", "c"), "bad \ud800", "w1 " * 63])
-def test_a_bad_text_is_refused_before_it_meets_its_neighbours(make_engine: Callable[..., Engine], bad: Any) -> None:
-    engine = make_engine()
-    with pytest.raises(TextError) as caught:
-        engine.submit(["w1", bad, "w2"])
-    assert isinstance(caught.value, EmptyText) == (bad in ("", ("w1", "")))
-    assert engine.stats()["waiting"] == 0
-
-
-def test_a_long_text_is_cut_only_on_request_and_says_so(
-    make_engine: Callable[..., Engine], pretrained: Pretrained
-) -> None:
-    engine = make_engine()
-    engine.start()
-    long = " ".join(WORDS + WORDS)
-    with pytest.raises(TextError, match="122 tokens, at most 64"):
-        engine.submit([long])
-    cut, fits = [future.result(60) for future in engine.submit([long, " ".join(WORDS)], truncate=True)]
-    assert cut.truncated
-    assert not fits.truncated
-    expected = pretrained.tokenizer([long], truncation=True, max_length=64, return_tensors="pt")
-    with torch.inference_mode():
-        torch.testing.assert_close(cut.scores, pretrained.backbone(dict(expected))[0])
-
-
-def test_a_pair_is_one_input(make_engine: Callable[..., Engine], pretrained: Pretrained) -> None:
-    engine = make_engine()
-    engine.start()
-    tokens = pretrained.tokenizer("w1 w2", "w3", return_tensors="pt")
-    with torch.inference_mode():
-        assert torch.equal(engine.submit([("w1 w2", "w3")])[0].result(60).scores, pretrained.backbone(dict(tokens))[0])
-
-
-def test_closing_answers_what_waits_and_refuses_what_comes(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine()
-    futures = engine.submit([text(index) for index in range(9)])
-    engine.start()
-    engine.close()
-    assert all(future.done() and future.exception() is None for future in futures)
-    assert not engine.alive
-    with pytest.raises(Draining):
-        engine.submit(["w1"])
-    with pytest.raises(Draining):
-        engine.probe()
-
-
-def test_closing_an_engine_that_never_ran_fails_what_waits(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine()
-    future = engine.submit(["w1"])[0]
-    engine.close()
-    assert isinstance(future.exception(), Draining)
-
-
-def test_probe_goes_ahead_of_a_full_queue(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine([], max_queue=3, max_batch=1)
-    futures = engine.submit(["w1", "w2", "w3"])
-    order: list[str] = []
-    futures[0].add_done_callback(lambda future: order.append("first"))
-    probe = engine.probe()
-    assert engine.probe() is probe
-    probe.add_done_callback(lambda future: order.append("probe"))
-    engine.start()
-    engine.close()
-    assert order == ["probe", "first"]
-
-
-def test_answer_leaves_the_event_loop_free_and_a_cancelled_call_costs_nothing(
-    make_engine: Callable[..., Engine],
-) -> None:
-    engine = make_engine()
-
-    async def scenario() -> None:
-        abandoned = asyncio.create_task(engine.answer(["w1", "w2"]))
-        while engine.stats()["waiting"] < 2:
-            await asyncio.sleep(0)
-        abandoned.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await abandoned
-        while engine.stats()["waiting"]:
-            await asyncio.sleep(0)
-        engine.start()
-        answers = await asyncio.gather(*(engine.answer([text(index), text(index + 1)]) for index in range(20)))
-        assert [len(found) for found in answers] == [2] * 20
-        with pytest.raises(TextError):
-            await engine.answer(["w1", ""])
-
-    asyncio.run(scenario())
-    assert sum(engine.stats()["inputs"].values()) == 40
-
-
-def test_labels_come_best_first() -> None:
-    scores = torch.tensor([0.0, 2.0, 1.0])
-    assert [label for label, _ in rank_labels(scores, ["a", "b", "c"])] == ["b", "c", "a"]
-    assert sum(score for _, score in rank_labels(scores, ["a", "b", "c"])) == pytest.approx(1)
-    assert rank_labels(scores, ["a", "b", "c"], "none", top_k=1) == [("b", 2.0)]
-    assert rank_labels(torch.tensor([0.0]), ["only"]) == [("only", 0.5)]
+def test_overload_is_refused_and_forgotten() -> None:
+    flooded = Simulation().run(rate=6, inputs=3000)
+    assert flooded.rejected > 1500
+    assert flooded.widths.count(4) > 0.95 * len(flooded.widths)
+    assert max(flooded.waits) < 100 / 2 + 32  # a full queue at two inputs a second, and the pass before
+    flooded.widths.clear()
+    flooded.waits.clear()
+    flooded.run(rate=0.5, inputs=100)
+    assert set(flooded.widths) == {1}
+    assert max(flooded.waits) == 0

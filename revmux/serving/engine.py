@@ -155,6 +155,8 @@ class Engine:
         with self._changing:
             task = self.task(name)
             self._tasks = {other: kept for other, kept in self._tasks.items() if other != name}
+        with self._probe_lock:
+            self._probes.pop(task, None)
         return task
 
     def load(self, folder: str | Path, task: str | None = None) -> Adapter:

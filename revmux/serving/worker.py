@@ -65,11 +65,19 @@ class Worker:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         with torch.inference_mode():
-            while (window := self.queue.window(self.limits.max_batch)) is not None:
-                started = self.queue.clock()
-                task = window.tickets[0].task
-                self._step(task, task.lineup, window)
-                self.queue.charge(task, self.queue.clock() - started)
+            while self._serve():
+                pass
+
+    def _serve(self) -> bool:
+        """Wait for a window and run from it; False when the queue has ended."""
+        window = self.queue.window(self.limits.max_batch)
+        if window is None:
+            return False
+        started = self.queue.clock()
+        task = window.tickets[0].task
+        self._step(task, task.lineup, window)
+        self.queue.charge(task, self.queue.clock() - started)
+        return True
 
     def _step(self, task: Task, lineup: Lineup, window: Window) -> None:
         """Run the pass of the ticket whose turn it is, with the others of the window that can share it."""
