@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
 from revmux import UserError
 from revmux.data.prompts import Prompt, load_prompt, prompt_names
@@ -129,6 +129,18 @@ def test_readings_of_words_of_several_tokens() -> None:
 def test_answer_prefix_becomes_tokens() -> None:
     verbalizer = sentiment(answer_prefix="yes").verbalizer(word_tokenizer())
     assert verbalizer.answer_prefix == (word_tokenizer().convert_tokens_to_ids("▁yes"),)
+
+
+@pytest.mark.parametrize("name", [name for name in prompt_names() if name.endswith("-t5")])
+def test_t5_s_decoder_begins_with_the_gap_that_its_text_ends_in(name: str) -> None:
+    words = ["negative", "positive", "yes", "no"]
+    vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", *(f"▁{word}" for word in words))]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=2)
+    prompt = load_prompt(name)
+    gap = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    assert prompt.verbalizer(tokenizer).answer_prefix == (gap,)
+    written = prompt.write(tokenizer, "good film", "bad film" if prompt.needs_pair else None)
+    assert prompt.encode(tokenizer, [written])["input_ids"][0][-2:] == [gap, tokenizer.eos_token_id]
 
 
 def test_long_texts_are_cut_but_never_the_template() -> None:
