@@ -1,0 +1,70 @@
+"""What the feature store loses by 16 bits a number: the task model goes on from stored states and from true ones.
+
+python -m benchmarks.precision
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.trained import tuned_task_model
+from revmux.data import DataConfig, load_task
+from revmux.features import Precision, measure_precision
+from revmux.features.config import DTYPES
+from revmux.pretrained import BackboneConfig, load_pretrained
+from revmux.results import describe_run, write_json
+from revmux.training import OptimConfig
+
+RESULT, MODEL = Path("benchmarks/results/precision.json"), Path("runs/precision/task-model")
+
+
+def measure() -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """Rows by layer and type, and the identities of data and backbone."""
+    data = DataConfig(per_class=200)
+    task = load_task(data)
+    embedded = BackboneConfig(max_length=64)
+    MODEL.parent.mkdir(parents=True, exist_ok=True)
+    model = tuned_task_model(embedded, data, task, OptimConfig(2, 16, 2e-4), 3, MODEL)
+    pretrained = load_pretrained(BackboneConfig(str(model), max_length=embedded.max_length))
+    backbone = pretrained.backbone.freeze()
+    split = pretrained.tokenize(task.test, embedded.max_length)
+    rows = []
+    for name in ("float16", "bfloat16"):
+        for layer in range(backbone.num_layers + 1):
+            loss = measure_precision(backbone, split, range(len(split)), layer, DTYPES[name])
+            print(f"layer {layer} in {name}: {loss}", flush=True)
+            rows.append({"layer": layer, "dtype": name, **asdict(loss)})
+    return rows, task.identity, {"name": embedded.model, "tuned": "upper half, to the task"}
+
+
+def precision_words(result: dict[str, Any]) -> dict[str, str]:
+    """A table of both types, over all layers."""
+    lines = ["| type on disk | mean loss of a state's norm | largest | labels that change |", "|---|---|---|---|"]
+    names = list(Precision.__dataclass_fields__)
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+        whole = Precision.of(
+            [Precision(**{name: row[name] for name in names}) for row in result["rows"] if row["dtype"] == dtype]
+        )
+        lines.append(
+            f"| `{dtype}` | {whole.mean_relative_error:.1e} | {whole.max_relative_error:.1e} | "
+            f"{whole.changed} of {whole.inputs:,} |"
+        )
+    layers = max(row["layer"] for row in result["rows"])
+    inputs = result["rows"][0]["inputs"]
+    words = (
+        f"Layers 0 to {layers} of {result['meta']['backbone']['name']}, tuned to the embedded task, each on all {inputs} test "
+        "inputs."
+    )
+    return {"precision": "\n".join(lines) + f"\n\n{words}\n"}
+
+
+def main() -> None:
+    """Measure and write the file."""
+    rows, data, backbone = measure()
+    write_json(RESULT, {"meta": describe_run("python -m benchmarks.precision", data, backbone), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
