@@ -23,3 +23,27 @@ def ratio_row(name: str, ratios: Sequence[float], target: float | None = None) -
         "ratio_max": round(max(ratios), 3),
         "pairs": len(ratios),
     }
+
+
+def unmeasured_row(name: str, why: str, target: float | None = None) -> dict[str, Any]:
+    """A row that could not be measured, and why."""
+    return {
+        "name": name,
+        "target": target,
+        "ratio_median": None,
+        "ratio_min": None,
+        "ratio_max": None,
+        "pairs": 0,
+        "why": why,
+    }
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether the median of a row reaches its target, which it must not exceed where ``bound`` is ``at most``."""
+    median, target = row["ratio_median"], row["target"]
+    if median is None:
+        return f"not measured: {row['why']}"
+    if target is None:
+        return "–"
+    reached = median <= target if row.get("bound") == "at most" else median >= target
+    return "met" if reached else "missed"

@@ -1,0 +1,93 @@
+"""python -m benchmarks.serving [--glue GLUE] [--infinity ENVIRONMENT/bin/infinity_emb]"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from benchmarks.serving import alone, latency, saturated
+from benchmarks.serving.places import Place, embedded_place, shape_place
+from benchmarks.serving.servers import Servers
+from benchmarks.serving.settings import CUTS, WIDTHS, Row, Settings, kept
+from revmux.errors import UserError
+from revmux.results import describe_run, write_json
+
+RESULT = Path("benchmarks/results/serving.json")
+KEPT = Path("runs/serving")
+
+
+def measure(settings: Settings, folder: Path, keep: Path) -> tuple[list[Row], dict[str, Any]]:
+    """All rows, those that were kept and those that were missing, and the identity of the texts.
+
+    Args:
+        settings: how much is measured.
+        folder: for models, emptied afterwards.
+        keep: of the stages' rows.
+    """
+    rows: list[Row] = []
+    texts: dict[str, Any] = {}
+    for make in (shape_place, embedded_place):
+        place = make(settings, folder)
+        texts[place.name] = {"texts": len(place.texts), "tokens": place.mean_length, "sha256": place.digest}
+        rows += measure_place(place, settings, keep)
+    return rows + alone.measure_gpu(settings.pairs), texts
+
+
+def measure_place(place: Place, settings: Settings, keep: Path) -> list[Row]:
+    """All rows of one backbone."""
+    about, pairs = settings.about() | {"texts": place.digest}, settings.pairs
+    rows: list[Row] = []
+
+    def stage(name: str, measure_rows: Callable[[], list[Row]], **more: Any) -> list[Row]:
+        found = kept(keep / f"{place.key}-{name}.json", about | more, measure_rows)
+        rows.extend(found)
+        return found
+
+    stage("alone", partial(alone.measure, place, pairs))
+    with Servers(place, settings) as servers:
+        capacities = []
+        for cut in CUTS:
+            for num_inputs in WIDTHS:
+                grouped = partial(saturated.measure_groups, servers, num_inputs, cut, pairs)
+                found = stage(f"saturated-n{num_inputs}-l{cut}", grouped)
+                capacities.append(found[0]["plain_per_second"])
+        stage("plain", partial(saturated.measure_rival, servers, "plain", pairs))
+        infinity = partial(saturated.measure_rival, servers, "infinity", pairs)
+        stage("infinity", infinity, infinity=str(settings.infinity))
+        stage("quiet", partial(latency.measure_quiet, servers, pairs))
+        stage("half", partial(latency.measure_half_load, servers, statistics.median(capacities), pairs))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what has not been measured yet, then write the file; 2 for a mistake of the caller's."""
+    parser = ArgumentParser(prog="python -m benchmarks.serving", description="Measure the server.")
+    parser.add_class_arguments(Settings, as_group=False)
+    parser.add_argument("--result", type=Path, default=RESULT, help="the file that is written")
+    parser.add_argument("--keep", type=Path, default=KEPT, help="folder of the stages that were measured")
+    chosen = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
+    result, keep = chosen.pop("result"), chosen.pop("keep")
+    settings = Settings(**chosen)
+    try:
+        with TemporaryDirectory(prefix="revmux-serving-") as folder:
+            rows, texts = measure(settings, Path(folder), keep)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    command = "python -m benchmarks.serving" + " --glue GLUE" * bool(settings.glue)
+    command += " --infinity INFINITY/bin/infinity_emb" * bool(settings.infinity)
+    backbone = {"names": list(texts), "weights": "random; those of the embedded encoder with a fresh head"}
+    meta = describe_run(command, texts, backbone) | {"settings": settings.about()}
+    write_json(result, {"meta": meta, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

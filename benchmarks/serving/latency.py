@@ -1,0 +1,75 @@
+"""Latency: a client that is alone, and arrivals at half of what the plain model can answer."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+
+from benchmarks.rows import ratio_row
+from benchmarks.serving.servers import Servers
+from benchmarks.serving.settings import CUTS, Row
+from benchmarks.serving.shares import share_rows, shares
+
+QUIET_TARGET, HALF_TARGET = 1.05, 1.0
+CUT = min(CUTS)
+
+
+def measure_quiet(servers: Servers, pairs: int) -> list[Row]:
+    """One client, one request at a time: the server that may group against the same one asked for N = 1."""
+    place, requests = servers.place, servers.place.sizes.quiet
+    plain, free, parts = [], [], []
+    for _ in range(pairs):
+        plain.append(servers.ours(requests, CUT, 1, connections=1).p50)
+        before = servers.stage_seconds(CUT)
+        leg = servers.ours(requests, CUT, connections=1)
+        parts.append(shares(leg, before, servers.stage_seconds(CUT)))
+        free.append(leg.p50)
+    name = f"quiet, {place.name}: p50 with adapters / at N = 1"
+    row = ratio_row(name, [ours / alone for alone, ours in zip(plain, free)], QUIET_TARGET)
+    row |= {
+        "bound": "at most",
+        "backbone": place.name,
+        "plain_seconds": round(statistics.median(plain), 4),
+        "seconds": round(statistics.median(free), 4),
+        "requests": requests,
+        "tokens": place.mean_length,
+    }
+    return [row, *share_rows(place.name, "quiet", parts)]
+
+
+def measure_half_load(servers: Servers, capacity: float, pairs: int) -> list[Row]:
+    """Poisson arrivals, the same for both: our p99 over that of a plain ``@serve.batch`` deployment.
+
+    Args:
+        servers: of one place.
+        capacity: requests a second that our server answers at N = 1 under saturation.
+        pairs: of legs.
+    """
+    place, requests = servers.place, servers.place.sizes.half
+    ours, theirs, widths = [], [], []
+    for seed in range(pairs):
+        arrivals = poisson(requests, capacity / 2, seed)
+        leg = servers.ours(requests, CUT, arrivals=arrivals)
+        ours.append(leg.p99)
+        widths.append(leg.mean_header("x-revmux-width"))
+        theirs.append(servers.plain_batch(requests, arrivals).p99)
+    name = f"half load, {place.name}: our p99 / that of a plain @serve.batch deployment"
+    row = ratio_row(name, [mine / other for mine, other in zip(ours, theirs)], HALF_TARGET)
+    row |= {
+        "bound": "at most",
+        "backbone": place.name,
+        "seconds": round(statistics.median(ours), 4),
+        "rival_seconds": round(statistics.median(theirs), 4),
+        "mean_width": round(statistics.fmean(widths), 3),
+        "requests": requests,
+        "per_second": round(capacity / 2, 3),
+        "tokens": place.mean_length,
+    }
+    return [row]
+
+
+def poisson(requests: int, per_second: float, seed: int) -> list[float]:
+    """Seconds of arrivals that know nothing of each other."""
+    gaps = random.Random(seed)
+    return list(itertools.accumulate(gaps.expovariate(per_second) for _ in range(requests)))

@@ -1,0 +1,145 @@
+"""Load from a process of its own: closed loop, or arrivals that wait for nobody.
+
+``python -m benchmarks.serving.load`` reads a :class:`Load` from its input and writes what came back to its output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import httpx
+
+HEAD_START = 0.05
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked, and how.
+
+    Attributes:
+        url: of every request.
+        bodies: of the requests, in their order.
+        connections: of the closed loop, each of which asks again as soon as it is answered.
+        arrivals: seconds at which each request is sent instead, whatever has been answered by then.
+        lead: address and body of a request ahead of the closed loop. The model is busy with it while the connections
+            line up, and what is measured begins when it has been answered.
+    """
+
+    url: str
+    bodies: list[dict[str, Any]]
+    connections: int = 1
+    arrivals: list[float] | None = None
+    lead: tuple[str, dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One request.
+
+    Attributes:
+        seconds: from when it was sent, or ought to have been sent, to the end of its reply.
+        ended: second of its end, after the start of the leg.
+        headers: of the reply that begin with ``x-``.
+    """
+
+    seconds: float
+    ended: float
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """All replies to a load, every one of them with status 200."""
+
+    replies: list[Reply]
+
+    @property
+    def per_second(self) -> float:
+        """Requests answered a second."""
+        return len(self.replies) / max(reply.ended for reply in self.replies)
+
+    @property
+    def p50(self) -> float:
+        """Median seconds of a request."""
+        return statistics.median(reply.seconds for reply in self.replies)
+
+    @property
+    def p99(self) -> float:
+        """Seconds that 99 % of the requests do not exceed (nearest rank: of less than 100, the slowest)."""
+        ordered = sorted(reply.seconds for reply in self.replies)
+        return ordered[-(-99 * len(ordered) // 100) - 1]
+
+    def mean_header(self, name: str) -> float:
+        """Mean of a number in the replies' headers."""
+        return statistics.fmean(float(reply.headers[name]) for reply in self.replies)
+
+
+def send(load: Load) -> Leg:
+    """Run a load in a process of its own, on the same machine.
+
+    Raises:
+        RuntimeError: a request was not answered with 200.
+    """
+    command = [sys.executable, "-m", "benchmarks.serving.load"]
+    ended = subprocess.run(command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"the load on {load.url} failed: {ended.stderr.strip()[-2000:]}")
+    return Leg([Reply(**reply) for reply in json.loads(ended.stdout)])
+
+
+async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], sent: float | None = None) -> dict[str, Any]:
+    sent = time.perf_counter() if sent is None else sent
+    reply = await client.post(url, json=body)
+    ended = time.perf_counter()
+    if reply.status_code != 200:
+        raise RuntimeError(f"{url} answered {reply.status_code}: {reply.text[:500]}")
+    headers = {name: value for name, value in reply.headers.items() if name.startswith("x-")}
+    return {"seconds": ended - sent, "ended": ended, "headers": headers}
+
+
+async def _closed(client: httpx.AsyncClient, load: Load) -> list[dict[str, Any]]:
+    bodies = iter(load.bodies)
+    lead = asyncio.create_task(_ask(client, *load.lead)) if load.lead else None
+    if lead:
+        await asyncio.sleep(HEAD_START)
+
+    async def connection(mine: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [await _ask(client, load.url, body) for body in mine]
+
+    started = time.perf_counter()
+    found = await asyncio.gather(*(connection(bodies) for _ in range(load.connections)))
+    if lead:
+        started = max(started, (await lead)["ended"])
+    replies = [reply for each in found for reply in each]
+    return [{**reply, "ended": reply["ended"] - started} for reply in replies]
+
+
+async def _open(client: httpx.AsyncClient, load: Load, arrivals: list[float]) -> list[dict[str, Any]]:
+    started = time.perf_counter()
+
+    async def later(body: dict[str, Any], due: float) -> dict[str, Any]:
+        await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
+        return await _ask(client, load.url, body, started + due)
+
+    replies = await asyncio.gather(*(later(body, due) for body, due in zip(load.bodies, arrivals, strict=True)))
+    return [{**reply, "ended": reply["ended"] - started} for reply in replies]
+
+
+async def _run(load: Load) -> list[dict[str, Any]]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:
+        if load.arrivals is None:
+            return await _closed(client, load)
+        return await _open(client, load, load.arrivals)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(_run(Load(**json.load(sys.stdin))))))

@@ -1,0 +1,51 @@
+"""The tables of the section on serving: figures against their targets, then where the time goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.rows import verdict
+
+Row = dict[str, Any]
+
+
+def figures_table(rows: list[Row]) -> str:
+    """A line a ratio."""
+    lines = ["| what | target | median (min–max) | measured speed-up | |", "|---|---|---|---|---|"]
+    for row in rows:
+        sign = "≤" if row.get("bound") == "at most" else "≥"
+        target = "–" if row["target"] is None else f"{sign} {row['target']:g}"
+        found = "–"
+        if row["ratio_median"] is not None:
+            found = f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
+        speedup = row.get("throughput_ratio")
+        faster = "–" if speedup is None else f"{speedup:.2f}× of {1 / row['cost_counted']:.2f}×"
+        lines.append(f"| {row['name']} | {target} | {found} | {faster} | {verdict(row)} |")
+    return "\n".join(lines)
+
+
+def shares_table(rows: list[Row]) -> str:
+    """A line a load, a column a part of a request's time."""
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    loads = dict.fromkeys((row["backbone"], row["load"]) for row in rows)
+    lines = [f"| backbone, load | {' | '.join(parts)} |", f"|---|{'---|' * len(parts)}"]
+    for backbone, load in loads:
+        own = {row["part"]: row["ratio_median"] for row in rows if (row["backbone"], row["load"]) == (backbone, load)}
+        cells = [f"{100 * own[part]:.1f} %" if part in own else "–" for part in parts]
+        lines.append(f"| {backbone}, {load} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def serving_words(result: Row) -> dict[str, str]:
+    """The words for the mark of the page."""
+    meta, rows = result["meta"], result["rows"]
+    machine, settings = meta["machine"], meta["settings"]
+    ratios = [row for row in rows if "part" not in row]
+    held = [verdict(row) for row in ratios if row["target"] is not None and row["ratio_median"] is not None]
+    how = (
+        f"{held.count('met')} of {len(held)} targets met. {settings['pairs']} pairs a ratio; {machine['cores']} cores, of which "
+        f"each server's model has {settings['threads']}, the load on the same machine; torch {meta['versions']['torch']}, "
+        f"ray {meta['versions']['ray']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
+    )
+    shares = shares_table([row for row in rows if "part" in row])
+    return {"serving": f"{figures_table(ratios)}\n\n{how}\n\nWhere the time of a request goes:\n\n{shares}\n"}

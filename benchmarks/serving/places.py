@@ -1,0 +1,166 @@
+"""What is served: a task model with adapters of random weights, and the texts that are asked."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
+
+from benchmarks.serving.settings import WIDTHS, Settings, Shape, Sizes
+from revmux.artifact import describe, save_pretrained
+from revmux.backbone import Backbone, TokenBatch
+from revmux.cost import relative_cost
+from revmux.data import DataConfig, load_task
+from revmux.methods import BackboneShape, build_method
+from revmux.model import MultiplexedClassifier
+from revmux.pretrained import EMBEDDED_NAME, BackboneConfig, Pretrained, load_pretrained, resolve
+
+LENGTH = 128
+LABELS = ("negative", "positive")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A backbone in a folder, with what is asked of it.
+
+    Attributes:
+        key: in the names of files.
+        name: in the rows.
+        folder: of the task model; its adapters are written beside it.
+        texts: one or more.
+        sizes: of the measurements.
+        has_targets: whether the speed-up over HTTP is held to a target here.
+    """
+
+    key: str
+    name: str
+    folder: Path
+    texts: list[str]
+    sizes: Sizes
+    has_targets: bool
+
+    @cached_property
+    def pretrained(self) -> Pretrained:
+        """The task model, loaded once."""
+        return load_pretrained(BackboneConfig(str(self.folder), max_length=LENGTH))
+
+    @cached_property
+    def mean_length(self) -> int:
+        """Tokens of a text, rounded."""
+        encoded = self.pretrained.tokenizer(self.texts)["input_ids"]
+        return round(sum(map(len, encoded)) / len(encoded))
+
+    @property
+    def digest(self) -> str:
+        """Of the texts."""
+        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
+
+    def counted_speedup(self, num_inputs: int, cut: int) -> float:
+        """What the counted operations allow at the mean length."""
+        return counted_speedup(random_revmux(self.pretrained.backbone, num_inputs, cut), self.mean_length)
+
+    def adapters(self, cut: int) -> list[str]:
+        """A folder for each N, written where they are missing."""
+        folders = []
+        for num_inputs in WIDTHS:
+            folder = self.folder.with_name(f"{self.key}-n{num_inputs}-l{cut}")
+            if not folder.is_dir():
+                model = random_revmux(self.pretrained.backbone, num_inputs, cut)
+                save_pretrained(model, describe(model, self.pretrained, LENGTH, {"source": "none"}), folder)
+            folders.append(str(folder))
+        return folders
+
+    def batches(self, inputs: int, batch_size: int) -> list[TokenBatch]:
+        """Texts as tokens, in batches of like length, each (B, S)."""
+        texts = [self.texts[index % len(self.texts)] for index in range(inputs)]
+        texts.sort(key=lambda text: len(self.pretrained.tokenizer(text)["input_ids"]))
+        return [
+            self.pretrained.encode(texts[start : start + batch_size], max_length=LENGTH)
+            for start in range(0, inputs, batch_size)
+        ]
+
+
+def random_revmux(backbone: Backbone, num_inputs: int, cut: int) -> MultiplexedClassifier:
+    """RevMUX with random weights on a backbone, which is frozen; N = 1 is the plain model."""
+    torch.manual_seed(num_inputs)
+    name = "siso" if num_inputs == 1 else "revmux"
+    method = build_method(name, BackboneShape.of(backbone), num_inputs).to(backbone.device)
+    return MultiplexedClassifier(backbone.freeze(), method, cut).eval()
+
+
+def counted_speedup(model: MultiplexedClassifier, length: int) -> float:
+    """What the counted operations allow at inputs of ``length`` tokens."""
+    return 1 / relative_cost(model.backbone, model.method, model.prefill_layers, length)
+
+
+def shape_place(settings: Settings, folder: Path) -> Place:
+    """A BERT with random weights, asked texts of 128 tokens each."""
+    shape = settings.shape
+    home = folder / "shape"
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        intermediate_size=shape.intermediate_size,
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: index for index, name in enumerate(LABELS)},
+    )
+    BertForSequenceClassification(config).save_pretrained(home)
+    _copy_tokenizer(home)
+    tokenizer = load_pretrained(BackboneConfig(str(home))).tokenizer
+    sizes = Sizes(max_batch=16, alone=24, plain=16, grouped=48, rivals=32, quiet=10, half=16)
+    texts = texts_of_length(tokenizer, LENGTH, 64)
+    return Place("shape", shape.name, home, texts, sizes.times(settings.scale), shape == Shape())
+
+
+def embedded_place(settings: Settings, folder: Path) -> Place:
+    """The embedded encoder with a fresh head, asked real sentences."""
+    home = folder / "embedded"
+    torch.manual_seed(0)
+    pretrained = load_pretrained(BackboneConfig(), list(LABELS))
+    pretrained.backbone.model.save_pretrained(home)
+    _copy_tokenizer(home)
+    source = DataConfig() if settings.glue is None else DataConfig(str(settings.glue / "SST-2"), limit=1)
+    found = list(load_task(source).test["text"])
+    lengths = map(len, pretrained.tokenizer(found)["input_ids"])
+    texts = [text for text, length in zip(found, lengths) if length <= LENGTH]  # no server has to cut any
+    sizes = Sizes(max_batch=32, alone=128, plain=192, grouped=384, rivals=256, quiet=100, half=400)
+    return Place("embedded", EMBEDDED_NAME, home, texts, sizes.times(settings.scale), False)
+
+
+def _copy_tokenizer(folder: Path) -> None:
+    """The embedded encoder's files as they came: other servers may come with an older transformers."""
+    source = Path(resolve(EMBEDDED_NAME))
+    for name in _TOKENIZER:
+        shutil.copy(source / name, folder / name)
+
+
+def texts_of_length(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[str]:
+    """Different texts of exactly ``length`` tokens each: words that are tokens of their own.
+
+    Args:
+        tokenizer: of whole words, as BERT's.
+        length: tokens with the special ones.
+        count: how many.
+    """
+    words = sorted(word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha() and word.islower())
+    inner = length - tokenizer.num_special_tokens_to_add()
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(words), (count, inner), generator=generator)
+    texts = [" ".join(words[index] for index in row) for row in chosen.tolist()]
+    _check_lengths(tokenizer, texts, length)
+    return texts
+
+
+def _check_lengths(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> None:
+    found = {len(tokens) for tokens in tokenizer(list(texts))["input_ids"]}
+    if found != {length}:
+        raise ValueError(f"texts have {sorted(found)} tokens, not {length}")

@@ -1,0 +1,211 @@
+"""The servers that are compared, side by side on this machine: ours, the plain Ray Serve one, and Infinity."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from benchmarks.serving.load import Leg, Load, send
+from benchmarks.serving.places import LENGTH, Place
+from benchmarks.serving.settings import CUTS, Settings
+
+PLAIN_PREFIX = "/plain"
+START_SECONDS = 180.0
+
+
+class DidNotStart(Exception):
+    """A server that is not ours ended, or did not answer in time."""
+
+
+class Servers:
+    """Servers of one place, each started when it is first asked, and all stopped at the end.
+
+    Args:
+        place: what is served.
+        settings: threads of each server's model, and where Infinity is.
+    """
+
+    def __init__(self, place: Place, settings: Settings) -> None:
+        self.place = place
+        self.settings = settings
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @cached_property
+    def _ray_serve(self) -> str:
+        """Base URL of ours, with the plain one beside it."""
+        return self._stack.enter_context(_ray_serve(self.place, self.settings))
+
+    @cached_property
+    def _infinity(self) -> str:
+        assert self.settings.infinity is not None
+        return self._stack.enter_context(
+            _infinity(self.settings.infinity, self.place.folder, self.place.sizes.max_batch, self.settings.threads)
+        )
+
+    def ours(
+        self,
+        requests: int,
+        cut: int,
+        max_multiplex: int | None = None,
+        arrivals: list[float] | None = None,
+        connections: int | None = None,
+    ) -> Leg:
+        """A leg on our server.
+
+        Args:
+            requests: how many.
+            cut: l of the adapters.
+            max_multiplex: that each request names; None leaves the width to the server.
+            arrivals: of an open loop, see :class:`benchmarks.serving.load.Load`.
+            connections: of a closed loop; None saturates, with a request ahead of it.
+        """
+        base = self._ray_serve
+        named = {} if max_multiplex is None else {"max_multiplex": max_multiplex}
+        bodies = [{"inputs": text, **named} for text in self._texts(requests)]
+        # Ahead of the loop goes a request for the other task, which is not in the figures of this one.
+        other = next(each for each in CUTS if each != cut)
+        lead = (_predict(base, other), {"inputs": self.place.texts[0], "max_multiplex": 1})
+        return self._send(_predict(base, cut), bodies, lead, arrivals, connections)
+
+    def plain_model(self, requests: int) -> Leg:
+        """A leg on our server at N = 1."""
+        return self.ours(requests, min(CUTS), 1)
+
+    def plain_batch(self, requests: int, arrivals: list[float] | None = None) -> Leg:
+        """A leg on ``@serve.batch``."""
+        url = f"{self._ray_serve}{PLAIN_PREFIX}"
+        bodies = [{"inputs": text} for text in self._texts(requests)]
+        return self._send(url, bodies, (url, bodies[0]), arrivals, None)
+
+    def infinity(self, requests: int) -> Leg:
+        """A leg on Infinity.
+
+        Raises:
+            DidNotStart: it does not run here.
+        """
+        url = f"{self._infinity}/classify"
+        bodies: list[dict[str, Any]] = [
+            {"model": self.place.folder.name, "input": [text]} for text in self._texts(requests)
+        ]
+        return self._send(url, bodies, (url, bodies[0]), None, None)
+
+    def stage_seconds(self, cut: int) -> dict[str, float]:
+        """Seconds of all forward passes so far, by stage, of the adapters of one cut."""
+        info = httpx.get(f"{self._ray_serve}/info", timeout=60, trust_env=False).raise_for_status().json()
+        return dict(info["replica"]["tasks"][_task(cut)]["seconds"])
+
+    def _texts(self, requests: int) -> list[str]:
+        texts = self.place.texts
+        return [texts[index % len(texts)] for index in range(requests)]
+
+    def _send(
+        self,
+        url: str,
+        bodies: list[dict[str, Any]],
+        lead: tuple[str, dict[str, Any]],
+        arrivals: list[float] | None,
+        connections: int | None,
+    ) -> Leg:
+        if arrivals is not None:
+            return send(Load(url, bodies, arrivals=arrivals))
+        if connections is not None:
+            return send(Load(url, bodies, connections))
+        return send(Load(url, bodies, self.place.sizes.connections, lead=lead))
+
+
+def _task(cut: int) -> str:
+    return f"l{cut}"
+
+
+def _predict(base: str, cut: int) -> str:
+    return f"{base}/tasks/{_task(cut)}/predict"
+
+
+@contextmanager
+def _ray_serve(place: Place, settings: Settings) -> Iterator[str]:
+    from ray import serve
+
+    from benchmarks.serving import plain_batch
+    from serve_app.config import server_config
+    from serve_app.run import deploy, shutdown
+
+    model, sizes = str(place.folder), place.sizes
+    tasks = {_task(cut): {"model": model, "adapters": place.adapters(cut), "max_length": LENGTH} for cut in CUTS}
+    config = server_config(
+        tasks=tasks, port=_free_port(), threads=settings.threads, max_batch=sizes.max_batch, max_queue=4096
+    )
+    url = deploy(config)
+    try:
+        plain = plain_batch.build(model, LENGTH, sizes.max_batch, settings.threads, 4096)
+        serve.run(plain, name="plain", route_prefix=PLAIN_PREFIX)
+        yield url
+    finally:
+        shutdown()
+
+
+@contextmanager
+def _infinity(executable: Path, model: Path, max_batch: int, threads: int) -> Iterator[str]:
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [str(executable), "v2", "--model-id", str(model), "--served-model-name", model.name]
+    command += ["--engine", "torch", "--device", "cpu", "--batch-size", str(max_batch)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--no-model-warmup"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "INFINITY_ANONYMOUS_USAGE_STATS": "0",
+        "DO_NOT_TRACK": "1",
+    }
+    log = model.with_name(f"{model.name}-infinity.log")
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            _wait_healthy(url, process, log)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        if process.poll() is not None:
+            raise DidNotStart(f"infinity_emb ended with status {process.returncode}: {last[:300]}")
+        if time.monotonic() > deadline:
+            raise DidNotStart(f"infinity_emb did not answer within {START_SECONDS:g} s: {last[:300]}")
+        time.sleep(0.5)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -1,0 +1,181 @@
+"""The benchmark of the server: that its load asks what it says, and that its figures are what they are called."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from serving_http import listening
+from transformers import AutoTokenizer, BertConfig
+
+from benchmarks.rows import ratio_row, unmeasured_row
+from benchmarks.serving.alone import compare, random_backbone, random_tokens
+from benchmarks.serving.latency import poisson
+from benchmarks.serving.load import Leg, Load, Reply, send
+from benchmarks.serving.page import serving_words
+from benchmarks.serving.places import texts_of_length
+from benchmarks.serving.settings import Sizes, kept
+from benchmarks.serving.shares import PARTS, share_rows, shares
+from revmux.pretrained import EMBEDDED_NAME, resolve
+
+
+class Seen:
+    """An endpoint that answers four requests at a time, the lead (-1) with the first four, and remembers the order."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.four = threading.Barrier(4, action=self._came)
+        self.came = threading.Event()
+
+    def _came(self) -> None:
+        self.came.set()
+
+    def app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.post("/ask")
+        def ask(body: dict[str, Any]) -> JSONResponse:
+            number = body["n"]
+            self.numbers.append(number)
+            if number < 0:
+                assert self.came.wait(30)
+            elif "status" not in body:
+                self.four.wait(30)
+            return JSONResponse({}, status_code=body.get("status", 200), headers={"x-n": str(number)})
+
+        return app
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+@pytest.fixture
+def url(seen: Seen) -> Iterator[str]:
+    with listening(seen.app()) as base:
+        yield f"{base}/ask"
+
+
+def test_a_closed_loop_keeps_its_connections_busy_after_a_lead(seen: Seen, url: str) -> None:
+    leg = send(Load(url, [{"n": n} for n in range(20)], connections=4, lead=(url, {"n": -1})))
+    assert seen.numbers[0] == -1
+    assert sorted(seen.numbers[1:]) == list(range(20))
+    assert sorted(int(reply.headers["x-n"]) for reply in leg.replies) == list(range(20))
+    assert leg.per_second > 0
+
+
+def test_arrivals_wait_for_no_reply(seen: Seen, url: str) -> None:
+    arrivals = [0.0, 0.1, 0.2, 0.3]
+    leg = send(Load(url, [{"n": n} for n in range(4)], arrivals=arrivals))
+    assert seen.numbers == [0, 1, 2, 3]
+    assert all(reply.ended >= arrivals[-1] for reply in leg.replies), "none is answered before the last one came"
+    assert [reply.ended - reply.seconds for reply in leg.replies] == pytest.approx(arrivals)
+
+
+def test_a_refused_request_ends_the_load(url: str) -> None:
+    with pytest.raises(RuntimeError, match="answered 429"):
+        send(Load(url, [{"n": 0, "status": 200}, {"n": 1, "status": 429}]))
+
+
+def test_percentiles_are_of_the_slowest() -> None:
+    leg = Leg([Reply(float(n), float(n), {}) for n in range(1, 201)])
+    assert (leg.p50, leg.p99, leg.per_second) == (100.5, 198.0, 1.0)
+    assert Leg(leg.replies[:10]).p99 == 10.0
+
+
+def test_poisson_arrivals_have_their_rate_and_their_seed() -> None:
+    arrivals = poisson(4000, 50.0, 1)
+    assert arrivals == sorted(arrivals)
+    assert 4000 / arrivals[-1] == pytest.approx(50, rel=0.1)
+    assert arrivals == poisson(4000, 50.0, 1) != poisson(4000, 50.0, 2)
+
+
+def test_shares_are_of_the_whole_time_of_a_request() -> None:
+    headers = {"x-total-time": "800", "x-tokenization-time": "10", "x-queue-time": "300", "x-inference-time": "400"}
+    leg = Leg([Reply(1.0, 1.0, headers)] * 3)
+    after = {"tokenize": 9.0, "queue": 9.0, "pad": 1.1, "prefill": 2.0, "upper": 5.0, "head": 1.0, "reply": 1.0}
+    found = shares(leg, {"pad": 0.1, "queue": 5.0}, after)
+    expected = {
+        "proxy": 0.2,
+        "queue": 0.3,
+        "tokenise": 0.05,
+        "prefill": 0.08,
+        "upper": 0.2,
+        "head": 0.04,
+        "reply": 0.13,
+    }
+    assert {part: share for part, share in found.items() if share} == pytest.approx(expected)
+    assert [row["part"] for row in share_rows("b", "quiet", [found])] == [part for part in found if part in expected]
+
+
+def test_texts_have_the_length_that_is_asked() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve(EMBEDDED_NAME))
+    texts = texts_of_length(tokenizer, 128, 5)
+    assert {len(tokens) for tokens in tokenizer(texts)["input_ids"]} == {128}
+    assert len(set(texts)) == 5
+
+
+def test_legs_are_of_whole_passes() -> None:
+    sizes = Sizes(max_batch=16, alone=24, plain=16, grouped=48, rivals=32, quiet=10, half=20)
+    assert sizes.times(1) == sizes
+    small = sizes.times(0.1)
+    assert (small.alone, small.plain, small.grouped, small.rivals, small.quiet, small.half) == (8, 16, 16, 16, 3, 3)
+
+
+def test_a_stage_is_kept_until_its_settings_change(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def measure() -> list[dict[str, Any]]:
+        calls.append(1)
+        return [ratio_row("r", [float(len(calls))])]
+
+    file = tmp_path / "stage.json"
+    first = kept(file, {"pairs": 1}, measure)
+    assert kept(file, {"pairs": 1}, measure) == first
+    assert kept(file, {"pairs": 2}, measure)[0]["ratio_median"] == 2.0
+    assert len(calls) == 2
+
+
+def test_the_model_alone_is_compared_at_every_n_and_l(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=66, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+    config.save_pretrained(tmp_path)
+    backbone = random_backbone(str(tmp_path), torch.device("cpu"), torch.bfloat16)
+    assert backbone.dtype == torch.bfloat16
+    rows = list(compare("b", backbone, [random_tokens(backbone, 8)], 128, 1, 0.95))
+    assert [(row["num_inputs"], row["prefill_layers"]) for row in rows] == [
+        (n, cut) for cut in (1, 3) for n in (2, 4, 8)
+    ]
+    for row in rows:
+        assert row["ratio_median"] == pytest.approx(row["throughput_ratio"] * row["cost_counted"], abs=2e-3)
+
+
+def test_the_page_says_what_was_met_missed_and_not_measured() -> None:
+    rows = [
+        ratio_row("grouped", [0.8, 0.85, 0.95], 0.9) | {"throughput_ratio": 1.7, "cost_counted": 0.5},
+        ratio_row("quiet", [1.0], 1.05) | {"bound": "at most"},
+        ratio_row("slow", [1.2], 1.0) | {"bound": "at most"},
+        unmeasured_row("rival", "not installed", 1.0),
+        ratio_row("free", [0.5]),
+        *share_rows("b", "quiet", [dict.fromkeys(PARTS, 0.0) | {"upper": 0.75, "queue": 0.25}]),
+    ]
+    meta = {
+        "machine": {"cores": 2},
+        "settings": {"pairs": 3, "threads": 1},
+        "versions": {"torch": "2", "ray": "2"},
+        "commit": None,
+    }
+    words = serving_words({"meta": meta, "rows": rows})["serving"]
+    assert "| grouped | ≥ 0.9 | 0.85 (0.80–0.95) | 1.70× of 2.00× | missed |" in words
+    assert "| quiet | ≤ 1.05 | 1.00 (1.00–1.00) | – | met |" in words
+    assert "| slow | ≤ 1 | 1.20 (1.20–1.20) | – | missed |" in words
+    assert "| rival | ≥ 1 | – | – | not measured: not installed |" in words
+    assert "| free | – | 0.50 (0.50–0.50) | – | – |" in words
+    assert "1 of 3 targets met" in words
+    assert "| b, quiet | 25.0 % | 75.0 % |" in words
