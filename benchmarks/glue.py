@@ -6,7 +6,7 @@ python -m benchmarks.glue --folder path/to/GLUE   (folders SST-2, MRPC and RTE w
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Budget:
     limit: int
     max_length: int = 64
     tuning_epochs: int = 3
-    epochs: int = 3
+    epochs: int = 2
     seeds: int = 3
     shuffles: int = 10
 
@@ -73,14 +73,16 @@ def measure_task(folder: Path, name: str, budget: Budget) -> tuple[list[dict[str
     rows = over_seeds(runs)
     family = load_pretrained(backbone).backbone.config.model_type
     place = {"family": family, "backbone": f"{embedded.model}, tuned to the task", "task": name}
-    return [place | row for row in [siso_row(rows[0]["siso_accuracy"]), *rows]], task.identity
+    everything = load_task(replace(data, limit=None))
+    identity = task.identity | {"available": len(everything.train) + len(everything.selection)}
+    return [place | row for row in [siso_row(rows[0]["siso_accuracy"]), *rows]], identity
 
 
 def main() -> None:
     """Measure what has not been measured yet, then write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="has SST-2, MRPC and RTE")
-    parser.add_argument("--limit", type=int, default=8000, help="training sentences of a task at most")
+    parser.add_argument("--limit", type=int, default=6000, help="training sentences of a task at most")
     arguments = parser.parse_args()
     budget = Budget(arguments.limit)
     rows: list[dict[str, Any]] = []

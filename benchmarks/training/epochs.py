@@ -21,7 +21,7 @@ from revmux.model import MultiplexedClassifier
 from revmux.training import OptimConfig, Trainer
 
 BATCH, RATE = 32, 5e-4
-INPUTS = {"all-MiniLM-L6-v2": 512, "bert-base shape, random": 96}
+INPUTS = {"all-MiniLM-L6-v2": 320, "bert-base shape, random": 64}
 
 
 def epochs_of(timed: Timed, num_inputs: int, layer: int, features: Features, epochs: int) -> Iterator[float]:
@@ -85,7 +85,7 @@ def compare(timed: Timed, num_inputs: int, pairs: int) -> Iterator[dict[str, Any
         yield about | ratio_row(words, [times[rival] / times["store"] for times in rounds], target)
 
 
-def measure(pairs: int = 5) -> list[dict[str, Any]]:
+def measure(pairs: int = 3) -> list[dict[str, Any]]:
     """All rows."""
     rows = []
     for timed in timed_backbones(INPUTS):

@@ -35,8 +35,8 @@ def measure(pairs: int = 3) -> Iterator[dict[str, Any]]:
         pretrained = embedded(small_task(PER_CLASS))
         pretrained.backbone.model.save_pretrained(model)
         pretrained.tokenizer.save_pretrained(model)
-        for epochs in (1, 3):
-            for num_inputs in (2, 4):
+        for epochs, widths in ((1, (2, 4)), (3, (2,))):
+            for num_inputs in widths:
                 ratios = []
                 for pair in range(pairs):
                     recipe = Recipe(
