@@ -1,0 +1,93 @@
+"""The HTTP application of one replica on a real socket, without Ray."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from serving_models import load, write_adapter, write_model
+
+TOPICS = ["sport", "art", "science"]
+
+
+def write_tasks(folder: Path) -> dict[str, dict[str, object]]:
+    """Two tasks with labels of their own: ``mood`` with adapters for N = 2 and 4, ``topic`` with N = 2."""
+    tasks: dict[str, dict[str, object]] = {}
+    for name, widths in {"mood": (2, 4), "topic": (2,)}.items():
+        (folder / name).mkdir()
+        model = write_model(folder / name)
+        if name == "topic":
+            config = json.loads((model / "config.json").read_text())
+            config |= {"id2label": dict(enumerate(TOPICS)), "label2id": {label: i for i, label in enumerate(TOPICS)}}
+            (model / "config.json").write_text(json.dumps(config))
+        home = folder / f"{name}-adapters"
+        home.mkdir()
+        adapters = [str(write_adapter(home, load(model), width)) for width in widths]
+        tasks[name] = {"model": str(model), "adapters": adapters}
+    return tasks
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The base URL of an application for as long as the context lasts."""
+    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    started = threading.Event()
+    original = server.startup
+
+    async def startup(sockets: list[socket.socket] | None = None) -> None:
+        await original(sockets)
+        started.set()
+
+    server.startup = startup  # type: ignore[method-assign]
+    thread.start()
+    try:
+        assert started.wait(30)
+        yield f"http://127.0.0.1:{server.config.port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def talk(url: str, *pieces: bytes, pause: threading.Event | None = None) -> bytes:
+    """Send raw bytes and read until the server closes the connection or has answered in full.
+
+    Args:
+        url: base URL.
+        pieces: sent one after the other; a server that has closed meanwhile is not told more.
+        pause: waited for 50 ms between pieces.
+    """
+    host, _, port = url.removeprefix("http://").partition(":")
+    reply = b""
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        for piece in pieces:
+            try:
+                connection.sendall(piece)
+            except OSError:
+                break
+            if pause is not None and pause.wait(0.05):
+                break
+        try:
+            while not _complete(reply) and (got := connection.recv(65536)):
+                reply += got
+        except ConnectionResetError:
+            pass
+    return reply
+
+
+def _complete(reply: bytes) -> bool:
+    head, found, body = reply.partition(b"\r\n\r\n")
+    lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+    return bool(found) and bool(lengths) and len(body) >= int(lengths[0].partition(b":")[2])

@@ -1,0 +1,475 @@
+"""The HTTP surface of one replica, in this process: protocols, tasks, tokens, limits, figures, and what fuzzing finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from prometheus_client.parser import text_string_to_metric_families
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from serving_http import TOPICS, listening, talk, write_tasks
+from serving_models import load, plain_scores, text, write_adapter
+
+from revmux.errors import UserError
+from serve_app.auth import read_tokens
+from serve_app.config import AppConfig, TaskConfig
+from serve_app.metrics import page
+from serve_app.service import Service
+from serve_app.web import create_app
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def service(tasks: dict[str, Any]) -> Iterator[Service]:
+    config = AppConfig.model_validate(
+        {"tasks": tasks, "plain_load": 1, "max_texts": 64, "max_body_bytes": 100_000, "body_seconds": 0.4}
+    )
+    made = Service(config, "r1")
+    made.serve(config.served)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def app(service: Service) -> FastAPI:
+    return create_app(service)
+
+
+@pytest.fixture(scope="module")
+def url(app: FastAPI) -> Iterator[str]:
+    with listening(app) as base:
+        yield base
+
+
+def post(url: str, body: Any, **more: Any) -> httpx.Response:
+    return httpx.post(url, json=body, timeout=60, **more)
+
+
+def test_a_task_is_chosen_by_path_or_by_field(url: str) -> None:
+    by_path = post(f"{url}/tasks/topic/predict", {"inputs": "w1 w2"})
+    by_field = post(f"{url}/predict", {"inputs": "w1 w2", "task": "topic"})
+    assert by_path.json() == by_field.json()
+    assert {item["label"] for item in by_path.json()} == set(TOPICS)
+    other = post(f"{url}/predict", {"inputs": "w1 w2", "task": "mood"})
+    assert {item["label"] for item in other.json()} == {"LABEL_0", "LABEL_1", "LABEL_2"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/predict", {"inputs": "w1"}),
+        ("/predict", {"inputs": "w1", "task": "weather"}),
+        ("/tasks/weather/predict", {"inputs": "w1"}),
+        ("/v2/models/weather/infer", {"inputs": []}),
+    ],
+)
+def test_an_unknown_task_is_404_with_the_known_ones(url: str, path: str, body: Any) -> None:
+    reply = post(url + path, body)
+    assert (reply.status_code, reply.json()["error_type"]) == (404, "unknown_task")
+    assert reply.json()["error"].endswith("known tasks: mood, topic")
+
+
+def test_a_path_and_a_field_must_not_contradict_each_other(url: str) -> None:
+    reply = post(f"{url}/tasks/mood/predict", {"inputs": "w1", "task": "topic"})
+    assert reply.status_code == 422
+    assert "topic" in reply.json()["error"]
+
+
+def test_headers_tell_how_each_input_rode(url: str) -> None:
+    batch = {"inputs": [["w1"], ["w2 w3"], ["w4"], ["w5 w6 w7"]], "task": "topic"}
+    grouped = post(f"{url}/predict", batch).headers
+    assert grouped["x-revmux-width"] == "2,2,2,2"
+    groups = grouped["x-revmux-group"].split(",")
+    assert sorted(groups) == ["1", "1", "2", "2"]
+    assert grouped["x-revmux-fallback"] == grouped["x-revmux-truncated"] == "false,false,false,false"
+    assert grouped["x-compute-tokens"] == str(3 + 4 + 3 + 5)
+    assert grouped["x-compute-characters"] == str(2 + 5 + 2 + 8)
+    assert grouped["x-compute-type"] == "cpu"
+    times = {name: float(grouped[f"x-{name}-time"]) for name in ("total", "tokenization", "queue", "inference")}
+    assert times["total"] >= times["inference"] > 0
+    alone = post(f"{url}/predict", {**batch, "max_multiplex": 1}).headers
+    assert alone["x-revmux-width"] == "1,1,1,1"
+    assert alone["x-revmux-group"] == "1,2,3,4"
+
+
+def test_an_answer_below_the_threshold_falls_back_and_says_so(tasks: dict[str, Any]) -> None:
+    config = AppConfig.model_validate({**tasks["mood"], "plain_load": 0, "threshold": 1.0})
+    service = Service(config)
+    service.serve(config.served)
+    try:
+        with listening(create_app(service)) as url:
+            reply = post(f"{url}/predict", {"inputs": [["w1"], ["w2 w3"]], "raw_scores": True})
+            assert reply.headers["x-revmux-fallback"] == "true,true"
+            assert reply.headers["x-revmux-width"] == "2,2"
+            figures = _figures(url)
+            assert figures["revmux_fell_back_total", "default"] == 2
+    finally:
+        service.close()
+
+
+def _figures(url: str, **headers: str) -> dict[tuple[str, ...], float]:
+    """Samples of /metrics by name and, in the order of their names, label values without the replica's."""
+    text = httpx.get(f"{url}/metrics", headers=headers, timeout=60).text
+    return {
+        (sample.name, *(value for key, value in sorted(sample.labels.items()) if key != "replica")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_open_inference_answers_as_predict_does(url: str) -> None:
+    texts = ["w1 w2", "w3", "w4 w5 w6"]
+    body = {"id": "7", "inputs": [{"name": "text", "shape": [3], "datatype": "BYTES", "data": texts}]}
+    reply = post(f"{url}/v2/models/topic/infer", {**body, "parameters": {"max_multiplex": 1}})
+    assert reply.status_code == 200
+    assert (reply.json()["model_name"], reply.json()["id"]) == ("topic", "7")
+    tensors = {output["name"]: output for output in reply.json()["outputs"]}
+    assert tensors["labels"]["datatype"] == "BYTES"
+    assert tensors["scores"]["datatype"] == "FP32"
+    assert tensors["labels"]["shape"] == tensors["scores"]["shape"] == [3, 3]
+    expected = post(f"{url}/tasks/topic/predict", {"inputs": [[part] for part in texts], "max_multiplex": 1}).json()
+    assert tensors["labels"]["data"] == [item["label"] for ranking in expected for item in ranking]
+    assert tensors["scores"]["data"] == pytest.approx([item["score"] for ranking in expected for item in ranking])
+
+
+def test_open_inference_takes_pairs_and_gives_the_outputs_that_were_asked_for(url: str) -> None:
+    pair = {"name": "text", "shape": [1, 2], "datatype": "BYTES", "data": [["w1 w2", "w3"]]}
+    reply = post(
+        f"{url}/v2/models/mood/infer", {"inputs": [pair], "outputs": [{"name": "labels"}], "parameters": {"top_k": 1}}
+    )
+    expected = post(f"{url}/tasks/mood/predict", {"inputs": ["w1 w2", "w3"]}).json()
+    assert reply.json()["outputs"] == [
+        {"name": "labels", "shape": [1, 1], "datatype": "BYTES", "data": [expected[0]["label"]]}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"shape": [3]}, 422),
+        ({"shape": [1, 3], "data": ["a", "b", "c"]}, 422),
+        ({"shape": [0], "data": []}, 400),
+        ({"datatype": "FP32"}, 422),
+        ({"data": [1, 2]}, 422),
+        ({"data": ["w1", ""]}, 400),
+        ({"unknown": 1}, 422),
+    ],
+)
+def test_other_tensors_are_refused(url: str, change: dict[str, Any], status: int) -> None:
+    tensor = {"name": "text", "shape": [2], "datatype": "BYTES", "data": ["w1", "w2"], **change}
+    reply = post(f"{url}/v2/models/mood/infer", {"inputs": [tensor]})
+    assert reply.status_code == status
+    assert reply.json()["error"]
+
+
+def test_open_inference_tells_health_and_metadata(url: str) -> None:
+    assert httpx.get(f"{url}/v2/health/live").json() == {"live": True}
+    assert httpx.get(f"{url}/v2/health/ready").json() == {"ready": True}
+    assert httpx.get(f"{url}/v2").json()["name"] == "revmux"
+    assert httpx.get(f"{url}/v2/models/topic/ready").json() == {"name": "topic", "ready": True}
+    described = httpx.get(f"{url}/v2/models/topic").json()
+    assert described["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+    assert [output["shape"] for output in described["outputs"]] == [[-1, 3], [-1, 3]]
+
+
+def test_metrics_count_requests_groups_and_stages(url: str) -> None:
+    before = _figures(url)
+    batch = [[text(index)] for index in range(8)]
+    post(f"{url}/tasks/mood/predict", {"inputs": batch})
+    post(f"{url}/tasks/mood/predict", {"inputs": ""})
+    after = _figures(url)
+    gained = {key: value - before.get(key, 0) for key, value in after.items()}
+    assert gained["revmux_http_requests_total", "/tasks/{task}/predict", "200"] == 1
+    assert gained["revmux_http_requests_total", "/tasks/{task}/predict", "400"] == 1
+    assert gained["revmux_inputs_total", "mood", "4"] == 8
+    assert gained["revmux_groups_total", "mood", "4"] == 2
+    assert gained["revmux_group_width_bucket", "4.0", "mood"] == gained["revmux_group_width_count", "mood"] == 2
+    assert gained["revmux_group_width_bucket", "2.0", "mood"] == 0
+    assert gained["revmux_tokens_total", "mood"] > 8
+    assert gained["revmux_stage_seconds_count", "tokenize", "mood"] == 8
+    assert gained["revmux_stage_seconds_count", "upper", "mood"] >= 1
+    assert gained["revmux_queue_inputs", "mood"] == 0
+    assert after["revmux_queue_limit",] == 512
+
+
+def test_the_metrics_of_several_replicas_make_one_page(service: Service) -> None:
+    text = page({"b": service.metrics.families(), "a": service.metrics.families()}).decode()
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families)
+    for family in families:
+        replicas = [sample.labels["replica"] for sample in family.samples]
+        assert replicas.count("a") == replicas.count("b") > 0
+    assert text.count("# TYPE revmux_queue_inputs gauge") == 1
+
+
+def test_a_deadline_that_passes_in_the_queue_is_504(url: str) -> None:
+    reply = post(f"{url}/tasks/mood/predict", {"inputs": [["w1"]] * 64, "timeout_ms": 0.0001})
+    assert (reply.status_code, reply.json()["error_type"]) == (504, "deadline")
+
+
+def test_one_bad_text_harms_no_other_request(url: str) -> None:
+    assert post(f"{url}/tasks/mood/predict", {"inputs": [["w1"], [""]]}).status_code == 400
+    assert post(f"{url}/tasks/mood/predict", {"inputs": "w1"}).status_code == 200
+
+
+_HOSTILE = {
+    "empty": (b"", 400),
+    "not JSON": (b"inputs=w1", 422),
+    "half": (b'{"inputs": "w', 422),
+    "not UTF-8": (b'{"inputs": "\xff\xfe"}', 422),
+    "UTF-16": ('{"inputs": "w1"}'.encode("utf-16"), 422),
+    "lone surrogate": (rb'{"inputs": "\ud800", "task": "mood"}', 422),
+    "nul": (rb'{"inputs": "\u0000", "task": "mood"}', 200),
+    "deep list": (b'{"inputs": ' + b"[" * 40_000 + b"]" * 40_000 + b"}", 422),
+    "deep object": (b'{"a":' * 15_000 + b"1" + b"}" * 15_000, 422),
+    "huge number": (b'{"inputs": "w1", "task": "mood", "max_multiplex": ' + b"9" * 10_000 + b"}", 422),
+    "infinite": (b'{"inputs": "w1", "task": "mood", "priority": 1e999}', 422),
+    "not a number": (b'{"inputs": "w1", "task": "mood", "priority": NaN}', 422),
+    "doubled key": (b'{"inputs": "", "inputs": "w1", "task": "mood"}', 200),
+    "a list": (b'["w1"]', 422),
+    "null": (b"null", 422),
+    "too long": (b'{"inputs": "' + b"w " * 60_000 + b'"}', 413),
+}
+
+
+@pytest.mark.parametrize("name", _HOSTILE)
+def test_hostile_bodies_get_a_json_refusal_and_the_server_goes_on(url: str, name: str) -> None:
+    body, status = _HOSTILE[name]
+    reply = httpx.post(f"{url}/predict", content=body, timeout=60)
+    assert reply.status_code == status
+    assert reply.headers["content-type"] == "application/json"
+    if status != 200:
+        assert set(reply.json()) == {"error", "error_type"}
+        assert len(reply.text) < 1000
+    assert post(f"{url}/tasks/mood/predict", {"inputs": "w1"}).status_code == 200
+
+
+def test_a_declared_length_above_the_limit_is_refused_unread(url: str) -> None:
+    reply = talk(url, b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n")
+    assert reply.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_chunked_body_is_bounded_too(url: str) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    reply = talk(url, head, *[b"4000\r\n" + b"w" * 0x4000 + b"\r\n"] * 10)
+    assert reply.startswith(b"HTTP/1.1 413 ")
+    assert b'"error_type":"too_large"' in reply
+
+
+def test_a_dribbling_body_is_given_up_and_its_connection_closed(url: str) -> None:
+    never = threading.Event()
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n"
+    reply = talk(url, head, *[b"w"] * 30, pause=never)
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in reply.lower()
+    assert b'"error_type":"timeout"' in reply
+
+
+@pytest.fixture(scope="module")
+def guarded(tasks: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with two tokens in a file and one in the environment."""
+    secrets = tmp_path_factory.mktemp("secrets") / "tokens"
+    secrets.write_text("old-token\n\n new-token \n")
+    os.environ["REVMUX_TEST_TOKEN"] = "third-tökén"
+    config = AppConfig.model_validate({**tasks["mood"], "token_file": str(secrets), "token_env": "REVMUX_TEST_TOKEN"})
+    service = Service(config)
+    service.serve(config.served)
+    with listening(create_app(service)) as url:
+        yield url
+    service.close()
+    del os.environ["REVMUX_TEST_TOKEN"]
+
+
+@pytest.mark.parametrize("token", ["old-token", "new-token", "third-tökén"])
+def test_any_known_token_opens_the_server(guarded: str, token: str) -> None:
+    headers = {"Authorization": f"Bearer {token}".encode()}
+    assert post(f"{guarded}/predict", {"inputs": "w1"}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "given", [None, "", "Bearer", "Bearer old", "Bearer old-tokenx", "Basic old-token", "old-token"]
+)
+def test_other_clients_are_refused(guarded: str, given: str | None) -> None:
+    headers = {} if given is None else {"Authorization": given}
+    for method, path in (("POST", "/predict"), ("GET", "/info"), ("GET", "/metrics"), ("GET", "/v2/models/default")):
+        reply = httpx.request(method, guarded + path, headers=headers, timeout=60)
+        assert (reply.status_code, reply.json()["error_type"]) == (401, "unauthorized")
+        assert reply.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", ["/health", "/v2/health/live", "/v2/health/ready", "/", "/static/page.js", "/docs"])
+def test_health_and_pages_need_no_token(guarded: str, path: str) -> None:
+    assert httpx.get(guarded + path, timeout=60).status_code == 200
+    assert httpx.post(f"{guarded}/", json={"inputs": "w1"}, timeout=60).status_code == 401
+
+
+def test_a_server_that_should_be_closed_never_opens(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    for file, variable in ((str(tmp_path / "none"), None), (str(tmp_path / "empty"), None), (None, "REVMUX_NO_SUCH")):
+        with pytest.raises(UserError, match="token"):
+            read_tokens(file, variable)
+    assert read_tokens(None, None) == ()
+
+
+def test_the_api_page_needs_no_other_server(url: str) -> None:
+    shown = httpx.get(f"{url}/docs").text
+    assert "https://" not in shown
+    assert httpx.get(f"{url}/static-offline-docs/swagger-ui-bundle.js").status_code == 200
+    schema = httpx.get(f"{url}/openapi.json").json()
+    for path in ("/predict", "/tasks/{task}/predict", "/v2/models/{task}/infer"):
+        content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        assert len(content["examples"]) >= 2
+    assert "429" in schema["paths"]["/predict"]["post"]["responses"]
+
+
+def test_the_examples_of_the_api_page_are_answered(url: str) -> None:
+    paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+    for path in ("/tasks/{task}/predict", "/v2/models/{task}/infer"):
+        content = paths[path]["post"]["requestBody"]["content"]["application/json"]
+        for name, example in content["examples"].items():
+            reply = post(url + path.replace("{task}", "mood"), example["value"])
+            assert reply.status_code == 200, (name, reply.text)
+
+
+def test_adapters_and_tasks_come_and_go_while_requests_are_answered(tasks: dict[str, Any], tmp_path: Path) -> None:
+    mood, topic = (TaskConfig.model_validate(tasks[name]) for name in ("mood", "topic"))
+    narrow = mood.model_copy(update={"adapters": mood.adapters[:1]})
+    config = AppConfig.model_validate({"tasks": {"mood": narrow.model_dump()}, "plain_load": 0})
+    service = Service(config)
+    service.serve(config.served)
+    expected = plain_scores(load(Path(mood.model)), ["w1 w2"])[0].softmax(-1)
+    stop, failures, answered = threading.Event(), [], [0]
+
+    def ask(url: str) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not stop.is_set():
+                reply = client.post(f"{url}/tasks/mood/predict", json={"inputs": [["w1 w2"]] * 4})
+                if reply.status_code != 200 or reply.json()[0][0]["score"] != pytest.approx(
+                    expected.max().item(), abs=1e-3
+                ):
+                    failures.append(reply.text)
+                answered[0] += 1
+
+    def widths(url: str) -> Any:
+        return httpx.get(f"{url}/info").json()["tasks"]["mood"]["group_widths"]
+
+    try:
+        with listening(create_app(service)) as url:
+            client = threading.Thread(target=ask, args=(url,))
+            client.start()
+            assert widths(url) == [1, 2]
+            service.update({"mood": mood, "topic": topic})
+            assert widths(url) == [1, 2, 4]
+            assert post(f"{url}/tasks/topic/predict", {"inputs": "w1"}).status_code == 200
+            bad = mood.model_copy(update={"adapters": [str(tmp_path)]})
+            service.update({"mood": bad})
+            assert "no adapter folder" in httpx.get(f"{url}/info").json()["update_error"]
+            assert widths(url) == [1, 2, 4]
+            service.update({"mood": mood.model_copy(update={"model": topic.model})})
+            assert "give" in httpx.get(f"{url}/info").json()["update_error"] or service.update_error
+            replaced = [*mood.adapters[:1], str(write_adapter(tmp_path, load(Path(mood.model)), 4, prefill_layers=2))]
+            service.update({"mood": mood.model_copy(update={"adapters": replaced})})
+            assert service.update_error is None
+            info = httpx.get(f"{url}/info").json()
+            assert [adapter["prefill_layers"] for adapter in info["tasks"]["mood"]["adapters"]] == [1, 2]
+            assert post(f"{url}/tasks/topic/predict", {"inputs": "w1"}).status_code == 404
+            service.update({"mood": narrow})
+            assert widths(url) == [1, 2]
+            stop.set()
+            client.join()
+    finally:
+        stop.set()
+        service.close()
+    assert not failures
+    assert answered[0] > 0
+
+
+@pytest.fixture(scope="module")
+def api(tasks: dict[str, Any]) -> Iterator[Any]:
+    """The description of a server with one task, so that requests need not name it."""
+    config = AppConfig.model_validate({**tasks["mood"], "plain_load": 1})
+    service = Service(config)
+    service.serve(config.served)
+    with listening(create_app(service)) as url:
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+    service.close()
+
+
+_CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
+_OPERATIONS = [
+    ("/predict", "POST"),
+    ("/tasks/{task}/predict", "POST"),
+    ("/v2/models/{task}/infer", "POST"),
+    ("/v2/models/{task}", "GET"),
+    ("/v2/models/{task}/ready", "GET"),
+    ("/v2", "GET"),
+    ("/v2/health/live", "GET"),
+    ("/v2/health/ready", "GET"),
+    ("/health", "GET"),
+    ("/info", "GET"),
+    ("/metrics", "GET"),
+]
+
+
+def test_every_operation_is_fuzzed(api: Any) -> None:
+    assert {(found.ok().path, found.ok().method.upper()) for found in api.get_all_operations()} == set(_OPERATIONS)
+
+
+def _fuzz(api: Any, path: str, method: str, mode: GenerationMode, examples: int, repeatable: bool) -> set[int]:
+    """The statuses of all replies."""
+    statuses = set()
+
+    @settings(max_examples=examples, derandomize=repeatable, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(api[path][method].as_strategy(generation_mode=mode))
+    def ask(case: Any) -> None:
+        if "task" in (case.path_parameters or {}) and len(case.path_parameters["task"]) > 1:
+            case.path_parameters["task"] = "default"  # else hardly any request would get beyond its task
+        reply = case.call(timeout=60)
+        assert reply.status_code not in (500, 503), reply.text
+        statuses.add(reply.status_code)
+        case.validate_response(reply, checks=_CHECKS)
+
+    ask()
+    return statuses
+
+
+@pytest.mark.parametrize(("path", "method"), _OPERATIONS)
+def test_what_is_described_is_answered_as_described(api: Any, path: str, method: str) -> None:
+    statuses = _fuzz(api, path, method, GenerationMode.POSITIVE, 40 if method == "POST" else 4, True)
+    assert 200 in statuses
+
+
+@pytest.mark.parametrize(("path", "method"), [operation for operation in _OPERATIONS if "POST" in operation])
+def test_what_is_not_described_is_refused_as_described(api: Any, path: str, method: str) -> None:
+    assert 422 in _fuzz(api, path, method, GenerationMode.NEGATIVE, 40, True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize(("path", "method"), [operation for operation in _OPERATIONS if "POST" in operation])
+def test_the_description_holds_in_depth(api: Any, path: str, method: str, mode: GenerationMode) -> None:
+    _fuzz(api, path, method, mode, 300, False)
+
+
+def test_bodies_are_json_whatever_their_content_type(url: str) -> None:
+    body = json.dumps({"inputs": "w1", "task": "mood"})
+    for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
+        assert httpx.post(f"{url}/predict", content=body, headers={"content-type": kind}).status_code == 200
