@@ -1,0 +1,318 @@
+"""The plan: trained adapters in, the system to serve out, with its promise, its proof and its reasons in plain words.
+
+On one machine :func:`plan_here` does it all; a cluster trains the adapters and calls :func:`make_plan`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+
+from revmux.artifact import CONFIG_NAME, atomic_folder, from_pretrained, load_config, save_pretrained
+from revmux.candidates import Adapter, Bench, MeasureConfig, answers
+from revmux.data import TaskData
+from revmux.errors import UserError
+from revmux.features import OnlineFeatures, StoreConfig
+from revmux.front import FrontRow, mark_front
+from revmux.front_plot import plot_front_html, plot_front_png
+from revmux.planning import SISO_NAME, Choice, Floats, Goal, Judged, Verification, choose, verify
+from revmux.pretrained import Pretrained
+from revmux.recipe import Recipe, load_backbone, prepare, train_here
+from revmux.results import describe_run, write_json
+
+PLAN_NAME, PAGE_NAME = "plan.json", "plan.md"
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """The inputs that choose: a slice of train that trains nothing.
+
+    Args:
+        share: of train.
+        limit: at most so many; the more, the smaller an allowance can be kept with confidence.
+    """
+
+    share: float = 0.2
+    limit: int = 4000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UserError(f"share is {self.share}; choose a share of train between 0 and 1, such as 0.2")
+        if self.limit < 2:
+            raise UserError(f"limit is {self.limit}; choose 2 inputs or more, such as 4000")
+
+
+@dataclass(frozen=True)
+class Served:
+    """One group width of the plan.
+
+    Attributes:
+        judged: the system with its loss on the inputs that chose it.
+        verification: its one look at the test split.
+        folder: adapter folder with its threshold, as a server loads it; None for SISO.
+    """
+
+    judged: Judged
+    verification: Verification
+    folder: str | None
+
+    @property
+    def num_inputs(self) -> int:
+        """N."""
+        return self.judged.candidate.num_inputs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be served, and why.
+
+    Attributes:
+        choice: how it was chosen.
+        served: the widths to serve, narrowest first; the last is the promise. Empty where the goal cannot be met.
+        rows: every system that was compared, with SISO, on the inputs that choose.
+        folder: of the plan's files.
+    """
+
+    choice: Choice
+    served: list[Served]
+    rows: list[FrontRow]
+    folder: Path
+
+    @property
+    def is_met(self) -> bool:
+        """Whether a system met the goal, and kept its promise on the test split."""
+        return bool(self.served) and all(one.verification.held for one in self.served)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Adapter folders to serve beside the plain model."""
+        return [one.folder for one in self.served if one.folder is not None]
+
+    def why_not(self) -> str:
+        """Where the goal is missed: by how much, and what is nearest."""
+        choice = self.choice
+        if not self.served:
+            assert choice.nearest is not None
+            unit = "points of accuracy" if choice.shortfall_unit == "points" else "times SISO's throughput"
+            return (
+                f"the goal cannot be met: it is missed by {choice.shortfall:.2f} {unit}; nearest is "
+                f"{describe(choice.nearest)}"
+            )
+        worst = max(self.served, key=lambda one: one.verification.loss)
+        over = worst.verification.loss - (worst.verification.allowance or 0.0)
+        return (
+            f"the allowance was not kept on the test split: {worst.judged.candidate.name} lost "
+            f"{worst.verification.loss:.2f} points, {over:.2f} more than allowed; nearest that loses nothing is the plain "
+            "model (SISO); more inputs to choose by (choosing.share, choosing.limit) make the choice surer"
+        )
+
+
+def describe(one: Judged) -> str:
+    """A system in words: what it is, what it costs, what it loses."""
+    system = one.candidate
+    if system.method == SISO_NAME:
+        return "the plain model (SISO), which loses nothing and saves nothing"
+    what = (
+        f"an exit head at layer {system.prefill_layers}"
+        if system.method == "exit-head"
+        else f"{system.method} with N = {system.num_inputs} inputs a pass after l = {system.prefill_layers} layers alone"
+    )
+    if system.threshold is not None:
+        what += f", falling back where it is less than {system.threshold:.1%} sure ({system.fallback:.0%} of answers)"
+    return f"{what}: {1 / system.cost:.2f} times SISO's throughput, {one.loss:.2f} points lost, at most {one.bound:.2f}"
+
+
+def for_choosing(task: TaskData, config: SplitConfig, seed: int = 0) -> TaskData:
+    """The task as trials of a plan see it: where the test split was, a slice of train. The test split stays untouched.
+
+    Raises:
+        UserError: train is too small to be divided.
+    """
+    held = min(round(config.share * len(task.train)), config.limit)
+    if held < 2 or len(task.train) - held < 2:
+        raise UserError(f"train has {len(task.train)} examples, too few to choose by {held} of them; bring more")
+    parts = task.train.train_test_split(test_size=held, seed=seed)
+    digest = hashlib.sha256(f"{task.identity['sha256']} choosing {held} {seed}".encode()).hexdigest()
+    identity = task.identity | {"sha256": digest, "train": len(parts["train"]), "test": held}
+    return replace(task, train=parts["train"], test=parts["test"], identity=identity)
+
+
+def make_plan(
+    adapters: Sequence[Adapter],
+    pretrained: Pretrained,
+    choosing: TaskData,
+    task: TaskData,
+    goal: Goal,
+    folder: Path,
+    max_length: int,
+    store: StoreConfig | None = None,
+    measure: MeasureConfig | None = None,
+    command: str = "",
+) -> Plan:
+    """Choose among trained adapters, exit heads and the plain model; verify once; write it all down.
+
+    Args:
+        adapters: trained on ``choosing.train``.
+        pretrained: the frozen task model, on the device whose speed counts.
+        choosing: as :func:`for_choosing` gives it; its test split chooses.
+        task: the same task; its test split verifies.
+        goal: what the user knows.
+        folder: takes ``plan.json``, ``plan.md``, ``front.png``, ``front.html`` and the folder ``adapters``.
+        max_length: tokens an input is cut to.
+        store: of features.
+        measure: how candidates are measured.
+        command: noted in the files.
+    """
+    measure = measure or MeasureConfig()
+    bench = Bench(pretrained, pretrained.tokenize(choosing.test, max_length), store or StoreConfig(), measure)
+    siso = bench.siso()
+    choice = choose(siso, bench.measured(bench.candidates(adapters)), goal, measure.seed)
+    rows = mark_front([one.candidate.row(float(siso.mean())) for one in choice.judged])
+    served = _verify(choice, pretrained, task, measure, max_length, folder)
+    plan = Plan(choice, served, rows, folder)
+    write_plan(plan, describe_run(command, task.identity, dict(pretrained.identity)))
+    return plan
+
+
+def _verify(
+    choice: Choice, pretrained: Pretrained, task: TaskData, measure: MeasureConfig, max_length: int, folder: Path
+) -> list[Served]:
+    """One look at the test split for every width, whose intervals together have the goal's confidence."""
+    if choice.chosen is None:
+        return []
+    goal = choice.goal
+    each = replace(goal, confidence=1 - (1 - goal.confidence) / len(choice.widths))
+    split = pretrained.tokenize(task.test, max_length)
+    features = OnlineFeatures(split, pretrained.backbone)
+    teacher = [features.batch(rows).teacher_scores for rows in torch.arange(len(split)).split(128)]
+    labels = torch.cat([scores.argmax(-1).cpu() for scores in teacher if scores is not None])
+    siso: Floats = (labels == split.labels).double().numpy()
+    served = []
+    for one in choice.widths:
+        system = one.candidate
+        if system.folder is None:
+            served.append(Served(one, verify(siso, None, each), None))
+            continue
+        model = from_pretrained(system.folder, pretrained)
+        threshold = system.threshold or 0.0
+        found = answers(model, features, replace(measure, thresholds=(threshold,)))
+        correct = next(answer.correct for answer in found if answer.threshold == threshold)
+        verification = verify(siso, correct, each)
+        served.append(Served(one, verification, str(_with_threshold(system.folder, system.threshold, folder))))
+    return served
+
+
+def _with_threshold(source: str, threshold: float | None, folder: Path) -> Path:
+    """A copy of an adapter folder that tells the server its threshold."""
+    config = replace(load_config(source), fallback_threshold=threshold)
+    target = folder / "adapters" / f"n{config.num_inputs}"
+    with atomic_folder(target) as temporary:
+        for file in Path(source).iterdir():
+            if file.name != CONFIG_NAME:
+                (temporary / file.name).write_bytes(file.read_bytes())
+        (temporary / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
+    return target
+
+
+def write_plan(plan: Plan, meta: dict[str, Any]) -> None:
+    """``plan.json``, the page ``plan.md``, and the front as picture and interactive page."""
+    write_json(plan.folder / PLAN_NAME, plan_dict(plan, meta))
+    template = resources.files("revmux").joinpath("plan.md.jinja").read_text()
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(template).render(plan=plan, choice=plan.choice, meta=meta, describe=describe)
+    (plan.folder / PAGE_NAME).write_text(page)
+    title = f"{meta['data']['source']} on {meta['backbone']['name']}, on the inputs that choose"
+    plot_front_png(plan.rows, plan.folder / "front.png", title)
+    plot_front_html(plan.rows, plan.folder / "front.html", title)
+
+
+def plan_dict(plan: Plan, meta: dict[str, Any]) -> dict[str, Any]:
+    """The plan as plain data."""
+    choice = plan.choice
+    bounds = {one.candidate.name: one for one in choice.judged}
+    return {
+        "meta": meta,
+        "goal": asdict(choice.goal),
+        "is_met": plan.is_met,
+        "why_not": None if plan.is_met else plan.why_not(),
+        "chosen": None if choice.chosen is None else choice.chosen.candidate.name,
+        "served": [
+            {
+                "name": one.judged.candidate.name,
+                "num_inputs": one.num_inputs,
+                "threshold": one.judged.candidate.threshold,
+                "adapter": one.folder,
+                "promised_loss": one.judged.bound,
+                "verification": asdict(one.verification),
+            }
+            for one in plan.served
+        ],
+        "systems": [
+            _plain(asdict(row))
+            | {"loss": bounds[row.name].loss, "loss_bound": bounds[row.name].bound, "fits": bounds[row.name].fits}
+            for row in plan.rows
+        ],
+    }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in values.items()}
+
+
+def plan_here(
+    recipes: Sequence[Recipe],
+    task: TaskData,
+    goal: Goal,
+    folder: Path,
+    splitting: SplitConfig | None = None,
+    measure: MeasureConfig | None = None,
+    device: torch.device | str = "cpu",
+    command: str = "",
+) -> Plan:
+    """The whole plan in this process: train every recipe, choose, verify, write.
+
+    Args:
+        recipes: the points to try, on one backbone; those trained in an earlier call are kept.
+        task: read by :func:`revmux.data.load_task`.
+        goal: the loss allowed, or the throughput wanted.
+        folder: of adapters and the plan's files.
+        splitting: the inputs that choose.
+        measure: how candidates are measured.
+        device: where the model runs.
+        command: noted in the files.
+
+    Raises:
+        UserError: no recipe, recipes of several backbones, or one that cannot be trained.
+    """
+    if not recipes:
+        raise UserError("there is no recipe to try; give at least one")
+    first = recipes[0]
+    if any(recipe.backbone != first.backbone for recipe in recipes):
+        raise UserError("the recipes name several backbones; plan one at a time")
+    choosing = for_choosing(task, splitting or SplitConfig())
+    adapters = []
+    for recipe in recipes:
+        method = recipe.method
+        text = f"{recipe!r}{choosing.identity['sha256']}"
+        name = f"{method.name}-n{method.num_inputs}-l{method.prefill_layers}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+        place = folder / "trials" / name
+        if not (place / CONFIG_NAME).is_file():
+            prepared = prepare(recipe, choosing, device)
+            figures = train_here(prepared).metrics()
+            save_pretrained(prepared.model, prepared.adapter_config(figures), place)
+        adapters.append(Adapter(name, str(place), recipe.loss.infonce_weight))
+    pretrained = load_backbone(first, task.label_names)
+    pretrained.backbone.freeze().to(device)
+    return make_plan(
+        adapters, pretrained, choosing, task, goal, folder, first.backbone.max_length, first.store, measure, command
+    )

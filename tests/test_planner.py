@@ -1,0 +1,147 @@
+"""The plan on one machine: trained, chosen, verified and written, without Ray."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from revmux import UserError
+from revmux.artifact import from_pretrained, load_config
+from revmux.candidates import MeasureConfig
+from revmux.data import DataConfig, TaskData, load_task
+from revmux.evaluation import evaluate
+from revmux.features import OnlineFeatures, StoreConfig
+from revmux.planner import Plan, SplitConfig, for_choosing, plan_here
+from revmux.planning import Goal
+from revmux.pretrained import BackboneConfig, Pretrained
+from revmux.recipe import MethodConfig, Recipe
+from revmux.training import OptimConfig
+
+COUNTED = MeasureConfig(shuffles=2, throughput_inputs=0, thresholds=(0.0, 0.6))
+
+
+@pytest.fixture(scope="module")
+def task(tiny_csv: Path) -> TaskData:
+    return load_task(DataConfig(source=str(tiny_csv)))
+
+
+@pytest.fixture(scope="module")
+def recipes(tiny_model_folder: Path, tiny_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Recipe]:
+    base = Recipe(
+        BackboneConfig(model=str(tiny_model_folder), max_length=16),
+        DataConfig(source=str(tiny_csv)),
+        optim=OptimConfig(epochs=1, batch_size=8),
+        store=StoreConfig(root=str(tmp_path_factory.mktemp("store"))),
+        shuffles=1,
+    )
+    head = MethodConfig("exit-head", 1, 2, {"layer": 2})
+    two, four = MethodConfig("revmux", 2, 1), MethodConfig("revmux", 4, 1)
+    return [replace(base, method=method) for method in (head, two, four)]
+
+
+@pytest.fixture(scope="module")
+def plan(recipes: list[Recipe], task: TaskData, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """An allowance that everything meets, so that the cheapest is chosen."""
+    measure = replace(COUNTED, throughput_inputs=8, throughput_batch=4, throughput_pairs=1)
+    return plan_here(recipes, task, Goal(allowance=100.0), tmp_path_factory.mktemp("plan"), measure=measure)
+
+
+def test_the_inputs_that_choose_are_taken_from_train_and_never_from_test(task: TaskData) -> None:
+    choosing = for_choosing(task, SplitConfig(share=0.25))
+    assert len(choosing.test) == round(0.25 * len(task.train))
+    before = sorted(row["text"] for row in task.train)
+    assert sorted(row["text"] for split in (choosing.train, choosing.test) for row in split) == before
+    assert choosing.identity["sha256"] != task.identity["sha256"]
+    assert len(for_choosing(task, SplitConfig(limit=5)).test) == 5
+    with pytest.raises(UserError, match="too few"):
+        for_choosing(replace(task, train=task.train.select(range(3))), SplitConfig())
+
+
+def test_the_cheapest_is_chosen_and_written_with_its_reasons(plan: Plan) -> None:
+    assert plan.is_met
+    written = json.loads((plan.folder / "plan.json").read_text())
+    systems = written["systems"]
+    assert {system["method"] for system in systems} == {"siso", "exit-head", "revmux"}
+    assert all(system["throughput_ratio"] > 0 for system in systems)
+    cheapest = max(systems, key=lambda system: system["throughput_ratio"])
+    assert written["chosen"] == cheapest["name"]
+    assert {path.name for path in plan.folder.iterdir()} >= {
+        "plan.json",
+        "plan.md",
+        "front.png",
+        "front.html",
+        "trials",
+    }
+    page = (plan.folder / "plan.md").read_text()
+    assert cheapest["name"] in page
+    assert "Verified once" in page
+    assert written["meta"]["data"]["test"] == written["served"][-1]["verification"]["inputs"]
+
+
+def test_served_adapters_carry_their_thresholds_and_answer_as_verified(
+    plan: Plan, task: TaskData, tiny_pretrained: Pretrained
+) -> None:
+    features = OnlineFeatures(tiny_pretrained.tokenize(task.test, 16), tiny_pretrained.backbone)
+    for one in plan.served:
+        assert one.folder is not None
+        config = load_config(one.folder)
+        assert config.fallback_threshold == one.judged.candidate.threshold
+        assert config.num_inputs == one.num_inputs
+        found = evaluate(from_pretrained(one.folder, tiny_pretrained), features, shuffles=2)
+        assert one.verification.siso_accuracy == pytest.approx(found.siso_accuracy)
+        if config.fallback_threshold is None:
+            assert one.verification.accuracy == pytest.approx(found.accuracy_mean)
+
+
+def test_what_was_trained_is_kept(plan: Plan, recipes: list[Recipe], task: TaskData) -> None:
+    trained = {path: path.stat().st_mtime_ns for path in plan.folder.glob("trials/*/*.safetensors")}
+    assert len(trained) == len(recipes)
+    again = plan_here(recipes, task, Goal(allowance=0.0), plan.folder, measure=COUNTED)
+    assert {path: path.stat().st_mtime_ns for path in plan.folder.glob("trials/*/*.safetensors")} == trained
+    # On so few inputs nothing but the plain model is surely without loss.
+    assert [one.judged.candidate.name for one in again.served] == ["siso"]
+    assert again.is_met
+    assert again.adapters == []
+    assert "the plain model is the choice" in (plan.folder / "plan.md").read_text()
+
+
+def test_a_goal_out_of_reach_says_by_how_much_and_what_is_nearest(
+    plan: Plan, recipes: list[Recipe], task: TaskData
+) -> None:
+    missed = plan_here(recipes, task, Goal(allowance=0.0, throughput=50.0), plan.folder, measure=COUNTED)
+    assert not missed.is_met
+    assert missed.why_not().startswith("the goal cannot be met: it is missed by 49.00 times SISO's throughput")
+    written = json.loads((plan.folder / "plan.json").read_text())
+    assert written["why_not"] == missed.why_not()
+    assert (written["chosen"], written["served"]) == (None, [])
+
+
+def test_a_promise_that_does_not_hold_is_told(plan: Plan) -> None:
+    served = plan.served[-1]
+    broken = replace(served, verification=replace(served.verification, held=False, loss=3.5, allowance=1.0))
+    found = replace(plan, served=[broken])
+    assert not found.is_met
+    assert "lost 3.50 points, 2.50 more than allowed" in found.why_not()
+
+
+def test_candidates_are_judged_on_the_stored_answers_of_the_plain_model(plan: Plan, task: TaskData) -> None:
+    siso = plan.choice.siso.candidate
+    assert set(np.unique(siso.correct)) <= {0.0, 1.0}
+    assert len(siso.correct) == round(0.2 * len(task.train))
+    fallen = [one.candidate for one in plan.choice.judged if one.candidate.threshold is not None]
+    for one in fallen:
+        assert 0 <= one.fallback <= 1
+        assert torch.isfinite(torch.tensor(one.cost))
+
+
+def test_recipes_of_two_backbones_are_refused(recipes: list[Recipe], task: TaskData, tmp_path: Path) -> None:
+    other = replace(recipes[0], backbone=replace(recipes[0].backbone, max_length=8))
+    with pytest.raises(UserError, match="several backbones"):
+        plan_here([recipes[0], other], task, Goal(allowance=1.0), tmp_path)
+    with pytest.raises(UserError, match="no recipe"):
+        plan_here([], task, Goal(allowance=1.0), tmp_path)
