@@ -74,7 +74,7 @@ def fill_stores(
     check_labels(pretrained, task)
     pretrained.backbone.freeze()
     builders = _builders(pretrained, recipe, layers, task)
-    verify = "://" not in recipe.store.root  # hashing is reading: of a remote store, that is for those who train
+    verify = builders[0].root.local  # hashing is reading: of a remote store, that is for those who train
     with ExitStack() as stack:
         work = [
             (stack.enter_context(builder.filling(verify)), builder.split)

@@ -60,7 +60,7 @@ class Lease:
             elif not wait:
                 return False
             if not told:
-                _log.info("another process is writing, says %s; waiting for it", self.path)
+                _log.warning("another process is writing, says %s; waiting for it", self.path)
                 told = True
             self.sleep(self.poll)
 

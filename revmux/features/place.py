@@ -204,7 +204,7 @@ class Place:
         except Timeout:
             if not wait:
                 raise busy from None
-            _log.info("another process is writing %s; waiting for it", self.file(name))
+            _log.warning("another process is writing %s; waiting for it", self.file(name))
             lock.acquire()
         try:
             yield
