@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of its HTTP library
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
@@ -15,7 +16,6 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from revmux.errors import UserError
 
@@ -24,11 +24,7 @@ _FAILURES = (OSError, HTTPError, HFValidationError, EntryNotFoundError, OfflineM
 
 def is_repository(name: str) -> bool:
     """Whether a name has the form ``user/repository``."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
 
 
 def cached_folder(repository: str, revision: str | None = None, file: str = "config.json") -> Path | None:

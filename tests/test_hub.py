@@ -29,6 +29,7 @@ from revmux.artifact import (
 )
 from revmux.classifier import TextClassifier
 from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained, weights_sha256
+from revmux.serving.adapters import load_adapters
 
 TEXTS = ["w1 w5 w6", "w2 w9", "w7", "w30 w1 w2 w3", "w11 w12"]
 
@@ -80,6 +81,8 @@ def test_an_adapter_comes_back_from_the_hub_as_it_was(hub: Hub, tiny_pretrained:
     loaded = from_pretrained("me/adapter", tiny_pretrained)
     state = build(tiny_pretrained).method.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.method.state_dict().items())
+    (served,) = load_adapters([f"me/adapter@{commit}"], tiny_pretrained)
+    assert (served.folder, served.route.width) == (f"me/adapter@{commit}", 2)
 
 
 def test_a_revision_is_a_branch_or_a_commit(hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from revmux.artifact import WEIGHTS_NAME, AdapterConfig, from_pretrained, load_config
+from revmux.artifact import WEIGHTS_NAME, AdapterConfig, adapter_folder, from_pretrained, load_config
 from revmux.cost import count_flops
 from revmux.errors import UserError
 from revmux.methods import BackboneShape, build_method
@@ -25,7 +25,7 @@ class Adapter:
     """One adapter on the engine's backbone.
 
     Attributes:
-        folder: where it was loaded from.
+        folder: where it was loaded from, as it was named.
         config: what the folder says of it.
         model: in eval mode.
         route: its width and cost.
@@ -43,7 +43,7 @@ def load_adapters(
     """Put every adapter on the backbone and count its cost.
 
     Args:
-        folders: adapter folders, trained on this backbone.
+        folders: adapter folders, or ids on the hub, trained on this backbone.
         pretrained: the backbone.
         max_multiplex: wider adapters are left out; None keeps all.
 
@@ -51,24 +51,29 @@ def load_adapters(
         UserError: a folder is no adapter of this backbone, or its method changed the backbone.
     """
     adapters = []
-    for folder in folders:
+    for named in folders:
+        folder = adapter_folder(named)
         config = load_config(folder)
         if max_multiplex is not None and config.num_inputs > max_multiplex:
             continue
         _check_frozen(folder, config)
         model = from_pretrained(folder, pretrained)
-        adapters.append(Adapter(str(folder), config, model, _route(model)))
+        adapters.append(Adapter(str(named), config, model, _route(model)))
     return adapters
 
 
-def _check_frozen(folder: str | Path, config: AdapterConfig) -> None:
+def _check_frozen(folder: Path, config: AdapterConfig) -> None:
     """Refuse weights that would change the backbone under the other adapters and the plain model."""
-    with safe_open(Path(folder) / WEIGHTS_NAME, "pt") as weights:
-        if any(name.startswith("backbone.") for name in weights.keys()):  # noqa: SIM118 - not a dict
-            raise UserError(
-                f"adapter {str(folder)!r} ({config.method}) tuned the backbone itself, which other requests share; "
-                "serve adapters of a frozen backbone"
-            )
+    try:
+        with safe_open(folder / WEIGHTS_NAME, "pt") as weights:
+            names = list(weights.keys())
+    except (OSError, SafetensorError):
+        return  # loading tells what is wrong with them
+    if any(name.startswith("backbone.") for name in names):
+        raise UserError(
+            f"adapter {str(folder)!r} ({config.method}) tuned the backbone itself, which other requests share; "
+            "serve adapters of a frozen backbone"
+        )
 
 
 def _route(model: MultiplexedClassifier) -> Route:
