@@ -45,21 +45,23 @@ class StageClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._marks: list[tuple[str, torch.cuda.Event | float]] = []
         self.mark("")
 
     def mark(self, stage: str) -> None:
         """The stage ends here."""
-        if self._on_gpu:
+        if self._stream is not None:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(self._stream)
             self._marks.append((stage, event))
         else:
             self._marks.append((stage, perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """The time of each stage, summed where it came several times; on a GPU all of them must have ended."""
+        """The time of each stage, summed where it came several times; on a GPU once the last has ended."""
+        if self._stream is not None:
+            self._stream.synchronize()
         total: dict[str, float] = {}
         for (_, start), (stage, end) in zip(self._marks, self._marks[1:]):
             if isinstance(start, float) and isinstance(end, float):
