@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.precision import precision_words
+from benchmarks.serving.page import serving_words
 from benchmarks.systems.page import systems_words
 from revmux.report import comparison_table
 
@@ -33,7 +35,12 @@ def quickstart_words(result: dict[str, Any]) -> dict[str, str]:
     return {"quickstart": words}
 
 
-WRITERS = {"quickstart": quickstart_words, "systems": systems_words}
+WRITERS = {
+    "precision": precision_words,
+    "quickstart": quickstart_words,
+    "systems": systems_words,
+    "serving": serving_words,
+}
 """What writes the words of each result file: by file name, the words by mark."""
 
 

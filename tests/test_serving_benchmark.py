@@ -15,6 +15,7 @@ from serving_http import listening
 from transformers import AutoTokenizer, BertConfig
 
 from benchmarks.rows import ratio_row, unmeasured_row
+from benchmarks.serving.__main__ import main
 from benchmarks.serving.alone import compare, random_backbone, random_tokens
 from benchmarks.serving.latency import poisson
 from benchmarks.serving.load import Leg, Load, Reply, send
@@ -179,3 +180,18 @@ def test_the_page_says_what_was_met_missed_and_not_measured() -> None:
     assert "| free | – | 0.50 (0.50–0.50) | – | – |" in words
     assert "1 of 3 targets met" in words
     assert "| b, quiet | 25.0 % | 75.0 % |" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--glue", "/nowhere"], "no folder SST-2"),
+        (["--infinity", "/nowhere/infinity_emb"], "name ENVIRONMENT/bin/infinity_emb"),
+        (["--pairs", "0"], "pairs is 0; choose 1 or more"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_measured(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -72,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_class_arguments(Settings, as_group=False)
     parser.add_argument("--result", type=Path, default=RESULT, help="the file that is written")
     parser.add_argument("--keep", type=Path, default=KEPT, help="folder of the stages that were measured")
-    chosen = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
-    result, keep = chosen.pop("result"), chosen.pop("keep")
-    settings = Settings(**chosen)
+    parsed = parser.parse_args(argv)
     try:
+        chosen = parser.instantiate_classes(parsed).as_dict()
+        result, keep = chosen.pop("result"), chosen.pop("keep")
+        settings = Settings(**chosen)
         with TemporaryDirectory(prefix="revmux-serving-") as folder:
             rows, texts = measure(settings, Path(folder), keep)
     except UserError as error:

@@ -19,6 +19,7 @@ def measure_quiet(servers: Servers, pairs: int) -> list[Row]:
     """One client, one request at a time: the server that may group against the same one asked for N = 1."""
     place, requests = servers.place, servers.place.sizes.quiet
     plain, free, parts = [], [], []
+    servers.ours(1, CUT, connections=1)  # what is done only once is not measured
     for _ in range(pairs):
         plain.append(servers.ours(requests, CUT, 1, connections=1).p50)
         before = servers.stage_seconds(CUT)
@@ -48,6 +49,8 @@ def measure_half_load(servers: Servers, capacity: float, pairs: int) -> list[Row
     """
     place, requests = servers.place, servers.place.sizes.half
     ours, theirs, widths = [], [], []
+    servers.ours(1, CUT, connections=1)
+    servers.plain_batch(1)
     for seed in range(pairs):
         arrivals = poisson(requests, capacity / 2, seed)
         leg = servers.ours(requests, CUT, arrivals=arrivals)

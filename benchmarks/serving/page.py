@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 def figures_table(rows: list[Row]) -> str:
     """A line a ratio."""
-    lines = ["| what | target | median (min–max) | measured speed-up | |", "|---|---|---|---|---|"]
+    lines = ["| what | target | median (min–max) | measured speed-up | reached |", "|---|---|---|---|---|"]
     for row in rows:
         sign = "≤" if row.get("bound") == "at most" else "≥"
         target = "–" if row["target"] is None else f"{sign} {row['target']:g}"

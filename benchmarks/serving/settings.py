@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from revmux.errors import UserError
 from revmux.results import write_json
 
 Row = dict[str, Any]
@@ -94,6 +95,9 @@ class Settings:
         threads: of each server's model; by default a core is left to HTTP and to the load.
         glue: folder with SST-2, whose dev sentences the embedded encoder reads; without it those of the embedded task.
         infinity: the executable ``infinity_emb`` of an environment of its own.
+
+    Raises:
+        UserError: a number that is too small, or a folder or file that is not there.
     """
 
     shape: Shape = field(default_factory=Shape)
@@ -102,6 +106,17 @@ class Settings:
     threads: int = field(default_factory=lambda: max(1, (os.cpu_count() or 1) - 1))
     glue: Path | None = None
     infinity: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
+        if self.scale <= 0:
+            raise UserError(f"scale is {self.scale}; choose more than 0, such as 1")
+        if self.glue is not None and not (self.glue / "SST-2").is_dir():
+            raise UserError(f"glue is {str(self.glue)!r}, which has no folder SST-2; name the folder that holds it")
+        if self.infinity is not None and not self.infinity.is_file():
+            raise UserError(f"infinity is {str(self.infinity)!r}, no file; name ENVIRONMENT/bin/infinity_emb")
 
     def about(self) -> dict[str, Any]:
         """What figures depend on, of which a kept stage must have the same."""
