@@ -10,9 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.glue_page import glue_words
 from benchmarks.precision import precision_words
 from benchmarks.serving.page import serving_words
 from benchmarks.systems.page import systems_words
+from benchmarks.training.page import training_words
 from revmux.report import comparison_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,8 @@ WRITERS = {
     "precision": precision_words,
     "quickstart": quickstart_words,
     "systems": systems_words,
+    "training": training_words,
+    "glue": glue_words,
     "serving": serving_words,
 }
 """What writes the words of each result file: by file name, the words by mark."""
