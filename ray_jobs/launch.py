@@ -118,6 +118,8 @@ def launch(
 
     from ray_jobs.worker import RESULT_NAME, Outcome, WorkerConfig, train_worker
 
+    # Ray Train's own print shows lines twice, and hides the bar.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     run_folder = storage / "checkpoints" / f"{name}-{fingerprint(recipe, task)}"
     with tracker.run(name, run_params(recipe, cluster), parent) as run_id:
         tracker.log_data(run_id, task.identity)
@@ -129,6 +131,7 @@ def launch(
             folder=run_folder,
             checkpoint=checkpoint or CheckpointConfig(),
             tracking_uri=tracker.uri,
+            outbox=tracker.outbox,
             run_id=run_id,
             progress=sys.stderr.isatty(),
         )

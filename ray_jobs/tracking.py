@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs.outbox import PatientClient, is_refusal
 from ray_jobs.pyfunc import MODEL_NAME, save_pyfunc
 from revmux.errors import UserError
 from revmux.extras import require
@@ -47,13 +48,13 @@ class Tracker:
 
     def __init__(self, config: TrackingConfig, storage: Path) -> None:
         require("mlflow", "mlflow")
-        from mlflow import MlflowClient
-
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it shows the stack of what it raises
         self.uri = config.uri or f"sqlite:///{storage / 'mlflow.db'}"
+        self.outbox = storage / "outbox"
         try:
-            self.client = MlflowClient(self.uri)
+            self.client = PatientClient(self.uri, self.outbox)
             experiment = self.client.get_experiment_by_name(config.experiment)
             if experiment is None:
                 location = None if config.uri else (storage / "mlartifacts").as_uri()
@@ -65,6 +66,7 @@ class Tracker:
                 f"cannot open the MLflow store {self.uri!r} ({type(error).__name__}: {str(error).splitlines()[0]}); name a "
                 "running server or a database with --tracking.uri"
             ) from None
+        self.client.outbox.flush()
 
     @contextmanager
     def run(
@@ -95,7 +97,9 @@ class Tracker:
         try:
             yield run_id
         except BaseException:
-            with suppress(MlflowException):  # a full disk or a server that is away must not hide what went wrong
+            with suppress(
+                MlflowException, OSError
+            ):  # a full disk or a server that is away must not hide what went wrong
                 self.client.set_terminated(run_id, "FAILED")
             raise
         self.client.set_terminated(run_id, "FINISHED")
@@ -120,11 +124,16 @@ class Tracker:
 
     def child_of(self, parent: str, name: str) -> str | None:
         """The run of a trial that was begun before, or None."""
-        return next((run.info.run_id for run in self.children(parent) if run.info.run_name == name), None)
+        try:
+            return next((run.info.run_id for run in self.children(parent) if run.info.run_name == name), None)
+        except Exception as error:
+            if is_refusal(error):
+                raise
+            return None  # the server is away; what is recorded now waits for it
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Scalars at a step."""
-        log_metrics(self.uri, run_id, metrics, step)
+        log_metrics(self.client, run_id, metrics, step)
 
     def log_folder(self, run_id: str, folder: Path, name: str) -> None:
         """A folder as artifact."""
@@ -138,6 +147,7 @@ class Tracker:
         tags: Mapping[str, Any],
         backbone: str | None = None,
         pairs: bool = False,
+        artifact: str = MODEL_NAME,
     ) -> str:
         """An adapter as the next version of a registered model.
 
@@ -150,6 +160,7 @@ class Tracker:
             tags: what a person chooses by.
             backbone: see :func:`ray_jobs.pyfunc.save_pyfunc`.
             pairs: whether an input is a pair of texts.
+            artifact: its name among the artifacts of the run, which may have been registered with other settings.
 
         Returns:
             The version.
@@ -157,10 +168,10 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         with tempfile.TemporaryDirectory() as folder:
-            self.log_folder(run_id, save_pyfunc(adapter, Path(folder) / MODEL_NAME, backbone, pairs), MODEL_NAME)
+            self.log_folder(run_id, save_pyfunc(adapter, Path(folder) / MODEL_NAME, backbone, pairs), artifact)
         with suppress(MlflowException):  # it is there
             self.client.create_registered_model(name)
-        source = f"{self.client.get_run(run_id).info.artifact_uri}/{MODEL_NAME}"
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact}"
         texts = {key: str(value) for key, value in tags.items()}
         return str(self.client.create_model_version(name, source, run_id, tags=texts).version)
 
@@ -173,17 +184,14 @@ class Tracker:
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
-def log_metrics(uri: str, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-    """Scalars at a step, from any process that can open the store."""
+def log_metrics(client: PatientClient, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+    """Scalars at a step."""
     import time
 
-    from mlflow import MlflowClient
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    MlflowClient(uri).log_batch(
-        run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()]
-    )
+    client.log_batch(run_id, [Metric(name, float(value), now, step) for name, value in metrics.items()])
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

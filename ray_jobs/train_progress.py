@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ray.experimental import tqdm_ray
 
+from ray_jobs.outbox import PatientClient
 from ray_jobs.tracking import log_metrics
 from revmux.training import EpochReport, Trainer
 
@@ -23,15 +24,24 @@ class TrainProgress:
         trainer: where it stands; steps before that count as done, not as fast.
         tracking_uri: MLflow store.
         run_id: the MLflow run that curves go to.
+        outbox: folder for what the store cannot take while it is away.
         live: whether to draw a bar.
         interval: seconds between lines, and between points of MLflow's ``live/`` curves, within an epoch.
     """
 
     def __init__(
-        self, title: str, trainer: Trainer, tracking_uri: str, run_id: str, live: bool, interval: float = 30.0
+        self,
+        title: str,
+        trainer: Trainer,
+        tracking_uri: str,
+        run_id: str,
+        outbox: Path,
+        live: bool,
+        interval: float = 30.0,
     ) -> None:
         self.title, self.trainer = title, trainer
         self.tracking_uri, self.run_id = tracking_uri, run_id
+        self.client = PatientClient(tracking_uri, outbox)
         self.interval = interval
         self.first = trainer.state.step
         self.tokens = 0
@@ -85,9 +95,7 @@ class TrainProgress:
 
     def tell(self, what: str) -> None:
         """A plain line for the log."""
-        # Not print: Ray Train's own print shows each line twice.
-        sys.stdout.write(f"{self.title}: {what}\n")
-        sys.stdout.flush()
+        print(f"{self.title}: {what}", flush=True)
 
     def _record_live(self, step: int, loss: float) -> None:
         self.told = time.perf_counter()
@@ -95,14 +103,10 @@ class TrainProgress:
 
     def _record_missing(self) -> None:
         """Epochs done before the restart, which this run may not have: it is another one, or the worker died there."""
-        from mlflow import MlflowClient
-
         if not self.trainer.state.history:
             return
         try:
-            there = {
-                point.step for point in MlflowClient(self.tracking_uri).get_metric_history(self.run_id, "train_loss")
-            }
+            there = {point.step for point in self.client.get_metric_history(self.run_id, "train_loss")}
         except Exception as error:
             self._warn(error)
             return
@@ -112,7 +116,7 @@ class TrainProgress:
 
     def _record(self, metrics: dict[str, float], step: int) -> None:
         try:
-            log_metrics(self.tracking_uri, self.run_id, metrics, step)
+            log_metrics(self.client, self.run_id, metrics, step)
         except Exception as error:  # a tracking server that is away ends no training
             self._warn(error)
 

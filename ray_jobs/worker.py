@@ -42,6 +42,7 @@ class WorkerConfig:
         folder: of the run's checkpoints and its result, on a disk that every worker reaches.
         checkpoint: when the run is saved.
         tracking_uri: MLflow store.
+        outbox: folder for what the store cannot take while it is away.
         run_id: the MLflow run that curves go to.
         progress: whether to draw a bar.
     """
@@ -53,6 +54,7 @@ class WorkerConfig:
     folder: Path
     checkpoint: CheckpointConfig
     tracking_uri: str
+    outbox: Path
     run_id: str
     progress: bool
 
@@ -90,6 +92,7 @@ def train(config: WorkerConfig) -> dict[str, float]:
     """
     torch.set_num_threads(config.threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every report otherwise
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it shows the stack of what it raises
     disable_progress_bar()
     task: TaskData = ray.get(config.task)
     first = ray.train.get_context().get_world_rank() == 0
@@ -100,7 +103,9 @@ def train(config: WorkerConfig) -> dict[str, float]:
     )
     start = trainer.resume()
     progress = (
-        TrainProgress(config.title, trainer, config.tracking_uri, config.run_id, config.progress) if first else None
+        TrainProgress(config.title, trainer, config.tracking_uri, config.run_id, config.outbox, config.progress)
+        if first
+        else None
     )
     if progress is not None:
         progress.tell(f"{workers_in_words()}, step {start} of {trainer.total_steps}")
