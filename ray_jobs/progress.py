@@ -1,45 +1,109 @@
-"""A sweep's progress in words."""
+"""A sweep while it runs: what became of each trial is written down, and told in words."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray.tune import Callback
 
+from ray_jobs.tracking import Tracker
+from ray_jobs.trials import SweepFolder, Trial, TrialRow, front_rows, row_of
+from revmux.front import front
+
 
 class SweepProgress(Callback):
-    """One line a finished trial: done, left, best so far, time left.
+    """Writes the rows of trials that were stopped or failed, ends their MLflow runs, and tells how the sweep stands.
+
+    A finished trial has written its own row, so that a driver that is killed loses none.
 
     Args:
-        total: trials in the sweep.
+        folder: of the sweep.
+        tracker: where trials are recorded.
+        parent: MLflow run of the sweep.
+        rows: of trials that came to an end in an earlier start; grows as others do.
+        total: trials in all.
+        concurrent: trials side by side.
+        stopped: why trials were stopped, by Tune's trial id.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.done = self.failed = 0
-        self.best = ("", 0.0, 0.0)
-        self.started = time.perf_counter()
+    def __init__(
+        self,
+        folder: SweepFolder,
+        tracker: Tracker,
+        parent: str,
+        rows: dict[str, TrialRow],
+        total: int,
+        concurrent: int,
+        stopped: Mapping[str, str],
+    ) -> None:
+        self.folder, self.tracker, self.parent = folder, tracker, parent
+        self.rows, self.total, self.concurrent, self.stopped = rows, total, concurrent, stopped
+        self.started: dict[str, float] = {}
+        self.seconds: list[float] = []
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune calls this when a trial begins."""
+        self.started[trial.trial_id] = time.perf_counter()
+        self._tell(f"{trial.config['trial'].name} begins")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune calls this when a trial ends well."""
-        self.done += 1
-        result = trial.last_result
-        if result.get("accuracy_mean", 0.0) > self.best[1]:
-            self.best = (str(trial), result["accuracy_mean"], result["cost_counted"])
-        self._tell(f"{trial}: accuracy {result['accuracy_mean']:.1%} at cost {result['cost_counted']:.2f}")
+        """Tune calls this when a trial ends well, or was stopped."""
+        mine: Trial = trial.config["trial"]
+        why = self.stopped.get(trial.trial_id)
+        if why is not None:
+            self._end(trial, row_of(mine, "stopped", why, metrics=figures(trial.last_result)), "KILLED")
+            self.folder.remove_checkpoints(mine)
+            self._tell(f"{mine.name} stopped, {why}")
+            return
+        row = self.folder.read([mine])[mine.name]
+        self._note(trial, row)
+        self._tell(f"{mine.name}: accuracy {row.metrics['accuracy_mean']:.1%} at cost {row.cost_counted:.2f}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune calls this when a trial fails; the sweep goes on."""
-        self.failed += 1
-        self._tell(f"{trial} failed: {trial.error_file or 'see its log'}")
+        mine: Trial = trial.config["trial"]
+        left = self.folder.read([mine]).get(mine.name)  # where it could still write
+        why = left.why if left is not None else "its process was lost; --retry_failed tries it again"
+        self._end(trial, row_of(mine, "failed", why, metrics=figures(trial.last_result)), "FAILED")
+        self._tell(f"{mine.name} failed, {why}")
+
+    def _end(self, trial: Any, row: TrialRow, status: str) -> None:
+        run_id = self.tracker.child_of(self.parent, row.trial)
+        if run_id is not None:
+            self.tracker.client.set_tag(run_id, "revmux.why", row.why)
+            self.tracker.client.set_terminated(run_id, status)
+        seconds = time.perf_counter() - self.started.get(trial.trial_id, time.perf_counter())
+        row = TrialRow(**{**vars(row), "run_id": run_id, "seconds": seconds})
+        self.folder.write(row)
+        self._note(trial, row)
+
+    def _note(self, trial: Any, row: TrialRow) -> None:
+        self.rows[row.trial] = row
+        self.seconds.append(time.perf_counter() - self.started.pop(trial.trial_id, time.perf_counter()))
 
     def _tell(self, what: str) -> None:
-        ended = self.done + self.failed
-        left = (time.perf_counter() - self.started) / ended * (self.total - ended)
-        name, accuracy, cost = self.best
-        print(
-            f"sweep {ended}/{self.total} ({self.failed} failed), {left:.0f} s left; {what}; "
-            f"best {name} {accuracy:.1%} at {cost:.2f}",
-            flush=True,
-        )
+        print(f"{self.summary()}; {what}", flush=True)
+
+    def summary(self) -> str:
+        """Trials done, running and left, time left, and the best accuracy so far at each cost."""
+        ended = list(self.rows.values())
+        count = {status: sum(row.status == status for row in ended) for status in ("done", "stopped", "failed")}
+        running = len(self.started)
+        left = self.total - len(ended) - running
+        words = f"sweep: {count['done']} done, {count['stopped']} stopped, {count['failed']} failed, "
+        words += f"{running} running, {left} left"
+        if self.seconds:
+            each = sum(self.seconds) / len(self.seconds)
+            words += f", about {each * (left + running / 2) / self.concurrent:.0f} s to go"
+        best = [row for row in front(front_rows(ended)) if row.method != "siso"]
+        if best:
+            words += "; best " + ", ".join(f"{row.accuracy:.1%} at cost {row.cost:.2f}" for row in best)
+        return words
+
+
+def figures(result: Mapping[str, Any] | None) -> dict[str, float]:
+    """The figures of training among what Tune notes of a trial."""
+    kept = ("selection_", "train_", "epoch")
+    return {key: float(value) for key, value in (result or {}).items() if key.startswith(kept)}

@@ -5,25 +5,56 @@ python -m ray_jobs.tune --backbone.model runs/task-model --space quick
 
 from __future__ import annotations
 
-import hashlib
+import os
+import shutil
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.launch import absolute_storage, fingerprint, launch
+from ray_jobs.comparison import record_comparison
+from ray_jobs.features import fill_for
+from ray_jobs.launch import absolute_storage, launch
 from ray_jobs.tracking import Tracker, TrackingConfig
+from ray_jobs.trials import SweepFolder, Trial, TrialRow, make_trials, reason_of, row_of
 from revmux.data import DataConfig, TaskData, load_task
 from revmux.errors import UserError
 from revmux.features import StoreConfig
 from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig, check_answers, inspect
+from revmux.methods import BackboneShape
+from revmux.pretrained import BackboneConfig, check_answers, identity_of, outline
 from revmux.recipe import Recipe
-from revmux.results import write_json
 from revmux.training import OptimConfig
-from tune_spaces.space import load_space
+from tune_spaces.space import SearchSpace, load_space
+
+
+@dataclass(frozen=True)
+class StoppingConfig:
+    """Which trials are stopped before their end.
+
+    Args:
+        enabled: whether any is.
+        grace: epochs that every trial may run.
+        reduction: of the trials of one cost, ASHA lets the best of so many go on from each rung.
+        deviations: a trial is stopped too if one that costs no more was at the same epoch more accurate by so many
+            standard errors.
+    """
+
+    enabled: bool = True
+    grace: int = 1
+    reduction: float = 3.0
+    deviations: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.grace < 1:
+            raise UserError(f"grace is {self.grace}; choose 1 epoch or more")
+        if not self.reduction > 1:
+            raise UserError(f"reduction is {self.reduction}; choose more than 1, such as 3")
+        if not self.deviations > 0:
+            raise UserError(f"deviations is {self.deviations}; choose more than 0, such as 3")
 
 
 @dataclass(frozen=True)
@@ -34,17 +65,19 @@ class TuneJob:
         backbone: the frozen task model.
         data: the task.
         space: quick, paper, wide, or a YAML file of your own.
-        trials: at most so many points of the space, drawn by its seed; by default as many as the space says.
+        trials: at most so many points of the space; by default as many as the space says.
         optim: how weights move, where the space does not say.
         loss: what they move towards, where the space does not say.
         store: where the backbone's answers are kept; all trials share it.
         shuffles: groupings that each trial's accuracy is a mean of.
+        stopping: which trials are stopped early.
+        retry_failed: try again the trials that failed in an earlier start of the same sweep.
         cluster: workers of one trial.
         concurrent_trials: trials side by side; by default as many as the resources that are there now hold. On a
             cluster that scales with demand, name how many it may grow to.
         tracking: MLflow.
         storage: folder of checkpoints, trials and the default MLflow store.
-        name: of the sweep; the same name with the same space goes on from where it was.
+        name: of the sweep; the same name on the same task model and data goes on from where it was.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -55,6 +88,8 @@ class TuneJob:
     loss: LossConfig = field(default_factory=LossConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     shuffles: int = 3
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    retry_failed: bool = False
     cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(workers=1))
     concurrent_trials: int | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -68,138 +103,193 @@ class TuneJob:
                 raise UserError(f"{name} is {value}; choose 1 or more, or leave it out")
 
 
-def run_trial(
-    point: dict[str, Any], task: TaskData, cluster: ClusterConfig, tracking: TrackingConfig, storage: Path, parent: str
-) -> None:
-    """One trial: the driver of a Ray Train run, reporting its last figures to Tune.
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that is checked and ready to start.
+
+    Attributes:
+        job: its settings.
+        space: its space.
+        trials: every legal point, cheapest first.
+        task: the data.
+        folder: of its rows and trials.
+        storage: of the job, absolute.
+    """
+
+    job: TuneJob
+    space: SearchSpace
+    trials: list[Trial]
+    task: TaskData
+    folder: SweepFolder
+    storage: Path
+
+
+def base_recipe(job: TuneJob) -> Recipe:
+    """What the space does not say."""
+    return Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=job.store, shuffles=job.shuffles)
+
+
+def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> Sweep:
+    """Check all that can be checked before a cluster starts.
 
     Args:
-        point: ``{"trial": (name, recipe)}``.
-        task: the data, which Tune hands over by its object store.
-        cluster: workers of the trial.
-        tracking: with the URI spelled out.
-        storage: of the sweep.
-        parent: MLflow run of the sweep.
+        job: settings.
+        storage: absolute.
+        task: the data where it is read already.
+
+    Raises:
+        UserError: a space without a legal point, a model without a head, unreadable data, or a sweep folder of another
+            task.
     """
-    from ray import tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    name, recipe = point["trial"]
-    output, tracker = storage / "trials" / name, Tracker(tracking, storage)
-    trained = launch(recipe, task, cluster, tracker, storage, name, output, parent, [TuneReportCallback()])
-    tune.report(trained.metrics | {"adapter": str(trained.folder), "run_id": trained.run_id})
-
-
-def trial_name(recipe: Recipe, task: TaskData) -> str:
-    """Readable and unique within a sweep."""
-    method = recipe.method
-    return f"{method.name}-n{method.num_inputs}-l{method.prefill_layers}-{fingerprint(recipe, task)[:4]}"
-
-
-def main(job: TuneJob) -> list[dict[str, Any]]:
-    """Check every point, run the trials, record the comparison."""
-    storage = absolute_storage(job.storage)
     space = load_space(job.space)
     if job.trials is not None:
         space = replace(space, trials=job.trials)
     job.cluster.check_here()
     check_answers(job.backbone)
-    shape, own_labels = inspect(job.backbone)
-    base = Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=job.store, shuffles=job.shuffles)
-    points = space.check(base, shape, job.cluster.workers)
-    task = load_task(job.data, own_labels)
+    backbone, own_labels = outline(job.backbone)
+    points, left_out = space.legal_points(base_recipe(job), BackboneShape.of(backbone), job.cluster.workers)
+    for reason in left_out:
+        print(f"left out: {reason}", flush=True)
+    task = task or load_task(job.data, own_labels)
+    identity = {"data": task.identity["sha256"], "model": identity_of(job.backbone)["sha256"] or job.backbone.model}
+    folder = SweepFolder(storage / "sweeps" / job.name, identity)
+    return Sweep(job, space, make_trials(points, task, backbone), task, folder, storage)
+
+
+def main(job: TuneJob) -> list[TrialRow]:
+    """Check every point, run the trials, record the comparison."""
+    storage = absolute_storage(job.storage)
+    sweep = prepare_sweep(job, storage)
     tracker = Tracker(job.tracking, storage)
-    tracking = TrackingConfig(tracker.uri, job.tracking.experiment)
-    trials = [(trial_name(point, task), point) for point in points]
-    points_hash = hashlib.sha256(" ".join(name for name, _ in trials).encode()).hexdigest()[:8]
-    folder = storage / "sweeps" / f"{job.name}-{points_hash}"
-    with tracker.run(job.name, {"space": job.space, "points": len(points), "recipe": base}) as parent:
-        tracker.log_data(parent, task.identity)
-        with connected(job.cluster):
-            rows = run_trials(trials, task, job.cluster, tracking, folder, parent, job.concurrent_trials)
-        write_json(folder / "sweep.json", rows)
-        best = max((row for row in rows if row["status"] == "done"), key=lambda row: row["accuracy_mean"], default=None)
-        if best is not None:
-            tracker.log_metrics(parent, {name: best[name] for name in ("accuracy_mean", "cost_counted")})
-        tracker.client.log_artifact(parent, str(folder / "sweep.json"))
-    if best is None:
-        raise UserError(f"none of the {len(rows)} trials finished; their errors are in {folder / 'tune'}")
-    print(f"sweep: {sum(row['status'] == 'done' for row in rows)} of {len(rows)} trials done: {folder / 'sweep.json'}")
+    with connected(job.cluster):
+        rows, _ = run_sweep(sweep, tracker)
+    done = sum(row.status == "done" for row in rows)
+    print(f"sweep: {done} of {len(rows)} trials done: {sweep.folder.path / 'sweep.json'}")
     return rows
 
 
-def run_trials(
-    trials: list[tuple[str, Recipe]],
-    task: TaskData,
-    cluster: ClusterConfig,
-    tracking: TrackingConfig,
-    folder: Path,
-    parent: str,
-    concurrent: int | None = None,
-) -> list[dict[str, Any]]:
-    """All trials by Ray Tune, ``concurrent`` at a time or as the resources allow; finished ones of an earlier try are kept."""
+def run_sweep(sweep: Sweep, tracker: Tracker) -> tuple[list[TrialRow], str]:
+    """A sweep on the connected cluster, recorded; returns its rows, cheapest first, and the MLflow run of the sweep."""
+    job, folder = sweep.job, sweep.folder
+    parent = folder.parent() if tracker.has_run(folder.parent()) else None
+    settings = {"space": job.space, "points": len(sweep.trials), "sweep": sweep.space}
+    with tracker.run(job.name, settings, resume=parent) as parent:
+        folder.set_parent(parent)
+        if not tracker.client.get_run(parent).inputs.dataset_inputs:
+            tracker.log_data(parent, sweep.task.identity)
+        rows = run_trials(sweep, tracker, parent)
+        title = f"{sweep.task.identity['source']} on {job.backbone.model.rpartition('/')[2]}"
+        record_comparison(tracker, parent, rows, folder.path, title)
+    return rows, parent
+
+
+def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
+    """The trials that are left, by Ray Tune; rows of an earlier start are kept."""
     import ray
     from ray import tune
 
+    from ray_jobs.early_stopping import FrontScheduler
     from ray_jobs.progress import SweepProgress
+    from ray_jobs.search import FrontSearch
 
-    parameters = {
-        "task": task,
-        "cluster": cluster,
-        "tracking": tracking,
-        "storage": folder,
-        "parent": parent,
-    }
-    # The driver of a trial only waits, its workers hold the cores; Tune wants something for it, so a byte of memory.
-    trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), {"memory": 1})
-    present = ray.cluster_resources()
+    job, folder = sweep.job, sweep.folder
+    rows = folder.read(sweep.trials)
+    if job.retry_failed:
+        for name in [name for name, row in rows.items() if row.status == "failed"]:
+            folder.forget(rows.pop(name))
+    limit = sweep.space.trials
+    search = FrontSearch(sweep.trials, list(rows.values()), limit, sweep.space.search == "optuna", sweep.space.seed)
+    if rows:
+        print(f"sweep: {len(rows)} trials came to an end before, {search.budget} are left", flush=True)
+    if search.budget:
+        parameters = {
+            "task": sweep.task,
+            "cluster": job.cluster,
+            "tracking": TrackingConfig(tracker.uri, job.tracking.experiment),
+            "storage": sweep.storage,
+            "folder": folder,
+            "parent": parent,
+        }
+        # The driver of a trial only waits, its workers hold the cores; Tune wants something for it, so a byte of memory.
+        trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), {"memory": 1})
+        concurrent = job.concurrent_trials or fitting_trials(job.cluster, ray.cluster_resources())
+        fill_for([trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers)
+        scheduler = None
+        if job.stopping.enabled:
+            scheduler = FrontScheduler(
+                len(sweep.task.selection), job.stopping.grace, job.stopping.reduction, job.stopping.deviations
+            )
+        stopped = scheduler.stopped if scheduler is not None else {}
+        progress = SweepProgress(folder, tracker, parent, rows, len(rows) + search.budget, concurrent, stopped)
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables would hide the lines of SweepProgress
+        shutil.rmtree(folder.path / "tune", ignore_errors=True)  # of an earlier start; what counts is in the rows
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                scheduler=scheduler,
+                num_samples=search.budget,
+                max_concurrent_trials=concurrent,
+                trial_name_creator=lambda trial: trial.config["trial"].name,
+                trial_dirname_creator=lambda trial: trial.config["trial"].name,
+            ),
+            run_config=tune.RunConfig(name="tune", storage_path=str(folder.path), verbose=0, callbacks=[progress]),
+        )
+        tuner.fit()
+    found = folder.read(sweep.trials)
+    return [found[trial.name] for trial in sweep.trials if trial.name in found]
+
+
+def fitting_trials(cluster: ClusterConfig, present: dict[str, float]) -> int:
+    """How many trials the cluster's resources hold side by side, at least one."""
     fitting = present.get("CPU", 0) // (cluster.cpus_per_worker * cluster.workers)
     if cluster.use_gpu:
         fitting = min(fitting, present.get("GPU", 0) // (cluster.gpus_per_worker * cluster.workers))
-    param_space = {"trial": tune.grid_search(trials)}
-    state = folder / "tune"
-    if tune.Tuner.can_restore(str(state)):
-        tuner = tune.Tuner.restore(
-            str(state), trainable, param_space=param_space, resume_unfinished=True, restart_errored=True
-        )
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=param_space,
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=concurrent or max(1, int(fitting)),
-                trial_name_creator=lambda trial: trial.config["trial"][0],
-                trial_dirname_creator=lambda trial: trial.config["trial"][0],
-            ),
-            run_config=tune.RunConfig(
-                name="tune", storage_path=str(folder), verbose=0, callbacks=[SweepProgress(len(trials))]
-            ),
-        )
-    return [_row(result) for result in tuner.fit()]
+    return max(1, int(fitting))
 
 
-def _row(result: Any) -> dict[str, Any]:
-    name, recipe = result.config["trial"]
-    row: dict[str, Any] = {
-        "trial": name,
-        "method": recipe.method.name,
-        "num_inputs": recipe.method.num_inputs,
-        "prefill_layers": recipe.method.prefill_layers,
-        "infonce_weight": recipe.loss.infonce_weight,
-        "learning_rate": recipe.optim.learning_rate,
-        "status": "failed" if result.error else "done",
+def run_trial(
+    point: dict[str, Any],
+    task: TaskData,
+    cluster: ClusterConfig,
+    tracking: TrackingConfig,
+    storage: Path,
+    folder: SweepFolder,
+    parent: str,
+) -> None:
+    """One trial: the driver of a Ray Train run, which writes its row when it is done or has failed.
+
+    Args:
+        point: ``{"trial": Trial}``.
+        task: the data, which Tune hands over by its object store.
+        cluster: workers of the trial.
+        tracking: with the URI spelled out.
+        storage: of the job.
+        folder: of the sweep.
+        parent: MLflow run of the sweep.
+    """
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    trial: Trial = point["trial"]
+    started = time.perf_counter()
+    output, tracker = folder.path / "trials" / trial.name, Tracker(tracking, storage)
+    try:
+        trained = launch(
+            trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, [TuneReportCallback()]
+        )
+    except Exception as error:
+        folder.write(row_of(trial, "failed", reason_of(f"{type(error).__name__}: {error}")))
+        raise
+    figures: dict[str, Any] = {
+        "metrics": trained.metrics,
+        "cost_counted": trained.metrics["cost_counted"],
+        "seconds": time.perf_counter() - started,
+        "adapter": str(trained.folder),
+        "run_id": trained.run_id,
     }
-    kept = (
-        "accuracy_mean",
-        "accuracy_std",
-        "siso_accuracy",
-        "siso_agreement",
-        "cost_counted",
-        "tunable_params",
-        "adapter",
-        "run_id",
-    )
-    return row | {key: (result.metrics or {}).get(key) for key in kept}
+    folder.write(row_of(trial, "done", **figures))
+    tune.report(trained.metrics)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from ray_jobs.cluster import ClusterConfig
 from revmux import UserError
 from revmux.pretrained import BackboneConfig, inspect
 from revmux.recipe import MethodConfig, Recipe, check
-from tune_spaces.space import SearchSpace, load_space, space_names
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -69,49 +68,6 @@ def test_an_adapter_folder_must_be_one(tmp_path: Path, capsys: pytest.CaptureFix
     argv = ["--adapter", str(tmp_path / "nothing"), "--storage", str(tmp_path)]
     assert cli.run(evaluate.main, evaluate.EvaluateJob, None, argv) == 2
     assert "no adapter folder" in told(capsys)
-
-
-def test_every_space_of_the_project_fits_a_backbone_of_its_depth() -> None:
-    shape, _ = inspect(BackboneConfig())
-    for name in set(space_names()) - {"paper"}:
-        points = load_space(name).check(Recipe(), shape, 1)
-        assert len({repr(point) for point in points}) == len(points) > 1
-    with pytest.raises(UserError, match=r"l = 6|prefill_layers is|learning"):
-        SearchSpace(prefill_layers=[7]).check(Recipe(), shape, 1)
-
-
-def test_a_space_draws_the_same_points_again() -> None:
-    first, second = (load_space("wide").points(Recipe()) for _ in range(2))
-    assert first == second
-    assert len(first) == 60
-
-
-def test_exit_heads_take_one_input_and_leave_at_their_layer() -> None:
-    points = SearchSpace(methods=["exit-head"], num_inputs=[2, 4], prefill_layers=[1, 2]).points(Recipe())
-    assert [(p.method.num_inputs, p.method.prefill_layers, p.method.options["layer"]) for p in points] == [
-        (1, 1, 1),
-        (1, 2, 2),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("num_inputs: []", "num_inputs is empty"),
-        ("num_input: [2]", "unknown keys: num_input"),
-        ("num_inputs: 2", "give a list"),
-        ("[", "not YAML"),
-    ],
-)
-def test_a_space_of_ones_own_is_checked(text: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(UserError, match=words):
-        load_space(str(tmp_path / "mine.yaml")).points(Recipe())
-
-
-def test_an_unknown_space_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="paper, quick, wide"):
-        load_space("huge")
 
 
 def test_a_recipe_is_checked_by_shape_alone() -> None:

@@ -5,106 +5,129 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
 from revmux.errors import UserError, one_of
 from revmux.methods import BackboneShape
 from revmux.recipe import Recipe, check
 
+KNOBS = ("methods", "num_inputs", "prefill_layers", "infonce_weight")
+EXIT_HEAD = "exit-head"
+
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Every combination of the lists is a point.
+    """Every combination of the lists is a point; an exit head has one input, no λ, and a layer that it leaves at.
 
     Args:
         methods: names of methods.
-        num_inputs: values of N; a method that serves one N only takes its own.
-        prefill_layers: values of l; for ``exit-head`` the layers that it may leave at.
+        num_inputs: values of N.
+        prefill_layers: values of l: a whole number is a layer, a fraction below 1 a share of the backbone's layers.
         infonce_weight: values of λ.
         learning_rate: peak rates; empty keeps the job's.
+        exit_layers: layers that exit heads leave at, written like ``prefill_layers``; empty means every layer but the last.
         options: settings of methods by name, the same for every point.
         epochs: of each trial; None keeps the job's.
-        trials: at most so many points, drawn by ``seed``; None tries all.
-        seed: of the draw.
+        trials: at most so many points are tried; None tries all.
+        search: how these are found: ``optuna`` looks for accuracy and cost at once in the light of what was tried,
+            ``random`` draws them by ``seed`` beforehand.
+        seed: of the draw or the search.
     """
 
     methods: list[str] = field(default_factory=lambda: ["revmux"])
     num_inputs: list[int] = field(default_factory=lambda: [2])
-    prefill_layers: list[int] = field(default_factory=lambda: [1])
+    prefill_layers: list[int | float] = field(default_factory=lambda: [1])
     infonce_weight: list[float] = field(default_factory=lambda: [0.25])
     learning_rate: list[float] = field(default_factory=list)
+    exit_layers: list[int | float] = field(default_factory=list)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     epochs: int | None = None
     trials: int | None = None
+    search: Literal["optuna", "random"] = "optuna"
     seed: int = 0
 
-    def points(self, recipe: Recipe) -> list[Recipe]:
-        """The recipe of every trial.
+    def points(self, recipe: Recipe, num_layers: int) -> list[Recipe]:
+        """The recipe of every point, legal or not, each once.
+
+        Args:
+            recipe: what the space does not say.
+            num_layers: L of the backbone.
 
         Raises:
             UserError: the space is empty.
         """
-        points = list(dict.fromkeys(_hashable(self._points(recipe))))
+        points = list({repr(point): point for point in self._points(recipe, num_layers)}.values())
         if not points:
-            empty = [
-                item.name for item in fields(self) if getattr(self, item.name) == [] and item.name != "learning_rate"
-            ]
+            empty = [name for name in KNOBS if not getattr(self, name)]
             raise UserError(f"the search space has no point: {', '.join(empty)} is empty; give it one value or more")
-        drawn = [point.recipe for point in points]
-        if self.trials is not None and self.trials < len(drawn):
-            drawn = random.Random(self.seed).sample(drawn, self.trials)
-        return drawn
-
-    def _points(self, recipe: Recipe) -> Iterator[Recipe]:
-        rates = self.learning_rate or [recipe.optim.learning_rate]
-        epochs = self.epochs or recipe.optim.epochs
-        for name, inputs, layers, weight, rate in itertools.product(
-            self.methods, self.num_inputs, self.prefill_layers, self.infonce_weight, rates
-        ):
-            options = self.options.get(name, {})
-            if name == "exit-head":
-                inputs, weight, options = 1, 0.0, {**options, "layer": layers}
-            method = replace(recipe.method, name=name, num_inputs=inputs, prefill_layers=layers, options=options)
-            yield replace(
-                recipe,
-                method=method,
-                loss=replace(recipe.loss, infonce_weight=weight),
-                optim=replace(recipe.optim, learning_rate=rate, epochs=epochs),
-            )
-
-    def check(self, recipe: Recipe, shape: BackboneShape, workers: int) -> list[Recipe]:
-        """The points, each checked against the backbone before anything starts.
-
-        Raises:
-            UserError: naming the first point that cannot be trained.
-        """
-        points = self.points(recipe)
-        for point in points:
-            try:
-                check(point, shape, workers)
-            except UserError as error:
-                method = point.method
-                raise UserError(
-                    f"point {method.name}, N = {method.num_inputs}, l = {method.prefill_layers} of the space: {error}"
-                ) from None
         return points
 
+    def _points(self, recipe: Recipe, num_layers: int) -> Iterator[Recipe]:
+        rates = self.learning_rate or [recipe.optim.learning_rate]
+        cuts = [layer_of(value, num_layers) for value in self.prefill_layers]
+        exits = [layer_of(value, num_layers) for value in self.exit_layers] or list(range(1, num_layers))
+        for name, rate in itertools.product(self.methods, rates):
+            options = self.options.get(name, {})
+            optim = replace(recipe.optim, learning_rate=rate, epochs=self.epochs or recipe.optim.epochs)
+            if name == EXIT_HEAD:
+                knobs = [(1, layer, 0.0, {**options, "layer": layer}) for layer in exits]
+            else:
+                knobs = [
+                    (inputs, layers, weight, options)
+                    for inputs, layers, weight in itertools.product(self.num_inputs, cuts, self.infonce_weight)
+                ]
+            for inputs, layers, weight, settings in knobs:
+                method = replace(
+                    recipe.method, name=name, num_inputs=inputs, prefill_layers=layers, options=dict(settings)
+                )
+                yield replace(recipe, method=method, loss=replace(recipe.loss, infonce_weight=weight), optim=optim)
 
-@dataclass(frozen=True)
-class _Point:
-    """A recipe that compares by what it says (its options are a dictionary, which has no hash)."""
+    def legal_points(self, recipe: Recipe, shape: BackboneShape, workers: int) -> tuple[list[Recipe], list[str]]:
+        """The points that this backbone can train, found before anything starts.
 
-    text: str
-    recipe: Recipe = field(compare=False)
+        Args:
+            recipe: what the space does not say.
+            shape: of the backbone.
+            workers: of each trial.
+
+        Returns:
+            The points, drawn down to ``trials`` where the search is random; and of every other point why it is left out.
+
+        Raises:
+            UserError: an unknown method, an empty space, or none of its points is legal.
+        """
+        points, left_out = [], []
+        for point in self.points(recipe, shape.num_layers):
+            try:
+                check(point, shape, workers)
+                points.append(point)
+            except UserError as error:
+                method = point.method
+                left_out.append(f"{method.name} N={method.num_inputs} l={method.prefill_layers}: {error}")
+        if not points:
+            raise UserError(f"the search space has no legal point for this backbone: {left_out[0]}")
+        if self.search == "random" and self.trials is not None and self.trials < len(points):
+            points = random.Random(self.seed).sample(points, self.trials)
+        return points, list(dict.fromkeys(left_out))
 
 
-def _hashable(recipes: Iterator[Recipe]) -> Iterator[_Point]:
-    return (_Point(repr(recipe), recipe) for recipe in recipes)
+def layer_of(value: int | float, num_layers: int) -> int:
+    """A whole number as it is; a fraction between 0 and 1 as that share of the layers.
+
+    Raises:
+        UserError: a fraction above 1.
+    """
+    if float(value).is_integer():
+        return int(value)
+    if not 0 < value < 1:
+        raise UserError(f"layer {value} of the space is neither a whole number nor a share between 0 and 1")
+    return round(value * num_layers)
 
 
 def space_names() -> list[str]:
@@ -129,11 +152,22 @@ def load_space(name: str) -> SearchSpace:
         raw = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"space {name!r} is not YAML: {str(error).splitlines()[0]}") from None
-    known = {item.name for item in fields(SearchSpace)}
-    if not isinstance(raw, dict) or raw.keys() - known:
-        odd = ", ".join(map(str, sorted(raw.keys() - known))) if isinstance(raw, dict) else repr(raw)
-        raise UserError(f"space {name!r} has unknown keys: {odd}; known: {', '.join(sorted(known))}")
-    for key in ("methods", "num_inputs", "prefill_layers", "infonce_weight", "learning_rate"):
+    if not isinstance(raw, dict):
+        raise UserError(f"space {name!r} is {raw!r}; write keys with values, such as num_inputs: [2, 4]")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SearchSpace)
+    if odd := sorted(map(str, raw.keys() - vars(parser.get_defaults()).keys())):
+        known = ", ".join(sorted(vars(parser.get_defaults())))
+        raise UserError(f"space {name!r} has unknown keys: {', '.join(odd)}; known: {known}")
+    for key in (*KNOBS, "learning_rate", "exit_layers"):
         if not isinstance(raw.get(key, []), list):
             raise UserError(f"space {name!r}: {key} is {raw[key]!r}; give a list of values, such as [{raw[key]!r}]")
-    return SearchSpace(**raw)
+    try:
+        space = SearchSpace(**parser.parse_object(raw).as_dict())
+    except ArgumentError as error:
+        raise UserError(f"space {name!r}: {' '.join(str(error).split())}") from None
+    for key in ("epochs", "trials"):
+        value = getattr(space, key)
+        if value is not None and value < 1:
+            raise UserError(f"space {name!r}: {key} is {value}; choose 1 or more, or leave it out")
+    return space

@@ -1,0 +1,287 @@
+"""A sweep: which trial comes next, which is stopped, what is left of each, and that a killed driver loses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from ray_jobs.early_stopping import FrontScheduler
+from ray_jobs.search import FrontSearch
+from ray_jobs.trials import SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
+from ray_jobs.tune import TuneJob, fitting_trials, prepare_sweep
+from revmux import UserError
+from revmux.data import DataConfig, load_task
+from revmux.pretrained import BackboneConfig, outline
+from revmux.recipe import MethodConfig, Recipe
+from revmux.training import OptimConfig
+from tune_spaces.space import SearchSpace
+
+ROOT = Path(__file__).parents[1]
+
+
+def trial(name: str, cost: float, /, epochs: int = 9, **method: Any) -> Trial:
+    recipe = Recipe(method=MethodConfig(**method), optim=OptimConfig(epochs=epochs))
+    return Trial(name, recipe, cost)
+
+
+def tuned(mine: Trial) -> SimpleNamespace:
+    """A trial as Tune's schedulers see it."""
+    return SimpleNamespace(trial_id=mine.name, config={"trial": mine})
+
+
+def tell(scheduler: FrontScheduler, mine: SimpleNamespace, epoch: int, accuracy: float) -> str:
+    return scheduler.on_trial_result(None, mine, {"epoch": epoch, "selection_accuracy": accuracy})
+
+
+def start(scheduler: FrontScheduler, *trials: Trial) -> list[SimpleNamespace]:
+    made = [tuned(mine) for mine in trials]
+    for one in made:
+        scheduler.on_trial_add(None, one)
+    return made
+
+
+def test_asha_stops_the_worse_of_equal_cost_and_leaves_other_costs_alone() -> None:
+    scheduler = FrontScheduler(selection_inputs=20, reduction=2)
+    good, bad, cheap = start(scheduler, trial("good", 0.70), trial("bad", 0.7001), trial("cheap", 0.5))
+    assert tell(scheduler, good, 1, 0.80) == "CONTINUE"
+    assert tell(scheduler, cheap, 1, 0.60) == "CONTINUE"
+    assert tell(scheduler, bad, 1, 0.75) == "STOP"
+    assert "ASHA at epoch 1" in scheduler.stopped["bad"]
+    assert scheduler.stopped.keys() == {"bad"}
+
+
+def test_what_cannot_reach_the_front_is_stopped_with_the_reason() -> None:
+    scheduler = FrontScheduler(selection_inputs=2000)
+    cheap, dear, rival = start(scheduler, trial("cheap", 0.5), trial("dear", 0.7), trial("rival", 0.4))
+    assert tell(scheduler, cheap, 1, 0.80) == "CONTINUE"
+    assert tell(scheduler, dear, 1, 0.79) == "CONTINUE"  # within chance
+    assert tell(scheduler, rival, 1, 0.60) == "CONTINUE"  # cheaper than all
+    assert tell(scheduler, cheap, 2, 0.85) == "CONTINUE"
+    assert tell(scheduler, dear, 2, 0.70) == "STOP"
+    assert scheduler.stopped["dear"] == (
+        "cannot reach the front: at epoch 2 its selection accuracy is 70.0% at cost 0.70, that of cheap was 85.0% at "
+        "cost 0.50"
+    )
+
+
+def test_the_last_epoch_and_the_evaluation_after_it_are_never_stopped() -> None:
+    scheduler = FrontScheduler(selection_inputs=2000, reduction=2)
+    good, bad = start(scheduler, trial("good", 0.5, epochs=3), trial("bad", 0.5, epochs=3))
+    for epoch in (1, 2, 3):
+        tell(scheduler, good, epoch, 0.9)
+    assert tell(scheduler, bad, 3, 0.1) == "CONTINUE"
+    assert scheduler.on_trial_result(None, bad, {"accuracy_mean": 0.1}) == "CONTINUE"
+
+
+def test_a_failed_trial_stops_no_other() -> None:
+    scheduler = FrontScheduler(selection_inputs=2000)
+    broken, other = start(scheduler, trial("broken", 0.4), trial("other", 0.5))
+    tell(scheduler, broken, 1, 0.99)
+    scheduler.on_trial_error(None, broken)
+    assert tell(scheduler, other, 1, 0.2) == "CONTINUE"
+
+
+def grid() -> list[Trial]:
+    return [
+        trial(f"{name}-{inputs}-{layers}", 0.3 + 0.1 * layers, name=name, num_inputs=inputs, prefill_layers=layers)
+        for name in ("revmux", "token-split")
+        for inputs in (2, 4, 8)
+        for layers in (1, 2, 3, 4)
+    ]
+
+
+def run_search(search: FrontSearch) -> list[str]:
+    """All that a search gives out, with an accuracy that grows with l."""
+    given = []
+    while isinstance(found := search.suggest(str(len(given))), dict):
+        mine = found["trial"]
+        accuracy = 0.5 + 0.1 * mine.recipe.method.prefill_layers - 0.2 * (mine.recipe.method.name == "revmux")
+        search.on_trial_complete(str(len(given)), {"selection_accuracy": accuracy})
+        given.append(mine.name)
+    return given
+
+
+def test_without_a_limit_every_trial_is_given_once_in_order() -> None:
+    trials = grid()
+    assert run_search(FrontSearch(trials, [], None, True, 0)) == [one.name for one in trials]
+
+
+def test_optuna_gives_each_trial_at_most_once_and_repeats_itself() -> None:
+    given = run_search(FrontSearch(grid(), [], 16, True, seed=3))
+    assert len(set(given)) == len(given) == 16
+    assert given == run_search(FrontSearch(grid(), [], 16, True, seed=3))
+
+
+def test_optuna_looks_where_accuracy_was_found() -> None:
+    trials = [
+        trial(f"{name}-{inputs}-{layers}", 0.3 + 0.05 * layers, name=name, num_inputs=inputs, prefill_layers=layers)
+        for name in ("revmux", "token-split")
+        for inputs in (2, 4, 8, 16)
+        for layers in range(1, 13)
+    ]
+    learned = run_search(FrontSearch(trials, [], 40, True, seed=0))[20:]
+    better = [name for name in learned if name.startswith("token-split")]  # more accurate at every cost
+    assert len(better) >= 0.7 * len(learned)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_search_goes_on_where_it_was(adaptive: bool) -> None:
+    trials = grid()
+    rows = [
+        row_of(trials[0], "done", metrics={"selection_accuracy": 0.6}),
+        row_of(trials[5], "stopped", "why", metrics={"selection_accuracy": 0.5}),
+        row_of(trials[7], "failed", "why"),
+    ]
+    given = run_search(FrontSearch(trials, rows, 8, adaptive, 0))
+    assert len(given) == 5
+    assert not set(given) & {row.trial for row in rows}
+
+
+def test_costs_are_counted_before_anything_is_trained(tiny_model_folder: Path, tiny_csv: Path) -> None:
+    config = BackboneConfig(model=str(tiny_model_folder), max_length=16)
+    backbone, labels = outline(config)
+    task = load_task(DataConfig(source=str(tiny_csv)), labels)
+    base = Recipe(config, DataConfig(source=str(tiny_csv)))
+    space = SearchSpace(methods=["revmux", "exit-head"], num_inputs=[2, 4], prefill_layers=[1])
+    made = make_trials(space.points(base, 3), task, backbone)
+    costs = {
+        (one.recipe.method.name, one.recipe.method.num_inputs, one.recipe.method.prefill_layers): one.cost
+        for one in made
+    }
+    assert [one.cost for one in made] == sorted(costs.values())
+    assert costs["exit-head", 1, 1] == pytest.approx(1 / 3, abs=0.05)
+    assert costs["revmux", 4, 1] < costs["revmux", 2, 1]
+    assert len({one.name for one in made}) == len(made) == 4
+
+
+def test_a_sweep_folder_of_another_task_is_refused(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
+    job = TuneJob(
+        BackboneConfig(model=str(tiny_model_folder), max_length=16),
+        DataConfig(source=str(tiny_csv)),
+        storage=str(tmp_path),
+    )
+    assert prepare_sweep(job, tmp_path).trials
+    with pytest.raises(UserError, match=r"sweep folder .* has data .* another --name"):
+        prepare_sweep(replace(job, data=replace(job.data, limit=30)), tmp_path)
+    assert prepare_sweep(replace(job, data=replace(job.data, limit=30), name="other"), tmp_path).trials
+
+
+def test_rows_are_read_back_and_make_a_front(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path, {"data": "a"})
+    good, bad, lost = trial("good", 0.5), trial("bad", 0.6), trial("lost", 0.7)
+    figures = {"accuracy_mean": 0.8, "siso_accuracy": 0.9}
+    folder.write(row_of(good, "done", metrics=figures))
+    folder.write(row_of(bad, "done", metrics=figures | {"accuracy_mean": 0.7}))
+    folder.write(row_of(lost, "failed", "out of memory"))
+    rows = folder.read([good, bad, lost, trial("new", 0.1)])
+    assert rows.keys() == {"good", "bad", "lost"}
+    assert rows["lost"].why == "out of memory"
+    assert {row.name: row.on_front for row in front_rows(list(rows.values()))} == {
+        "siso": True,
+        "good": True,
+        "bad": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "Traceback\n  File x\ntorch.OutOfMemoryError: CUDA out of memory.\n\nray.exceptions.RayTaskError: it",
+            "torch.OutOfMemoryError: CUDA out of memory.",
+        ),
+        ("x\nrevmux.errors.UserError: the loss became nan; lower it\n", "UserError: the loss became nan; lower it"),
+        ("a\nray.exceptions.ActorDiedError: the actor died", "ray.exceptions.ActorDiedError: the actor died"),
+        ("", "unknown"),
+    ],
+)
+def test_a_failure_is_told_in_one_line(text: str, reason: str) -> None:
+    assert reason_of(text) == reason
+
+
+def test_as_many_trials_run_side_by_side_as_fit() -> None:
+    cluster = TuneJob().cluster
+    assert fitting_trials(cluster, {"CPU": 2.0}) == 2
+    assert fitting_trials(replace(cluster, workers=4), {"CPU": 2.0}) == 1
+    assert fitting_trials(replace(cluster, gpus_per_worker=0.5), {"CPU": 64.0, "GPU": 2.0}) == 4
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_killed_sweep_goes_on_with_each_trial_once(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
+    """One command given twice: killed after its first trial, then to the end, with trials that fail."""
+    space = tmp_path / "space.yaml"
+    flags = ["--backbone.model", str(tiny_model_folder), "--backbone.max_length", "16", "--data.source", str(tiny_csv)]
+    flags += ["--storage", str(tmp_path / "runs"), "--space", str(space), "--concurrent_trials", "1"]
+    flags += [
+        "--store.root",
+        str(tmp_path / "store"),
+        "--optim.batch_size",
+        "8",
+        "--shuffles",
+        "1",
+        "--stopping.reduction",
+        "2",
+    ]
+    text = "{methods: [revmux, exit-head], num_inputs: [2], prefill_layers: [1], exit_layers: [2], epochs: 2, learning_rate: %s}"
+    # The second rate diverges.
+    space.write_text(text % "[0.01, 1.0e+38]")
+    command = [sys.executable, "-m", "ray_jobs.tune", *flags]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    rows = tmp_path / "runs" / "sweeps" / "sweep" / "rows"
+
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list(rows.glob("*.json")):
+        assert first.poll() is None, first.stdout.read().decode()  # type: ignore[union-attr]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    kept = {file.name: file.read_text() for file in rows.glob("*.json")}
+
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    for name, content in kept.items():
+        assert (rows / name).read_text() == content
+    table = json.loads((rows.parent / "sweep.json").read_text())
+    assert len({row["trial"] for row in table}) == len(table) == 4
+    failed = [row for row in table if row["learning_rate"] > 1]
+    assert {row["status"] for row in failed} == {"failed"}
+    assert all("training loss became" in row["why"] for row in failed)
+    assert [row["status"] for row in table if row["learning_rate"] < 1] == ["done", "done"]
+    assert {path.name for path in rows.parent.glob("front.*")} == {"front.json", "front.png", "front.html"}
+    assert "2 done, 0 stopped, 2 failed" in done.stdout
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("revmux")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if run.info.run_name == "sweep"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.info.run_name for run in children) == sorted(row["trial"] for row in table)
+    assert {run.info.status for run in children} == {"FINISHED", "FAILED"}
+    for keys in ("params", "metrics"):
+        (same,) = {
+            frozenset(key for key in getattr(run.data, keys) if not key.startswith("system/")) for run in children
+        }
+        assert {"recipe.method.options.layer", "accuracy_mean"} & same
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} >= {
+        "front.html",
+        "front.png",
+        "sweep.json",
+    }
+    accuracies = {run.info.run_name: run.data.metrics["accuracy_mean"] for run in children}
+    assert [math.isnan(accuracies[row["trial"]]) for row in table] == [row["status"] == "failed" for row in table]
