@@ -9,7 +9,6 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 from revmux.artifact import load_config
 from revmux.errors import UserError
@@ -46,7 +45,7 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
         resolve(task.model)
         for adapter in task.adapters:
             if not is_mlflow(adapter):
-                load_config(Path(adapter))
+                load_config(adapter)
 
     import ray
     from ray import serve

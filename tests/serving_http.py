@@ -15,6 +15,26 @@ from serving_models import load, write_adapter, write_model
 
 TOPICS = ["sport", "art", "science"]
 
+HOSTILE: dict[str, tuple[bytes, int]] = {
+    "empty": (b"", 400),
+    "not JSON": (b"inputs=w1", 422),
+    "half": (b'{"inputs": "w', 422),
+    "not UTF-8": (b'{"inputs": "\xff\xfe"}', 422),
+    "UTF-16": ('{"inputs": "w1"}'.encode("utf-16"), 422),
+    "lone surrogate": (rb'{"inputs": "\ud800"}', 422),
+    "nul": (rb'{"inputs": "\u0000"}', 200),
+    "deep list": (b'{"inputs": ' + b"[" * 40_000 + b"]" * 40_000 + b"}", 422),
+    "deep object": (b'{"a":' * 15_000 + b"1" + b"}" * 15_000, 422),
+    "huge number": (b'{"inputs": "w1", "max_multiplex": ' + b"9" * 10_000 + b"}", 422),
+    "infinite": (b'{"inputs": "w1", "priority": 1e999}', 422),
+    "not a number": (b'{"inputs": "w1", "priority": NaN}', 422),
+    "doubled key": (b'{"inputs": "", "inputs": "w1"}', 200),
+    "a list": (b'["w1"]', 422),
+    "null": (b"null", 422),
+    "too long": (b'{"inputs": "' + b"w " * 60_000 + b'"}', 413),
+}
+"""Bodies that mean harm, with the status that each must get from a server of one task."""
+
 
 def write_tasks(folder: Path) -> dict[str, dict[str, object]]:
     """Two tasks with labels of their own: ``mood`` with adapters for N = 2 and 4, ``topic`` with N = 2."""

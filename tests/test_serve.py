@@ -23,7 +23,7 @@ from revmux.serving import Answer, Draining, EmptyText, InferenceFailed, Overloa
 from serve_app import failures
 from serve_app.__main__ import main
 from serve_app.__main__ import parse as parse_flags
-from serve_app.config import AppConfig, server_config
+from serve_app.config import AppConfig, LiveConfig, server_config
 from serve_app.failures import TooLarge, Unhealthy
 from serve_app.protocol import PredictRequest, parse
 from serve_app.run import base_url, check_port, deploy, shutdown
@@ -292,6 +292,30 @@ def test_serve_lets_more_requests_through_than_the_queue_holds() -> None:
     deployment = build(AppConfig(model="m", max_queue=300, num_replicas=2))._bound_deployment
     assert deployment.max_ongoing_requests > 600
     assert deployment.num_replicas == 2
+
+
+def test_what_may_change_while_replicas_run_is_kept_apart() -> None:
+    from serve_app.app import build
+
+    config = AppConfig(model="m", adapters=["a"], drain_seconds=7, num_gpus=0.5, autoscaling={"max_replicas": 3})
+    deployment = build(config)._bound_deployment
+    assert deployment.user_config["tasks"]["default"]["adapters"] == ["a"]
+    assert LiveConfig.model_validate(deployment.user_config).tasks == config.served
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 32)
+    assert deployment._deployment_config.graceful_shutdown_timeout_s == 7
+    assert deployment.ray_actor_options["num_gpus"] == 0.5
+
+
+def test_one_task_or_several_but_not_both() -> None:
+    several = {"a": {"model": "m"}, "b": {"model": "n", "adapters": "x,y"}}
+    assert AppConfig.model_validate({"tasks": several}).served["b"].adapters == ["x", "y"]
+    assert list(AppConfig(model="m").served) == ["default"]
+    for wrong in ({}, {"model": "m", "tasks": several}, {"tasks": several, "adapters": ["x"]}, {"tasks": {"a/b": {}}}):
+        with pytest.raises(ValidationError, match="task"):
+            AppConfig.model_validate(wrong)
+    with pytest.raises(UserError, match="min_replicas"):
+        server_config(model="m", autoscaling={"min_replicas": 3, "max_replicas": 2})
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,8 @@ async function watch() {
         const inputs = Math.max(0, now.inputs - then.inputs), groups = now.groups - then.groups;
         return { rate: 1000 * inputs / (now.time - then.time), width: groups > 0 ? inputs / groups : 0 };
       });
-      const waiting = total(page, "revmux_queue_inputs");
-      at("waiting").textContent = waiting.sum;
-      at("replicas").textContent = waiting.lines;
+      at("waiting").textContent = total(page, "revmux_queue_inputs").sum;
+      at("replicas").textContent = total(page, "revmux_queue_limit").lines;
       if (steps.length) {
         const last = steps[steps.length - 1];
         const rates = steps.map((step) => step.rate), widths = steps.map((step) => step.width);
@@ -127,7 +126,8 @@ async function describe() {
     const info = await (await ask("info")).json();
     const tasks = Object.keys(info.tasks);
     at("model").textContent = `${info.model_id}, ${info.model_dtype} on ${info.device}`;
-    at("task").replaceChildren(...tasks.map((name) => new Option(name, name)));
+    const chosen = at("task").value;
+    at("task").replaceChildren(...tasks.map((name) => new Option(name, name, false, name === chosen)));
     at("task-choice").hidden = tasks.length < 2;
     const widths = new Set(Object.values(info.tasks).flatMap((task) => task.group_widths));
     at("width").replaceChildren(new Option("as the server likes", ""), ...[...widths].sort((a, b) => a - b).map((width) => new Option(width, width)));

@@ -1,0 +1,378 @@
+"""Faults under load on a real Ray Serve with two replicas: nothing is lost, doubled or swapped.
+
+The adapters answer as the plain model does, and every text has scores of its own, so a reply tells which text it is for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import torch
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from serving_http import HOSTILE, free_port, talk
+from serving_models import WORDS, load, plain_scores, text, write_adapter, write_model
+from torch import Tensor
+
+import revmux
+from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
+from serve_app.run import APPLICATION
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(revmux.__file__).parents[1]
+MAX_QUEUE = 160
+TOLERANCE = 1e-3
+
+
+class Cluster(NamedTuple):
+    url: str
+    deploy: Callable[..., None]
+    expected: dict[str, Tensor]
+    label_names: list[str]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Deployed as ``serve deploy`` does it, from the page that is shipped."""
+    model = write_model(tmp_path_factory.mktemp("model"))
+    home = tmp_path_factory.mktemp("adapters")
+    adapters = {width: str(write_adapter(home, load(model), width)) for width in (2, 4)}
+    os.environ[CALLBACK_VARIABLE] = CALLBACK
+    import ray
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    page = yaml.safe_load((ROOT / "serve_app" / "serve.yaml").read_text())
+    page["http_options"]["port"] = free_port()
+    application = page["applications"][0]
+    application["args"] |= {"model": str(model), "adapters": [adapters[2]], "max_queue": MAX_QUEUE, "plain_load": 1.0}
+    application["args"] |= {"num_replicas": 2, "num_cpus": 0.5, "threads": 1, "body_seconds": 1.0}
+
+    def deploy(live: tuple[int, ...] | None = None, **args: Any) -> None:
+        """Change the arguments, or the adapters that are live, and wait until that is done."""
+        application["args"] |= args
+        if live is not None:
+            tasks = {"default": {"model": str(model), "adapters": [adapters[width] for width in live]}}
+            application["deployments"] = [{"name": "classifier", "user_config": {"tasks": tasks}}]
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(page))
+        _until(lambda: serve.status().applications[APPLICATION].status == "RUNNING")
+
+    ray.init(address="local", include_dashboard=False, logging_level="warning", num_cpus=4)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=page["http_options"])
+        deploy()
+        url = f"http://127.0.0.1:{page['http_options']['port']}"
+        _until(lambda: _answers(url))
+        pretrained = load(model)
+        texts = _distinct([text(index) for index in range(150)], pretrained)
+        expected = dict(zip(texts, plain_scores(pretrained, texts)))
+        yield Cluster(url, deploy, expected, pretrained.backbone.label_names)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        del os.environ[CALLBACK_VARIABLE]
+
+
+def _distinct(texts: list[str], pretrained: Any) -> list[str]:
+    """Texts that no answer to another one could be taken for."""
+    kept: list[str] = []
+    scores = plain_scores(pretrained, texts)
+    rows: list[Tensor] = []
+    for own, row in zip(texts, scores):
+        if all(float((row - other).abs().max()) > 20 * TOLERANCE for other in rows):
+            kept.append(own)
+            rows.append(row)
+    assert len(kept) > 50
+    return kept
+
+
+def _until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come true"
+        time.sleep(0.1)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=30).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _replicas(url: str) -> set[str]:
+    """The replicas that tell their figures."""
+    try:
+        shown = httpx.get(f"{url}/metrics", timeout=30)
+        shown.raise_for_status()
+    except httpx.HTTPError:
+        return set()
+    families = text_string_to_metric_families(shown.text)
+    return {sample.labels["replica"] for family in families for sample in family.samples}
+
+
+class Load:
+    """Clients that ask without a pause and repeat what was refused for the time being.
+
+    Attributes:
+        statuses: of all replies; ``"broken"`` are connections that ended without one.
+        swapped: replies that are for another text.
+        unclean: refusals that do not say in JSON that and when to come back.
+        answered: texts.
+    """
+
+    def __init__(self, cluster: Cluster, clients: int = 6, texts_a_request: int = 4) -> None:
+        self.cluster = cluster
+        self.texts_a_request = texts_a_request
+        self.statuses: Counter[Any] = Counter()
+        self.swapped: list[str] = []
+        self.unclean: list[str] = []
+        self.answered = 0
+        self._numbers = count()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._ask_on) for _ in range(clients)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Every request that has begun is brought to its end."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, texts: int) -> None:
+        """Until so many more texts are answered."""
+        goal = self.answered + texts
+        _until(lambda: self.answered >= goal)
+
+    def check(self) -> None:
+        assert not self.swapped
+        assert not self.unclean
+        assert set(self.statuses) <= {200, 429, 503, "broken"}
+
+    def _ask_on(self) -> None:
+        every = list(self.cluster.expected)
+        while not self._stop.is_set():
+            start = next(self._numbers) * self.texts_a_request
+            self._ask([every[(start + place) % len(every)] for place in range(self.texts_a_request)])
+
+    def _ask(self, texts: list[str]) -> None:
+        body = {"inputs": [[part] for part in texts], "raw_scores": True}
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                reply = httpx.post(f"{self.cluster.url}/predict", json=body, timeout=60)
+            except httpx.HTTPError:
+                self._note("broken")
+            else:
+                self._note(reply.status_code)
+                if reply.status_code == 200:
+                    self._check_answers(texts, reply.json())
+                    return
+                self._check_refusal(reply)
+            self._stop.wait(0.05)
+        self.unclean.append(f"no answer to {texts} in two minutes")
+
+    def _note(self, status: Any) -> None:
+        with self._lock:
+            self.statuses[status] += 1
+
+    def _check_answers(self, texts: list[str], answers: list[list[dict[str, Any]]]) -> None:
+        if len(answers) != len(texts):
+            self.swapped.append(f"{len(answers)} answers to {len(texts)} texts")
+        for own, answer in zip(texts, answers):
+            found = {item["label"]: item["score"] for item in answer}
+            scores = torch.tensor([found[label] for label in self.cluster.label_names])
+            if not torch.allclose(scores, self.cluster.expected[own], atol=TOLERANCE, rtol=0):
+                self.swapped.append(own)
+        with self._lock:
+            self.answered += len(texts)
+
+    def _check_refusal(self, reply: httpx.Response) -> None:
+        try:
+            clean = set(reply.json()) == {"error", "error_type"} and "retry-after" in reply.headers
+        except ValueError:
+            clean = False
+        if not clean:
+            self.unclean.append(f"{reply.status_code}: {reply.text[:200]}")
+
+
+def _kill(prefix: str) -> None:
+    """End one of Serve's actors at once, as a crash would."""
+    import ray
+
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    name = next(name for name in names if name.startswith(prefix))
+    ray.kill(ray.get_actor(name, namespace="serve"))
+
+
+def test_a_scrape_shows_all_replicas_whichever_answers(cluster: Cluster) -> None:
+    _until(lambda: len(_replicas(cluster.url)) == 2)
+    assert all(_replicas(cluster.url) == _replicas(cluster.url) for _ in range(4))
+
+
+def test_a_killed_replica_costs_no_answer(cluster: Cluster) -> None:
+    before = _replicas(cluster.url)
+    with Load(cluster) as clients:
+        clients.wait_for(100)
+        _kill(f"SERVE_REPLICA::{APPLICATION}#classifier#")
+        clients.wait_for(200)
+        _until(lambda: len(_replicas(cluster.url)) == 2 and _replicas(cluster.url) != before)
+        clients.wait_for(100)
+    clients.check()
+    assert "broken" not in clients.statuses
+
+
+@pytest.mark.long
+def test_a_killed_proxy_comes_back(cluster: Cluster) -> None:
+    with Load(cluster) as clients:
+        clients.wait_for(100)
+        _kill("SERVE_PROXY_ACTOR")
+        _until(lambda: clients.statuses["broken"] > 0)
+        clients.wait_for(200)
+    clients.check()
+
+
+def test_an_overload_is_refused_cleanly_and_passes(cluster: Cluster) -> None:
+    _until(lambda: len(_replicas(cluster.url)) == 2)
+    with Load(cluster, clients=24, texts_a_request=32) as clients:  # several times what two queues hold
+        _until(lambda: clients.statuses[429] > 5)
+        clients.wait_for(500)
+    clients.check()
+    with Load(cluster, clients=1) as calm:
+        calm.wait_for(20)
+    calm.check()
+    assert set(calm.statuses) == {200}
+
+
+def test_a_change_of_adapters_restarts_nothing_and_loses_nothing(cluster: Cluster) -> None:
+    before = _replicas(cluster.url)
+    with Load(cluster) as clients:
+        clients.wait_for(50)
+        for live, widths in (((2, 4), [1, 2, 4]), ((4,), [1, 4])):
+            cluster.deploy(live=live)
+            _until(lambda wanted=widths: _widths(cluster.url) == wanted)
+            clients.wait_for(100)
+    clients.check()
+    assert set(clients.statuses) == {200}
+    assert _replicas(cluster.url) == before
+
+
+def _widths(url: str) -> list[int]:
+    found: list[int] = httpx.get(f"{url}/info", timeout=30).json()["group_widths"]
+    return found
+
+
+@pytest.mark.long
+def test_a_rolling_update_loses_nothing(cluster: Cluster) -> None:
+    before = _replicas(cluster.url)
+    with Load(cluster) as clients:
+        clients.wait_for(50)
+        cluster.deploy(max_texts=48)
+        _until(lambda: len(_replicas(cluster.url)) == 2 and not _replicas(cluster.url) & before)
+        clients.wait_for(100)
+    clients.check()
+    assert set(clients.statuses) == {200}
+    assert httpx.get(f"{cluster.url}/info", timeout=30).json()["max_client_batch_size"] == 48
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bodies_come_through_serve_as_json(cluster: Cluster, name: str) -> None:
+    body, status = HOSTILE[name]
+    reply = httpx.post(f"{cluster.url}/predict", content=body, timeout=60)
+    # The proxy takes bodies of any size to the replica, whose limit here is the usual one: too long in tokens instead.
+    assert reply.status_code == (422 if status == 413 else status)
+    assert reply.headers["content-type"] == "application/json"
+
+
+def test_huge_and_dribbling_bodies_are_given_up(cluster: Cluster) -> None:
+    chunk = b"10000\r\n" + b"w" * 0x10000 + b"\r\n"
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+    chunked = talk(cluster.url, head + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 40)
+    assert chunked.startswith(b"HTTP/1.1 413 ")
+    dribbled = talk(cluster.url, head + b"Content-Length: 5000\r\n\r\n", *[b"w"] * 60, pause=threading.Event())
+    assert dribbled.startswith(b"HTTP/1.1 408 ")
+    assert b'"error_type":"timeout"' in dribbled
+    assert _answers(cluster.url)
+
+
+def test_what_the_proxy_itself_refuses_is_json_too(cluster: Cluster) -> None:
+    """Serve fails on a request id that is no UTF-8, before any replica is asked."""
+    reply = talk(cluster.url, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: \xff\xfe\r\n\r\n")
+    assert b"content-type: application/json" in reply.lower()
+    assert b'"error_type"' in reply
+
+
+@pytest.mark.long
+def test_replicas_follow_the_queue_up_and_down_and_lose_nothing(cluster: Cluster) -> None:
+    scale = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}
+    cluster.deploy(autoscaling={**scale, "upscale_delay_s": 0, "downscale_delay_s": 0})
+    _until(lambda: len(_replicas(cluster.url)) == 1)
+    with Load(cluster, clients=8) as clients:
+        _until(lambda: len(_replicas(cluster.url)) == 2)
+        clients.wait_for(100)
+    clients.check()
+    with Load(cluster, clients=1, texts_a_request=1) as few:
+        _until(lambda: len(_replicas(cluster.url)) == 1)
+    few.check()
+    assert set(clients.statuses) == set(few.statuses) == {200}
+    cluster.deploy(autoscaling=None)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_ten_thousand_mixed_requests_each_get_their_own_answer(cluster: Cluster) -> None:
+    every = list(cluster.expected)
+    checker = Load(cluster)
+
+    def ask(number: int) -> None:
+        own = every[number % len(every)]
+        kind = number % 10
+        with httpx.Client(base_url=cluster.url, timeout=120) as client:
+            while True:
+                if kind < 6:
+                    reply = client.post("/predict", json={"inputs": own, "raw_scores": True})
+                    answers = [reply.json()]
+                elif kind == 6:
+                    reply = client.post("/predict", json={"inputs": own, "raw_scores": True, "max_multiplex": 1})
+                    answers = [reply.json()]
+                elif kind == 7:
+                    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [own]}
+                    body = {"inputs": [tensor], "parameters": {"raw_scores": True}}
+                    reply = client.post("/v2/models/default/infer", json=body)
+                    answers = [_ranking(reply.json())] if reply.status_code == 200 else []
+                elif kind == 8:
+                    assert client.post("/predict", json={"inputs": " ".join(WORDS * 2)}).status_code == 422
+                    return
+                else:
+                    assert client.post("/predict", content=b'{"inputs": "\xff').status_code == 422
+                    return
+                if reply.status_code == 200:
+                    checker._check_answers([own], answers)
+                    return
+                assert reply.status_code == 429
+
+    with ThreadPoolExecutor(16) as clients:
+        list(clients.map(ask, range(10_000)))
+    checker.check()
+    assert checker.answered == 8_000
+
+
+def _ranking(reply: dict[str, Any]) -> list[dict[str, Any]]:
+    tensors = {output["name"]: output["data"] for output in reply["outputs"]}
+    return [{"label": label, "score": score} for label, score in zip(tensors["labels"], tensors["scores"])]
