@@ -174,6 +174,11 @@ class TrainJob:
         assert experiment is not None
         last = client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])[0]
         assert last.info.status == "FINISHED"
+        assert last.data.metrics.keys() > {
+            "system/cpu_utilization_percentage",
+            "live/seconds_left",
+            "tokens_per_second",
+        }
         for name in ("train_loss", "selection_accuracy"):
             points = client.get_metric_history(last.info.run_id, name)
             curve = {point.step: point.value for point in points if point.step}  # 0 is the run's own figure
@@ -289,9 +294,9 @@ def test_a_node_that_is_lost_and_replaced_ends_no_training(
         psutil.wait_procs(kill_all(family))
         two_nodes()
         assert process.wait() == 0, job.log.read_text()
-    first, resumed = job.starts()
+    first, *resumed = job.starts()  # the other worker may fail, and start, before the node counts as lost
     assert first == 0
-    assert resumed >= step
+    assert resumed[-1] >= step
     job.finished_like(undisturbed)
 
 
@@ -312,7 +317,7 @@ def small_disk(folder: Path) -> Iterator[Callable[[], Any]]:
     try:
         yield fill
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # what a killed process held may still be there
 
 
 @contextmanager
