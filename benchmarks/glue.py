@@ -57,7 +57,7 @@ def measure_task(folder: Path, name: str, budget: Budget) -> tuple[list[dict[str
     kept = KEPT / name
     tuning = OptimConfig(budget.tuning_epochs, 32, 2e-4)
     embedded = BackboneConfig(max_length=budget.max_length)
-    model = tuned_task_model(embedded, data, task, tuning, 3, kept / "task-model")
+    model = tuned_task_model(embedded, data, task, tuning, 3, kept)
     backbone = BackboneConfig(str(model), max_length=budget.max_length)
     store, runs = StoreConfig(root=str(kept / "features")), []
     for seed in range(budget.seeds):
@@ -65,8 +65,8 @@ def measure_task(folder: Path, name: str, budget: Budget) -> tuple[list[dict[str
             epochs = budget.epochs * (3 if method.name == "exit-head" else 1)
             optim = OptimConfig(epochs, 16, 1e-3, seed=seed)
             recipe = Recipe(backbone, data, method, optim, LossConfig(distillation_weight=1.0), store, budget.shuffles)
-            runs.append(Run.named(title, recipe, kept / "runs"))
-    if not all(run.result.is_file() for run in runs):
+            runs.append(Run.named(title, recipe, task, kept / "runs"))
+    if not all(run.is_done for run in runs):
         for split in (task.train, task.selection, task.test):
             fill_store(runs[0].recipe, split, [3, 4])
         train_missing(runs, task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 
+from revmux.artifact import atomic_folder
 from revmux.data import DataConfig, TaskData
 from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig
+from revmux.pretrained import BackboneConfig, weights_sha256
 from revmux.recipe import MethodConfig, Recipe, prepare, train_here
-from revmux.results import write_json
+from revmux.results import git_commit, write_json
+from revmux.task_model import save_task_model
 from revmux.training import OptimConfig
 
 
@@ -29,22 +32,35 @@ class Run:
         title: what is trained; runs of one title and N differ in their seeds alone.
         recipe: how.
         result: JSON file of its figures.
+        asked: digest of all that decides them but the code: recipe, data and task model.
     """
 
     title: str
     recipe: Recipe
     result: Path
+    asked: str
 
     @classmethod
-    def named(cls, title: str, recipe: Recipe, folder: Path) -> Run:
+    def named(cls, title: str, recipe: Recipe, task: TaskData, folder: Path) -> Run:
         """A run whose file is named after its title, N and seed."""
         words = f"{title} N={recipe.method.num_inputs} seed={recipe.optim.seed}"
         name = "".join(letter if letter.isalnum() or letter == "=" else "-" for letter in words)
-        return cls(title, recipe, folder / f"{name}.json")
+        asked = digest(recipe, task.identity["sha256"], weights_sha256(Path(recipe.backbone.model)))
+        return cls(title, recipe, folder / f"{name}.json", asked)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the file is there and answers what is asked now."""
+        return self.result.is_file() and json.loads(self.result.read_text()).get("asked") == self.asked
+
+
+def digest(*settings: object) -> str:
+    """Sixteen hexadecimal digits that change with any of the settings."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 def tuned_task_model(
-    backbone: BackboneConfig, data: DataConfig, task: TaskData, optim: OptimConfig, frozen_layers: int, output: Path
+    backbone: BackboneConfig, data: DataConfig, task: TaskData, optim: OptimConfig, frozen_layers: int, parent: Path
 ) -> Path:
     """The SISO model that all runs stand on, tuned once.
 
@@ -54,17 +70,17 @@ def tuned_task_model(
         task: the data read.
         optim: how it is tuned.
         frozen_layers: lowest layers that keep their weights.
-        output: folder that it takes; one that is there is used as it is.
+        parent: folder that it is put into, under a name that tells its settings apart.
     """
+    method = MethodConfig("siso", 1, frozen_layers, {"tune_backbone": True})
+    recipe = Recipe(backbone, data, method, optim, LossConfig(infonce_weight=0.0), shuffles=1)
+    output = parent / f"task-model-{digest(recipe, task.identity['sha256'])}"
     if output.is_dir():
         return output
-    method = MethodConfig("siso", 1, frozen_layers, {"tune_backbone": True})
-    prepared = prepare(Recipe(backbone, data, method, optim, LossConfig(infonce_weight=0.0), shuffles=1), task)
+    prepared = prepare(recipe, task)
     print(f"{output}: accuracy {train_here(prepared).accuracy_mean:.1%}", flush=True)
-    partial = output.with_name(f".{output.name}")
-    prepared.pretrained.backbone.model.save_pretrained(partial)
-    prepared.pretrained.tokenizer.save_pretrained(partial)
-    partial.rename(output)
+    with atomic_folder(output) as partial:
+        save_task_model(prepared.pretrained, partial)
     return output
 
 
@@ -79,6 +95,8 @@ def train_one(run: Run, task: TaskData, threads: int) -> dict[str, Any]:
         "cost_counted": prepared.cost(),
         "tunable_params": sum(value.numel() for value in trained),
         "prefill_layers": run.recipe.method.prefill_layers,
+        "asked": run.asked,
+        "commit": git_commit(),
     }
     write_json(run.result, figures)
     return figures
@@ -93,7 +111,7 @@ def train_missing(runs: Sequence[Run], task: TaskData, processes: int = 2, threa
         processes: runs at once.
         threads: of each.
     """
-    missing = [run for run in runs if not run.result.is_file()]
+    missing = [run for run in runs if not run.is_done]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         started = {pool.submit(train_one, run, task, threads): run for run in missing}
         for done, future in enumerate(as_completed(started), 1):
@@ -125,6 +143,7 @@ def over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "siso_accuracy": results[0]["siso_accuracy"],
                 "siso_agreement": statistics.fmean(result["siso_agreement"] for result in results),
                 "cost_counted": results[0]["cost_counted"],
+                "commits": sorted({result["commit"] for result in results}),
             }
         )
     return rows
@@ -141,7 +160,8 @@ def siso_row(accuracy: float) -> dict[str, Any]:
         "tunable_params": 0,
         "seeds": 1,
         "accuracy_mean": accuracy,
-        "accuracy_std": 0.0,
+        "accuracy_std": None,
+        "why": "one task model, on which all systems stand: the spread of the others does not contain it",
         "siso_accuracy": accuracy,
         "siso_agreement": 1.0,
         "cost_counted": 1.0,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.systems.families import INPUTS, kept_rows, measure_backbone
 from benchmarks.systems.grid import SYSTEMS, exit_head
 from benchmarks.trained import Run, over_seeds, siso_row, train_missing, tuned_task_model
-from revmux.data import DataConfig, load_task
+from revmux.data import DataConfig, TaskData, load_task
 from revmux.features import StoreConfig
 from revmux.losses import LossConfig
 from revmux.pretrained import BackboneConfig, load_pretrained
 from revmux.recipe import MethodConfig, Recipe, fill_store
+from revmux.throughput import like_length_batches
 from revmux.training import OptimConfig
 
-MAX_LENGTH = 64
+MAX_LENGTH, TIMED_INPUTS = 64, 96
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Budget:
     shuffles: int = 4
 
 
-def all_runs(budget: Budget, model: Path, num_layers: int, folder: Path) -> list[Run]:
+def all_runs(budget: Budget, task: TaskData, model: Path, num_layers: int, folder: Path) -> list[Run]:
     """Every system at every N with every seed; the first seed of all comes first."""
     backbone, data = BackboneConfig(str(model), max_length=MAX_LENGTH), DataConfig(per_class=budget.per_class)
     store = StoreConfig(root=str(folder / "features"))
@@ -63,16 +66,17 @@ def all_runs(budget: Budget, model: Path, num_layers: int, folder: Path) -> list
                 batch_size = round(budget.batch_size / num_inputs) * num_inputs  # of whole groups
                 optim = OptimConfig(epochs, batch_size, rate, seed=seed)
                 recipe = Recipe(backbone, data, method, optim, LossConfig(), store, budget.shuffles)
-                runs.append(Run.named(system.title, recipe, folder / "runs"))
+                runs.append(Run.named(system.title, recipe, task, folder / "runs"))
     return runs
 
 
-def measure(budget: Budget, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+def measure(budget: Budget, folder: Path, pairs: int) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
     """Train what has no result yet.
 
     Args:
         budget: see :class:`Budget`.
         folder: of the task model, the features and the runs' results.
+        pairs: timings of each system and of the plain model.
 
     Returns:
         Rows, the identity of the data and of the task model.
@@ -80,13 +84,18 @@ def measure(budget: Budget, folder: Path) -> tuple[list[dict[str, Any]], dict[st
     data = DataConfig(per_class=budget.per_class)
     task = load_task(data)
     tuning = OptimConfig(epochs=4, batch_size=32, learning_rate=1e-4)
-    model = tuned_task_model(BackboneConfig(max_length=MAX_LENGTH), data, task, tuning, 0, folder / "task-model")
+    model = tuned_task_model(BackboneConfig(max_length=MAX_LENGTH), data, task, tuning, 0, folder)
     pretrained = load_pretrained(BackboneConfig(str(model), max_length=MAX_LENGTH))
     num_layers = pretrained.backbone.num_layers
-    runs = all_runs(budget, model, num_layers, folder)
-    if not all(run.result.is_file() for run in runs):
+    runs = all_runs(budget, task, model, num_layers, folder)
+    if not all(run.is_done for run in runs):
         for split in (task.train, task.selection, task.test):
             fill_store(runs[0].recipe, split, list(range(1, num_layers)))
         train_missing(runs, task)
     rows = over_seeds(runs)
+    split = pretrained.tokenize(task.test, MAX_LENGTH)
+    batches = like_length_batches(split, TIMED_INPUTS, INPUTS)
+    measured = partial(measure_backbone, pretrained.backbone, batches, pairs)
+    ratios = kept_rows(folder, "task-model", (str(model), TIMED_INPUTS, INPUTS, pairs), measured)
+    rows = [row | ratios[f"{row['title']} N={row['num_inputs']}"] for row in rows]
     return [siso_row(rows[0]["siso_accuracy"]), *rows], task.identity, pretrained.identity

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from benchmarks.systems.grid import SYSTEMS, System, exit_head
+from benchmarks.trained import digest
 from revmux.backbone import Backbone, TokenBatch, Verbalizer, cut, supported_model_types
 from revmux.cost import relative_cost
 from revmux.methods import BackboneShape, build_method
@@ -114,35 +116,71 @@ def comparisons(backbone: Backbone, exit_layers: Iterable[int]) -> Iterator[Comp
             yield Comparison(system, num_inputs, MultiplexedClassifier(backbone, method, layer).eval())
 
 
+def against_siso(
+    siso: MultiplexedClassifier, rival: Comparison, batches: Sequence[TokenBatch], pairs: int
+) -> dict[str, Any]:
+    """The measured columns of a row; batches lose what does not fill a group, so that no input runs twice."""
+    full = [
+        {name: tensor[: len(tensor) - len(tensor) % rival.num_inputs] for name, tensor in tokens.items()}
+        for tokens in batches
+    ]
+    ratio = paired_throughput(siso, rival.model, [tokens for tokens in full if len(tokens["input_ids"])], pairs)
+    return {
+        "throughput_ratio": round(ratio.median, 3),
+        "ratio_min": round(ratio.least, 3),
+        "ratio_max": round(ratio.most, 3),
+        "pairs": ratio.pairs,
+    }
+
+
+def plain(backbone: Backbone) -> MultiplexedClassifier:
+    """SISO on a backbone."""
+    return MultiplexedClassifier(backbone, build_method("siso", BackboneShape.of(backbone), 1), 0).eval()
+
+
+def measure_backbone(backbone: Backbone, batches: Sequence[TokenBatch], pairs: int) -> dict[str, dict[str, Any]]:
+    """The measured columns of every system on one backbone, by ``TITLE N=N``; speed does not read adapter weights."""
+    siso = plain(backbone)
+    return {
+        f"{rival.system.title} N={rival.num_inputs}": against_siso(siso, rival, batches, pairs)
+        for rival in comparisons(backbone, range(1, backbone.num_layers))
+    }
+
+
 def measure_family(family: str, pairs: int) -> list[dict[str, Any]]:
     """Rows of one family with the throughput of each system, timed in turn with SISO."""
     backbone = small_backbone(family)
-    siso = MultiplexedClassifier(backbone, build_method("siso", BackboneShape.of(backbone), 1), 0).eval()
+    siso = plain(backbone)
     torch.manual_seed(1)
     tokens: TokenBatch = {
         "input_ids": torch.randint(20, VOCABULARY - 50, (INPUTS, LENGTH)),
         "attention_mask": torch.ones(INPUTS, LENGTH, dtype=torch.long),
     }
-    rows = []
-    for rival in comparisons(backbone, range(1, LAYERS)):
-        ratio = paired_throughput(siso, rival.model, [tokens], pairs)
-        row = rival.row(family, f"{LAYERS} layers, d = {WIDTH}, random", LENGTH)
-        rows.append(row | {"throughput_ratio": round(ratio.median, 3), "pairs": ratio.pairs})
-        rows[-1] |= {"ratio_min": round(ratio.least, 3), "ratio_max": round(ratio.most, 3)}
-        rows[-1] |= {"accuracy_mean": None, "why": "random weights have no accuracy"}
-    return rows
+    place, why = f"{LAYERS} layers, d = {WIDTH}, random", "random weights have no accuracy"
+    return [
+        rival.row(family, place, LENGTH)
+        | against_siso(siso, rival, [tokens], pairs)
+        | {"accuracy_mean": None, "why": why}
+        for rival in comparisons(backbone, range(1, LAYERS))
+    ]
 
 
-def measure_families(folder: Path, pairs: int = 3) -> list[dict[str, Any]]:
-    """Rows of all families; each family's are kept in a file, so that a stopped benchmark goes on."""
+def kept_rows(folder: Path, name: str, settings: object, measure: Callable[[], Any]) -> Any:
+    """What was measured, kept in a file under its settings, so that a stopped benchmark goes on."""
+    file = folder / "timed" / f"{name}-{digest(settings, SYSTEMS)}.json"
+    if not file.is_file():
+        started = time.perf_counter()
+        write_json(file, measure())
+        print(f"throughput, {name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return json.loads(file.read_text())
+
+
+def measure_families(folder: Path, pairs: int) -> list[dict[str, Any]]:
+    """Rows of all families."""
+    shape = (LAYERS, WIDTH, HEADS, INNER, VOCABULARY, LENGTH, INPUTS, pairs)
     rows: list[dict[str, Any]] = []
     for family in supported_model_types():
-        kept = folder / "families" / f"{family}.json"
-        if not kept.is_file():
-            started = time.perf_counter()
-            write_json(kept, measure_family(family, pairs))
-            print(f"{family}: {time.perf_counter() - started:.0f} s", flush=True)
-        rows += json.loads(kept.read_text())
+        rows += kept_rows(folder, family, shape, partial(measure_family, family, pairs))
     return rows
 
 

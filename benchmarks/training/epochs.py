@@ -20,8 +20,8 @@ from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.training import OptimConfig, Trainer
 
-BATCH, RATE = 32, 5e-4
-INPUTS = {"all-MiniLM-L6-v2": 320, "bert-base shape, random": 64}
+BATCH, RATE = 16, 5e-4
+INPUTS = {"all-MiniLM-L6-v2": 480, "bert-base shape, random": 96}
 
 
 def epochs_of(timed: Timed, num_inputs: int, layer: int, features: Features, epochs: int) -> Iterator[float]:

@@ -1,0 +1,68 @@
+"""What benchmarks compare with is what they say, and their pages join what they should."""
+
+import json
+
+import torch
+from test_methods import groups_of, randomised, texts, tiny_bert
+
+from benchmarks.systems.grid import SYSTEMS
+from benchmarks.systems.page import PUBLISHED, systems_words
+from benchmarks.trained import Run, siso_row
+from benchmarks.training.released import ReleasedModel
+from revmux import MultiplexedClassifier
+from revmux.data import DataConfig, load_task
+from revmux.pretrained import BackboneConfig
+from revmux.recipe import MethodConfig, Recipe
+from revmux.training import OptimConfig
+
+
+def test_the_released_step_gives_the_answers_and_adapter_gradients_of_ours():
+    tokens, groups = texts(4), groups_of(2)
+    ours, released = (
+        model(backbone, randomised(backbone, "revmux", 2, {}), 1)
+        for model, backbone in ((MultiplexedClassifier, tiny_bert()), (ReleasedModel, tiny_bert()))
+    )
+    released.backbone.requires_grad_(True)
+    for model in (ours, released):
+        output = model.run_groups(model.prefill(tokens), groups)
+        model.answered = output.scores.detach()
+        output.scores.square().sum().backward()
+    torch.testing.assert_close(released.answered, ours.answered, rtol=1e-4, atol=1e-5)
+    for (name, one), other in zip(ours.method.named_parameters(), released.method.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-4, msg=name)
+    assert ours.backbone.layer(0).attention.self.query.weight.grad is None
+    assert released.backbone.layer(0).attention.self.query.weight.grad.any()  # what the released code pays for
+
+
+def test_every_published_row_finds_its_system():
+    rows = json.loads(PUBLISHED.read_text())["rows"]
+    titles = {system.title: system.widths for system in SYSTEMS} | {"SISO": (1,)}
+    assert all(row["num_inputs"] in titles[row["title"]] for row in rows)
+
+
+def test_the_page_sets_published_figures_beside_ours():
+    place = {"family": "bert", "backbone": "small", "task": "toy", "cost_counted": 0.75, "prefill_layers": 3}
+    trained = {"title": "RevMUX", "method": "revmux", "num_inputs": 2, "seeds": 3, "tunable_params": 9}
+    trained |= {"accuracy_mean": 0.5, "accuracy_std": 0.01, "throughput_ratio": 1.25}
+    counted = {"title": "RevMUX", "num_inputs": 2, "tunable_params": 9_445_248, "accuracy_mean": None, "why": "counted"}
+    rows = [siso_row(0.6), place | trained, place | counted | {"backbone": "bert-base", "method": "revmux"}]
+    meta = {"budget": {"epochs": 3, "tuned_epochs": 2, "exit_head_epochs": 9, "batch_size": 16, "shuffles": 4}}
+    meta |= {"data": {"train": 1, "test": 1}, "machine": {"cores": 2}, "versions": {"torch": "2"}, "commit": "abc"}
+    words = systems_words({"meta": meta, "rows": rows})
+    assert "| RevMUX | 2 | 3 | 9 | 0.75 | 1.25× | 50.0 ± 1.0 | 10.0 | 81.22 | 1.96 |" in words["systems-task"]
+    assert "| bert-base | RevMUX | 2 | 3 | 9,445,248 | 0.750 | 81.22 |" in words["systems-shapes"]
+
+
+def test_a_kept_result_counts_only_for_what_was_asked(tiny_csv, tiny_model_folder, tmp_path):
+    data = DataConfig(source=str(tiny_csv))
+    task = load_task(data)
+
+    def run(epochs: int) -> Run:
+        backbone = BackboneConfig(str(tiny_model_folder), max_length=16)
+        recipe = Recipe(backbone, data, MethodConfig("revmux", 2, 1), OptimConfig(epochs))
+        return Run.named("RevMUX", recipe, task, tmp_path)
+
+    assert run(3).result == run(4).result
+    run(3).result.write_text(json.dumps({"asked": run(3).asked}))
+    assert run(3).is_done
+    assert not run(4).is_done
