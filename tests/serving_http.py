@@ -81,6 +81,12 @@ def listening(app: FastAPI) -> Iterator[str]:
         thread.join()
 
 
+def connected(url: str) -> socket.socket:
+    """A connection on which raw bytes may be sent."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
 def talk(url: str, *pieces: bytes, pause: threading.Event | None = None) -> bytes:
     """Send raw bytes and read until the server closes the connection or has answered in full.
 
@@ -89,9 +95,7 @@ def talk(url: str, *pieces: bytes, pause: threading.Event | None = None) -> byte
         pieces: sent one after the other; a server that has closed meanwhile is not told more.
         pause: waited for 50 ms between pieces.
     """
-    host, _, port = url.removeprefix("http://").partition(":")
-    reply = b""
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with connected(url) as connection:
         for piece in pieces:
             try:
                 connection.sendall(piece)
@@ -99,11 +103,17 @@ def talk(url: str, *pieces: bytes, pause: threading.Event | None = None) -> byte
                 break
             if pause is not None and pause.wait(0.05):
                 break
-        try:
-            while not _complete(reply) and (got := connection.recv(65536)):
-                reply += got
-        except ConnectionResetError:
-            pass
+        return read_reply(connection)
+
+
+def read_reply(connection: socket.socket) -> bytes:
+    """What the server answers, in full or until it closes."""
+    reply = b""
+    try:
+        while not _complete(reply) and (got := connection.recv(65536)):
+            reply += got
+    except ConnectionResetError:
+        pass
     return reply
 
 

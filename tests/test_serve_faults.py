@@ -5,6 +5,7 @@ The adapters answer as the plain model does, and every text has scores of its ow
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ import pytest
 import torch
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from serving_http import HOSTILE, free_port, talk
+from serving_http import HOSTILE, connected, free_port, read_reply, talk
 from serving_models import WORDS, load, plain_scores, text, write_adapter, write_model
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     page["http_options"]["port"] = free_port()
     application = page["applications"][0]
     application["args"] |= {"model": str(model), "adapters": [adapters[2]], "max_queue": MAX_QUEUE, "plain_load": 1.0}
-    application["args"] |= {"num_replicas": 2, "num_cpus": 0.5, "threads": 1, "body_seconds": 1.0}
+    application["args"] |= {"num_replicas": 2, "num_cpus": 0.5, "threads": 1, "body_seconds": 2.0}
 
     def deploy(live: tuple[int, ...] | None = None, **args: Any) -> None:
         """Change the arguments, or the adapters that are live, and wait until that is done."""
@@ -167,22 +168,23 @@ class Load:
 
     def _ask_on(self) -> None:
         every = list(self.cluster.expected)
-        while not self._stop.is_set():
-            start = next(self._numbers) * self.texts_a_request
-            self._ask([every[(start + place) % len(every)] for place in range(self.texts_a_request)])
+        with httpx.Client(base_url=self.cluster.url, timeout=60) as client:
+            while not self._stop.is_set():
+                start = next(self._numbers) * self.texts_a_request
+                self._ask(client, [every[(start + place) % len(every)] for place in range(self.texts_a_request)])
 
-    def _ask(self, texts: list[str]) -> None:
+    def _ask(self, client: httpx.Client, texts: list[str]) -> None:
         body = {"inputs": [[part] for part in texts], "raw_scores": True}
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:
-                reply = httpx.post(f"{self.cluster.url}/predict", json=body, timeout=60)
+                reply = client.post("/predict", json=body)
             except httpx.HTTPError:
                 self._note("broken")
             else:
                 self._note(reply.status_code)
                 if reply.status_code == 200:
-                    self._check_answers(texts, reply.json())
+                    self.check_answers(texts, reply.json())
                     return
                 self._check_refusal(reply)
             self._stop.wait(0.05)
@@ -192,7 +194,7 @@ class Load:
         with self._lock:
             self.statuses[status] += 1
 
-    def _check_answers(self, texts: list[str], answers: list[list[dict[str, Any]]]) -> None:
+    def check_answers(self, texts: list[str], answers: list[list[dict[str, Any]]]) -> None:
         if len(answers) != len(texts):
             self.swapped.append(f"{len(answers)} answers to {len(texts)} texts")
         for own, answer in zip(texts, answers):
@@ -236,6 +238,28 @@ def test_a_killed_replica_costs_no_answer(cluster: Cluster) -> None:
         clients.wait_for(100)
     clients.check()
     assert "broken" not in clients.statuses
+
+
+def test_requests_that_die_with_their_replica_are_told_to_come_back(cluster: Cluster) -> None:
+    _until(lambda: len(_replicas(cluster.url)) == 2)
+    own = next(iter(cluster.expected))
+    body = json.dumps({"inputs": own}).encode()
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: " + str(len(body)).encode() + b"\r\n\r\n"
+    connections = [connected(cluster.url) for _ in range(16)]
+    for connection in connections:
+        connection.sendall(head + body[:5])
+    assert _answers(cluster.url)  # by now the others are with their replicas too, which wait for the rest
+    _kill(f"SERVE_REPLICA::{APPLICATION}#classifier#")
+    statuses: Counter[int] = Counter()
+    for connection in connections:
+        with connection:
+            connection.sendall(body[5:])
+            start, _, content = read_reply(connection).partition(b"\r\n\r\n")
+        statuses[int(start.split()[1])] += 1
+        if not start.startswith(b"HTTP/1.1 200"):
+            assert b"retry-after: 1" in start.lower()
+            assert json.loads(content)["error_type"] == "unhealthy"
+    assert set(statuses) == {200, 503}
 
 
 @pytest.mark.long
@@ -342,32 +366,21 @@ def test_ten_thousand_mixed_requests_each_get_their_own_answer(cluster: Cluster)
 
     def ask(number: int) -> None:
         own = every[number % len(every)]
-        kind = number % 10
-        with httpx.Client(base_url=cluster.url, timeout=120) as client:
-            while True:
-                if kind < 6:
-                    reply = client.post("/predict", json={"inputs": own, "raw_scores": True})
-                    answers = [reply.json()]
-                elif kind == 6:
-                    reply = client.post("/predict", json={"inputs": own, "raw_scores": True, "max_multiplex": 1})
-                    answers = [reply.json()]
-                elif kind == 7:
-                    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [own]}
-                    body = {"inputs": [tensor], "parameters": {"raw_scores": True}}
-                    reply = client.post("/v2/models/default/infer", json=body)
-                    answers = [_ranking(reply.json())] if reply.status_code == 200 else []
-                elif kind == 8:
-                    assert client.post("/predict", json={"inputs": " ".join(WORDS * 2)}).status_code == 422
-                    return
-                else:
-                    assert client.post("/predict", content=b'{"inputs": "\xff').status_code == 422
-                    return
-                if reply.status_code == 200:
-                    checker._check_answers([own], answers)
-                    return
-                assert reply.status_code == 429
+        plain = {"inputs": own, "raw_scores": True}
+        tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [own]}
+        path, body, status = {
+            6: ("/predict", json.dumps({**plain, "max_multiplex": 1}), 200),
+            7: ("/v2/models/default/infer", json.dumps({"inputs": [tensor], "parameters": {"raw_scores": True}}), 200),
+            8: ("/predict", json.dumps({"inputs": " ".join(WORDS * 2)}), 422),
+            9: ("/predict", b'{"inputs": "\xff', 422),
+        }.get(number % 10, ("/predict", json.dumps(plain), 200))
+        while (reply := client.post(path, content=body)).status_code == 429:
+            pass
+        assert reply.status_code == status
+        if status == 200:
+            checker.check_answers([own], [_ranking(reply.json()) if path.startswith("/v2") else reply.json()])
 
-    with ThreadPoolExecutor(16) as clients:
+    with httpx.Client(base_url=cluster.url, timeout=120) as client, ThreadPoolExecutor(16) as clients:
         list(clients.map(ask, range(10_000)))
     checker.check()
     assert checker.answered == 8_000
