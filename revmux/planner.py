@@ -207,14 +207,19 @@ def _verify(
         found = answers(model, features, replace(measure, thresholds=(threshold,)))
         correct = next(answer.correct for answer in found if answer.threshold == threshold)
         verification = verify(siso, correct, each)
-        served.append(Served(one, verification, str(_with_threshold(system.folder, system.threshold, folder))))
+        served.append(
+            Served(
+                one,
+                verification,
+                str(with_threshold(system.folder, system.threshold, folder / "adapters" / f"n{system.num_inputs}")),
+            )
+        )
     return served
 
 
-def _with_threshold(source: str, threshold: float | None, folder: Path) -> Path:
-    """A copy of an adapter folder that tells the server its threshold."""
+def with_threshold(source: str | Path, threshold: float | None, target: Path) -> Path:
+    """A copy of an adapter folder that tells the server its threshold of fall-back."""
     config = replace(load_config(source), fallback_threshold=threshold)
-    target = folder / "adapters" / f"n{config.num_inputs}"
     with atomic_folder(target) as temporary:
         for file in Path(source).iterdir():
             if file.name != CONFIG_NAME:

@@ -1,0 +1,223 @@
+"""One knob in place of three: from the loss of accuracy that is allowed to the server that costs least.
+
+python -m ray_jobs.plan --goal.allowance 1.0
+python -m ray_jobs.plan --goal.allowance 1.0 --backbone.model MY_CLASSIFIER --data.source my.csv
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ray_jobs import cli, finetune, tune
+from ray_jobs.cluster import connected
+from ray_jobs.launch import absolute_storage, fingerprint
+from ray_jobs.registry import model_uris, register_plan
+from ray_jobs.tracking import Tracker
+from ray_jobs.trials import TrialRow
+from revmux.candidates import Adapter, MeasureConfig
+from revmux.data import TaskData, load_task
+from revmux.errors import UserError
+from revmux.methods import BackboneShape, build_method
+from revmux.planner import PAGE_NAME, PLAN_NAME, Plan, SplitConfig, describe, for_choosing, make_plan
+from revmux.planning import Goal
+from revmux.pretrained import outline
+from revmux.recipe import load_backbone
+from revmux.results import write_json
+from revmux.training import OptimConfig
+from serve_app.config import server_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanJob(tune.TuneJob):
+    """Settings of the job; those of a sweep are the sweep's.
+
+    Args:
+        goal: the loss of accuracy that is allowed, in points against the plain model, or the throughput wanted.
+        choosing: the inputs that choose, a slice of train.
+        measure: how the systems are measured on this hardware.
+        tuning: how a backbone without a classification head is tuned to the task first.
+        frozen_layers: lowest layers that this tuning leaves as they are.
+        register: name of the registered model in MLflow whose versions are the front.
+        host: interface that the planned server listens on.
+        port: of the planned server.
+        name: of the plan and its sweep; the same name on the same task model and data goes on from where it was.
+    """
+
+    goal: Goal
+    choosing: SplitConfig = field(default_factory=SplitConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    tuning: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=3, learning_rate=1e-4))
+    frozen_layers: int = 0
+    register: str = "plan"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = "plan"
+
+
+def main(job: PlanJob) -> Plan:
+    """Sweep, choose, verify once, register, and write the server's configuration.
+
+    Raises:
+        UserError: the goal cannot be met, or the promise did not hold on the test split; all is written down by then.
+    """
+    storage = absolute_storage(job.storage)
+    job.cluster.check_here()
+    backbone, own_labels = outline(job.backbone)
+    task = load_task(job.data, own_labels)
+    choosing = for_choosing(task, job.choosing, job.data.seed)
+    check_server(job, [], "http://localhost")
+    tracker = Tracker(job.tracking, storage)
+    with connected(job.cluster):
+        if own_labels is None:
+            job = replace(job, backbone=replace(job.backbone, model=str(tuned_model(job, choosing, tracker, storage))))
+        sweep = tune.prepare_sweep(job, storage, choosing)
+        sweep = replace(sweep, trials=[trial for trial in sweep.trials if is_servable(trial.recipe.method, backbone)])
+        if not sweep.trials:
+            raise UserError(
+                "every point of the space tunes the backbone, which a server shares; plan with other methods"
+            )
+        rows, parent = tune.run_sweep(sweep, tracker)
+        plan = measure_on_worker(job, rows, choosing, task, storage / "plans" / job.name)
+    versions = register_plan(tracker, job.register, plan, job.backbone.model, task.is_pair)
+    record(job, plan, versions, tracker, parent)
+    print(summary(job, plan))
+    if not plan.is_met:
+        raise UserError(plan.why_not())
+    return plan
+
+
+def is_servable(method: Any, backbone: Any) -> bool:
+    """Whether a method leaves the backbone as it is, which the plain model and other adapters share."""
+    with torch.device("meta"):
+        built = build_method(method.name, BackboneShape.of(backbone), method.num_inputs, method.options)
+    return not built.tunes_backbone
+
+
+def tuned_model(job: PlanJob, choosing: TaskData, tracker: Tracker, storage: Path) -> Path:
+    """A task model tuned on what does not choose; that of an earlier start is kept."""
+    tuning = finetune.FinetuneJob(
+        job.backbone, job.data, job.tuning, job.frozen_layers, job.cluster, job.tracking, str(storage)
+    )
+    folder = storage / "task-models" / f"{job.name}-{fingerprint(tuning.recipe(), choosing)}"
+    if not (folder / "config.json").is_file():
+        finetune.tune_model(replace(tuning, output=str(folder)), choosing, tracker, storage)
+    return folder
+
+
+def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, task: TaskData, folder: Path) -> Plan:
+    """Candidates, choice and verification, where the device is."""
+    import ray
+
+    adapters = [
+        Adapter(row.trial, row.adapter, row.infonce_weight, row.run_id)
+        for row in rows
+        if row.status == "done" and row.adapter is not None
+    ]
+    cores = job.cluster.cpus_per_worker
+    remote = ray.remote(num_cpus=cores, num_gpus=job.cluster.gpus_per_worker)(_plan)
+    command = " ".join(["python -m ray_jobs.plan", *sys.argv[1:]])
+    plan: Plan = ray.get(remote.remote(job, adapters, choosing, task, folder, command, max(1, int(cores))))
+    return plan
+
+
+def _plan(
+    job: PlanJob, adapters: list[Adapter], choosing: TaskData, task: TaskData, folder: Path, command: str, threads: int
+) -> Plan:
+    torch.set_num_threads(threads)
+    recipe = tune.base_recipe(job)
+    pretrained = load_backbone(recipe, task.label_names)
+    pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
+    return make_plan(
+        adapters,
+        pretrained,
+        choosing,
+        task,
+        job.goal,
+        folder,
+        job.backbone.max_length,
+        job.store,
+        job.measure,
+        command,
+    )
+
+
+def record(job: PlanJob, plan: Plan, versions: dict[str, str], tracker: Tracker, parent: str) -> None:
+    """The plan's files in MLflow, and where the goal is met the YAML that deploys it."""
+    content = json.loads((plan.folder / PLAN_NAME).read_text())
+    content["registered"] = {"model": job.register, "versions": versions}
+    write_json(plan.folder / PLAN_NAME, content)
+    files = [PLAN_NAME, PAGE_NAME, "front.png", "front.html"]
+    serve = plan.folder / "serve.yaml"
+    serve.unlink(missing_ok=True)
+    if plan.is_met:
+        settings = check_server(job, model_uris(plan, job.register, versions), tracker.uri)
+        serve.write_text(yaml.safe_dump(settings, sort_keys=False))
+        files.append(serve.name)
+        last = plan.served[-1]
+        figures = {"promised_loss": last.judged.bound, "verified_loss": last.verification.loss}
+        figures |= {"verified_loss_upper": last.verification.upper, "throughput_ratio": 1 / last.judged.candidate.cost}
+        tracker.log_metrics(parent, figures)
+    for name in files:
+        tracker.client.log_artifact(parent, str(plan.folder / name), "plan")
+
+
+def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[str, Any]:
+    """The Serve configuration of a plan, checked by the server's own rules.
+
+    Args:
+        job: settings.
+        adapters: folders or registry URIs, narrowest first.
+        tracking_uri: of the registry.
+
+    Raises:
+        UserError: an illegal value.
+    """
+    settings = {
+        "model": job.backbone.model,
+        "revision": job.backbone.revision,
+        "dtype": job.backbone.dtype,
+        "max_length": job.backbone.max_length,
+        "adapters": adapters,
+        "num_cpus": job.cluster.cpus_per_worker,
+        "num_gpus": job.cluster.gpus_per_worker,
+    }
+    checked = server_config(**settings, host=job.host, port=job.port)
+    arguments = checked.model_dump(mode="json", include={name for name, value in settings.items() if value is not None})
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": checked.host, "port": checked.port},
+        "applications": [
+            {
+                "name": "revmux",
+                "route_prefix": "/",
+                "import_path": "serve_app.app:build",
+                "runtime_env": {"env_vars": {"MLFLOW_TRACKING_URI": tracking_uri}},
+                "args": arguments,
+            }
+        ],
+    }
+
+
+def summary(job: PlanJob, plan: Plan) -> str:
+    """The plan in a few lines, and what to type next."""
+    lines = [f"plan: {plan.folder / PAGE_NAME}"]
+    for one in plan.served:
+        seen = one.verification
+        lines.append(
+            f"N = {one.num_inputs}: {describe(one.judged)}; on the test split {seen.loss:.2f} points lost, "
+            f"{seen.lower:.2f} to {seen.upper:.2f}"
+        )
+    if plan.is_met:
+        lines.append(f"deploy it:  ray start --head && serve deploy {plan.folder / 'serve.yaml'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PlanJob, __doc__))
