@@ -175,6 +175,7 @@ def main(job: QuickstartJob) -> None:
                 cluster=replace(job.cluster, workers=1),
                 tracking=tracking,
                 storage=str(storage),
+                name=f"sweep-{task.identity['sha256'][:6]}-{str(pretrained.identity['sha256'])[:6]}",
             )
             tune.main(sweep)
         with steps.step(
