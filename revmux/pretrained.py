@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from revmux import hub
@@ -159,7 +165,7 @@ def inspect(config: BackboneConfig) -> tuple[BackboneShape, list[str] | None]:
 def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
     """The cut model on the meta device, whose cost can be counted, and its classes; see :func:`inspect`."""
     location = resolve(config.model)
-    model_config = _load_config(location, config)
+    model_config = load_config(location, config)
     prompt = _prompt_of(config, location, model_config)
     if prompt is None:
         with torch.device("meta"):
@@ -184,7 +190,7 @@ def check_answers(config: BackboneConfig) -> None:
         UserError: with the remedies.
     """
     location = resolve(config.model)
-    model_config = _load_config(location, config)
+    model_config = load_config(location, config)
     if _has_head(model_config) or _prompt_of(config, location, model_config) is not None:
         return
     remedy = f"tune a task model first: python -m ray_jobs.finetune --backbone.model {config.model}"
@@ -209,7 +215,7 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
             that does not fit, or inputs longer than the model reads.
     """
     location = resolve(config.model)
-    model_config = _load_config(location, config)
+    model_config = load_config(location, config)
     prompt = _prompt_of(config, location, model_config)
     if label_names is None:
         check_answers(config)
@@ -357,7 +363,7 @@ def _has_head(model_config: Any) -> bool:
 def identity_of(config: BackboneConfig) -> dict[str, str | None]:
     """What identifies a model, without loading it: see :func:`identify`."""
     location = resolve(config.model)
-    _load_config(location, config)
+    load_config(location, config)
     return identify(config.model, location, config.revision)
 
 
@@ -376,21 +382,37 @@ def identify(name: str, location: str, revision: str | None) -> dict[str, str | 
     }
 
 
-def _load_config(location: str, config: BackboneConfig) -> Any:
+def load_config(location: str, config: BackboneConfig) -> Any:
+    """The configuration of a model folder or hub id; code that comes with it is never run.
+
+    Raises:
+        UserError: an unknown model, or an architecture that no family here serves.
+    """
     try:
+        settings, _ = PretrainedConfig.get_config_dict(location, revision=config.revision)
+        if (
+            "model_type" in settings
+        ):  # first, since transformers may not know the type, or only by code that comes with it
+            _check_architecture(config.model, settings["model_type"])
         model_config = AutoConfig.from_pretrained(location, revision=config.revision, trust_remote_code=False)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"unknown model {config.model!r} ({reason}); name {EMBEDDED_NAME}, a local folder, or a Hugging Face id "
             "that this machine can reach"
         ) from None
-    if model_config.model_type not in supported_model_types():
+    _check_architecture(config.model, model_config.model_type)
+    return model_config
+
+
+def _check_architecture(model: str, model_type: str) -> None:
+    if model_type not in supported_model_types():
         raise UserError(
-            f"{config.model}: unsupported architecture {model_config.model_type!r}; supported: "
+            f"{model}: unsupported architecture {model_type!r}; supported: "
             f"{', '.join(supported_model_types())}; docs/add-a-backbone.md shows how to add one"
         )
-    return model_config
 
 
 class _quiet:

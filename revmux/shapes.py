@@ -13,7 +13,7 @@ from revmux.backbone.generative import language_model_class
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.data.prompts import Prompt
 from revmux.errors import UserError
-from revmux.pretrained import BackboneConfig, outline
+from revmux.pretrained import BackboneConfig, load_config, outline
 from revmux.task_model import read_prompt
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -73,13 +73,13 @@ def config_of(model: str) -> Any:
     """The configuration of a preset, or of a local model folder.
 
     Raises:
-        UserError: neither a preset nor a folder with a ``config.json``.
+        UserError: neither a preset nor a folder with a ``config.json``, or an unsupported architecture.
     """
     if model in PRESETS:
         settings = dict(PRESETS[model])
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     if (Path(model) / "config.json").is_file():
-        return AutoConfig.from_pretrained(model)
+        return load_config(model, BackboneConfig(model))
     raise UserError(
         f"model is {model!r}, neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json; choose one"
     )

@@ -1,5 +1,6 @@
 """Counted operations and planned memory, against what PyTorch counts and keeps."""
 
+import json
 import sys
 
 import pytest
@@ -299,6 +300,31 @@ def test_an_unknown_model_names_the_presets():
 def test_a_local_folder_is_planned_by_its_config(tmp_path):
     BertConfig(**BERT, architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
     assert meta_backbone(str(tmp_path)).hidden_size == 64
+
+
+@pytest.mark.parametrize("model_type", ["vit", "nobody-knows-it"])
+def test_an_unsupported_architecture_is_refused_and_its_code_never_run(command, tmp_path, monkeypatch, model_type):
+    ran = tmp_path / "ran"
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # as one would who is asked whether to trust it
+    (tmp_path / "own.py").write_text(
+        "import pathlib\nfrom transformers import PretrainedConfig\n"
+        f"pathlib.Path({str(ran)!r}).touch()\nclass Own(PretrainedConfig):\n    model_type = {model_type!r}\n"
+    )
+    settings = {"model_type": model_type, "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for subcommand in ("cost", "memory"):
+        status, _, errors = command(subcommand, "--model", str(tmp_path))
+        assert status == 2
+        assert f"unsupported architecture '{model_type}'; supported: bart, bert" in errors
+        assert "docs/add-a-backbone.md" in errors
+    assert not ran.exists()
+
+
+def test_code_beside_a_supported_architecture_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    BertConfig(**BERT, auto_map={"AutoConfig": "own.Own"}).save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text("raise RuntimeError('the code of a folder ran')\n")
+    assert type(config_of(str(tmp_path))) is BertConfig
 
 
 @pytest.fixture
