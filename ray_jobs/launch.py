@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from revmux.artifact import atomic_folder
 from revmux.checkpoint import CheckpointConfig
 from revmux.data import TaskData, load_task
 from revmux.errors import UserError
-from revmux.pretrained import check_answers, identity_of, inspect
+from revmux.features import StoreConfig
+from revmux.pretrained import check_answers, identify, identity_of, inspect, resolve
 from revmux.recipe import MethodConfig, Recipe, check, makes_head
 
 
@@ -178,5 +179,12 @@ def run_params(recipe: Recipe, cluster: ClusterConfig) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe, task: TaskData) -> str:
-    """Eight characters that change with anything that decides the weights: only the same run is resumed."""
-    return hashlib.sha256(f"{recipe!r}{task.identity['sha256']}".encode()).hexdigest()[:8]
+    """Eight characters that change with anything that decides the weights: only the same run is resumed.
+
+    Other weights under the backbone's name make another run; another place of the store, or more shuffles, do not.
+    """
+    backbone = recipe.backbone
+    model = identify(backbone.model, resolve(backbone.model), backbone.revision)
+    weights = model["revision"] or model["sha256"]  # a commit is known before the weights are here
+    decides = replace(recipe, store=StoreConfig(root="any", copies="any", dtype=recipe.store.dtype), shuffles=1)
+    return hashlib.sha256(f"{decides!r}{weights}{task.identity['sha256']}".encode()).hexdigest()[:8]

@@ -16,6 +16,7 @@ from ray_jobs.launch import Trained, absolute_path, absolute_storage, launch, lo
 from ray_jobs.tracking import Tracker, TrackingConfig
 from revmux.checkpoint import CheckpointConfig
 from revmux.data import DataConfig, TaskData
+from revmux.errors import UserError
 from revmux.features import StoreConfig
 from revmux.losses import LossConfig
 from revmux.pretrained import BackboneConfig
@@ -62,6 +63,13 @@ class TrainJob:
     register_backbone: bool = True
     output: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.method.name == "siso":
+            raise UserError(
+                "method.name is siso, which has no adapters to train; tune a task model: python -m ray_jobs.finetune "
+                f"--backbone.model {self.backbone.model}, or choose another method, such as revmux"
+            )
 
     def recipes(self) -> dict[str, Recipe]:
         """A recipe for each N, by the name of its run."""

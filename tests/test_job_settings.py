@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_tiny_model
 
 from ray_jobs import cli, evaluate, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig
+from ray_jobs.launch import fingerprint
 from revmux import UserError
+from revmux.data import DataConfig, load_task
+from revmux.features import StoreConfig
 from revmux.pretrained import BackboneConfig, inspect
 from revmux.recipe import MethodConfig, Recipe, check
 
@@ -26,6 +31,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
         (["--method.prefill_layers", "9"], ["9", "0..3"]),
         (["--num_inputs", "[3]", "--optim.batch_size", "6"], ["32", "3"]),
         (["--method.name", "revmax"], ["revmax", "token-split"]),
+        (["--method.name", "siso"], ["siso", "python -m ray_jobs.finetune"]),
         (["--method.options", "{skipp: true}"], ["skipp", "skip"]),
         (["--optim.batch_size", "10"], ["10", "2 × 2 = 4"]),
         (["--data.source", "nowhere.csv"], ["nowhere.csv"]),
@@ -76,6 +82,19 @@ def test_a_recipe_is_checked_by_shape_alone() -> None:
     assert (shape.hidden_size, shape.num_layers) == (384, 6)
     with pytest.raises(UserError, match=r"384.*5"):
         check(Recipe(method=MethodConfig(num_inputs=5)), shape)
+
+
+def test_only_what_decides_the_weights_makes_another_run(tiny_csv: Path, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    data = DataConfig(source=str(tiny_csv))
+    task, recipe = load_task(data), Recipe(BackboneConfig(model=str(model), max_length=16), data)
+    first = fingerprint(recipe, task)
+    elsewhere = StoreConfig(root=str(tmp_path / "a"), copies=str(tmp_path / "b"), budget_gb=1)
+    assert fingerprint(replace(recipe, store=elsewhere, shuffles=3), task) == first
+    assert fingerprint(replace(recipe, store=StoreConfig(dtype="float32")), task) != first
+    assert fingerprint(replace(recipe, method=MethodConfig(num_inputs=4)), task) != first
+    write_tiny_model(model, seed=1)
+    assert fingerprint(recipe, task) != first, "other weights at the same path"
 
 
 def test_settings_come_from_yaml_and_flags_win(tmp_path: Path) -> None:
