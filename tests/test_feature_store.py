@@ -488,6 +488,42 @@ def test_any_filesystem_will_do(config: StoreConfig, tmp_path: Path, kind: str) 
 
 
 @pytest.mark.usefixtures("_no_settling")
+def test_workers_that_copy_at_once_leave_each_other_s_files_alone(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One opens the store while the other is between writing a copy and giving it its name."""
+    filesystem, remote = SubTreeFileSystem(str(tmp_path), LocalFileSystem()), same(config, root="deep/features")
+    model, tokens = pretrained(bert()), split()
+    open_features(model, tokens, [1], remote, filesystem)
+    shutil.rmtree(config.copies)
+    rename, opened = os.replace, []
+
+    def open_before_renaming(source: str, target: str) -> None:
+        if not opened and Path(target).name == "meta.json":
+            opened.append(target)
+            opened.append(open_features(model, tokens, [1], remote, filesystem))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", open_before_renaming)
+    store = open_features(model, tokens, [1], remote, filesystem)
+    assert opened[0] == f"{config.copies}/{store.key}/meta.json"
+    expect_equal(store, model.backbone, tokens, 1, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_sweep_passes_over_what_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    place = Place.open(str(tmp_path / "swept") if kind == "local" else "mock:///swept")
+    place.create()
+    place.write("left.tmp", b"half")
+    place.write("whole", b"whole")
+    listed = ["gone.tmp", *place.files()]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "files", lambda: listed)
+        place.sweep()
+    assert place.files() == ["whole"]
+
+
+@pytest.mark.usefixtures("_no_settling")
 @pytest.mark.parametrize("side", ["deep", "copies"])
 def test_remote_shards_are_copied_once_and_mended(config: StoreConfig, tmp_path: Path, side: str) -> None:
     filesystem, remote = SubTreeFileSystem(str(tmp_path), LocalFileSystem()), same(config, root="deep/features")

@@ -168,7 +168,8 @@ class Place:
         """Remove what interrupted writers left unfinished; for the holder of the lock."""
         for name in self.files():
             if name.endswith(_TEMPORARY):
-                self.remove_file(name)
+                with suppress(FileNotFoundError):  # its writer has finished just now
+                    self.remove_file(name)
 
     def remove_file(self, name: str) -> None:
         """Remove a file inside."""

@@ -218,6 +218,7 @@ class StoreBuilder:
             for shards in (self.teacher, *self.layers.values()):
                 shards.place.create()
                 shards.sweep()
+            self.place.sweep()
             self._describe(self.place)
             backbone = self.ingredients["backbone"]
             yield FeaturePass(
@@ -296,7 +297,6 @@ class StoreBuilder:
 
     def _describe(self, place: Place) -> None:
         place.create()
-        place.sweep()
         if not read_json(place, META):
             content = {
                 "ingredients": self.ingredients,
