@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from revmux.results import write_json
 
 
 def ratio_row(name: str, ratios: Sequence[float], target: float | None = None) -> dict[str, Any]:
@@ -47,3 +53,18 @@ def verdict(row: dict[str, Any]) -> str:
         return "–"
     reached = median <= target if row.get("bound") == "at most" else median >= target
     return "met" if reached else "missed"
+
+
+def digest(*settings: object) -> str:
+    """Sixteen hexadecimal digits that change with any of the settings."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+
+def kept_rows(folder: Path, name: str, settings: object, measure: Callable[[], Any]) -> Any:
+    """What was measured, kept in a file under its settings, so that a stopped benchmark goes on."""
+    file = folder / f"{name}-{digest(settings)}.json"
+    if not file.is_file():
+        started = time.perf_counter()
+        write_json(file, measure())
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return json.loads(file.read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.rows import digest
 from revmux.artifact import atomic_folder
 from revmux.data import DataConfig, TaskData
 from revmux.losses import LossConfig
@@ -52,11 +52,6 @@ class Run:
     def is_done(self) -> bool:
         """Whether the file is there and answers what is asked now."""
         return self.result.is_file() and json.loads(self.result.read_text()).get("asked") == self.asked
-
-
-def digest(*settings: object) -> str:
-    """Sixteen hexadecimal digits that change with any of the settings."""
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 def tuned_task_model(

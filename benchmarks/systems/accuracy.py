@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.systems.families import INPUTS, kept_rows, measure_backbone
+from benchmarks.rows import kept_rows
+from benchmarks.systems.families import measure_backbone
 from benchmarks.systems.grid import SYSTEMS, exit_head
 from benchmarks.trained import Run, over_seeds, siso_row, train_missing, tuned_task_model
 from revmux.data import DataConfig, TaskData, load_task
@@ -18,7 +19,7 @@ from revmux.recipe import MethodConfig, Recipe, fill_store
 from revmux.throughput import like_length_batches
 from revmux.training import OptimConfig
 
-MAX_LENGTH, TIMED_INPUTS = 64, 96
+MAX_LENGTH, TIMED_INPUTS, BATCH = 64, 96, 32
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def measure(budget: Budget, folder: Path, pairs: int) -> tuple[list[dict[str, An
         train_missing(runs, task)
     rows = over_seeds(runs)
     split = pretrained.tokenize(task.test, MAX_LENGTH)
-    batches = like_length_batches(split, TIMED_INPUTS, INPUTS)
+    batches = like_length_batches(split, TIMED_INPUTS, BATCH)
     measured = partial(measure_backbone, pretrained.backbone, batches, pairs)
-    ratios = kept_rows(folder, "task-model", (str(model), TIMED_INPUTS, INPUTS, pairs), measured)
+    ratios = kept_rows(folder / "timed", "task-model", (str(model), TIMED_INPUTS, BATCH, pairs, SYSTEMS), measured)
     rows = [row | ratios[f"{row['title']} N={row['num_inputs']}"] for row in rows]
     return [siso_row(rows[0]["siso_accuracy"]), *rows], task.identity, pretrained.identity

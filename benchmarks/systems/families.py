@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,17 +11,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from benchmarks.rows import kept_rows
 from benchmarks.systems.grid import SYSTEMS, System, exit_head
-from benchmarks.trained import digest
 from revmux.backbone import Backbone, TokenBatch, Verbalizer, cut, supported_model_types
 from revmux.cost import relative_cost
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.results import write_json
 from revmux.shapes import GENERATIVE_TYPES, PRESETS, meta_backbone
 from revmux.throughput import paired_throughput
 
-LAYERS, WIDTH, HEADS, INNER, VOCABULARY, LENGTH, INPUTS = 6, 384, 6, 1536, 2000, 32, 32
+LAYERS, WIDTH, HEADS, INNER, VOCABULARY, LENGTH, INPUTS = 6, 384, 6, 1536, 2000, 16, 16
 PUBLISHED_LENGTH = 128
 
 
@@ -161,18 +158,8 @@ def measure_family(family: str, pairs: int) -> list[dict[str, Any]]:
         rival.row(family, place, LENGTH)
         | against_siso(siso, rival, [tokens], pairs)
         | {"accuracy_mean": None, "why": why}
-        for rival in comparisons(backbone, range(1, LAYERS))
+        for rival in comparisons(backbone, [LAYERS // 2])
     ]
-
-
-def kept_rows(folder: Path, name: str, settings: object, measure: Callable[[], Any]) -> Any:
-    """What was measured, kept in a file under its settings, so that a stopped benchmark goes on."""
-    file = folder / "timed" / f"{name}-{digest(settings, SYSTEMS)}.json"
-    if not file.is_file():
-        started = time.perf_counter()
-        write_json(file, measure())
-        print(f"throughput, {name}: {time.perf_counter() - started:.0f} s", flush=True)
-    return json.loads(file.read_text())
 
 
 def measure_families(folder: Path, pairs: int) -> list[dict[str, Any]]:
@@ -180,7 +167,7 @@ def measure_families(folder: Path, pairs: int) -> list[dict[str, Any]]:
     shape = (LAYERS, WIDTH, HEADS, INNER, VOCABULARY, LENGTH, INPUTS, pairs)
     rows: list[dict[str, Any]] = []
     for family in supported_model_types():
-        rows += kept_rows(folder, family, shape, partial(measure_family, family, pairs))
+        rows += kept_rows(folder / "timed", family, (shape, SYSTEMS), partial(measure_family, family, pairs))
     return rows
 
 

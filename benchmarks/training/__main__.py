@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import unmeasured_row
+from benchmarks.rows import kept_rows, unmeasured_row
 from benchmarks.training import epochs, memory, sweep, workers
 from benchmarks.training.backbones import small_task
 from revmux.results import describe_run, write_json
 
-RESULT = Path("benchmarks/results/training.json")
+RESULT, KEPT = Path("benchmarks/results/training.json"), Path("runs/training")
 
 
 def main() -> None:
     """Measure all and write the file."""
-    rows: list[dict[str, Any]] = [*epochs.measure(), *sweep.measure(), *workers.measure(), *memory.measure()]
+    stages = {"epochs": epochs, "sweep": sweep, "workers": workers, "memory": memory}
+    rows: list[dict[str, Any]] = []
+    for name, stage in stages.items():
+        rows += kept_rows(KEPT, name, stage.SETTINGS, stage.measure)
     why = "no GPU was at hand to write this part against"
     rows += [
         unmeasured_row(f"examples a second and share of the peak matrix rate in bf16 on a GPU, SST-2: {name}", why)

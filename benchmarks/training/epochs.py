@@ -22,6 +22,9 @@ from revmux.training import OptimConfig, Trainer
 
 BATCH, RATE = 16, 5e-4
 INPUTS = {"all-MiniLM-L6-v2": 480, "bert-base shape, random": 96}
+WIDTHS = {"all-MiniLM-L6-v2": (2, 4), "bert-base shape, random": (2,)}
+PAIRS = 3
+SETTINGS = (BATCH, RATE, INPUTS, WIDTHS, PAIRS)
 
 
 def epochs_of(timed: Timed, num_inputs: int, layer: int, features: Features, epochs: int) -> Iterator[float]:
@@ -85,11 +88,11 @@ def compare(timed: Timed, num_inputs: int, pairs: int) -> Iterator[dict[str, Any
         yield about | ratio_row(words, [times[rival] / times["store"] for times in rounds], target)
 
 
-def measure(pairs: int = 3) -> list[dict[str, Any]]:
+def measure() -> list[dict[str, Any]]:
     """All rows."""
     rows = []
     for timed in timed_backbones(INPUTS):
-        for num_inputs in (2, 4):
-            rows += list(compare(timed, num_inputs, pairs))
+        for num_inputs in WIDTHS[timed.name]:
+            rows += list(compare(timed, num_inputs, PAIRS))
             print(*(f"{row['name']}: {row['ratio_median']}" for row in rows[-3:]), sep="\n", flush=True)
     return rows

@@ -23,6 +23,7 @@ from revmux.pretrained import Pretrained, resolve
 from revmux.training import OptimConfig, Trainer
 
 SIZES = (5_000, 50_000)
+SETTINGS = SIZES
 
 
 def resident_megabytes() -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,12 @@ from revmux.features import StoreConfig
 from revmux.losses import LossConfig
 from revmux.pretrained import BackboneConfig
 from revmux.recipe import MethodConfig, Recipe, prepare, train_here
+from revmux.task_model import save_task_model
 from revmux.training import OptimConfig
 
-PER_CLASS = 150
+PER_CLASS, PAIRS = 150, 2
+TRIALS = ((1, 2), (1, 4), (3, 2))  # epochs and N
+SETTINGS = (PER_CLASS, PAIRS, TRIALS)
 
 
 def trial(recipe: Recipe) -> float:
@@ -28,29 +30,29 @@ def trial(recipe: Recipe) -> float:
     return time.perf_counter() - started
 
 
-def measure(pairs: int = 2) -> Iterator[dict[str, Any]]:
+def measure() -> list[dict[str, Any]]:
     """Rows for trials of one epoch, as a sweep's early stopping starts them, and of three."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "task-model"
-        pretrained = embedded(small_task(PER_CLASS))
-        pretrained.backbone.model.save_pretrained(model)
-        pretrained.tokenizer.save_pretrained(model)
-        for epochs, widths in ((1, (2, 4)), (3, (2,))):
-            for num_inputs in widths:
-                ratios = []
-                for pair in range(pairs + 1):  # the first pair warms the process up
-                    recipe = Recipe(
-                        BackboneConfig(str(model), max_length=MAX_LENGTH),
-                        DataConfig(per_class=PER_CLASS),
-                        MethodConfig("revmux", num_inputs, 3),
-                        OptimConfig(epochs, 16, seed=pair),
-                        LossConfig(infonce_weight=0.25),
-                        StoreConfig(root=f"{folder}/features-{epochs}-{num_inputs}-{pair}"),
-                        shuffles=1,
-                    )
-                    first = trial(recipe)
-                    ratios.append(first / trial(replace(recipe, loss=LossConfig(infonce_weight=0.5))))
-                name = f"first trial of a sweep / second, {epochs} epoch{'s' if epochs > 1 else ''}"
-                row = ratio_row(name, ratios[1:], 3.0)
-                yield {"backbone": "all-MiniLM-L6-v2", "num_inputs": num_inputs, "prefill_layers": 3} | row
-                print(f"{name}, N = {num_inputs}: {row['ratio_median']}", flush=True)
+        model = save_task_model(embedded(small_task(PER_CLASS)), Path(folder) / "task-model")
+        for epochs, num_inputs in TRIALS:
+            ratios = []
+            for pair in range(PAIRS + 1):  # the first pair warms the process up
+                recipe = Recipe(
+                    BackboneConfig(str(model), max_length=MAX_LENGTH),
+                    DataConfig(per_class=PER_CLASS),
+                    MethodConfig("revmux", num_inputs, 3),
+                    OptimConfig(epochs, 16, seed=pair),
+                    LossConfig(infonce_weight=0.25),
+                    StoreConfig(root=f"{folder}/features-{epochs}-{num_inputs}-{pair}"),
+                    shuffles=1,
+                )
+                first = trial(recipe)
+                ratios.append(first / trial(replace(recipe, loss=LossConfig(infonce_weight=0.5))))
+            name = f"first trial of a sweep / second, {epochs} epoch{'s' if epochs > 1 else ''}"
+            rows.append(
+                {"backbone": "all-MiniLM-L6-v2", "num_inputs": num_inputs, "prefill_layers": 3}
+                | ratio_row(name, ratios[1:], 3.0)
+            )
+            print(f"{name}, N = {num_inputs}: {rows[-1]['ratio_median']}", flush=True)
+    return rows

@@ -22,6 +22,8 @@ from revmux.model import MultiplexedClassifier
 from revmux.training import OptimConfig, Trainer
 
 NUM_INPUTS, LAYER, BATCH = 2, 3, 32
+PAIRS, EPOCHS = 3, 3
+SETTINGS = (NUM_INPUTS, LAYER, BATCH, PAIRS, EPOCHS)
 
 
 def work(rank: int, world: int, threads: int, store: str, meeting: str, epochs: int, results: Any) -> None:
@@ -67,15 +69,15 @@ def run(world: int, threads: int, store: str, epochs: int) -> tuple[float, float
     return statistics.median(found[0][1]), statistics.fmean(waited for _, _, waited in found)
 
 
-def measure(pairs: int = 3, epochs: int = 3) -> list[dict[str, Any]]:
+def measure() -> list[dict[str, Any]]:
     """The rows, with the waiting of two workers; what one worker alone seems to wait, it is kept from running."""
     with tempfile.TemporaryDirectory() as store:
         run(1, 1, store, 1)  # fills the store
         against_one, against_threads, waits, kept = [], [], [], []
-        for _ in range(pairs):
-            one, alone = run(1, 1, store, epochs)
-            two, waited = run(2, 1, store, epochs)
-            threaded, _ = run(1, 2, store, epochs)
+        for _ in range(PAIRS):
+            one, alone = run(1, 1, store, EPOCHS)
+            two, waited = run(2, 1, store, EPOCHS)
+            threaded, _ = run(1, 2, store, EPOCHS)
             against_one.append(two / one)
             against_threads.append(two / threaded)
             waits.append(waited)
