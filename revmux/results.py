@@ -38,6 +38,7 @@ def describe_run(command: str, data: dict[str, Any], backbone: dict[str, Any]) -
         "machine": {
             "cpu": _cpu(),
             "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "data": data,

@@ -47,7 +47,12 @@ def test_the_page_sets_published_figures_beside_ours():
     counted = {"title": "RevMUX", "num_inputs": 2, "tunable_params": 9_445_248, "accuracy_mean": None, "why": "counted"}
     rows = [siso_row(0.6), place | trained, place | counted | {"backbone": "bert-base", "method": "revmux"}]
     meta = {"budget": {"epochs": 3, "tuned_epochs": 2, "exit_head_epochs": 9, "batch_size": 16, "shuffles": 4}}
-    meta |= {"data": {"train": 1, "test": 1}, "machine": {"cores": 2}, "versions": {"torch": "2"}, "commit": "abc"}
+    meta |= {
+        "data": {"train": 1, "test": 1},
+        "machine": {"cores": 2, "threads": 1},
+        "versions": {"torch": "2"},
+        "commit": "abc",
+    }
     words = systems_words({"meta": meta, "rows": rows})
     assert "| RevMUX | 2 | 3 | 9 | 0.75 | 1.25× | 50.0 ± 1.0 | 10.0 | 81.22 | 1.96 |" in words["systems-task"]
     assert "| bert-base | RevMUX | 2 | 3 | 9,445,248 | 0.750 | 81.22 |" in words["systems-shapes"]

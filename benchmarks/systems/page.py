@@ -87,7 +87,7 @@ def systems_words(result: Row) -> dict[str, str]:
         f"{data['train']} training and {data['test']} test sentences, {budget['epochs']} epochs "
         f"({budget['tuned_epochs']} where the backbone is tuned, {budget['exit_head_epochs']} for exit heads), batches of "
         f"{budget['batch_size']}, {seeds} seeds × {budget['shuffles']} shuffles (± is the spread over the seeds of the adapters, on one task model); "
-        f"{machine['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
+        f"{machine['cores']} cores, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
     )
     return {
         "systems-task": f"{task_table(rows, published)}\n\n{how}\n",

@@ -27,5 +27,5 @@ def training_words(result: Row) -> dict[str, str]:
             f"| {row['name']} | {row.get('backbone', '–')} | {row.get('num_inputs', '–')} | {target} | {found} | {verdict(row)} |"
         )
     machine = meta["machine"]
-    how = f"{machine['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
+    how = f"{machine['cores']} cores, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
     return {"training": "\n".join(lines) + f"\n\n{how}\n"}
