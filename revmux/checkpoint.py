@@ -17,12 +17,13 @@ import logging
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from revmux.errors import UserError
@@ -71,7 +72,7 @@ class _Damaged(Exception):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. One process writes at a time.
+    """The checkpoints of one run. One process writes at a time: the one that :meth:`held` let in.
 
     Args:
         path: of the folder, made when the first checkpoint is saved; on a disk that every worker reaches.
@@ -82,6 +83,33 @@ class CheckpointFolder:
         self.path = path
         self.keep = keep
         self._known: dict[str, dict[str, Any]] = {}  # files that are there and sound, as manifests describe them
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the one process that reads and writes here, waiting for another to end.
+
+        The workers of a driver that was killed may live on for a while, beside those of the next.
+
+        Raises:
+            UserError: the folder cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                _log.warning("another process still writes checkpoints to %s; waiting for it to end", self.path)
+                lock.acquire()
+        except OSError as error:
+            raise UserError(
+                f"cannot write checkpoints to {self.path} ({error.strerror or error}); make room there, or name another "
+                "storage folder"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def save(self, step: int, state: dict[str, Any], best: dict[str, Tensor], best_epoch: int) -> None:
         """Add a checkpoint and drop the oldest.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -116,6 +118,35 @@ def test_a_checkpoint_runs_no_code(saved: Path, tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 20
     assert not (tmp_path / "harmed").exists()
+
+
+def test_one_process_holds_a_folder_and_the_next_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of a killed driver live on while those of the next one start."""
+    path, told, entered = tmp_path / "run", SimpleQueue[str](), threading.Event()
+    monkeypatch.setattr("revmux.checkpoint._log.warning", lambda words, *values: told.put(words % values))
+
+    def second() -> None:
+        with CheckpointFolder(path).held():
+            entered.set()
+
+    with CheckpointFolder(path).held():
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert f"another process still writes checkpoints to {path}" in told.get(timeout=30)
+        save(CheckpointFolder(path), 10)
+        assert not entered.is_set()
+    assert entered.wait(30)
+    thread.join()
+    found = CheckpointFolder(path).load()
+    assert found is not None
+    assert found.step == 10
+
+
+def test_a_folder_that_cannot_be_held_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = pytest.raises(UserError, match=r"cannot write checkpoints to .*file/run .*; make room")
+    with refused, CheckpointFolder(tmp_path / "file" / "run").held():
+        pass
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
