@@ -17,7 +17,8 @@ from revmux.checkpoint import CheckpointConfig
 from revmux.data import TaskData, load_task
 from revmux.errors import UserError
 from revmux.features import StoreConfig
-from revmux.pretrained import check_answers, identify, identity_of, inspect, resolve
+from revmux.methods import BackboneShape
+from revmux.pretrained import check_answers, identify, identity_of, outline, resolve
 from revmux.recipe import MethodConfig, Recipe, check, makes_head
 
 
@@ -79,8 +80,8 @@ def load_checked(recipe: Recipe, workers: int) -> TaskData:
     """Check a recipe against the backbone's shape, then read its data: all that can fail before a cluster starts."""
     if not makes_head(recipe):
         check_answers(recipe.backbone)
-    shape, own_labels = inspect(recipe.backbone)
-    check(recipe, shape, workers)
+    backbone, own_labels = outline(recipe.backbone)
+    check(recipe, BackboneShape.of(backbone), workers, backbone.max_length)
     return load_task(recipe.data, own_labels)
 
 

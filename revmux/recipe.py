@@ -113,19 +113,42 @@ def relative_cost_at(model: MultiplexedClassifier, features: Features) -> float:
     return relative_cost(model.backbone, model.method, model.prefill_layers, length)
 
 
-def check(recipe: Recipe, shape: BackboneShape, workers: int = 1) -> None:
+def check(recipe: Recipe, shape: BackboneShape, workers: int = 1, longest: int | None = None) -> None:
     """Refuse what cannot be trained, from shapes alone: before weights are loaded or a cluster starts.
+
+    Args:
+        recipe: the run.
+        shape: of its backbone.
+        workers: that share a step.
+        longest: tokens that the backbone reads at most, where known.
 
     Raises:
         UserError: an unknown method or option, l out of range, d not divisible by N, a batch that cannot be
-            cut into groups.
+            cut into groups, texts that leave no room for the tokens that the method adds.
     """
     method = recipe.method
     if recipe.shuffles < 1:
         raise UserError(f"shuffles is {recipe.shuffles}; choose 1 or more")
     with torch.device("meta"):
-        build_method(method.name, shape, method.num_inputs, method.options).check_prefill(method.prefill_layers)
+        built = build_method(method.name, shape, method.num_inputs, method.options)
+    built.check_prefill(method.prefill_layers)
     recipe.optim.check_groups(method.num_inputs, workers)
+    if longest is not None:
+        check_room(recipe.backbone, built, longest)
+
+
+def check_room(config: BackboneConfig, method: Method, longest: int) -> None:
+    """Refuse texts that leave no room for the tokens that a method adds to them.
+
+    Raises:
+        UserError: naming all three lengths and the one that fits.
+    """
+    added = method.added_tokens
+    if added and config.max_length + added > longest:
+        raise UserError(
+            f"max_length is {config.max_length} and {method.name} adds {added} tokens to every text, but {config.model} "
+            f"reads at most {longest}; choose max_length {longest - added} or fewer"
+        )
 
 
 def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") -> Prepared:
@@ -148,6 +171,7 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
     method = build_method(
         method_config.name, BackboneShape.of(backbone), method_config.num_inputs, method_config.options
     ).to(device)
+    check_room(recipe.backbone, method, backbone.max_length)
     model = MultiplexedClassifier(backbone, method, method_config.prefill_layers)
     splits = [
         pretrained.tokenize(split, recipe.backbone.max_length) for split in (task.train, task.selection, task.test)

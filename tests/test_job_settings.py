@@ -16,7 +16,7 @@ from revmux import UserError
 from revmux.data import DataConfig, load_task
 from revmux.features import StoreConfig
 from revmux.pretrained import BackboneConfig, inspect
-from revmux.recipe import MethodConfig, Recipe, check
+from revmux.recipe import MethodConfig, Recipe, check, prepare
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -33,6 +33,10 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
         (["--method.name", "revmax"], ["revmax", "token-split"]),
         (["--method.name", "siso"], ["siso", "python -m ray_jobs.finetune"]),
         (["--method.options", "{skipp: true}"], ["skipp", "skip"]),
+        (
+            ["--method.name", "datamux", "--method.options", "{demultiplexer: index}", "--backbone.max_length", "38"],
+            ["max_length is 38", "datamux adds 3 tokens", "at most 40", "max_length 37"],
+        ),
         (["--optim.batch_size", "10"], ["10", "2 × 2 = 4"]),
         (["--data.source", "nowhere.csv"], ["nowhere.csv"]),
     ],
@@ -82,6 +86,16 @@ def test_a_recipe_is_checked_by_shape_alone() -> None:
     assert (shape.hidden_size, shape.num_layers) == (384, 6)
     with pytest.raises(UserError, match=r"384.*5"):
         check(Recipe(method=MethodConfig(num_inputs=5)), shape)
+
+
+def test_texts_that_leave_no_room_for_added_tokens_are_refused_by_every_worker(
+    tiny_model_folder: Path, tiny_csv: Path
+) -> None:
+    """Else the worker that meets a long text would end alone, and the others wait for it."""
+    backbone = BackboneConfig(model=str(tiny_model_folder), max_length=38)
+    recipe = Recipe(backbone, DataConfig(str(tiny_csv)), MethodConfig("datamux", 2, 1, {"demultiplexer": "index"}))
+    with pytest.raises(UserError, match=r"max_length is 38 .* at most 40; choose max_length 37 or fewer"):
+        prepare(recipe, load_task(recipe.data))
 
 
 def test_only_what_decides_the_weights_makes_another_run(tiny_csv: Path, tmp_path: Path) -> None:
