@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,17 +75,24 @@ class Outcome:
 def train_worker(arguments: dict[str, Any]) -> Outcome:
     """Body of a worker; every rank runs it, reports alike and ends alike.
 
+    To the end, rank 0 is the one process that writes the run's checkpoints and its result.
+
     Args:
         arguments: ``{"config": WorkerConfig}``, as Ray Train hands it over.
     """
     try:
-        return Outcome(train(arguments["config"]))
+        with ExitStack() as until_the_end:
+            return Outcome(train(arguments["config"], until_the_end))
     except UserError as error:
         return Outcome(error=str(error))
 
 
-def train(config: WorkerConfig) -> dict[str, float]:
+def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
     """Go on from the last checkpoint to the end, evaluate, and leave the result in the run's folder.
+
+    Args:
+        config: from the driver.
+        until_the_end: what is held while the worker lives.
 
     Raises:
         UserError: on every rank, though it may be one that met it.
@@ -96,11 +103,12 @@ def train(config: WorkerConfig) -> dict[str, float]:
     disable_progress_bar()
     task: TaskData = ray.get(config.task)
     first = ray.train.get_context().get_world_rank() == 0
+    checkpoints = CheckpointFolder(config.folder, config.checkpoint.keep)
     with together():
         prepared = prepare(config.recipe, task, get_device())
-    trainer = prepared.trainer(
-        checkpoints=CheckpointFolder(config.folder, config.checkpoint.keep), checkpoint_steps=config.checkpoint.steps
-    )
+        if first:
+            until_the_end.enter_context(checkpoints.held())
+    trainer = prepared.trainer(checkpoints=checkpoints, checkpoint_steps=config.checkpoint.steps)
     start = trainer.resume()
     progress = (
         TrainProgress(config.title, trainer, config.tracking_uri, config.run_id, config.outbox, config.progress)
