@@ -25,7 +25,6 @@ from revmux.artifact import (
     describe,
     from_pretrained,
     load_config,
-    save_atomically,
     save_pretrained,
 )
 from revmux.data import DataConfig, load_task
@@ -285,15 +284,6 @@ def test_a_rewrite_replaces_the_whole_folder(saved: Path, tiny_pretrained: Pretr
     assert load_config(saved).method == "token-split"
     assert sorted(path.name for path in saved.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME, "README.md"])
     assert list(saved.parent.iterdir()) == [saved]
-
-
-def test_a_value_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "state.pt"
-    save_atomically({"step": 1}, path)
-    with pytest.raises(Exception, match="pickle"):
-        save_atomically({"step": lambda: None}, path)
-    assert torch.load(path) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_card_tells_what_was_measured_and_no_path_of_the_machine(
