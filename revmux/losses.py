@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,20 @@ class LossConfig:
             raise UserError(f"temperature is {self.temperature}; choose a value above 0, such as 0.05")
 
 
+class Candidates(NamedTuple):
+    """Teachers that restored vectors stand against.
+
+    Attributes:
+        vectors: (Q, d) of a whole step, over all workers and parts.
+        first: the place of the first of a call's own among them.
+        rows: (Q,) long, which input each is of: one that comes twice is no negative of itself. None where all differ.
+    """
+
+    vectors: Tensor
+    first: int
+    rows: Tensor | None = None
+
+
 def similarity_matrix(restored: Tensor, targets: Tensor, config: LossConfig) -> Tensor:
     """Similarities of restored vectors to teacher vectors, over τ.
 
@@ -61,16 +75,14 @@ def similarity_matrix(restored: Tensor, targets: Tensor, config: LossConfig) -> 
     return restored @ targets.transpose(-1, -2) / config.temperature
 
 
-def infonce(
-    restored: Tensor, teacher: Tensor, config: LossConfig, candidates: tuple[Tensor, int] | None = None
-) -> Tensor:
+def infonce(restored: Tensor, teacher: Tensor, config: LossConfig, candidates: Candidates | None = None) -> Tensor:
     """InfoNCE: each restored vector must find its own teacher vector among the others.
 
     Args:
         restored: (G, N, d) what the demultiplexer gave the classifier.
         teacher: (G, N, d) what the same backbone gives it for the same input alone.
-        candidates: with batch negatives, the teachers (Q, d) of the whole step and the place of the first of
-            ``teacher`` among them; by default those of this call, gathered from every worker.
+        candidates: with batch negatives, the teachers of the whole step; by default those of this call, gathered
+            from every worker.
 
     Returns:
         Scalar mean over the G·N inputs of this worker; with batch negatives the teachers of every
@@ -81,9 +93,12 @@ def infonce(
         own = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape[:-1])  # (G, N)
         return F.cross_entropy(logits.flatten(0, 1), own.flatten())
     restored, teacher = restored.flatten(0, 1), teacher.flatten(0, 1)  # (P, d)
-    among, offset = gather_from_workers(teacher) if candidates is None else candidates  # (Q, d)
-    logits = similarity_matrix(restored, among, config)  # (P, Q)
-    own = torch.arange(len(restored), device=logits.device) + offset
+    vectors, first, rows = candidates or Candidates(*gather_from_workers(teacher))  # (Q, d)
+    logits = similarity_matrix(restored, vectors, config)  # (P, Q)
+    own = torch.arange(len(restored), device=logits.device) + first
+    if rows is not None:
+        twins = (rows[own].unsqueeze(1) == rows).scatter(1, own[:, None], False)  # (P, Q)
+        logits = logits.masked_fill(twins, -torch.inf)
     return F.cross_entropy(logits, own)
 
 
@@ -115,7 +130,7 @@ def training_loss(
     teacher_vectors: Tensor | None,
     teacher_scores: Tensor | None,
     config: LossConfig,
-    candidates: tuple[Tensor, int] | None = None,
+    candidates: Candidates | None = None,
 ) -> dict[str, Tensor]:
     """The loss and its parts.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from revmux.features import FeatureBatch
-from revmux.losses import LossConfig, training_loss
+from revmux.losses import Candidates, LossConfig, training_loss
 from revmux.model import MultiplexedClassifier
 
 
@@ -30,7 +30,7 @@ class TrainStep(nn.Module):
         batch: FeatureBatch,
         groups: Tensor,
         warmup: bool = False,
-        candidates: tuple[Tensor, int] | None = None,
+        candidates: Candidates | None = None,
     ) -> dict[str, Tensor]:
         """Losses of one batch.
 

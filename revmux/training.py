@@ -25,7 +25,7 @@ from revmux.errors import UserError, one_of
 from revmux.evaluation import evaluate
 from revmux.features import Features
 from revmux.grouping import epoch_groups, local_rows
-from revmux.losses import LossConfig, gather_from_workers
+from revmux.losses import Candidates, LossConfig, gather_from_workers
 from revmux.model import MultiplexedClassifier
 from revmux.train_step import TrainStep
 from revmux.workers import from_first, mean_over_workers, together, worker
@@ -265,7 +265,7 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         first, started = state.epoch_step, time.perf_counter()
         for index in range(first, len(plan)):
-            losses = self._step(own[index])
+            losses = self._step(own[index], plan[index])
             state.step += 1
             state.epoch_step += 1
             for name, value in losses.items():
@@ -286,8 +286,8 @@ class Trainer:
             "tokens_per_second": sum(tokens[first:]) / seconds,
         }
 
-    def _step(self, groups: Tensor) -> dict[str, Tensor]:
-        """One optimiser step over this worker's (G, N) groups; returns its mean losses, detached."""
+    def _step(self, groups: Tensor, whole: Tensor) -> dict[str, Tensor]:
+        """One optimiser step over this worker's (G, N) groups of the ``whole`` (W·G, N); its mean losses, detached."""
         seeds = np.random.SeedSequence([self.optim.seed, self.state.step, self.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))  # dropout
         parts = []
@@ -296,11 +296,11 @@ class Trainer:
             batch = self.train_data.batch(rows)
             parts.append((batch, inside.to(batch.labels.device)))
         teachers = [self.train_step.teachers(batch, inside) for batch, inside in parts]
-        among, place = self._candidates(teachers)
+        among = self._candidates(teachers, whole)
         means: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for index, (batch, inside) in enumerate(parts):
-            candidates = None if among is None else (among, place + index * inside.numel())
+            candidates = None if among is None else among._replace(first=among.first + index * inside.numel())
             warmup = self.state.step < self.model.method.warmup_steps
             is_last = index == len(parts) - 1
             with nullcontext() if is_last or self.world == 1 else self.step.no_sync():  # type: ignore[operator]
@@ -314,12 +314,13 @@ class Trainer:
         self.scheduler.step()
         return means
 
-    def _candidates(self, teachers: list[Tensor | None]) -> tuple[Tensor | None, int]:
-        """The teachers (Q, r) of the whole step, all workers and parts, and the place of this worker's first."""
+    def _candidates(self, teachers: list[Tensor | None], whole: Tensor) -> Candidates | None:
+        """The teachers of the whole step, (W·G, N), over all workers and parts; the first is this worker's own first."""
         matched = [teacher.flatten(0, 1) for teacher in teachers if teacher is not None]
         if not matched or not self.loss.infonce_weight or self.loss.negatives != "batch":
-            return None, 0
-        return gather_from_workers(torch.cat(matched))
+            return None
+        vectors, first = gather_from_workers(torch.cat(matched))  # by rank, as the step is shared out
+        return Candidates(vectors, first, whole.flatten().to(vectors.device))
 
     def _add_up(self, totals: dict[str, Tensor]) -> None:
         """Add losses of steps, a mean over workers, to those that the state has of the epoch.

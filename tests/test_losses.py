@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from revmux import UserError
-from revmux.losses import LossConfig, gather_from_workers, infonce, training_loss
+from revmux.losses import Candidates, LossConfig, gather_from_workers, infonce, training_loss
 
 ONE_APART = math.log(1 + math.exp(-1))  # −log softmax of 1 against 0
 
@@ -40,6 +40,15 @@ def test_batch_negatives_stand_against_other_groups_and_group_negatives_do_not()
     twice = axes(1.0, 1.0).repeat(2, 1, 1)  # (2, 2, 2): every vector has its double in the other group
     assert infonce(twice, twice, config("group", "cosine")).item() == pytest.approx(ONE_APART)
     assert infonce(twice, twice, config("batch", "cosine")).item() == pytest.approx(ONE_APART + math.log(2))
+
+
+def test_an_input_that_comes_twice_is_no_negative_of_itself() -> None:
+    twice, settings = axes(1.0, 1.0).repeat(2, 1, 1), config("batch", "cosine")
+    rows = torch.tensor([7, 8, 7, 8])
+    known = infonce(twice, twice, settings, Candidates(twice.flatten(0, 1), 0, rows))
+    assert known.item() == pytest.approx(math.log(1 + 2 * math.exp(-1))), "the other input counts twice"
+    second = infonce(twice[1:], twice[1:], settings, Candidates(twice.flatten(0, 1), 2, torch.tensor([7, 8, 9, 8])))
+    assert second.item() == pytest.approx((ONE_APART + math.log(2) + math.log(1 + 2 * math.exp(-1))) / 2)
 
 
 def test_the_own_teacher_is_the_one_of_the_same_slot() -> None:

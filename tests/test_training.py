@@ -20,7 +20,7 @@ from revmux.backbone.verbalizer import Verbalizer
 from revmux.checkpoint import CheckpointFolder
 from revmux.data import DataConfig, TokenizedSplit, load_task
 from revmux.features import FeatureBatch, OnlineFeatures, StoreConfig
-from revmux.losses import LossConfig, Negatives
+from revmux.losses import Candidates, LossConfig, Negatives
 from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
 from revmux.recipe import MethodConfig, Recipe, check, prepare
 from revmux.training import OptimConfig, Trainer, load_weights
@@ -207,6 +207,28 @@ def test_parts_of_a_step_add_up_to_it(tiny_pretrained: Pretrained, tiny_rows: li
         torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match=r"num_inputs × workers × accumulate \(2 × 1 × 3 = 6\); choose 18"):
         trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=16, accumulate=3))
+
+
+def test_each_part_of_a_step_knows_whose_teachers_it_stands_against(
+    tiny_pretrained: Pretrained, tiny_rows: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of an epoch is made up of groups that come twice, whose inputs must not repel themselves."""
+    running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=1, batch_size=24, accumulate=2))
+    forward, twins = running.train_step.forward, []
+
+    def checked(batch: FeatureBatch, groups: Tensor, warmup: bool, candidates: Candidates) -> dict[str, Tensor]:
+        own, teachers = groups.numel(), running.train_step.teachers(batch, groups)
+        assert teachers is not None
+        assert candidates.rows is not None
+        assert torch.equal(candidates.vectors[candidates.first :][:own], teachers.flatten(0, 1))
+        everything = running.train_data.batch(candidates.rows).teacher_vectors
+        torch.testing.assert_close(candidates.vectors, everything)
+        twins.append(len(candidates.rows) - len(candidates.rows.unique()))
+        return forward(batch, groups, warmup, candidates)
+
+    monkeypatch.setattr(running.train_step, "forward", checked)
+    list(running.run())
+    assert sum(map(bool, twins)) == 2, "in both parts of one step"
 
 
 def test_steps_are_told_without_warnings(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
