@@ -167,6 +167,7 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
     pretrained = load_backbone(recipe, task.label_names)
     check_labels(pretrained, task)
     backbone = pretrained.backbone.freeze().to(device)
+    backbone.gradient_checkpointing = recipe.optim.gradient_checkpointing
     torch.manual_seed(recipe.optim.seed)  # the same adapters whatever was drawn before
     method = build_method(
         method_config.name, BackboneShape.of(backbone), method_config.num_inputs, method_config.options

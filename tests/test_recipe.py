@@ -1,0 +1,40 @@
+"""A recipe's settings reach the model that is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from revmux.data import DataConfig, load_task
+from revmux.features import StoreConfig
+from revmux.pretrained import BackboneConfig
+from revmux.recipe import MethodConfig, Recipe, prepare, train_here
+from revmux.training import OptimConfig
+
+
+def test_gradient_checkpointing_runs_upper_layers_again_and_trains_the_same_weights(
+    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    passes, weights = [], []
+    for checkpointing in (False, True):
+        recipe = Recipe(
+            BackboneConfig(str(tiny_model_folder), max_length=16),
+            DataConfig(str(tiny_csv)),
+            MethodConfig(num_inputs=2, prefill_layers=1),
+            OptimConfig(epochs=1, batch_size=16, gradient_checkpointing=checkpointing),
+            store=StoreConfig(root=str(tmp_path / "store")),
+            shuffles=1,
+        )
+        prepared = prepare(recipe, load_task(recipe.data))
+        with_gradient = []
+        prepared.model.backbone.layer(2).register_forward_pre_hook(
+            lambda *_, seen=with_gradient: seen.append(1) if torch.is_grad_enabled() else None
+        )
+        train_here(prepared)
+        passes.append(len(with_gradient))
+        weights.append(prepared.model.method.state_dict())
+    assert passes[0] > 0
+    assert passes[1] == 2 * passes[0], "once forward, once on the way back"
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6)
