@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from revmux.backbone.base import padding_mask
 from revmux.features import FeatureBatch
 from revmux.losses import Candidates, LossConfig, training_loss
 from revmux.model import MultiplexedClassifier
@@ -59,9 +60,8 @@ class TrainStep(nn.Module):
         if method.has_auxiliary_loss:
             assert output.shared is not None
             assert batch.tokens is not None
-            losses["auxiliary"] = method.auxiliary_loss(
-                self.model.backbone, output.shared, batch.tokens["input_ids"][groups]
-            )
+            token_ids, mask = batch.tokens["input_ids"][groups], padding_mask(batch.tokens)[groups]  # (G, N, S)
+            losses["auxiliary"] = method.auxiliary_loss(self.model.backbone, output.shared, token_ids, mask)
             losses["loss"] = losses["auxiliary"] + (0.0 if warmup else 1.0) * losses["loss"]
         return losses
 

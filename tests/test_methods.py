@@ -1,5 +1,9 @@
 """Every method on a tiny backbone: shapes, gradients, padding, sizes and mistakes."""
 
+import os
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method, cut
 from revmux.backbone import Backbone, TokenBatch
 from revmux.methods import Method, method_names, registry
+from revmux.methods.retrieval import sample_questions
 
 SYSTEMS = [
     ("revmux", {}),
@@ -109,8 +114,8 @@ def test_gradient_reaches_every_adapter_weight_and_no_frozen_one(bert, name, opt
     loss = output.scores.square().sum()
     if method.has_auxiliary_loss:
         # Often enough that every slot is asked for.
-        ids = tokens["input_ids"][groups]
-        loss = loss + sum(method.auxiliary_loss(bert, output.shared, ids) for _ in range(60))
+        asked = tokens["input_ids"][groups], tokens["attention_mask"][groups]
+        loss = loss + sum(method.auxiliary_loss(bert, output.shared, *asked) for _ in range(60))
     loss.backward()
     untouched = [
         parameter_name
@@ -257,7 +262,7 @@ def test_retrieval_falls_as_it_is_learned(bert):
     losses = []
     for _ in range(25):
         output = model.run_tokens(tokens, groups)
-        loss = method.auxiliary_loss(bert, output.shared, tokens["input_ids"][groups])
+        loss = method.auxiliary_loss(bert, output.shared, tokens["input_ids"][groups], tokens["attention_mask"][groups])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -269,8 +274,32 @@ def test_retrieval_never_asks_for_padding(bert):
     method = build_method("mux-plm", BackboneShape.of(bert), 2, {"retrieval_fraction": 1.0})
     model = MultiplexedClassifier(bert, method, 0)
     shared = model.run_tokens(texts(2), torch.tensor([[0, 1]])).shared
-    nothing = torch.full((1, 2, LENGTH), PADDING)
-    assert method.auxiliary_loss(bert, shared, nothing) == 0
+    ids = texts(2)["input_ids"].unsqueeze(0)
+    assert method.auxiliary_loss(bert, shared, ids, torch.zeros_like(ids)) == 0
+
+
+@pytest.mark.parametrize("name", ["datamux", "mux-plm"])
+def test_retrieval_asks_no_padding_of_a_backbone_without_a_padding_token(name):
+    """Padded with the end token, as decoders are: only the mask tells padding from the text's own end tokens."""
+    backbone = tiny_llama()
+    backbone.model.config.pad_token_id = None
+    method = randomised(backbone, name, 2, {"retrieval_fraction": 1.0})
+    end, mask = 7, texts(2)["attention_mask"]
+    assert len(set(mask.sum(dim=1).tolist())) == 2
+    ids = torch.full_like(mask, end)  # the last token of each text is an end token too
+    tokens, groups = {"input_ids": ids, "attention_mask": mask}, torch.tensor([[0, 1]])
+    questions = sample_questions(ids[groups], mask[groups], 1.0)
+    asked = torch.zeros(LENGTH, dtype=torch.long)
+    asked[questions.places] = 1
+    assert (mask[questions.slots, questions.places] == 1).all()
+    assert asked[: int(mask.sum(dim=1).min())].all(), "the text's own end tokens are asked for"
+    shared = MultiplexedClassifier(backbone, method, 0).run_tokens(tokens, groups).shared
+    other = ids.where(mask.bool(), 8)
+    losses = []
+    for padded in (ids, other):
+        torch.manual_seed(4)
+        losses.append(method.auxiliary_loss(backbone, shared, padded[groups], mask[groups]))
+    assert losses[0] == losses[1] != 0
 
 
 @pytest.mark.parametrize(
@@ -337,3 +366,43 @@ def test_the_documented_method_works(bert, monkeypatch):
     exec(code, {"__name__": "my_package.mean_mix"})
     method = build_method("mean-mix", BackboneShape.of(bert), 4, {"bias": False})
     assert MultiplexedClassifier(bert, method, 1)(texts(6)).shape == (6, 3)
+
+
+ANOTHER_PROCESS = """
+import sys
+from revmux import __main__
+from revmux.backbone import supported_model_types
+assert "mpnet" in supported_model_types()
+sys.argv = ["revmux", "cost", "--method", "mean-mix", "--model", "t5-small"]
+sys.exit(__main__.main())
+"""
+
+
+def test_what_an_installed_package_brings_is_found_by_commands(tmp_path):
+    """The packages of both pages, installed as pip would, and one that is broken."""
+    docs = Path(__file__).parents[1] / "docs"
+    files, groups = {"__init__.py": ""}, ""
+    for page, module in (("add-a-method.md", "mean_mix.py"), ("add-a-backbone.md", "mpnet.py")):
+        text = (docs / page).read_text()
+        files[module] = text.split("```python\n")[1].split("```")[0]
+        project = tomllib.loads(text.split("```toml\n")[1].split("```")[0])["project"]["entry-points"]
+        for group, entries in project.items():
+            groups += f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
+    (tmp_path / "my_package").mkdir()
+    for name, content in files.items():
+        (tmp_path / "my_package" / name).write_text(content)
+    for name, entries in {"my-package": groups, "broken": "[revmux.methods]\nbroken = no_such_module\n"}.items():
+        information = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (information / "entry_points.txt").write_text(entries)
+    done = subprocess.run(
+        [sys.executable, "-c", ANOTHER_PROCESS],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(docs.parent)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mean-mix" in done.stdout
+    assert "no_such_module of broken cannot be loaded (ModuleNotFoundError" in done.stderr

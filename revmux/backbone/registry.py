@@ -10,6 +10,10 @@ from revmux.backbone.base import Backbone
 from revmux.backbone.generative import GenerativeBackbone
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.errors import UserError
+from revmux.plugins import load_plugins
+
+ENTRY_POINTS = "revmux.backbones"
+"""Group of entry points by which a package names the modules of its families."""
 
 _FAMILIES: dict[str, type[Backbone]] = {}
 Family = TypeVar("Family", bound=type[Backbone])
@@ -23,7 +27,8 @@ def register_backbone(family: Family) -> Family:
 
 
 def supported_model_types() -> list[str]:
-    """Every ``model_type`` that can be cut."""
+    """Every ``model_type`` that can be cut, those of installed packages too."""
+    load_plugins(ENTRY_POINTS)
     return sorted(_FAMILIES)
 
 
@@ -42,6 +47,7 @@ def cut(model: nn.Module, verbalizer: Verbalizer | None = None) -> Backbone:
     Raises:
         UserError: no family serves the model's ``model_type``, or the model has not the head asked for.
     """
+    load_plugins(ENTRY_POINTS)
     model_type = getattr(model.config, "model_type", type(model).__name__)
     if model_type not in _FAMILIES:
         raise UserError(

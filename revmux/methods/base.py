@@ -160,13 +160,14 @@ class Method(nn.Module, ABC):
         """Label scores (..., C)."""
         return backbone.score(vector)
 
-    def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor) -> Tensor:
+    def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor, mask: Tensor) -> Tensor:
         """What the method is trained for beside the task, already weighted; called where ``has_auxiliary_loss``.
 
         Args:
             backbone: the backbone that the shared state left.
             shared: the shared sequences after the upper layers, (G, S', d).
             token_ids: (G, N, S) long, what the slots hold, before :meth:`prepare`.
+            mask: (G, N, S), their attention mask: 0 or False where there is padding.
 
         Returns:
             A scalar.

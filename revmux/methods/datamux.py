@@ -203,9 +203,8 @@ class DataMUX(Method):
     def score(self, backbone: Backbone, vector: Tensor) -> Tensor:
         return self.classifier(vector)
 
-    def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor) -> Tensor:
-        padding = getattr(backbone.config, "pad_token_id", None)
-        asked = sample_questions(token_ids, padding, self.options.retrieval_fraction)
+    def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor, mask: Tensor) -> Tensor:
+        asked = sample_questions(token_ids, mask, self.options.retrieval_fraction)
         shift = shared.hidden.shape[1] - token_ids.shape[-1]  # what stands before each text
         at_place = shared.hidden[asked.rows, asked.places + shift]  # (P, d)
         if self.retrieval_slots is None:

@@ -171,9 +171,8 @@ class MuxPLM(Method):
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
         return pick_own(self.demultiplexer.all_slots(answers))
 
-    def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor) -> Tensor:
-        padding = getattr(backbone.config, "pad_token_id", None)
-        asked = sample_questions(token_ids, padding, self.options.retrieval_fraction)
+    def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor, mask: Tensor) -> Tensor:
+        asked = sample_questions(token_ids, mask, self.options.retrieval_fraction)
         shift = shared.hidden.shape[1] - token_ids.shape[-1]  # what stands before each text, such as a soft prompt
         at_place = shared.hidden[asked.rows, asked.places + shift]  # (P, d)
         own = self.demultiplexer(at_place, self.demultiplexer.keys[asked.slots])  # (P, d)

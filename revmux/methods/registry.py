@@ -7,6 +7,11 @@ from typing import Any, TypeVar
 
 from revmux.errors import UserError, one_of
 from revmux.methods.base import BackboneShape, Method
+from revmux.plugins import load_plugins
+from revmux.type_check import check_types
+
+ENTRY_POINTS = "revmux.methods"
+"""Group of entry points by which a package names the modules of its methods."""
 
 _METHODS: dict[str, type[Method]] = {}
 MethodClass = TypeVar("MethodClass", bound=type[Method])
@@ -19,7 +24,8 @@ def register_method(method: MethodClass) -> MethodClass:
 
 
 def method_names() -> list[str]:
-    """Every registered method."""
+    """Every registered method, those of installed packages too."""
+    load_plugins(ENTRY_POINTS)
     return sorted(_METHODS)
 
 
@@ -29,6 +35,7 @@ def method_class(name: str) -> type[Method]:
     Raises:
         UserError: no such method, with the list of known ones.
     """
+    load_plugins(ENTRY_POINTS)
     if name not in _METHODS:
         raise one_of("method", name, method_names(), "docs/add-a-method.md shows how to add one")
     return _METHODS[name]
@@ -44,7 +51,7 @@ def build_method(name: str, shape: BackboneShape, num_inputs: int, options: Mapp
         options: settings of the method by name; missing ones take their defaults.
 
     Raises:
-        UserError: an unknown name or option, or an N that the method or the width cannot serve.
+        UserError: an unknown name or option, an option of another type, or an N that the method or the width cannot serve.
     """
     cls = method_class(name)
     try:
@@ -54,4 +61,5 @@ def build_method(name: str, shape: BackboneShape, num_inputs: int, options: Mapp
         raise UserError(
             f"options {dict(options or {})} of {name}: {error}; known options: {', '.join(legal) or 'none'}"
         ) from None
+    check_types(cls.Options, dict(options or {}), f"options of {name}")
     return cls(shape, num_inputs, settings)

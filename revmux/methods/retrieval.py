@@ -28,20 +28,19 @@ class RetrievalQuestions:
     labels: Tensor
 
 
-def sample_questions(token_ids: Tensor, padding_id: int | None, fraction: float) -> RetrievalQuestions:
+def sample_questions(token_ids: Tensor, mask: Tensor, fraction: float) -> RetrievalQuestions:
     """A random slot at each place, and of these questions a random part; padding is never asked for.
 
     Args:
         token_ids: (G, N, S) long.
-        padding_id: the padding token, or None where there is none.
+        mask: (G, N, S), 0 or False where there is padding.
         fraction: the part of the places that is asked about, 0..1.
     """
     groups, num_inputs, length = token_ids.shape
     slots = torch.randint(num_inputs, (groups, length), device=token_ids.device)
     labels = token_ids.gather(1, slots.unsqueeze(1)).squeeze(1)  # (G, S)
-    asked = torch.rand(groups, length, device=token_ids.device) < fraction
-    if padding_id is not None:
-        asked &= labels != padding_id
+    present = mask.gather(1, slots.unsqueeze(1)).squeeze(1) != 0  # (G, S)
+    asked = (torch.rand(groups, length, device=token_ids.device) < fraction) & present
     rows, places = asked.nonzero(as_tuple=True)
     return RetrievalQuestions(rows, places, slots[rows, places], labels[rows, places])
 
