@@ -4,11 +4,14 @@ Counted are matrix products, two operations a multiply-add: every linear layer b
 really gets, and both products of attention. The layers of the backbone are counted by formula from their modules;
 embedding, multiplexer, demultiplexer and head are walked through once with tensors that have shapes but no values,
 so nothing is computed and a backbone on the meta device, whose weights were never loaded, is counted too.
+DeBERTa's projection of its relative positions is not counted: a batch shares it, whatever its size, so its share of
+an input shrinks with the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,32 +90,14 @@ def rival_exit_layer(backbone: Backbone, method: Method, prefill_layers: int, le
     return max(1, int(relative_cost(backbone, method, prefill_layers, length) * backbone.num_layers))
 
 
-def speedup_ceiling(num_layers: int, prefill_layers: int, num_inputs: int) -> float:
-    """N·L / (N·l + L − l): the speed-up over SISO if the cut layers were all that costs.
+def speedup_ceiling(num_layers: int, prefill_layers: int, num_inputs: int, exit_layer: int | None = None) -> float:
+    """N·L / (N·l + e − l): the speed-up over SISO if the cut layers were all that costs; e is L by default.
 
     An encoder-decoder can be above it: its decoder stands above the cut, and a group shares it too.
     """
-    return num_inputs * num_layers / (num_inputs * prefill_layers + num_layers - prefill_layers)
-
-
-@dataclass(frozen=True)
-class SpeedupRow:
-    """One line of the table of speed-ups.
-
-    Attributes:
-        num_inputs: N.
-        prefill_layers: l.
-        ceiling: what N and l allow at most.
-    """
-
-    num_inputs: int
-    prefill_layers: int
-    ceiling: float
-
-
-def ceiling_table(num_layers: int, num_inputs: Sequence[int], prefill_layers: Sequence[int]) -> list[SpeedupRow]:
-    """The ceiling for every N and l."""
-    return [SpeedupRow(n, cut, speedup_ceiling(num_layers, cut, n)) for n in num_inputs for cut in prefill_layers]
+    depth = num_layers if exit_layer is None else exit_layer
+    layers = num_inputs * prefill_layers + depth - prefill_layers
+    return num_inputs * num_layers / layers if layers else math.inf
 
 
 def linear_flops(module: nn.Module, tokens: float) -> float:
