@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +29,7 @@ from revmux.errors import UserError
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained import EMBEDDED_NAME, Pretrained
+from revmux.type_check import check_types
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
@@ -52,6 +55,7 @@ class AdapterConfig:
         prompt: what every input was put into, as plain data; None with a classification head.
         fallback_threshold: confidence below which a server lets an answer fall back, see :mod:`revmux.fallback`;
             None is never.
+        dtype: type of the backbone's weights in training, such as ``bfloat16``; None where it is not recorded.
         tunable_parameters: how many weights were trained, the backbone's not counted.
         format_version: of these files.
         library_version: that wrote them.
@@ -69,6 +73,7 @@ class AdapterConfig:
     metrics: dict[str, float] = field(default_factory=dict)
     prompt: dict[str, Any] | None = None
     fallback_threshold: float | None = None
+    dtype: str | None = None
     tunable_parameters: int = 0
     format_version: int = FORMAT_VERSION
     library_version: str = ""
@@ -104,17 +109,27 @@ def describe(
         training=training or {},
         metrics=metrics or {},
         prompt=None if pretrained.prompt is None else pretrained.prompt.to_dict(),
+        dtype=dtype_name(pretrained.backbone.dtype),
         tunable_parameters=model.method.tunable_parameters(),
         library_version=revmux.__version__,
     )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` of ``torch.bfloat16``, as configurations name it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def adapter_weights(model: MultiplexedClassifier) -> dict[str, Tensor]:
-    """What answering takes: the method's state, and the backbone's too where the method tunes it."""
+    """What answering takes, copied to the CPU: the method's state, and the backbone's too where the method tunes it."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in _answering_state(model).items()}
+
+
+def _answering_state(model: MultiplexedClassifier) -> dict[str, Tensor]:
     weights = {f"method.{name}": value for name, value in model.method.inference_state().items()}
     if model.method.tunes_backbone:
         weights |= {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
-    return {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    return weights
 
 
 def save_pretrained(
@@ -169,7 +184,7 @@ def load_config(adapter: str | Path, revision: str | None = None) -> AdapterConf
         revision: on the hub.
 
     Raises:
-        UserError: no such adapter, not an adapter, or written in a newer format.
+        UserError: no such adapter, not an adapter, written in a newer format, or with values of another type.
     """
     path = adapter_folder(adapter, revision) / CONFIG_NAME
     if not path.is_file():
@@ -191,6 +206,7 @@ def load_config(adapter: str | Path, revision: str | None = None) -> AdapterConf
     known = {item.name for item in fields(AdapterConfig)}
     if odd := sorted(raw.keys() - known):
         raise UserError(f"{path} has unknown keys {', '.join(odd)}; known: {', '.join(sorted(known))}")
+    check_types(AdapterConfig, raw, str(path))
     try:
         return AdapterConfig(**raw)
     except TypeError as error:
@@ -229,7 +245,7 @@ def from_pretrained(adapter: str | Path, pretrained: Pretrained, revision: str |
         backbone = copy.deepcopy(backbone)  # the one given stays what others were trained on
     model = MultiplexedClassifier(backbone, method, config.prefill_layers)
     weights = _load_weights(folder / WEIGHTS_NAME)
-    expected = adapter_weights(model)
+    expected = _answering_state(model)
     problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
     problems += [
@@ -257,7 +273,7 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path) -> None:
-    """Refuse an adapter on another backbone than its own.
+    """Refuse an adapter on another backbone than its own; warn of the same one in another dtype.
 
     Raises:
         UserError: naming both backbones.
@@ -282,6 +298,13 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
         raise UserError(
             f"adapter {str(folder)!r} has the labels {', '.join(config.label_names)}, the backbone has "
             f"{', '.join(pretrained.backbone.label_names)}; load the task model that it was trained on"
+        )
+    given = dtype_name(pretrained.backbone.dtype)
+    if config.dtype is not None and config.dtype != given:
+        warnings.warn(
+            f"adapter {str(folder)!r} was trained on a {config.dtype} backbone, but the one given is {given}: scores will "
+            f"differ a little; load the backbone with dtype {config.dtype} for those of training",
+            stacklevel=2,
         )
 
 

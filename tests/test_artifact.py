@@ -195,6 +195,33 @@ def test_a_damaged_config_is_refused(text: str, says: str, saved: Path) -> None:
         load_config(saved)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_inputs": "2"}, "num_inputs is '2': input should be a valid integer"),
+        ({"label_names": ["bad", 1]}, r"label_names\.1 is 1: input should be a valid string"),
+        ({"base_model": "tiny-bert"}, "base_model is 'tiny-bert': input should be a valid dict"),
+    ],
+)
+def test_values_of_another_type_are_refused(changes: dict, says: str, saved: Path) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(UserError, match=says):
+        load_config(saved)
+
+
+def test_options_of_another_type_are_refused(saved: Path, tiny_pretrained: Pretrained) -> None:
+    edit_config(saved, options={"dropout": "x"})
+    with pytest.raises(UserError, match="options of revmux: dropout is 'x': input should be a valid number"):
+        from_pretrained(saved, tiny_pretrained)
+
+
+def test_loading_copies_no_weights_to_compare_their_shapes(
+    saved: Path, tiny_pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "adapter_weights", fail)
+    assert isinstance(from_pretrained(saved, tiny_pretrained), MultiplexedClassifier)
+
+
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "mistyped"):
         with pytest.raises(UserError, match="is no adapter folder"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,23 @@ def test_an_adapter_is_loaded_with_a_backbone_given_in_any_way(
         classifier = TextClassifier.from_pretrained(folder, backbone)
         assert classifier.max_length == 12
         torch.testing.assert_close(classifier.scores(TEXTS), wanted, rtol=0, atol=1e-6)
+
+
+def test_the_backbone_has_the_dtype_of_training_unless_the_caller_chooses(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    half = load_pretrained(BackboneConfig(str(tiny_model_folder), max_length=16, dtype="bfloat16"))
+    half.backbone.freeze()
+    model = build(half)
+    folder = save_pretrained(model, describe(model, half, 16, {"source": "toy.csv"}), tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        classifier = TextClassifier.from_pretrained(folder, tiny_model_folder)
+    assert classifier.model.backbone.dtype == torch.bfloat16
+    assert torch.equal(classifier.scores(TEXTS), TextClassifier(model, half, 16).scores(TEXTS))
+    with pytest.warns(UserWarning, match="trained on a bfloat16 backbone, but the one given is float32"):
+        chosen = TextClassifier.from_pretrained(folder, BackboneConfig(str(tiny_model_folder)))
+    assert chosen.model.backbone.dtype == torch.float32
 
 
 def test_the_embedded_backbone_is_found_by_its_record(tmp_path: Path) -> None:
