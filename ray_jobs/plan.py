@@ -18,6 +18,7 @@ import yaml
 from ray_jobs import cli, finetune, tune
 from ray_jobs.cluster import connected
 from ray_jobs.launch import absolute_storage, fingerprint
+from ray_jobs.outbox import is_refusal
 from ray_jobs.registry import model_uris, register_plan
 from ray_jobs.tracking import Tracker
 from ray_jobs.trials import TrialRow
@@ -85,7 +86,15 @@ def main(job: PlanJob) -> Plan:
             )
         rows, parent = tune.run_sweep(sweep, tracker)
         plan = measure_on_worker(job, rows, choosing, task, storage / "plans" / job.name)
-    versions = register_plan(tracker, job.register, plan, job.backbone.model, task.is_pair)
+    try:
+        versions = register_plan(tracker, job.register, plan, job.backbone.model, task.is_pair)
+    except Exception as error:
+        if is_refusal(error):
+            raise
+        raise UserError(
+            f"the plan is made ({plan.folder / PAGE_NAME}), but MLflow at {tracker.uri} is away ({error}); give the same "
+            "command again when it is back, and it is registered"
+        ) from None
     record(job, plan, versions, tracker, parent)
     print(summary(job, plan))
     if not plan.is_met:

@@ -11,6 +11,7 @@ import pytest
 import requests
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from ray_jobs import cli, plan
 from ray_jobs.cluster import ClusterConfig, connected
@@ -124,6 +125,17 @@ def test_a_goal_out_of_reach_is_told_and_ships_nothing(
     assert "**Not met:**" in (folder / "plan.md").read_text()
     model = MlflowClient(f"sqlite:///{job.storage}/mlflow.db").get_registered_model("reviews")
     assert "champion" not in model.aliases
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_registry_that_is_away_leaves_the_plan(job: PlanJob, ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> dict[str, str]:
+        raise MlflowException("connection refused")
+
+    monkeypatch.setattr(plan, "register_plan", away)
+    with pytest.raises(UserError, match=r"the plan is made \(.*plan\.md\), but MLflow at sqlite.* is away"):
+        plan.main(job)
 
 
 @pytest.mark.parametrize(
