@@ -149,5 +149,5 @@ def recorded_backbone(config: AdapterConfig, adapter: str | Path) -> BackboneCon
 
 
 def recorded_dtype(config: AdapterConfig) -> Dtype:
-    """The type that the backbone's weights had in training; adapters that record none were trained on float32."""
+    """The type that the backbone's weights had in training; float32 where it is not recorded."""
     return cast("Dtype", config.dtype or "float32")  # BackboneConfig refuses others

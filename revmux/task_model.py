@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from revmux.backbone.soft_prompt import SoftPrompt
 from revmux.data.prompts import Prompt
+from revmux.errors import UserError
 
 if TYPE_CHECKING:
     from revmux.pretrained import Pretrained
@@ -45,6 +46,9 @@ def read_prompt(location: str, revision: str | None = None) -> Prompt | None:
     Args:
         location: a folder, or a Hugging Face id.
         revision: on the hub.
+
+    Raises:
+        UserError: the hub cannot be reached, and what is cached here does not tell whether there is one.
     """
     file = _file(location, PROMPT_NAME, revision)
     return None if file is None else Prompt.from_dict(json.loads(file.read_text(encoding="utf-8")))
@@ -62,5 +66,12 @@ def _file(location: str, name: str, revision: str | None) -> Path | None:
         return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(location, name, revision=revision))
+    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but it says nothing of the repository
+        if try_to_load_from_cache(location, name, revision=revision) is _CACHED_NO_EXIST:
+            return None
+        raise UserError(
+            f"whether {location!r} has a {name} is not known: it is not cached here, and the hub cannot be reached "
+            f"({type(error).__name__}); load the model once with a network, or name a local folder"
+        ) from None
     except EntryNotFoundError:
         return None

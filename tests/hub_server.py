@@ -58,8 +58,9 @@ class Hub:
 class Refused(Exception):
     """An answer that is an error."""
 
-    def __init__(self, status: int, code: str = "", content: object = None) -> None:
-        self.status, self.code, self.content = status, code, content or {}
+    def __init__(self, status: int, code: str = "", content: object = None, commit: str = "") -> None:
+        self.status, self.content = status, content or {}
+        self.headers = {"X-Error-Code": code} | ({"X-Repo-Commit": commit} if commit else {})
 
 
 def is_large(path: str) -> bool:
@@ -81,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
             content, headers = self.route(path, body)
             status = 200
         except Refused as refused:
-            content, headers, status = refused.content, {"X-Error-Code": refused.code}, refused.status
+            content, headers, status = refused.content, refused.headers, refused.status
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
         self.send_response(status)
@@ -187,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
         _, revision, file = rest
         digest, files = self.files_at(f"{user}/{name}", revision)
         if file not in files:
-            raise Refused(404, "EntryNotFound")
+            raise Refused(404, "EntryNotFound", commit=digest)
         etag = hashlib.sha256(files[file]).hexdigest()
         return files[file], {"X-Repo-Commit": digest, "ETag": f'"{etag}"'}
 

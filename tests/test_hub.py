@@ -28,8 +28,10 @@ from revmux.artifact import (
     save_pretrained,
 )
 from revmux.classifier import TextClassifier
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained, weights_sha256
+from revmux.data.prompts import load_prompt
+from revmux.pretrained import BackboneConfig, Pretrained, identity_of, load_pretrained, weights_sha256
 from revmux.serving.adapters import load_adapters
+from revmux.task_model import PROMPT_NAME, read_prompt
 
 TEXTS = ["w1 w5 w6", "w2 w9", "w7", "w30 w1 w2 w3", "w11 w12"]
 
@@ -146,6 +148,38 @@ def test_a_local_backbone_is_recorded_under_its_id_on_the_hub(
     assert load_config("me/adapter").base_model == identity
     assert load_config(folder).base_model == tiny_pretrained.identity, "the folder stays as it was"
     torch.testing.assert_close(scores("me/adapter"), scores(folder, backbone=tiny_pretrained), rtol=0, atol=1e-6)
+
+
+def test_a_model_is_the_same_one_before_and_after_its_weights_are_downloaded(hub: Hub, tiny_model_folder: Path) -> None:
+    commit = hub.add("org/tiny", tiny_model_folder)
+    before = identity_of(BackboneConfig("org/tiny"))
+    assert before == {"name": "org/tiny", "revision": commit, "sha256": weights_sha256(tiny_model_folder)}
+    assert not [asked for asked in hub.requests if "resolve" in asked and asked.endswith(".safetensors")]
+    assert load_from_hub("org/tiny").identity == before
+    hub.requests.clear()
+    assert identity_of(BackboneConfig("org/tiny")) == before
+
+
+@pytest.mark.parametrize("written", [PROMPT_NAME, None])
+def test_a_prompt_that_cannot_be_read_offline_is_no_missing_prompt(
+    written: str | None, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    prompt = load_prompt("sst2")
+    if written:
+        (folder / written).write_text(json.dumps(prompt.to_dict()))
+    hub.add("org/model", folder)
+    library.fetch("org/model", None, ["config.json"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=f"whether 'org/model' has a {PROMPT_NAME} is not known"):
+        read_prompt("org/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    online = read_prompt("org/model")
+    assert online == (prompt if written else None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert read_prompt("org/model") == online, "known by now, also that there is none"
 
 
 def test_the_hash_of_several_files_is_the_same_here_and_on_the_hub(hub: Hub, tmp_path: Path) -> None:
