@@ -7,17 +7,19 @@ buffers of kernels, fragmentation and the CUDA context are not in it: leave a te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from revmux.backbone import Backbone, HiddenState
+from revmux.backbone import Backbone, TokenBatch
+from revmux.backbone.encoder_decoder import EncoderDecoderBackbone
 from revmux.errors import UserError
 from revmux.methods import Method
 from revmux.model import MultiplexedClassifier
-from revmux.valueless import call_valueless, valueless
+from revmux.valueless import call_valueless, valueless, weightless
 
 
 @dataclass(frozen=True)
@@ -64,92 +66,135 @@ def plan_memory(
         batch_size: inputs a step in this process, a multiple of N.
         length: S, tokens of the longest input.
         dtype: type of a frozen backbone's weights and activations; a tuned one has fp32 weights.
-        gradient_checkpointing: keep only the input of each upper layer, and compute the layer again.
+        gradient_checkpointing: keep only the input of each layer, a decoder's too, and compute the layer again.
 
     Raises:
         UserError: l is out of range, or the batch cannot be cut into groups.
     """
-    model = MultiplexedClassifier(backbone, method, prefill_layers)
+    model = weightless(MultiplexedClassifier(backbone, method, prefill_layers))  # a copy, to be frozen and unfrozen
     if batch_size < 1 or batch_size % method.num_inputs:
         raise UserError(f"batch_size ({batch_size}) must be divisible by num_inputs ({method.num_inputs})")
-    tuned = method.tunes_backbone
-    stored = torch.float32 if tuned else dtype
-    in_backbone = sum(parameter.numel() for parameter in backbone.parameters())
-    in_method = sum(parameter.numel() for parameter in method.parameters())
-    trained = method.tunable_parameters() + (in_backbone if tuned else 0)
+    model.backbone.requires_grad_(False)
+    if method.tunes_backbone:
+        model.method.unfreeze(model.backbone, prefill_layers)
+    stored = torch.float32 if method.tunes_backbone else dtype
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = _KeptForBackward(model, batch_size, length, stored)
-    upper = method.exit_layer() - prefill_layers
-    own = prefill_layers if method.tunes_prefill else 0  # prefill layers that a gradient goes back through
+    model.backbone.gradient_checkpointing = False
+    activations = kept.by_all()
     if gradient_checkpointing:
         # Of all layers the inputs, and everything of the one layer that is being gone back through.
-        activations = upper * kept.upper_boundary + own * kept.prefill_boundary
-        activations += max(kept.upper_layer if upper else 0, kept.prefill_layer if own else 0)
-    else:
-        activations = upper * kept.upper_layer + own * kept.prefill_layer
+        largest = kept.largest_layer
+        model.backbone.gradient_checkpointing = True
+        activations = min(activations, kept.by_all() + largest)
     return MemoryPlan(
-        backbone=in_backbone * stored.itemsize,
-        adapters=4 * in_method,
+        backbone=sum(parameter.numel() for parameter in model.backbone.parameters()) * stored.itemsize,
+        adapters=4 * sum(parameter.numel() for parameter in model.method.parameters()),
         gradients=4 * trained,
         optimizer=8 * trained,
-        activations=activations + kept.around_layers,
-        working=kept.prefill_layer,
+        activations=activations,
+        working=kept.by_prefill_layer(),
     )
 
 
 class _KeptForBackward:
-    """Bytes that autograd keeps, by part of the model; nothing is computed.
+    """Bytes that autograd keeps in a forward pass, weights aside; nothing is computed.
+
+    Args:
+        model: on the meta device, with what is trained unfrozen.
+        batch_size: inputs.
+        length: tokens an input.
+        dtype: type of the backbone's weights; the method's are fp32.
 
     Attributes:
-        upper_layer: by one layer of the shared sequences.
-        prefill_layer: by one layer of the plain inputs.
-        upper_boundary: by the states between two upper layers.
-        prefill_boundary: by the states between two prefill layers.
-        around_layers: by multiplexer, demultiplexer and head, in fp32.
+        largest_layer: the most that one layer of the backbone, or of its decoder, kept in the last pass.
     """
 
     def __init__(self, model: MultiplexedClassifier, batch_size: int, length: int, dtype: torch.dtype) -> None:
         self.model = model
-        with valueless():
-            groups = torch.arange(batch_size).view(-1, model.num_inputs)
-            tokens = torch.ones(batch_size, length, dtype=torch.long)
-            state, mixed, self.around_layers = call_valueless(
-                model, lambda: self._around(tokens, groups), torch.float32
-            )
-            backbone = model.backbone
+        self.batch_size = batch_size
+        self.length = length
+        self.dtype = dtype
+        self.largest_layer = 0
+        self._kept: dict[int, Tensor] = {}
 
-            def one_layer(state: HiddenState) -> int:
-                start = replace(state, hidden=state.hidden.detach().to(dtype).requires_grad_(), depth=0)
-                return self._kept(lambda: backbone.run(start, min(1, backbone.num_layers)))
+    def by_all(self) -> int:
+        """By the whole model in a step of training."""
 
-            self.upper_layer = call_valueless(model, lambda: one_layer(mixed), dtype)
-            self.prefill_layer = call_valueless(model, lambda: one_layer(state), dtype)
-        self.upper_boundary = mixed.hidden.numel() * dtype.itemsize
-        self.prefill_boundary = state.hidden.numel() * dtype.itemsize
+        def step() -> object:
+            return self.model.run_tokens(*self._inputs())
 
-    def _around(self, tokens: Tensor, groups: Tensor) -> tuple[HiddenState, HiddenState, int]:
+        return self._count(step)
+
+    def by_prefill_layer(self) -> int:
+        """By one layer of the plain inputs, as if a gradient went back through it."""
+        backbone = self.model.backbone
+        backbone.gradient_checkpointing = False
+
+        def layer() -> object:
+            tokens, _ = self.model.slot_tokens(*self._inputs())
+            with torch.no_grad():
+                state = backbone.embed(tokens)
+            start = replace(state, hidden=state.hidden.detach().requires_grad_())
+            self._kept.clear()
+            return backbone.run(start, min(1, backbone.num_layers))
+
+        return self._count(layer)
+
+    def _inputs(self) -> tuple[TokenBatch, Tensor]:
+        tokens = torch.ones(self.batch_size, self.length, dtype=torch.long)
+        groups = torch.arange(self.batch_size).view(-1, self.model.num_inputs)
+        return {"input_ids": tokens, "attention_mask": tokens}, groups
+
+    def _count(self, function: Callable[[], object]) -> int:
         model = self.model
-        prepared, rows = model.slot_tokens({"input_ids": tokens, "attention_mask": tokens}, groups)
-        with torch.set_grad_enabled(model.method.tunes_prefill):
-            state = model.backbone.embed(prepared)
-        own = model.backbone.own_answers(state)[rows]
-        mixed = model.multiplex(state, rows)
-        kept = self._kept(lambda: model.multiplex(state, rows))
-        upper = replace(mixed, hidden=mixed.hidden.detach().requires_grad_(), depth=model.method.exit_layer())
-        return state, mixed, kept + self._kept(lambda: model.answer(upper, own))
+        self._kept.clear()
+        self.largest_layer = 0
 
-    def _kept(self, function: Callable[[], object]) -> int:
-        """Bytes of the tensors, weights aside, that a backward pass of ``function`` would need."""
-        weights = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
-        kept: dict[int, Tensor] = {}
+        def watched() -> object:
+            weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()._cdata
-            if storage not in weights:
-                kept[storage] = tensor  # held, so that no other storage takes its address
-            return tensor
+            def keep(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()._cdata
+                if storage not in weights:
+                    self._kept[storage] = tensor  # held, so that no other storage takes its address
+                return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
-            result = function()
-        total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+                return function()
+
+        with self._layers_watched(), valueless():
+            result = call_valueless(
+                model.backbone, lambda: call_valueless(model.method, watched, torch.float32), self.dtype
+            )
+        total = self._bytes()
+        self._kept.clear()
         del result
         return total
+
+    def _bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+    @contextmanager
+    def _layers_watched(self) -> Iterator[None]:
+        """Note what each layer keeps beyond what was kept before it."""
+        backbone = self.model.backbone
+        layers = [backbone.layer(index) for index in range(backbone.num_layers)]
+        if isinstance(backbone, EncoderDecoderBackbone):
+            layers += list(backbone.decoder_layers())
+        before = 0
+
+        def enter(*_: object) -> None:
+            nonlocal before
+            before = self._bytes()
+
+        def leave(*_: object) -> None:
+            self.largest_layer = max(self.largest_layer, self._bytes() - before)
+
+        handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+        handles += [layer.register_forward_hook(leave) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -2,37 +2,45 @@
 
 import json
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BartConfig,
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method, cut
 from revmux.__main__ import main
-from revmux.backbone import Backbone
+from revmux.backbone import Backbone, supported_model_types
 from revmux.backbone.verbalizer import Verbalizer
-from revmux.cost import ceiling_table, count_flops, relative_cost, rival_exit_layer, speedup_ceiling
+from revmux.cost import count_flops, relative_cost, rival_exit_layer, speedup_ceiling
 from revmux.memory import plan_memory
-from revmux.methods import Method
+from revmux.methods import Method, method_class, method_names
 from revmux.shapes import PRESETS, config_of, meta_backbone
 from revmux.valueless import call_valueless, valueless
 
@@ -76,6 +84,23 @@ def tiny(family: str) -> Backbone:
     if family == "modernbert":
         config = ModernBertConfig(**BERT, attn_implementation="eager", cls_token_id=1, sep_token_id=2)
         return cut(ModernBertForSequenceClassification(config)).freeze()
+    if family == "roberta":
+        config = RobertaConfig(**{**BERT, "pad_token_id": 1}, attn_implementation="eager")
+        return cut(RobertaForSequenceClassification(config)).freeze()
+    if family == "distilbert":
+        config = DistilBertConfig(
+            vocab_size=60,
+            dim=64,
+            n_layers=3,
+            n_heads=4,
+            hidden_dim=96,
+            max_position_embeddings=64,
+            attn_implementation="eager",
+        )
+        return cut(DistilBertForSequenceClassification(config)).freeze()
+    if family in ("mistral", "qwen2", "qwen3"):
+        config = AutoConfig.for_model(family, **BERT, num_key_value_heads=2, head_dim=24, attn_implementation="eager")
+        return cut(AutoModelForSequenceClassification.from_config(config)).freeze()
     if family == "llama":
         config = LlamaConfig(**BERT, num_key_value_heads=2, head_dim=24, attn_implementation="eager")
         return cut(LlamaForSequenceClassification(config)).freeze()
@@ -134,7 +159,7 @@ def test_counts_agree_with_torch(name, num_inputs, options, prefill_layers):
     assert counted == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("family", ["electra", "deberta-v2", "modernbert", "llama", "gpt2", "bart", "t5"])
+@pytest.mark.parametrize("family", supported_model_types())
 @pytest.mark.parametrize("name", ["revmux", "token-split"])
 def test_counts_agree_with_torch_for_every_family(family, name):
     backbone = tiny(family)
@@ -147,6 +172,16 @@ def test_counts_agree_with_torch_for_every_family(family, name):
     # DeBERTa projects its relative positions once a batch, whatever its size: no cost of an input in a large one.
     group_count = 32 if family == "deberta-v2" else GROUPS
     expected = counted_by_torch(MultiplexedClassifier(backbone, method, 1).eval(), LENGTH, group_count)
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize(("name", "num_inputs", "options"), [("exit-head", 1, {"layer": 2}), ("mux-plm", 2, {})])
+def test_counts_of_rivals_agree_with_torch_where_answers_are_read_elsewhere(family, name, num_inputs, options):
+    backbone = tiny(family)
+    method = build_method(name, BackboneShape.of(backbone), num_inputs, options).eval()
+    counted = count_flops(backbone, method, 1, LENGTH).per_input
+    expected = counted_by_torch(MultiplexedClassifier(backbone, method, 1).eval(), LENGTH)
     assert counted == pytest.approx(expected, rel=0.01)
 
 
@@ -212,9 +247,10 @@ def test_ceiling(num_layers, prefill_layers, num_inputs, ceiling):
     assert speedup_ceiling(num_layers, prefill_layers, num_inputs) == pytest.approx(ceiling, abs=0.005)
 
 
-def test_ceiling_table_has_every_pair():
-    rows = ceiling_table(12, [2, 4], [0, 6])
-    assert [(row.num_inputs, row.prefill_layers) for row in rows] == [(2, 0), (2, 6), (4, 0), (4, 6)]
+def test_the_ceiling_of_an_early_exit_counts_the_layers_that_run():
+    assert speedup_ceiling(12, 0, 1, exit_layer=3) == 4
+    assert speedup_ceiling(12, 3, 2, exit_layer=6) == pytest.approx(24 / 9)
+    assert speedup_ceiling(12, 0, 1, exit_layer=0) == float("inf")
 
 
 def kept_by_torch(model: MultiplexedClassifier, batch_size: int, length: int) -> int:
@@ -246,6 +282,38 @@ def test_planned_activations_are_those_that_autograd_keeps(name, num_inputs):
     plan = plan_memory(backbone, method, 2, 16, 32, dtype=torch.float32)
     real = kept_by_torch(MultiplexedClassifier(backbone, method, 2).eval(), 16, 32)
     assert plan.activations == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"), [("revmux", {}), ("mux-plm", {"learn_keys": True, "tune_backbone": False})]
+)
+def test_planned_activations_of_t5_are_those_that_autograd_keeps(name, options, checkpointing):
+    backbone = tiny("t5").to(torch.bfloat16)
+    method = build_method(name, BackboneShape.of(backbone), 2, options).eval()
+    plan = plan_memory(backbone, method, 1, 16, 32, torch.bfloat16, checkpointing)
+    assert not backbone.gradient_checkpointing
+    backbone.gradient_checkpointing = checkpointing
+    real = kept_by_torch(MultiplexedClassifier(backbone, method, 1).eval(), 16, 32)
+    again = plan.working / 2 if checkpointing else 0  # one layer is computed again, on half as many sequences
+    assert plan.activations == pytest.approx(real + again, rel=0.05)
+
+
+@pytest.mark.parametrize(("options", "prefill_layers"), [({"soft_prompt": 5}, 0), ({"tune_backbone": True}, 2)])
+def test_plan_counts_what_a_task_model_trains(options, prefill_layers):
+    backbone = tiny("llama")
+    method = build_method("siso", BackboneShape.of(backbone), 1, options)
+    if "soft_prompt" in options:
+        words = Verbalizer(label_names=("no", "yes"), token_ids=((3,), (4,)))
+        config = LlamaConfig(**BERT, num_key_value_heads=2, head_dim=24)
+        backbone = cut(LlamaForCausalLM(config), words).freeze()
+    plan = plan_memory(backbone, method, prefill_layers, 4, 16)
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    method.unfreeze(backbone, prefill_layers)
+    trained = sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
+    assert plan.optimizer == 2 * plan.gradients == 8 * trained
+    if "soft_prompt" in options:
+        assert trained == 5 * backbone.hidden_size
 
 
 def test_plan_counts_weights_by_type(bert_base):
@@ -350,6 +418,42 @@ def test_command_line_prints_speedups_and_memory(command, tmp_path):
     status, memory, _ = command("memory", "--model", model, "--batch_size", "[4]", "--length", "[16]")
     assert status == 0
     assert [line.split()[2] for line in memory.splitlines()[2:]] == ["no", "yes"]
+
+
+def test_command_line_takes_the_options_of_a_method(command):
+    arguments = ("--num_inputs", "[2]", "--prefill_layers", "[3]", "--length", "32")
+    status, _, errors = command("cost", "--model", "t5-small", "--method", "datamux", *arguments)
+    assert status == 2
+    assert "choose demultiplexer 'mlp'" in errors
+    options = ("--options", "{demultiplexer: mlp}")
+    status, cost, _ = command("cost", "--model", "t5-small", "--method", "datamux", *options, *arguments)
+    assert status == 0
+    assert cost.splitlines()[-1].split()[:2] == ["2", "3"]
+    status, cost, _ = command("cost", "--method", "exit-head", "--options", "{layer: 3}", "--length", "128")
+    assert status == 0
+    n, cut_at, ceiling, counted = cost.splitlines()[-1].split()
+    assert (n, cut_at, ceiling) == ("1", "3", "4.00×")
+    assert float(counted.rstrip("×")) == pytest.approx(4, rel=0.02)
+    status, frozen, _ = command("memory", "--model", "t5-small", "--length", "[16]", "--dtype", "float32")
+    tuned = command("memory", "--model", "t5-small", "--length", "[16]", "--options", "{tune_backbone: true}")
+    assert status == tuned[0] == 0
+    adam = [float(text.splitlines()[2].split()[6]) for text in (frozen, tuned[1])]
+    assert adam[1] > 4 * adam[0]
+    status, _, errors = command("memory", "--options", "{skipp: true}")
+    assert status == 2
+    assert "skip" in errors
+
+
+def test_command_line_lists_every_method_with_its_options(command):
+    status, listed, _ = command("methods")
+    assert status == 0
+    heads = [line.partition(":")[0] for line in listed.splitlines() if not line.startswith(" ")]
+    assert heads == method_names()
+    assert "    layer (default 1): e, the layer whose states the head reads, 0 (embeddings) to L." in listed
+    for name in method_names():
+        assert all(
+            f"    {option.name} (default {option.default}): " in listed for option in fields(method_class(name).Options)
+        )
 
 
 @pytest.mark.parametrize(("name", "legal"), [("revmux", 64), ("datamux", 61)])
