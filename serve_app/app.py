@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 from prometheus_client.core import Metric
-from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
 from revmux.errors import UserError
-from serve_app.config import AppConfig, LiveConfig, explain
+from serve_app.config import AppConfig, LiveConfig, live_tasks
 from serve_app.service import Service
 from serve_app.web import create_app
 
@@ -54,15 +53,12 @@ class Classifier:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Load what is new and retire what is gone, at the start and whenever ``user_config`` changes."""
-        try:
-            tasks = LiveConfig.model_validate(user_config).tasks
-        except ValidationError as error:
-            raise UserError(
-                f"user_config: {explain(error)}; known keys: {', '.join(LiveConfig.model_fields)}"
-            ) from None
         # Off the event loop, for requests are answered meanwhile. Serve would stop a replica that raises, so only the
         # first time, when there is nothing to lose, may a mistake do so.
-        await asyncio.to_thread(self.service.update if self._ready else self.service.serve, tasks)
+        if self._ready:
+            await asyncio.to_thread(self.service.update, user_config)
+        else:
+            await asyncio.to_thread(self.service.serve, live_tasks(user_config))
         self._ready = True
 
     async def check_health(self) -> None:

@@ -210,6 +210,18 @@ class LiveConfig(_Strict):
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
 
 
+def live_tasks(user_config: Any) -> dict[str, TaskConfig]:
+    """The tasks of Serve's ``user_config``.
+
+    Raises:
+        UserError: an unknown key or an illegal value, on one line.
+    """
+    try:
+        return LiveConfig.model_validate(user_config).tasks
+    except ValidationError as error:
+        raise UserError(f"user_config: {explain(error)}; known keys: {', '.join(LiveConfig.model_fields)}") from None
+
+
 class ServerConfig(AppConfig):
     """The application with the address that it listens on.
 

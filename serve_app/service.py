@@ -18,7 +18,7 @@ from revmux.pretrained import BackboneConfig, load_pretrained
 from revmux.serving import Engine
 from revmux.serving.task import Task
 from serve_app.auth import read_tokens
-from serve_app.config import AppConfig, TaskConfig
+from serve_app.config import AppConfig, TaskConfig, live_tasks
 from serve_app.failures import Unhealthy
 from serve_app.metrics import ReplicaMetrics
 from serve_app.sources import adapter_folder
@@ -133,10 +133,10 @@ class Service:
                 self.engine.load(adapter_folder(source), name)
                 own[width] = source
 
-    def update(self, tasks: Mapping[str, TaskConfig]) -> None:
-        """:meth:`serve`, but what does not fit is only noted: a replica that answers is worth more than none."""
+    def update(self, user_config: Any) -> None:
+        """:meth:`serve` what is configured now; a mistake is only noted, for a replica that answers is worth more."""
         try:
-            self.serve(tasks)
+            self.serve(live_tasks(user_config))
         except UserError as error:
             self.update_error = str(error)
             logger.error("the tasks stay as they are: %s", error)

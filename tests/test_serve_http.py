@@ -26,7 +26,7 @@ from serving_models import load, plain_scores, text, write_adapter
 
 from revmux.errors import UserError
 from serve_app.auth import read_tokens
-from serve_app.config import AppConfig, TaskConfig
+from serve_app.config import AppConfig, LiveConfig, TaskConfig
 from serve_app.metrics import page
 from serve_app.service import Service
 from serve_app.web import create_app
@@ -329,6 +329,11 @@ def test_the_examples_of_the_api_page_are_answered(url: str) -> None:
             assert reply.status_code == 200, (name, reply.text)
 
 
+def _live(tasks: dict[str, TaskConfig]) -> dict[str, Any]:
+    """As Serve hands it to a replica."""
+    return LiveConfig(tasks=tasks).model_dump()
+
+
 def test_adapters_and_tasks_come_and_go_while_requests_are_answered(tasks: dict[str, Any], tmp_path: Path) -> None:
     mood, topic = (TaskConfig.model_validate(tasks[name]) for name in ("mood", "topic"))
     narrow = mood.model_copy(update={"adapters": mood.adapters[:1]})
@@ -356,22 +361,24 @@ def test_adapters_and_tasks_come_and_go_while_requests_are_answered(tasks: dict[
             client = threading.Thread(target=ask, args=(url,))
             client.start()
             assert widths(url) == [1, 2]
-            service.update({"mood": mood, "topic": topic})
+            service.update(_live({"mood": mood, "topic": topic}))
             assert widths(url) == [1, 2, 4]
             assert post(f"{url}/tasks/topic/predict", {"inputs": "w1"}).status_code == 200
+            service.update({"tusks": {}})
+            assert "known keys: tasks" in httpx.get(f"{url}/info").json()["update_error"]
             bad = mood.model_copy(update={"adapters": [str(tmp_path)]})
-            service.update({"mood": bad})
+            service.update(_live({"mood": bad}))
             assert "no adapter folder" in httpx.get(f"{url}/info").json()["update_error"]
             assert widths(url) == [1, 2, 4]
-            service.update({"mood": mood.model_copy(update={"model": topic.model})})
-            assert "give" in httpx.get(f"{url}/info").json()["update_error"] or service.update_error
+            service.update(_live({"mood": mood.model_copy(update={"model": topic.model})}))
+            assert "is served with model" in httpx.get(f"{url}/info").json()["update_error"]
             replaced = [*mood.adapters[:1], str(write_adapter(tmp_path, load(Path(mood.model)), 4, prefill_layers=2))]
-            service.update({"mood": mood.model_copy(update={"adapters": replaced})})
+            service.update(_live({"mood": mood.model_copy(update={"adapters": replaced})}))
             assert service.update_error is None
             info = httpx.get(f"{url}/info").json()
             assert [adapter["prefill_layers"] for adapter in info["tasks"]["mood"]["adapters"]] == [1, 2]
             assert post(f"{url}/tasks/topic/predict", {"inputs": "w1"}).status_code == 404
-            service.update({"mood": narrow})
+            service.update(_live({"mood": narrow}))
             assert widths(url) == [1, 2]
             stop.set()
             client.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -68,9 +67,6 @@ class Browser:
         """Typed where the focus is."""
         self.call("Input.insertText", text=text)
 
-    def shot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
-
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -121,7 +117,7 @@ def _answers(browser: Browser) -> list[list[str]]:
 
 
 def test_a_person_types_texts_and_sees_labels_and_who_shared_a_pass(
-    browser: Browser, url: str, tasks: dict[str, Any], tmp_path: Path
+    browser: Browser, url: str, tasks: dict[str, Any]
 ) -> None:
     browser.open(f"{url}/")
     browser.wait("!document.getElementById('token-entry').hidden")  # the server has asked for one
@@ -147,8 +143,6 @@ def test_a_person_types_texts_and_sees_labels_and_who_shared_a_pass(
     assert "4 answered in" in browser.run("document.getElementById('status').textContent")
     browser.wait("Number(document.getElementById('replicas').textContent) === 1")
     assert browser.complaints == []
-    shots = os.environ.get("REVMUX_SCREENSHOTS")
-    browser.shot(Path(shots or tmp_path) / "page.png")
 
 
 def test_the_page_shows_throughput_and_width_while_there_is_load(browser: Browser, url: str) -> None:

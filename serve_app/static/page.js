@@ -3,6 +3,7 @@
 const at = (id) => document.getElementById(id);
 const history = [];  // of the last minute: {time, inputs, groups, waiting}
 const SECONDS = 60;
+const BEST = 3;  // scores that are shown at once
 
 async function ask(path, body) {
   const headers = { "Content-Type": "application/json" };
@@ -22,6 +23,21 @@ function cell(row, text) {
   return made;
 }
 
+function scoreLines(ranking) {
+  const lines = ranking.map(({ label, score }) => {
+    const line = document.createElement("div");
+    line.className = "score";
+    line.style.setProperty("--share", `${100 * score}%`);
+    line.textContent = `${label} ${score.toFixed(3)}`;
+    return line;
+  });
+  if (lines.length <= BEST) return lines;
+  const others = document.createElement("details"), title = document.createElement("summary");
+  title.textContent = `${lines.length - BEST} more`;
+  others.append(title, ...lines.slice(BEST));
+  return [...lines.slice(0, BEST), others];
+}
+
 function show(texts, rankings, headers) {
   const widths = headers.get("x-revmux-width").split(",");
   const groups = headers.get("x-revmux-group").split(",");
@@ -32,14 +48,7 @@ function show(texts, rankings, headers) {
     const row = body.insertRow();
     cell(row, text);
     cell(row, rankings[index][0].label);
-    const scores = cell(row, "");
-    for (const { label, score } of rankings[index]) {
-      const line = document.createElement("div");
-      line.className = "score";
-      line.style.setProperty("--share", `${100 * score}%`);
-      line.textContent = `${label} ${score.toFixed(3)}`;
-      scores.append(line);
-    }
+    cell(row, "").append(...scoreLines(rankings[index]));
     cell(row, widths[index] + (alone[index] === "true" ? ", then alone" : ""));
     cell(row, groups[index]);
   });
