@@ -161,7 +161,7 @@ def _on_meta(method: str, shape: BackboneShape, num_inputs: int, options: dict[s
 def main() -> int:
     """Run a subcommand; 0, or 2 for a mistake in its arguments."""
     try:
-        commands = {"cost": cost, "memory": memory, "methods": methods, "cache": CACHE, "push": push}
+        commands: dict[str, Any] = {"cost": cost, "memory": memory, "methods": methods, "cache": CACHE, "push": push}
         print(auto_cli(commands, prog="python -m revmux"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
