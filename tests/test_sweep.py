@@ -218,6 +218,7 @@ def test_as_many_trials_run_side_by_side_as_fit() -> None:
     assert fitting_trials(replace(cluster, gpus_per_worker=0.5), {"CPU": 64.0, "GPU": 2.0}) == 4
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_a_killed_sweep_goes_on_with_each_trial_once(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
