@@ -10,15 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from revmux.environment import compute_environment
 from revmux.errors import UserError
 from revmux.extras import require
 
 LOCAL_ENVIRONMENT = {
-    # Small batches on a CPU are bound by allocation: keep freed memory in the process.
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    # A thread that waits leaves the core to the worker beside it.
-    "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
     # Workers wait after each epoch until Ray Train looks for their report, every 2 seconds by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -36,6 +32,8 @@ class ClusterConfig:
         cpus_per_worker: cores of each; its threads follow.
         gpus_per_worker: GPUs of each, fractions too; 0 trains on CPUs (gloo), more on GPUs (nccl).
         max_failures: restarts from the last checkpoint after a lost worker before the job gives up.
+        wait_minutes: how long training waits for machines that its workers need and the cluster has not, at the start
+            or after a loss, before the job gives up; 0 waits for ever.
     """
 
     address: str | None = None
@@ -43,15 +41,20 @@ class ClusterConfig:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     max_failures: int = 3
+    wait_minutes: float = 60.0
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}; choose 1 or more")
         if self.cpus_per_worker <= 0:
             raise UserError(f"cpus_per_worker is {self.cpus_per_worker}; choose more than 0, such as 1")
-        for name in ("gpus_per_worker", "max_failures"):
+        for name in ("gpus_per_worker", "max_failures", "wait_minutes"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 0 or more")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise UserError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}; choose a whole number, or a fraction below 1 to share a GPU"
+            )
 
     @property
     def resolved_address(self) -> str:
@@ -63,6 +66,19 @@ class ClusterConfig:
     def use_gpu(self) -> bool:
         """Whether workers train on GPUs."""
         return self.gpus_per_worker > 0
+
+    def check_training(self) -> None:
+        """:meth:`check_here` for workers that train together.
+
+        Raises:
+            UserError: as there; or workers would share a GPU, which NCCL refuses.
+        """
+        if self.workers > 1 and 0 < self.gpus_per_worker < 1:
+            raise UserError(
+                f"gpus_per_worker is {self.gpus_per_worker:g} with {self.workers} workers, but workers that train together "
+                "cannot share a GPU (NCCL refuses it); choose --cluster.workers 1, or --cluster.gpus_per_worker 1"
+            )
+        self.check_here()
 
     def check_here(self) -> None:
         """Refuse GPUs on a machine without, before a local cluster starts.
@@ -95,8 +111,9 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     address = config.resolved_address
     environment = None
     if address == "local":
-        os.environ.update(LOCAL_ENVIRONMENT)
-        environment = {"env_vars": LOCAL_ENVIRONMENT}
+        variables = compute_environment() | LOCAL_ENVIRONMENT
+        os.environ.update(variables)
+        environment = {"env_vars": variables}
     try:
         ray.init(address=address, runtime_env=environment, logging_level=logging.WARNING)
     except ConnectionError as error:

@@ -75,7 +75,7 @@ def main(job: FinetuneJob) -> Trained:
             f"dtype is {job.backbone.dtype}, but a task model is tuned in float32; leave --backbone.dtype out"
         )
     storage = absolute_storage(job.storage)
-    job.cluster.check_here()
+    job.cluster.check_training()
     task = load_checked(job.recipe(), job.cluster.workers)
     tracker = Tracker(job.tracking, storage)
     with connected(job.cluster):

@@ -113,12 +113,15 @@ def launch(
 
     Raises:
         UserError: what a person has to mend, such as a full disk; the checkpoints stay.
+        WorkerError: a worker failed more often than ``cluster.max_failures``.
     """
     import ray
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ray_jobs.worker import RESULT_NAME, Outcome, WorkerConfig, train_worker
+    from ray_jobs.faults import StopOnMistake, as_told
+    from ray_jobs.waiting import Waiting
+    from ray_jobs.worker import RESULT_NAME, WorkerConfig, train_worker
 
     # Ray Train's own print shows lines twice, and hides the bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -151,19 +154,20 @@ def launch(
                 name=run_folder.name,
                 storage_path=str(run_folder.parent),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
-                callbacks=callbacks,
+                callbacks=[*(callbacks or []), StopOnMistake(name), Waiting(name, cluster.wait_minutes)],
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
-        outcome: Outcome = trainer.fit().return_value
-        if outcome.error is not None:
-            raise UserError(outcome.error)
+        try:
+            metrics: dict[str, float] = trainer.fit().return_value
+        except TrainingFailedError as failed:
+            raise as_told(failed) from failed
         with atomic_folder(output) as temporary:
             shutil.copytree(run_folder / RESULT_NAME, temporary, dirs_exist_ok=True)
-        tracker.log_metrics(run_id, outcome.metrics)
+        tracker.log_metrics(run_id, metrics)
         tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
         shutil.rmtree(run_folder, ignore_errors=True)
-    return Trained(output, recipe.method, outcome.metrics, run_id)
+    return Trained(output, recipe.method, metrics, run_id)
 
 
 def run_params(recipe: Recipe, cluster: ClusterConfig) -> dict[str, Any]:

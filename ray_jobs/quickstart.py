@@ -108,7 +108,7 @@ def main(job: QuickstartJob) -> None:
     results = absolute_path(job.results, "--results") if job.results else storage / "results.json"
     plot = absolute_path(job.plot, "--plot") if job.plot else storage / "front.png"
     check_port("127.0.0.1", job.port)
-    job.cluster.check_here()
+    job.cluster.check_training()
     steps = Steps()
     tracker = Tracker(TrackingConfig(), storage)
     tracking = TrackingConfig(tracker.uri)

@@ -112,7 +112,7 @@ def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, 
 def main(job: TrainJob) -> list[Trained]:
     """Train, evaluate and record one adapter for each N."""
     storage = absolute_storage(job.storage)
-    job.cluster.check_here()
+    job.cluster.check_training()
     tasks = {name: load_checked(recipe, job.cluster.workers) for name, recipe in job.recipes().items()}
     tracker = Tracker(job.tracking, storage)
     with connected(job.cluster):

@@ -144,7 +144,7 @@ def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> 
     space = load_space(job.space)
     if job.trials is not None:
         space = replace(space, trials=job.trials)
-    job.cluster.check_here()
+    job.cluster.check_training()
     check_answers(job.backbone)
     backbone, own_labels = outline(job.backbone)
     points, left_out = space.legal_points(base_recipe(job), BackboneShape.of(backbone), job.cluster.workers)

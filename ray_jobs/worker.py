@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray.train.torch import get_device
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
+from ray_jobs.faults import lost_a_peer
 from ray_jobs.system_metrics import system_metrics
 from ray_jobs.train_progress import TrainProgress
 from revmux.artifact import atomic_folder, save_pretrained
@@ -28,6 +30,8 @@ from revmux.training import load_weights
 from revmux.workers import together
 
 RESULT_NAME = "result"
+PEER_SECONDS = 10.0
+"""How long a worker that lost a peer keeps still, so that the peer's own failure is seen first."""
 
 
 @dataclass(frozen=True)
@@ -59,32 +63,37 @@ class WorkerConfig:
     progress: bool
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a worker hands to the driver.
-
-    Attributes:
-        metrics: the figures of the test split, cost, weights.
-        error: what a person has to mend; starting the workers again would not.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
-
-
-def train_worker(arguments: dict[str, Any]) -> Outcome:
-    """Body of a worker; every rank runs it, reports alike and ends alike.
+def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
+    """Body of a worker; every rank runs it and reports alike.
 
     To the end, rank 0 is the one process that writes the run's checkpoints and its result.
 
     Args:
         arguments: ``{"config": WorkerConfig}``, as Ray Train hands it over.
+
+    Returns:
+        The figures of the test split, cost, weights.
+
+    Raises:
+        UserError: what a person has to mend, on one worker or on all; :class:`ray_jobs.faults.StopOnMistake` ends the
+            others.
     """
     try:
         with ExitStack() as until_the_end:
-            return Outcome(train(arguments["config"], until_the_end))
-    except UserError as error:
-        return Outcome(error=str(error))
+            return train(arguments["config"], until_the_end)
+    except UserError:
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it shows the stack of what is told in a line
+        raise
+    except torch.OutOfMemoryError as error:
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+        raise UserError(
+            f"out of memory on the device ({str(error).splitlines()[0][:200]}); choose a smaller --optim.batch_size, "
+            "--optim.accumulate 2 or more, or --optim.gradient_checkpointing true"
+        ) from error
+    except Exception as error:
+        if lost_a_peer(error):
+            time.sleep(PEER_SECONDS)
+        raise
 
 
 def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
@@ -95,7 +104,7 @@ def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
         until_the_end: what is held while the worker lives.
 
     Raises:
-        UserError: on every rank, though it may be one that met it.
+        UserError: what a person has to mend.
     """
     torch.set_num_threads(config.threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every report otherwise

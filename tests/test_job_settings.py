@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -68,7 +69,25 @@ def test_gpus_are_refused_where_there_are_none(
     assert "no GPU" in told(capsys)
 
 
-@pytest.mark.parametrize("settings", [{"workers": 0}, {"cpus_per_worker": 0.0}, {"gpus_per_worker": -1.0}])
+@pytest.mark.parametrize("job", [train, finetune, tune])
+def test_workers_that_would_share_a_gpu_are_refused(
+    job: ModuleType, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--backbone.model", str(tiny_model_folder), "--storage", str(tmp_path), "--cluster.workers", "2"]
+    config = {train: train.TrainJob, finetune: finetune.FinetuneJob, tune: tune.TuneJob}[job]
+    assert cli.run(job.main, config, None, [*argv, "--cluster.gpus_per_worker", "0.5"]) == 2
+    assert "gpus_per_worker is 0.5 with 2 workers" in told(capsys)
+
+
+def test_one_worker_may_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ClusterConfig(address="local", workers=1, gpus_per_worker=0.5).check_training()
+    ClusterConfig(address="local", workers=2, gpus_per_worker=0.5).check_here()  # the feature pass shares them too
+
+
+@pytest.mark.parametrize(
+    "settings", [{"workers": 0}, {"cpus_per_worker": 0.0}, {"gpus_per_worker": -1.0}, {"gpus_per_worker": 1.5}]
+)
 def test_resources_are_checked(settings: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
         ClusterConfig(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+"""Workers that cannot start, since machines are missing: the log says what is waited for, and at some time it ends."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.train import ControllerError, ScalingConfig
+from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import RunningState
+
+from revmux.errors import UserError
+
+TELL_SECONDS = 30.0
+"""How often a run that waits says so; Ray Train asks the cluster for its workers anew as often."""
+
+
+class Waiting(ControllerCallback):
+    """Tells what a run waits for and ends it when that does not come. Ray Train itself waits in silence, for ever.
+
+    Args:
+        title: what is trained, in the words of the progress lines.
+        minutes: after which a run ends whose workers the whole cluster cannot hold; 0 waits for ever. Where other
+            work holds what would be enough, it waits its turn however long.
+    """
+
+    def __init__(self, title: str, minutes: float) -> None:
+        self.title, self.minutes = title, minutes
+        self.is_waiting = False
+        self.short_since: float | None = None
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ray Train calls this on its controller, which reads both settings later, from its environment."""
+        seconds = min(TELL_SECONDS, self.minutes * 60) if self.minutes else TELL_SECONDS
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(seconds))
+        # A worker that waits for one that failed cannot leave their group; it is ended after so long. By default 30 s.
+        os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, "5")
+
+    def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> None:
+        """Ray Train calls this whenever it is about to start the workers, so again after each time-out.
+
+        Raises:
+            ControllerError: a :class:`UserError`, that the time is over.
+        """
+        now = time.monotonic()
+        if not self.is_waiting:
+            self.is_waiting, self.short_since = True, now
+            return
+        each = {kind: amount for kind, amount in (scaling_config.resources_per_worker or {}).items() if amount}
+        present, free = ray.cluster_resources(), ray.available_resources()
+        short = missing(num_workers, each, present)
+        words = f"{num_workers} × {amounts(each)}; the cluster has {amounts(each, present)}, free {amounts(each, free)}"
+        if not short:
+            self.short_since = None
+            print(f"{self.title}: waits for its workers, {words}", flush=True)
+            return
+        self.short_since = self.short_since or now
+        waited = (now - self.short_since) / 60
+        if self.minutes and waited >= self.minutes:
+            raise ControllerError(
+                UserError(
+                    f"the workers of {self.title} did not find their place for {waited:.1f} minutes: {words}; add machines "
+                    "and give the same command again, choose fewer --cluster.workers, or a longer --cluster.wait_minutes"
+                )
+            )
+        print(f"{self.title}: waits for machines, {words}", flush=True)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Ray Train calls this at each turn of a run."""
+        if isinstance(current_state, RunningState):
+            self.is_waiting, self.short_since = False, None
+
+
+def missing(workers: int, each: Mapping[str, float], present: Mapping[str, float]) -> bool:
+    """Whether a cluster has less than all workers together need.
+
+    Args:
+        workers: how many.
+        each: what one of them needs.
+        present: what the cluster has, free or not.
+    """
+    return any(workers * amount > present.get(kind, 0.0) for kind, amount in each.items())
+
+
+def amounts(kinds: Mapping[str, float], there: Mapping[str, float] | None = None) -> str:
+    """Resources in words, such as ``1 CPU and 1 GPU``: of those kinds, as many as are there."""
+    there = kinds if there is None else there
+    return " and ".join(f"{there.get(kind, 0.0):g} {kind}" for kind in kinds)

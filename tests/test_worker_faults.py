@@ -1,0 +1,179 @@
+"""Faults that one worker alone meets: the others stop soon, and the error that came first is the one that is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.cloudpickle
+import torch
+import torch.distributed as dist
+from mlflow import MlflowClient
+from ray.train import ControllerError, WorkerGroupError
+
+import ray_jobs.worker
+from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.faults import WorkerError, as_told, first_error
+from ray_jobs.launch import Trained, launch
+from ray_jobs.tracking import Tracker, TrackingConfig
+from ray_jobs.waiting import missing
+from revmux import UserError
+from revmux.data import DataConfig, load_task
+from revmux.features import StoreConfig
+from revmux.pretrained import BackboneConfig
+from revmux.recipe import MethodConfig, Recipe
+from revmux.training import OptimConfig, Trainer
+
+CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+
+@pytest.mark.parametrize(
+    ("failures", "rank"),
+    [
+        ({0: CLOSED, 1: OSError(5, "Input/output error")}, 1),
+        ({0: dist.DistBackendError("NCCL error"), 1: CLOSED, 2: RuntimeError("CUDA error")}, 2),
+        ({0: OSError(5, "Input/output error"), 1: UserError("full disk")}, 1),
+        ({1: CLOSED, 2: CLOSED}, 1),
+    ],
+)
+def test_the_failure_that_the_others_follow_from_is_found(failures: dict[int, Exception], rank: int) -> None:
+    assert first_error(failures) == (rank, failures[rank])
+
+
+def test_a_run_that_was_given_up_is_told_in_a_line() -> None:
+    told = as_told(WorkerGroupError("a page of tracebacks", {0: CLOSED, 3: KeyError("label")}))
+    assert (type(told), str(told)) == (WorkerError, "worker 3 failed, KeyError: 'label'")
+    assert str(as_told(ControllerError(UserError("no room on worker 2")))) == "no room on worker 2"
+    other = ControllerError(TypeError("a mistake in our code"))
+    assert as_told(other) is other
+
+
+@pytest.fixture(scope="module")
+def two_cores() -> Iterator[None]:
+    """A Ray of two cores; its workers find the functions of this file by value."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+            patch.delenv(name, raising=False)
+        with connected(ClusterConfig(workers=1)):
+            yield
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+Start = Callable[..., Trained]
+
+
+@pytest.fixture
+def start(
+    two_cores: None, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Start:
+    """What launches a run whose second worker fails at its fifth step."""
+
+    def run(fail: Callable[[], None], **cluster: Any) -> Trained:
+        monkeypatch.setattr(ray_jobs.worker, "train_worker", partial(one_fails, fail))
+        recipe = Recipe(
+            BackboneConfig(model=str(tiny_model_folder), max_length=16),
+            DataConfig(source=str(tiny_csv)),
+            MethodConfig("revmux", 2, 1),
+            OptimConfig(epochs=2, batch_size=4),
+            store=StoreConfig(root=str(tmp_path / "store")),
+            shuffles=1,
+        )
+        tracker = Tracker(TrackingConfig(), tmp_path)
+        settings = ClusterConfig(**{"workers": 2, "max_failures": 1, **cluster})
+        return launch(recipe, load_task(recipe.data), settings, tracker, tmp_path, "run", tmp_path / "adapter")
+
+    return run
+
+
+def one_fails(fail: Callable[[], None], arguments: dict[str, Any]) -> Any:
+    """A worker; the second of them fails within its fifth step, while the first waits for its share of the gradient."""
+    from ray_jobs.worker import train_worker
+
+    whole = Trainer._step
+
+    def step(self: Trainer, groups: torch.Tensor, all_groups: torch.Tensor) -> Any:
+        if self.rank == 1 and self.state.step == 4:
+            fail()
+        return whole(self, groups, all_groups)
+
+    Trainer._step = step  # type: ignore[method-assign]
+    return train_worker(arguments)
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def kill_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)  # the others' own time-out is half an hour
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("shard 7 is damaged; remove it"), "shard 7 is damaged; remove it"),
+        pytest.param(
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "Tried to allocate 2 GiB.*--optim.accumulate",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_what_one_worker_cannot_mend_ends_all_at_once(
+    error: Exception, words: str, start: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=words):
+        start(partial(raise_, error))
+    told = capfd.readouterr()
+    assert "Traceback" not in told.out + told.err
+    assert (told.out + told.err).count("each), step") == 1, "it was tried again"
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("revmux").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("failures", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_another_error_of_one_worker_is_tried_again_and_told(
+    failures: int, start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(WorkerError, match=r"^worker 1 failed, OSError: \[Errno 5\] Input/output error"):
+        start(partial(raise_, OSError(5, "Input/output error")), max_failures=failures)
+    told = capfd.readouterr()
+    assert (told.out + told.err).count("each), step") == 1 + failures
+    assert "run: worker 1 failed, OSError: [Errno 5] Input/output error" in told.out + told.err
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_lost_worker_is_told_not_its_peers_broken_connection(start: Start) -> None:
+    with pytest.raises(WorkerError, match=r"^worker 1 failed, .*died"):
+        start(kill_oneself, max_failures=0)
+
+
+@pytest.mark.cluster
+def test_machines_that_do_not_come_are_told_and_end_the_run(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    cores = ray.cluster_resources()["CPU"]
+    with pytest.raises(UserError) as told:
+        start(kill_oneself, cpus_per_worker=cores, wait_minutes=0.05)
+    asked = f"2 × {cores:g} CPU; the cluster has {cores:g} CPU"
+    assert asked in str(told.value)
+    assert "--cluster.wait_minutes" in str(told.value)
+
+
+def test_what_other_work_holds_is_not_missing() -> None:
+    assert not missing(2, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0})
+    assert missing(2, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0})
+    assert missing(1, {"GPU": 1.0}, {"CPU": 8.0})
