@@ -9,12 +9,14 @@ import asyncio
 import logging
 from typing import Any
 
+import ray
 import torch
 from fastapi import FastAPI
 from prometheus_client.core import Metric
 from ray import serve
 from ray.serve import Application
 
+from revmux.environment import compute_environment
 from revmux.errors import UserError
 from serve_app.config import AppConfig, LiveConfig, live_tasks
 from serve_app.service import Service
@@ -22,6 +24,9 @@ from serve_app.web import create_app
 
 PEER_SECONDS = 2.0
 """How long the other replicas may take to tell their figures."""
+
+TASKS_AT_LEAST = 100
+"""For so many tasks' queues Serve lets requests through; tasks may be added while replicas run."""
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +91,8 @@ def build(args: AppConfig) -> Application:
     Args:
         args: see :class:`serve_app.config.AppConfig`; an unknown key is an error.
     """
-    # The replica's own queue refuses with 429, so Serve must let requests through to it, and health questions too.
-    ongoing = 2 * (args.max_queue + args.max_batch) + 100
+    # The replica's own queues refuse with 429, so Serve must let requests through to them, and health questions too.
+    ongoing = max(TASKS_AT_LEAST, 2 * len(args.served)) * (args.max_queue + args.max_batch)
     scale: dict[str, Any] = (
         {"autoscaling_config": args.autoscaling.model_dump()}
         if args.autoscaling
@@ -98,6 +103,12 @@ def build(args: AppConfig) -> Application:
         user_config=LiveConfig(tasks=args.served).model_dump(),
         max_ongoing_requests=ongoing,
         graceful_shutdown_timeout_s=args.drain_seconds,
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus, "runtime_env": _runtime_env()},
         logging_config={"enable_access_log": False},  # a line a request would cost more than a small model
     ).bind(args)
+
+
+def _runtime_env() -> dict[str, Any]:
+    """That of the job which deploys, and with it the environment of a process that computes; the job's own wins."""
+    job: dict[str, Any] = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
+    return job | {"env_vars": compute_environment() | job.get("env_vars", {})}

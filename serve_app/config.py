@@ -23,7 +23,7 @@ class _Strict(BaseModel):
 
 class _TaskSettings(_Strict):
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     prompt: str | None = None
     adapters: list[str] = []
     max_length: int | None = Field(default=None, ge=2)
@@ -61,7 +61,8 @@ class TaskConfig(_TaskSettings):
     Args:
         model: a local folder with a trained classification head, or a Hugging Face id.
         revision: branch, tag or commit on the hub; ignored for folders.
-        dtype: type of the frozen weights; adapters stay in float32.
+        dtype: type of the frozen weights; by default what the adapters were trained with, else float32. Adapters stay
+            in float32.
         prompt: by which a language model answers: a shipped prompt's name or a YAML file; by default what the task
             model or the adapters were trained with.
         adapters: adapter folders, ``models:/name@alias`` or ``runs:/id/path``, one for each N; on a
@@ -110,7 +111,8 @@ class AppConfig(_TaskSettings):
         model: the frozen task model, where there is one task: a local folder with a trained classification head, or
             a Hugging Face id.
         revision: branch, tag or commit on the hub; ignored for folders.
-        dtype: type of the frozen weights; adapters stay in float32.
+        dtype: type of the frozen weights; by default what the adapters were trained with, else float32. Adapters stay
+            in float32.
         prompt: by which a language model answers: a shipped prompt's name or a YAML file; by default what the task
             model or the adapters were trained with.
         adapters: adapter folders, ``models:/name@alias`` or ``runs:/id/path``, one for each N; on a
@@ -119,15 +121,16 @@ class AppConfig(_TaskSettings):
         threshold: confidence below which a group's answer falls back to the plain model; by default each adapter's
             own, 0 switches it off.
         tasks: several tasks by name, each with the settings above.
-        max_multiplex: widest group; by default as wide as the adapters are.
+        max_multiplex: widest group; by default as wide as the adapters are; 1 serves the plain model alone.
         max_queue: inputs of a task that may wait in a replica; beyond, requests are answered 429.
         max_batch: inputs of a forward pass.
         max_batch_tokens: tokens of a forward pass, padding included.
-        plain_load: while what waits costs no more than this many plain inputs, every input runs alone.
+        plain_load: while what waits costs no more than this many plain inputs, the plain model answers every input.
         priority_seconds: seconds of waiting that a point of a request's priority is worth.
         max_texts: inputs that one request may hold.
         max_body_bytes: bytes that one request may hold.
         body_seconds: time that the body of a request may take to arrive.
+        stuck_seconds: time that a forward pass may take; a replica whose model is silent for longer is replaced.
         token_file: file with bearer tokens, one a line; without it every client is served.
         token_env: environment variable with a bearer token, set where the replicas run.
         drain_seconds: time that a stopping replica has to answer the requests that it holds.
@@ -149,6 +152,7 @@ class AppConfig(_TaskSettings):
     max_texts: int = Field(default=32, ge=1)
     max_body_bytes: int = Field(default=2_000_000, ge=1)
     body_seconds: float = Field(default=10.0, gt=0)
+    stuck_seconds: float = Field(default=120.0, gt=0)
     token_file: str | None = None
     token_env: str | None = None
     drain_seconds: float = Field(default=20.0, ge=0)

@@ -20,7 +20,7 @@ def reply_headers(
         device: ``cpu`` or ``gpu``.
 
     ``x-revmux-…`` have a value an input, separated by commas. Inputs with the same ``x-revmux-group`` shared a pass;
-    groups are numbered within the request.
+    groups are numbered within the request. The method ``siso`` is the plain model.
     """
     numbers: dict[int, int] = {}
     for answer in answers:
@@ -35,6 +35,7 @@ def reply_headers(
         "x-queue-time": _milliseconds(answer.queue_seconds for answer in answers),
         "x-inference-time": _milliseconds(answer.inference_seconds for answer in answers),
         "x-revmux-width": ",".join(str(answer.width) for answer in answers),
+        "x-revmux-method": ",".join(answer.method for answer in answers),
         "x-revmux-group": ",".join(str(numbers[answer.group]) for answer in answers),
         "x-revmux-fallback": ",".join(str(answer.fell_back).lower() for answer in answers),
         "x-revmux-truncated": ",".join(str(answer.truncated).lower() for answer in answers),

@@ -88,6 +88,11 @@ class ReplicaMetrics:
         groups = CounterMetricFamily(
             "revmux_groups", "groups, which are executions, by width", labels=["task", "width"]
         )
+        methods = CounterMetricFamily(
+            "revmux_method_inputs",
+            "inputs by the method that they rode with; siso is the plain model",
+            labels=["task", "method"],
+        )
         widths = HistogramMetricFamily("revmux_group_width", "width of the groups", labels=["task"])
         for task, counted in tasks.items():
             queue.add_metric([task], counted["waiting"])
@@ -95,10 +100,12 @@ class ReplicaMetrics:
                 family.add_metric([task], counted[name])
             for width, number in sorted(counted["inputs"].items()):
                 inputs.add_metric([task, str(width)], number)
+            for method, number in sorted(counted["methods"].items()):
+                methods.add_metric([task, method], number)
             for width, number in sorted(counted["groups"].items()):
                 groups.add_metric([task, str(width)], number)
             widths.add_metric([task], *_histogram(counted["groups"]))
-        yield from (queue, limit, *counters.values(), inputs, groups, widths)
+        yield from (queue, limit, *counters.values(), inputs, groups, methods, widths)
 
     def families(self) -> list[Metric]:
         """All figures, to be sent to the replica that was asked."""

@@ -13,9 +13,11 @@ from prometheus_client.core import Metric
 
 import revmux
 from revmux.artifact import load_config, recorded_prompt
+from revmux.classifier import recorded_dtype
 from revmux.errors import UserError
 from revmux.pretrained import BackboneConfig, load_pretrained
 from revmux.serving import Engine
+from revmux.serving.plan import admits
 from revmux.serving.task import Task
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, TaskConfig, live_tasks
@@ -26,7 +28,7 @@ from serve_app.sources import adapter_folder
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 15.0
-"""How long the model may take to answer a question about its health; it finishes its pass first."""
+"""How long a question about the model's health waits for an answer; a pass that runs is finished first."""
 
 _FIXED = ("model", "revision", "dtype", "prompt", "max_length", "threshold")
 
@@ -103,7 +105,7 @@ class Service:
             width = load_config(adapter_folder(source)).num_inputs
             if width in found:
                 raise UserError(f"adapters {found[width]!r} and {source!r} both serve N = {width}; name one for each N")
-            if most is None or width <= most:
+            if admits(most, width):
                 found[width] = source
         return found
 
@@ -120,7 +122,8 @@ class Service:
         # Only inputs are cut to max_length, by the engine; loading just wants a legal one.
         folders = [adapter_folder(source) for source in adapters.values()]
         prompt = task.prompt or recorded_prompt(folders)
-        backbone = BackboneConfig(task.model, task.revision, task.max_length or 2, task.dtype, prompt=prompt)
+        dtype = task.dtype or (recorded_dtype(load_config(folders[0])) if folders else "float32")
+        backbone = BackboneConfig(task.model, task.revision, task.max_length or 2, dtype, prompt=prompt)
         pretrained = load_pretrained(backbone)
         pretrained.backbone.to("cuda" if self.config.num_gpus else "cpu")
         self.engine.add_task(name, pretrained, folders, task.max_length, task.threshold)
@@ -146,18 +149,24 @@ class Service:
     async def probe(self, task: str | None = None) -> None:
         """Ask the models, or one task's, a short text.
 
+        An answer may take as long as the pass that runs before it. Until then a model is healthy as long as passes
+        begin or end.
+
         Raises:
-            Unhealthy: no answer, or not in time.
+            Unhealthy: a wrong answer, or none from a model that has ended or has been silent for ``stuck_seconds``.
         """
         names = list(self.engine.tasks) if task is None else [task]
         if not names:
             raise Unhealthy("no task is loaded yet; ask again later")
+        if not self.engine.alive:
+            raise Unhealthy("the model's thread has ended")
         try:
             answers = [asyncio.wrap_future(self.engine.probe(name)) for name in names]
             # Shielded, for others may wait for the same answers.
             await asyncio.wait_for(asyncio.shield(asyncio.gather(*answers)), PROBE_SECONDS)
         except TimeoutError:
-            raise Unhealthy(f"the model did not answer within {PROBE_SECONDS:g} s") from None
+            if (silent := self.engine.silent_seconds) > self.config.stuck_seconds:
+                raise Unhealthy(f"the model has neither begun nor ended a pass for {silent:.0f} s") from None
         except Exception as error:
             raise Unhealthy(f"the model does not answer: {error}") from error
 
@@ -186,6 +195,7 @@ class Service:
             "max_client_batch_size": config.max_texts,
             "max_body_bytes": config.max_body_bytes,
             "body_seconds": config.body_seconds,
+            "stuck_seconds": config.stuck_seconds,
             "needs_token": bool(self.tokens),
             "num_replicas": config.num_replicas,
             "autoscaling": config.autoscaling.model_dump() if config.autoscaling else None,
@@ -197,7 +207,7 @@ class Service:
 
     def _task_info(self, task: Task) -> dict[str, Any]:
         identity = task.pretrained.identity
-        used = {route.width for route in task.lineup.routes}
+        routes = task.lineup.routes
         sources = self._adapters.get(task.name, {})
         return {
             "model_id": identity["name"],
@@ -208,7 +218,7 @@ class Service:
             "model_type": {"classifier": {"id2label": dict(enumerate(task.label_names))}},
             "num_layers": task.backbone.num_layers,
             "max_input_length": task.max_length,
-            "group_widths": sorted(used),
+            "group_widths": sorted({route.width for route in routes}),
             "adapters": [
                 {
                     "source": sources.get(adapter.config.num_inputs, adapter.folder),
@@ -217,7 +227,7 @@ class Service:
                     "prefill_layers": adapter.config.prefill_layers,
                     "relative_cost": round(adapter.route.per_input, 4),
                     "threshold": task.lineup.thresholds.get(adapter.config.num_inputs, 0.0),
-                    "used": adapter.config.num_inputs in used,
+                    "used": adapter.route in routes,
                     "metrics": adapter.config.metrics,
                 }
                 for adapter in task.lineup.adapters

@@ -23,8 +23,8 @@ from serve_app.service import Service
 DESCRIPTION = """Text classification by frozen models, several requests a pass.
 
 The forms are those of text-embeddings-inference (`/predict`), of `huggingface_hub.InferenceClient`, and of the Open
-Inference Protocol (`/v2`). Headers of each reply tell how it was computed: `x-revmux-width`, `x-revmux-group`,
-`x-revmux-fallback`, and times in milliseconds. Every refusal is `{"error", "error_type"}`.
+Inference Protocol (`/v2`). Headers of each reply tell how it was computed: `x-revmux-width`, `x-revmux-method`,
+`x-revmux-group`, `x-revmux-fallback`, and times in milliseconds. Every refusal is `{"error", "error_type"}`.
 """
 
 

@@ -138,6 +138,21 @@ def test_room_is_a_tasks_own(queue: PullQueue) -> None:
     assert "b" not in counts
 
 
+def test_room_is_kept_for_inputs_that_are_on_their_way(queue: PullQueue) -> None:
+    put(queue, *(ticket(A) for _ in range(90)))
+    with queue.room(A, 10):
+        with pytest.raises(Overloaded, match="100 inputs wait"), queue.room(A, 1):
+            pass
+        with queue.room(B, 100):
+            pass
+        queue.put([ticket(A) for _ in range(10)])
+    assert run_next(queue, most=100)
+    with pytest.raises(ValueError, match="bad text"), queue.room(A, 100):
+        raise ValueError("bad text")
+    with queue.room(A, 100):
+        pass
+
+
 def test_who_is_ahead_comes_before_every_task_and_priority(queue: PullQueue) -> None:
     put(queue, *(ticket(A, priority=10) for _ in range(100)), ticket(B, priority=10))
     probe = ticket(B)

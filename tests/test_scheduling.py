@@ -7,17 +7,38 @@ import pytest
 from revmux.errors import UserError
 from revmux.serving import Overloaded
 from revmux.serving.metrics import Metrics
-from revmux.serving.plan import PLAIN, Group, Route, choose_width, form_groups, form_passes, next_pass, useful_routes
+from revmux.serving.plan import PLAIN, Group, Route, choose_routes, form_groups, form_passes, next_pass, useful_routes
 from revmux.serving.queue import PullQueue, Ticket
 
 # Costs of groups of 2 and 4 over the same cut layer, in plain inputs: 0.7 and 0.5 an input.
 TWO = Route(2, "layer 1", 0.4, 0.6)
 FOUR = Route(4, "layer 1", 0.4, 0.4)
+HEAD = Route(1, "layer 2", 0.55, 0.05, "exit-head")
 
 
 def test_width_grows_with_the_queue_and_is_as_narrow_as_the_load_allows() -> None:
     routes = useful_routes([FOUR, TWO])
-    assert [choose_width(waiting, routes, 4) for waiting in (1, 4, 5, 6, 8, 500)] == [1, 1, 2, 4, 4, 4]
+    widest = [choose_routes(waiting, routes, 4)[-1].width for waiting in (1, 4, 5, 6, 8, 500)]
+    assert widest == [1, 1, 2, 4, 4, 4]
+
+
+def test_an_exit_head_comes_between_the_plain_model_and_groups_that_are_cheaper() -> None:
+    routes = useful_routes([FOUR, TWO, HEAD])
+    assert routes == [PLAIN, HEAD, FOUR]  # a pair costs more an input than the head does
+    chosen = [choose_routes(waiting, routes, 4)[-1] for waiting in (1, 4, 5, 6, 7, 500)]
+    assert chosen == [PLAIN, PLAIN, HEAD, HEAD, FOUR, FOUR]
+    assert useful_routes([HEAD]) == [PLAIN, HEAD]
+
+
+def test_an_exit_head_answers_what_is_left_over_and_never_who_demands_the_plain_model() -> None:
+    groups = form_groups([9] * 7, [None, 1, None, None, 2, None, None], [PLAIN, HEAD, FOUR])
+    found = {index: group.route for group in groups for index in group.members}
+    assert found[1] == PLAIN
+    assert found[4] == HEAD  # two may share, and no adapter serves two
+    assert [found[index] for index in (0, 2, 3, 5, 6)].count(FOUR) == 4
+    assert [found[index] for index in (0, 2, 3, 5, 6)].count(HEAD) == 1
+    forward = next_pass([9] * 3, [None, 1, None], 3, [PLAIN, HEAD], plain_load=0, max_tokens=1000)
+    assert [(group.route, group.members) for group in forward.groups] == [(HEAD, (0,)), (HEAD, (2,))]
 
 
 def test_a_width_that_saves_nothing_is_never_used() -> None:
@@ -27,19 +48,23 @@ def test_a_width_that_saves_nothing_is_never_used() -> None:
 def test_two_adapters_of_one_width_are_refused() -> None:
     with pytest.raises(UserError, match="two adapters serve N = 2"):
         useful_routes([TWO, TWO])
-    with pytest.raises(UserError, match="plain model itself"):
-        useful_routes([PLAIN])
+    with pytest.raises(UserError, match="two adapters serve N = 1"):
+        useful_routes([HEAD, HEAD])
+
+
+def test_an_adapter_no_cheaper_than_the_plain_model_is_never_used() -> None:
+    assert useful_routes([Route(1, "layer 0", 0.0, 1.0, "siso")]) == [PLAIN]
 
 
 def test_groups_take_every_input_once_with_neighbours_in_length() -> None:
     lengths = [5, 60, 6, 50, 7, 55, 8, 58]
-    groups = form_groups(lengths, [4] * 8, 4, [PLAIN, TWO, FOUR])
+    groups = form_groups(lengths, [None] * 8, [PLAIN, TWO, FOUR])
     assert [set(group.members) for group in groups] == [{1, 3, 5, 7}, {0, 2, 4, 6}]
 
 
 def test_an_input_never_rides_wider_than_it_allows() -> None:
     caps = [1, 4, 2, 4, 3, 4, 4, 1]
-    groups = form_groups([9] * 8, caps, 4, [PLAIN, TWO, FOUR])
+    groups = form_groups([9] * 8, caps, [PLAIN, TWO, FOUR])
     assert sorted(index for group in groups for index in group.members) == list(range(8))
     assert all(group.width <= caps[index] for group in groups for index in group.members)
     assert sorted(group.width for group in groups) == [1, 1, 2, 4]
@@ -58,21 +83,19 @@ def test_an_input_never_rides_wider_than_it_allows() -> None:
 def test_what_is_left_over_fills_a_group_or_goes_narrower_whichever_is_cheaper(
     inputs: int, shared: float, expected: list[tuple[int, int]]
 ) -> None:
-    groups = form_groups([9] * inputs, [4] * inputs, 4, [PLAIN, TWO, Route(4, "layer 1", 0.1, shared)])
+    groups = form_groups([9] * inputs, [4] * inputs, [PLAIN, TWO, Route(4, "layer 1", 0.1, shared)])
     assert [(group.width, len(group.members)) for group in groups] == expected
 
 
 def test_passes_share_a_stem_bound_their_tokens_and_do_not_pad_short_texts_to_long_ones() -> None:
-    groups = [Group(2, (0, 1)), Group(2, (2, 3)), Group(1, (4,)), Group(4, (5, 6, 7, 8))]
+    groups = [Group(PLAIN, (4,)), Group(TWO, (0, 1)), Group(TWO, (2, 3)), Group(FOUR, (5, 6, 7, 8))]
     lengths = [30, 30, 10, 9, 8, 29, 28, 27, 26]
-    stems = {1: "plain", 2: "layer 1", 4: "layer 1"}
     found = [
-        (forward.stem, [group.members for group in forward.groups])
-        for forward in form_passes(groups, lengths, stems, 1000)
+        (forward.stem, [group.members for group in forward.groups]) for forward in form_passes(groups, lengths, 1000)
     ]
     assert found == [("plain", [(4,)]), ("layer 1", [(0, 1), (5, 6, 7, 8)]), ("layer 1", [(2, 3)])]
-    assert len(form_passes(groups, lengths, stems, 6 * 30)) == 3
-    assert len(form_passes(groups, lengths, stems, 6 * 30 - 1)) == 4
+    assert len(form_passes(groups, lengths, 6 * 30)) == 3
+    assert len(form_passes(groups, lengths, 6 * 30 - 1)) == 4
 
 
 def test_the_next_pass_is_the_one_whose_turn_it_is_whatever_its_length() -> None:
@@ -122,8 +145,7 @@ class Simulation:
         self.waits += [self.now - ticket.queued for ticket in rows]
         for group in forward.groups:
             self.widths += [group.width] * len(group.members)
-            route = {1: PLAIN, 2: TWO, 4: FOUR}[group.width]
-            self.now += route.group_cost(len(group.members))
+            self.now += group.route.group_cost(len(group.members))
 
 
 class Named:

@@ -292,6 +292,22 @@ def test_serve_lets_more_requests_through_than_the_queue_holds() -> None:
     deployment = build(AppConfig(model="m", max_queue=300, num_replicas=2))._bound_deployment
     assert deployment.max_ongoing_requests > 600
     assert deployment.num_replicas == 2
+    several = {f"t{number}": {"model": "m"} for number in range(150)}
+    deployment = build(AppConfig.model_validate({"tasks": several, "max_queue": 300}))._bound_deployment
+    assert deployment.max_ongoing_requests > 150 * 300 + 128
+
+
+def test_replicas_have_the_environment_of_processes_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve_app.app import build
+
+    def variables() -> dict[str, str]:
+        return build(AppConfig(model="m"))._bound_deployment.ray_actor_options["runtime_env"]["env_vars"]
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert variables()["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert variables().keys() >= {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert variables()["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_what_may_change_while_replicas_run_is_kept_apart() -> None:

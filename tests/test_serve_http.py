@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from serving_models import load, plain_scores, text, write_adapter
 from revmux.errors import UserError
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, LiveConfig, TaskConfig
+from serve_app.failures import Unhealthy
 from serve_app.metrics import page
 from serve_app.service import Service
 from serve_app.web import create_app
@@ -97,6 +101,7 @@ def test_headers_tell_how_each_input_rode(url: str) -> None:
     batch = {"inputs": [["w1"], ["w2 w3"], ["w4"], ["w5 w6 w7"]], "task": "topic"}
     grouped = post(f"{url}/predict", batch).headers
     assert grouped["x-revmux-width"] == "2,2,2,2"
+    assert grouped["x-revmux-method"] == ",".join(["token-split"] * 4)
     groups = grouped["x-revmux-group"].split(",")
     assert sorted(groups) == ["1", "1", "2", "2"]
     assert grouped["x-revmux-fallback"] == grouped["x-revmux-truncated"] == "false,false,false,false"
@@ -107,6 +112,7 @@ def test_headers_tell_how_each_input_rode(url: str) -> None:
     assert times["total"] >= times["inference"] > 0
     alone = post(f"{url}/predict", {**batch, "max_multiplex": 1}).headers
     assert alone["x-revmux-width"] == "1,1,1,1"
+    assert alone["x-revmux-method"] == "siso,siso,siso,siso"
     assert alone["x-revmux-group"] == "1,2,3,4"
 
 
@@ -121,6 +127,81 @@ def test_an_answer_below_the_threshold_falls_back_and_says_so(tasks: dict[str, A
             assert reply.headers["x-revmux-width"] == "2,2"
             figures = _figures(url)
             assert figures["revmux_fell_back_total", "default"] == 2
+    finally:
+        service.close()
+
+
+@pytest.fixture
+def held(tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, threading.Event]]:
+    """A service inside of a pass that goes on once the event is set."""
+    monkeypatch.setattr("serve_app.service.PROBE_SECONDS", 0.05)
+    config = AppConfig.model_validate(tasks["mood"])
+    service = Service(config)
+    service.serve(config.served)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    service.engine.task().backbone.layer(0).register_forward_pre_hook(wait)
+    future = service.engine.submit(["w1"])[0]
+    assert inside.wait(60)
+    try:
+        yield service, go_on
+    finally:
+        go_on.set()
+        assert future.result(60)
+        service.close()
+
+
+def test_a_model_within_a_long_pass_is_healthy(held: tuple[Service, threading.Event]) -> None:
+    service, go_on = held
+    asyncio.run(service.probe())
+    go_on.set()
+    asyncio.run(service.probe())
+    assert service.engine.silent_seconds < service.config.stuck_seconds
+
+
+def test_a_model_that_is_stuck_is_not(held: tuple[Service, threading.Event]) -> None:
+    service, go_on = held
+    service.config = service.config.model_copy(update={"stuck_seconds": 0.01})
+    with pytest.raises(Unhealthy, match="neither begun nor ended a pass"):
+        asyncio.run(service.probe())
+    go_on.set()
+    assert service.engine.probe().result(60)
+    asyncio.run(service.probe())
+
+
+def test_a_model_whose_thread_has_ended_is_told_at_once(tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AppConfig.model_validate(tasks["mood"])
+    service = Service(config)
+    service.serve(config.served)
+    thread = service.engine._worker._thread
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(service.engine._queue, "charge", lambda *_: 1 / 0)  # a mistake of ours that no pass would catch
+    assert service.engine.submit(["w1"])[0].result(60)
+    thread.join(60)
+    with pytest.raises(Unhealthy, match="thread has ended"):
+        asyncio.run(service.probe())
+    service.close()
+
+
+@pytest.mark.parametrize(("asked", "found"), [(None, "bfloat16"), ("float32", "float32")])
+def test_the_model_has_the_dtype_that_its_adapters_were_trained_with(
+    tasks: dict[str, Any], tmp_path: Path, asked: str | None, found: str
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(tasks["topic"]["adapters"][0], folder)
+    recorded = json.loads((folder / "adapter_config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "adapter_config.json").write_text(json.dumps(recorded))
+    config = AppConfig.model_validate({"model": tasks["topic"]["model"], "adapters": [str(folder)], "dtype": asked})
+    service = Service(config)
+    told = pytest.warns(UserWarning, match="was trained on a bfloat16 backbone") if asked else nullcontext()
+    try:
+        with told:
+            service.serve(config.served)
+        assert service.info()["model_dtype"] == found
     finally:
         service.close()
 

@@ -14,7 +14,7 @@ from revmux.errors import UserError
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained import Pretrained
-from revmux.serving.plan import Route
+from revmux.serving.plan import Route, admits
 
 COUNTED_LENGTH = 64
 """Tokens of the inputs whose cost is counted; what is compared hardly depends on it."""
@@ -45,7 +45,7 @@ def load_adapters(
     Args:
         folders: adapter folders, or ids on the hub, trained on this backbone.
         pretrained: the backbone.
-        max_multiplex: wider adapters are left out; None keeps all.
+        max_multiplex: wider adapters are left out, all of them at 1; None keeps all.
 
     Raises:
         UserError: a folder is no adapter of this backbone, or its method changed the backbone.
@@ -54,7 +54,7 @@ def load_adapters(
     for named in folders:
         folder = adapter_folder(named)
         config = load_config(folder)
-        if max_multiplex is not None and config.num_inputs > max_multiplex:
+        if not admits(max_multiplex, config.num_inputs):
             continue
         _check_frozen(folder, config)
         model = from_pretrained(folder, pretrained)
@@ -82,6 +82,6 @@ def _route(model: MultiplexedClassifier) -> Route:
     plain = count_flops(backbone, build_method("siso", BackboneShape.of(backbone), 1), 0, length).per_input
     cost = count_flops(backbone, method, model.prefill_layers, length)
     if method.prepares_tokens:  # every slot has tokens of its own, so a repeated input saves nothing
-        return Route(width, f"slots of {width}", 0.0, width * cost.per_input / plain)
+        return Route(width, f"slots of {width}", 0.0, width * cost.per_input / plain, method.name)
     shared = width * (cost.per_input - cost.prefill)
-    return Route(width, f"layer {model.prefill_layers}", cost.prefill / plain, shared / plain)
+    return Route(width, f"layer {model.prefill_layers}", cost.prefill / plain, shared / plain, method.name)

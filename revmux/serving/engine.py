@@ -12,8 +12,9 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -92,6 +93,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether the model's thread runs."""
         return self._worker.alive
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since a pass last began or ended: long where the model hangs, or where nobody asked."""
+        return self._worker.silent_seconds
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -197,7 +203,7 @@ class Engine:
         Args:
             texts: strings, or pairs of strings.
             truncate: cut texts to the task's ``max_length`` tokens; otherwise longer ones are refused.
-            max_multiplex: widest group that these texts may ride in; 1 is the plain model.
+            max_multiplex: widest group that these texts may ride in; 1 is the plain model, no exit head either.
             task: name; None where there is one only.
             priority: higher comes earlier, -10..10, see ``Limits.priority_seconds``.
             timeout: seconds from now by which the model must have started, else :class:`Expired` is the answer.
@@ -212,8 +218,9 @@ class Engine:
             Overloaded: no room for all of them.
             Draining: :meth:`close` was called.
         """
-        tickets = self._admit(texts, truncate, max_multiplex, task, priority, timeout)()
-        self._queue.put(tickets)
+        with self._admit(texts, truncate, max_multiplex, task, priority, timeout) as tokenize:
+            tickets = tokenize()
+            self._queue.put(tickets)
         return [ticket.future for ticket in tickets]
 
     async def answer(
@@ -232,9 +239,9 @@ class Engine:
             Expired: the deadline passed before the model started.
             InferenceFailed: the model failed on one of them; and as :meth:`submit`.
         """
-        tokenize = self._admit(texts, truncate, max_multiplex, task, priority, timeout)
-        tickets = await asyncio.get_running_loop().run_in_executor(self._pool, tokenize)
-        self._queue.put(tickets)
+        with self._admit(texts, truncate, max_multiplex, task, priority, timeout) as tokenize:
+            tickets = await asyncio.get_running_loop().run_in_executor(self._pool, tokenize)
+            self._queue.put(tickets)
         try:
             return list(await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets)))
         except BaseException:
@@ -242,6 +249,7 @@ class Engine:
                 ticket.future.cancel()
             raise
 
+    @contextmanager
     def _admit(
         self,
         texts: Sequence[Text],
@@ -250,8 +258,8 @@ class Engine:
         name: str | None,
         priority: float,
         timeout: float | None,
-    ) -> Callable[[], list[Ticket]]:
-        """Check a request, and give what tokenizes it."""
+    ) -> Iterator[Callable[[], list[Ticket]]]:
+        """Check a request, keep room for it, and give what tokenizes it."""
         task = self.task(name)
         if max_multiplex is not None and max_multiplex < 1:
             raise UserError(f"max_multiplex is {max_multiplex}; choose 1 (the plain model) or more")
@@ -261,8 +269,6 @@ class Engine:
             )
         if timeout is not None and not timeout > 0:
             raise UserError(f"the timeout is {timeout} s; choose more than 0, or leave it out")
-        self._queue.check_room(task, len(texts))
-        self._metrics.count(task.name, "requests")
         deadline = None if timeout is None else self._queue.clock() + timeout
 
         def tokenize() -> list[Ticket]:
@@ -275,7 +281,9 @@ class Engine:
                 tickets.append(ticket)
             return tickets
 
-        return tokenize
+        with self._queue.room(task, len(texts)):
+            self._metrics.count(task.name, "requests")
+            yield tokenize
 
     def probe(self, task: str | None = None) -> Future[Answer]:
         """Ask the model one short text, ahead of the queue; questions at the same time share one answer.
@@ -299,8 +307,8 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counts since the start, summed, and by task under ``tasks``.
 
-        ``inputs`` and ``groups`` (executions) are counted by width, ``seconds`` by stage, ``waiting`` is the queue's
-        depth now. ``rejected`` found no room, ``expired`` waited too long, ``cancelled`` were dropped by their
+        ``inputs`` and ``groups`` (executions) are counted by width, inputs also by ``methods``, ``seconds`` by stage;
+        ``waiting`` is the queue's depth now. ``rejected`` found no room, ``expired`` waited too long, ``cancelled`` were dropped by their
         clients: none of these ran.
         """
         snapshot = self._metrics.snapshot()
@@ -327,7 +335,7 @@ class Engine:
 def _warn_if_useless(task: Task, adapter: Adapter) -> None:
     if adapter.route not in task.lineup.routes:
         logger.warning(
-            "adapter %s (N = %d) costs an input more than a narrower group does and is never used",
+            "adapter %s (N = %d) costs an input no less than a narrower one or the plain model and is never used",
             adapter.folder,
             adapter.route.width,
         )

@@ -1,6 +1,6 @@
 """One forward pass of a batch of groups, timed stage by stage.
 
-Stages: ``pad`` (tokens to the device), ``plain`` (the whole model, N = 1), ``prefill``, ``multiplex``, ``upper``,
+Stages: ``pad`` (tokens to the device), ``plain`` (the whole plain model), ``prefill``, ``multiplex``, ``upper``,
 ``head`` (demultiplexer and classifier), ``resume`` (inputs that fall back) and ``reply`` (scores to the CPU).
 """
 
@@ -84,7 +84,7 @@ def run_pass(
 
     Args:
         backbone: the frozen task model.
-        models: by N; not asked for N = 1.
+        models: adapters by N, an exit head at 1; not asked for the plain model.
         thresholds: by N, the confidence below which an answer falls back; N without one never does.
         padder: the backbone's tokenizer.
         groups: of one stem, see :class:`revmux.serving.plan.Route`; the plain model's have one member each.
@@ -97,7 +97,7 @@ def run_pass(
     tokens = pad(inputs, padder, backbone.device)  # (R, S) each
     clock.mark("pad")
     fell_back = torch.zeros(len(inputs), dtype=torch.bool, device=backbone.device)
-    if groups[0].width == PLAIN.width:
+    if groups[0].route == PLAIN:
         scores = backbone(tokens).float()  # (R, C)
         clock.mark("plain")
     else:
@@ -118,7 +118,7 @@ def _multiplexed(
     fell_back: Tensor,
     clock: StageClock,
 ) -> Tensor:
-    """Scores (R, C) of groups that are wider than one; marks in ``fell_back`` (R,) which inputs resumed alone."""
+    """Scores (R, C) of groups with adapters; marks in ``fell_back`` (R,) which inputs resumed alone."""
     rows = len(fell_back)
     scores = torch.zeros(rows, backbone.num_labels, device=backbone.device)
     shared: HiddenState | None = None

@@ -15,12 +15,12 @@ class Limits:
     """What an engine may take at once.
 
     Args:
-        max_multiplex: widest group; wider adapters stay unused. None: as wide as the adapters are.
+        max_multiplex: widest group; wider adapters stay unused, at 1 all of them. None: as wide as the adapters are.
         max_queue: inputs of one task that may wait.
         max_batch: inputs of a forward pass.
         max_batch_tokens: tokens of a forward pass, padding included.
-        plain_load: when what waits costs no more than this many plain inputs, every input runs alone;
-            beyond, groups are as narrow as brings the cost back below, else as wide as allowed.
+        plain_load: when what waits costs no more than this many plain inputs, the plain model answers every input;
+            beyond, an exit head does, or groups as narrow as brings the cost back below, else as wide as allowed.
         priority_seconds: what a point of priority is worth: so many seconds of waiting within a task, and of the
             device's time between tasks.
 

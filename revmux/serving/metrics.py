@@ -28,6 +28,7 @@ class PassReport:
         task: its name.
         widths: N of the group that each input rode in.
         groups: N of each group.
+        methods: that each input rode with; ``siso`` is the plain model.
         fell_back: which inputs resumed alone.
         tokens: of all inputs.
         padded_tokens: that the layers below the cut really got.
@@ -40,6 +41,7 @@ class PassReport:
     task: str
     widths: tuple[int, ...]
     groups: tuple[int, ...]
+    methods: tuple[str, ...]
     fell_back: tuple[bool, ...]
     tokens: int
     padded_tokens: int
@@ -55,6 +57,7 @@ class TaskCounts:
 
     inputs: Counter[int] = field(default_factory=Counter)
     groups: Counter[int] = field(default_factory=Counter)
+    methods: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -62,6 +65,7 @@ class TaskCounts:
         """Take the sums of another task in."""
         for own, more in ((self.inputs, other.inputs), (self.groups, other.groups)):
             own.update(more)
+        self.methods.update(other.methods)
         self.counts.update(other.counts)
         for stage, seconds in other.seconds.items():
             self.seconds[stage] += seconds
@@ -69,7 +73,8 @@ class TaskCounts:
     def snapshot(self) -> dict[str, Any]:
         """Plain data."""
         counted = {name: self.counts[name] for name in COUNTED}
-        return {"inputs": dict(self.inputs), "groups": dict(self.groups), "seconds": dict(self.seconds), **counted}
+        by_width = {"inputs": dict(self.inputs), "groups": dict(self.groups)}
+        return {**by_width, "methods": dict(self.methods), "seconds": dict(self.seconds), **counted}
 
 
 class Metrics:
@@ -98,6 +103,7 @@ class Metrics:
             own = self._of(report.task)
             own.inputs.update(report.widths)
             own.groups.update(report.groups)
+            own.methods.update(report.methods)
             own.counts.update(
                 passes=1, fell_back=sum(report.fell_back), tokens=report.tokens, padded_tokens=report.padded_tokens
             )

@@ -1,6 +1,8 @@
 """Who rides with whom: from the inputs that were taken to groups and forward passes. Arithmetic only, no tensors.
 
-Costs are in units of one plain input. A route is one way to run inputs; the plain model is the route of width 1.
+Costs are in units of one plain input. A route is one way to run inputs: alone through the plain model, alone with an
+exit head, or in groups of N. Each route that may run is cheaper an input than the ones before it, and the queue decides
+how far to go.
 """
 
 from __future__ import annotations
@@ -13,19 +15,21 @@ from revmux.errors import UserError
 
 @dataclass(frozen=True)
 class Route:
-    """One group width, as far as planning goes.
+    """One way to run inputs, as far as planning goes.
 
     Attributes:
-        width: N.
+        width: N; 1 is the plain model or an exit head.
         stem: routes with the same stem share the layers below the cut, and so a forward pass.
         alone: cost of each distinct input before the shared part.
         shared: cost of one group's shared part, however many of its slots hold distinct inputs.
+        method: name of the method; ``siso`` is the plain model.
     """
 
     width: int
     stem: str
     alone: float
     shared: float
+    method: str = "revmux"
 
     @property
     def per_input(self) -> float:
@@ -36,8 +40,17 @@ class Route:
         """Cost of one group of ``members`` distinct inputs."""
         return members * self.alone + self.shared
 
+    def within(self, max_multiplex: int | None) -> bool:
+        """Whether a bound on the width admits the route: 1 demands the plain model, None admits everything."""
+        return self == PLAIN or admits(max_multiplex, self.width)
 
-PLAIN = Route(width=1, stem="plain", alone=1.0, shared=0.0)
+
+PLAIN = Route(width=1, stem="plain", alone=1.0, shared=0.0, method="siso")
+
+
+def admits(max_multiplex: int | None, num_inputs: int) -> bool:
+    """Whether a bound on the width admits an adapter of N = ``num_inputs``; 1 admits none, not even an exit head."""
+    return max_multiplex is None or 1 < max_multiplex >= num_inputs
 
 
 @dataclass(frozen=True)
@@ -45,12 +58,17 @@ class Group:
     """Inputs that share a pass.
 
     Attributes:
-        width: N.
+        route: how they run.
         members: indices of 1..N distinct inputs; where fewer than N, they fill the remaining slots again.
     """
 
-    width: int
+    route: Route
     members: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """N."""
+        return self.route.width
 
 
 @dataclass(frozen=True)
@@ -67,16 +85,14 @@ class ForwardPass:
 
 
 def useful_routes(routes: Sequence[Route]) -> list[Route]:
-    """The plain route and those that are cheaper an input than every narrower one, narrowest first.
+    """The plain route and those of adapters that are cheaper an input than every narrower one, narrowest first.
 
     Raises:
-        UserError: two routes of one width, or one of width 1.
+        UserError: two adapters of one width.
     """
     kept = [PLAIN]
     widths: set[int] = set()
     for route in sorted(routes, key=lambda route: route.width):
-        if route.width < 2:
-            raise UserError(f"an adapter serves N = {route.width}, which is the plain model itself; leave it out")
         if route.width in widths:
             raise UserError(f"two adapters serve N = {route.width}; name one for each N")
         widths.add(route.width)
@@ -85,48 +101,44 @@ def useful_routes(routes: Sequence[Route]) -> list[Route]:
     return kept
 
 
-def choose_width(waiting: int, routes: Sequence[Route], plain_load: float) -> int:
-    """The narrowest width at which all that waits costs no more than ``plain_load`` plain inputs, else the widest.
+def choose_routes(waiting: int, routes: Sequence[Route], plain_load: float) -> list[Route]:
+    """As many routes, from the plain one on, as bring the cost of all that waits to ``plain_load`` plain inputs, or all.
 
     Args:
         waiting: inputs in the queue, those included that are about to run.
         routes: as :func:`useful_routes` gives them.
         plain_load: in plain inputs.
     """
-    for route in routes:
+    for place, route in enumerate(routes, 1):
         if waiting * route.per_input <= plain_load:
-            return route.width
-    return routes[-1].width
+            return list(routes[:place])
+    return list(routes)
 
 
-def form_groups(lengths: Sequence[int], caps: Sequence[int], width: int, routes: Sequence[Route]) -> list[Group]:
-    """Every input into one group, with others of like length, no wider than ``width`` and its own cap.
+def form_groups(lengths: Sequence[int], caps: Sequence[int | None], routes: Sequence[Route]) -> list[Group]:
+    """Every input into one group of the cheapest route that it admits, with others of like length.
 
     The longest share a group first, since a group pays for its longest member. Inputs that are left over at one
     width fill a group with themselves, or go on to the narrower widths, whichever is counted cheaper.
 
     Args:
         lengths: tokens of each input.
-        caps: widest group that each input allows.
-        width: as :func:`choose_width` gives it.
-        routes: as :func:`useful_routes` gives them.
+        caps: what each input allows, see :meth:`Route.within`.
+        routes: as :func:`choose_routes` gives them.
     """
-    usable = [route for route in routes if route.width <= width]
-    best = [max(route.width for route in usable if route.width <= cap) for cap in caps]
+    best = [[route for route in routes if route.within(cap)][-1] for cap in caps]
     groups: list[Group] = []
     demoted: list[int] = []
-    for place in range(len(usable) - 1, -1, -1):
-        route = usable[place]
-        members = demoted + [index for index, own in enumerate(best) if own == route.width]
+    for place in range(len(routes) - 1, -1, -1):
+        route = routes[place]
+        members = demoted + [index for index, own in enumerate(best) if own == route]
         members.sort(key=lambda index: -lengths[index])
         left = len(members) % route.width
         full = len(members) - left
-        groups += [
-            Group(route.width, tuple(members[start : start + route.width])) for start in range(0, full, route.width)
-        ]
+        groups += [Group(route, tuple(members[start : start + route.width])) for start in range(0, full, route.width)]
         demoted = members[full:]
-        if left and route.group_cost(left) < _narrow_cost(left, usable[:place]):
-            groups.append(Group(route.width, tuple(demoted)))
+        if left and route.group_cost(left) < _narrow_cost(left, routes[:place]):
+            groups.append(Group(route, tuple(demoted)))
             demoted = []
     return groups
 
@@ -146,7 +158,7 @@ def _narrow_cost(inputs: int, routes: Sequence[Route]) -> float:
 
 def next_pass(
     lengths: Sequence[int],
-    caps: Sequence[int],
+    caps: Sequence[int | None],
     waiting: int,
     routes: Sequence[Route],
     plain_load: float,
@@ -156,33 +168,28 @@ def next_pass(
 
     Args:
         lengths: tokens of each input, in the order of their turns.
-        caps: widest group that each allows.
+        caps: what each allows, see :meth:`Route.within`.
         waiting: inputs in the queue, those of other tasks included.
         routes: as :func:`useful_routes` gives them.
-        plain_load: see :func:`choose_width`.
+        plain_load: see :func:`choose_routes`.
         max_tokens: see :func:`form_passes`.
     """
-    width = choose_width(waiting, routes, plain_load)
-    groups = form_groups(lengths, caps, width, routes)
-    stems = {route.width: route.stem for route in routes}
-    passes = form_passes(groups, lengths, stems, max_tokens)
+    groups = form_groups(lengths, caps, choose_routes(waiting, routes, plain_load))
+    passes = form_passes(groups, lengths, max_tokens)
     return next(forward for forward in passes if any(0 in group.members for group in forward.groups))
 
 
-def form_passes(
-    groups: Sequence[Group], lengths: Sequence[int], stems: dict[int, str], max_tokens: int
-) -> list[ForwardPass]:
+def form_passes(groups: Sequence[Group], lengths: Sequence[int], max_tokens: int) -> list[ForwardPass]:
     """Groups into forward passes: one stem each, like lengths, padding at most doubles them.
 
     Args:
         groups: as :func:`form_groups` gives them.
         lengths: tokens of each input.
-        stems: stem of each width.
         max_tokens: inputs times longest input that one pass may hold; one group always may run.
     """
     passes = []
-    for stem in dict.fromkeys(stems.values()):
-        same = [group for group in groups if stems[group.width] == stem]
+    for stem in dict.fromkeys(group.route.stem for group in groups):
+        same = [group for group in groups if group.route.stem == stem]
         same.sort(key=lambda group: -max(lengths[index] for index in group.members))
         batch: list[Group] = []
         inputs = longest = 0

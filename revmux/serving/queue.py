@@ -12,8 +12,9 @@ import itertools
 import threading
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -99,6 +100,7 @@ class PullQueue:
         self.priority_seconds = priority_seconds
         self.clock = clock
         self._lines: dict[Task, list[Ticket]] = {}  # none of them empty
+        self._coming: Counter[Task] = Counter()  # inputs that were let in and are not queued yet
         self._served: WeakKeyDictionary[Task, float] = WeakKeyDictionary()  # virtual seconds of the device
         self._virtual = 0.0  # those of the task that ran last
         self._numbers = itertools.count()
@@ -116,20 +118,29 @@ class PullQueue:
                 found[task.name] += len(line)
             return dict(found)
 
-    def check_room(self, task: Task, tickets: int) -> None:
-        """Refuse before any work is spent on them.
+    @contextmanager
+    def room(self, task: Task, tickets: int) -> Iterator[None]:
+        """Keep room for tickets that are to be put inside of the context, once work was spent on them.
 
         Raises:
             Overloaded: more tickets than there is room for.
             Draining: closed.
         """
         with self._changed:
-            self._check(task, tickets)
+            self._check(task, tickets, self._coming[task])
+            self._coming[task] += tickets
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming[task] -= tickets
+                if not self._coming[task]:
+                    del self._coming[task]
 
-    def _check(self, task: Task, tickets: int) -> None:
+    def _check(self, task: Task, tickets: int, coming: int = 0) -> None:
         if self._closed:
             raise Draining("the server is shutting down and takes no more requests; ask another one")
-        waiting = len(self._lines.get(task, ()))
+        waiting = len(self._lines.get(task, ())) + coming
         if waiting + tickets > self.limit:
             self.metrics.count(task.name, "rejected", tickets)
             raise Overloaded(
@@ -137,7 +148,7 @@ class PullQueue:
             )
 
     def put(self, tickets: Sequence[Ticket], ahead: bool = False) -> None:
-        """Queue all of the tickets, or none.
+        """Queue all of the tickets, or none; inside of :meth:`room` there is room.
 
         Args:
             tickets: of one task.

@@ -15,7 +15,7 @@ from revmux.model import MultiplexedClassifier
 from revmux.pretrained import Pretrained
 from revmux.serving.adapters import Adapter, load_adapters
 from revmux.serving.limits import Limits
-from revmux.serving.plan import Route, useful_routes
+from revmux.serving.plan import Route, admits, useful_routes
 from revmux.serving.texts import Encoder
 
 
@@ -38,7 +38,7 @@ class Lineup:
 
     @cached_property
     def routes(self) -> list[Route]:
-        """The widths that may run, narrowest first, the plain model among them."""
+        """The ways that inputs may run, from the plain model to the cheapest."""
         return useful_routes([adapter.route for adapter in self.adapters])
 
     @property
@@ -107,7 +107,7 @@ class Task:
         """
         (adapter,) = load_adapters([folder], self.pretrained)
         width, most = adapter.route.width, self.limits.max_multiplex
-        if most is not None and width > most:
+        if not admits(most, width):
             raise UserError(f"adapter {str(folder)!r} serves N = {width}, but max_multiplex is {most}; raise it")
         others = [other for other in self.lineup.adapters if other.route.width != width]
         lineup = self._lineup([*others, adapter])

@@ -46,12 +46,18 @@ class Worker:
         self.threads = threads
         self.on_pass = on_pass
         self._group_numbers = itertools.count()
+        self._progress = queue.clock()
         self._thread = threading.Thread(target=self._work, name="revmux-model", daemon=True)
 
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since a pass last began or ended."""
+        return self.queue.clock() - self._progress
 
     def start(self) -> None:
         """Begin to pull."""
@@ -73,17 +79,18 @@ class Worker:
         window = self.queue.window(self.limits.max_batch)
         if window is None:
             return False
-        started = self.queue.clock()
+        self._progress = started = self.queue.clock()
         task = window.tickets[0].task
         self._step(task, task.lineup, window)
-        self.queue.charge(task, self.queue.clock() - started)
+        self._progress = self.queue.clock()
+        self.queue.charge(task, self._progress - started)
         return True
 
     def _step(self, task: Task, lineup: Lineup, window: Window) -> None:
         """Run the pass of the ticket whose turn it is, with the others of the window that can share it."""
         tickets, limits = window.tickets, self.limits
         try:
-            caps = [lineup.widest if ticket.cap is None else ticket.cap for ticket in tickets]
+            caps = [ticket.cap for ticket in tickets]
             lengths = [ticket.length for ticket in tickets]
             forward = next_pass(
                 lengths, caps, window.waiting, lineup.routes, limits.plain_load, limits.max_batch_tokens
@@ -97,7 +104,7 @@ class Worker:
         for group in forward.groups:  # a group that lost a cancelled member is filled by those that are left
             members = [tickets[index] for index in group.members if tickets[index] in claimed]
             if members:
-                groups.append(Group(group.width, tuple(range(len(rows), len(rows) + len(members)))))
+                groups.append(Group(group.route, tuple(range(len(rows), len(rows) + len(members)))))
                 rows += members
         if rows:
             self._run(task, lineup, groups, rows)
@@ -114,6 +121,7 @@ class Worker:
             task=task.name,
             widths=tuple(group.width for group in groups for _ in group.members),
             groups=tuple(group.width for group in groups),
+            methods=tuple(group.route.method for group in groups for _ in group.members),
             fell_back=tuple(outcome.fell_back),
             tokens=sum(ticket.length for ticket in rows),
             padded_tokens=outcome.padded_tokens,
@@ -129,6 +137,7 @@ class Worker:
                 Answer(
                     scores=outcome.scores[place],
                     width=report.widths[place],
+                    method=report.methods[place],
                     queue_seconds=report.queue_seconds[place],
                     inference_seconds=report.seconds,
                     truncated=ticket.truncated,

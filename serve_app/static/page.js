@@ -40,6 +40,7 @@ function scoreLines(ranking) {
 
 function show(texts, rankings, headers) {
   const widths = headers.get("x-revmux-width").split(",");
+  const methods = headers.get("x-revmux-method").split(",");
   const groups = headers.get("x-revmux-group").split(",");
   const alone = headers.get("x-revmux-fallback").split(",");
   const body = at("answers").tBodies[0];
@@ -49,7 +50,8 @@ function show(texts, rankings, headers) {
     cell(row, text);
     cell(row, rankings[index][0].label);
     cell(row, "").append(...scoreLines(rankings[index]));
-    cell(row, widths[index] + (alone[index] === "true" ? ", then alone" : ""));
+    const head = widths[index] === "1" && methods[index] !== "siso" ? ` (${methods[index]})` : "";
+    cell(row, widths[index] + head + (alone[index] === "true" ? ", then alone" : ""));
     cell(row, groups[index]);
   });
   at("answers").hidden = false;
