@@ -14,14 +14,14 @@ from fastapi.responses import JSONResponse
 from serving_http import listening
 from transformers import AutoTokenizer, BertConfig
 
-from benchmarks.rows import ratio_row, unmeasured_row
+from benchmarks.rows import kept_rows, ratio_row, unmeasured_row
 from benchmarks.serving.__main__ import main
 from benchmarks.serving.alone import compare, random_backbone, random_tokens
 from benchmarks.serving.latency import poisson
 from benchmarks.serving.load import Leg, Load, Reply, send
 from benchmarks.serving.page import serving_words
 from benchmarks.serving.places import texts_of_length
-from benchmarks.serving.settings import Sizes, kept
+from benchmarks.serving.settings import Sizes
 from benchmarks.serving.shares import PARTS, share_rows, shares
 from revmux.pretrained import EMBEDDED_NAME, resolve
 
@@ -137,10 +137,9 @@ def test_a_stage_is_kept_until_its_settings_change(tmp_path: Path) -> None:
         calls.append(1)
         return [ratio_row("r", [float(len(calls))])]
 
-    file = tmp_path / "stage.json"
-    first = kept(file, {"pairs": 1}, measure)
-    assert kept(file, {"pairs": 1}, measure) == first
-    assert kept(file, {"pairs": 2}, measure)[0]["ratio_median"] == 2.0
+    first = kept_rows(tmp_path, "stage", {"pairs": 1}, measure)
+    assert kept_rows(tmp_path, "stage", {"pairs": 1}, measure) == first
+    assert kept_rows(tmp_path, "stage", {"pairs": 2}, measure)[0]["ratio_median"] == 2.0
     assert len(calls) == 2
 
 

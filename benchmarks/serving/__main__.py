@@ -12,10 +12,11 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from benchmarks.rows import kept_rows
 from benchmarks.serving import alone, latency, saturated
 from benchmarks.serving.places import Place, embedded_place, shape_place
 from benchmarks.serving.servers import Servers
-from benchmarks.serving.settings import CUTS, WIDTHS, Row, Settings, kept
+from benchmarks.serving.settings import CUTS, WIDTHS, Row, Settings
 from revmux.errors import UserError
 from revmux.results import describe_run, write_json
 
@@ -46,7 +47,7 @@ def measure_place(place: Place, settings: Settings, keep: Path) -> list[Row]:
     rows: list[Row] = []
 
     def stage(name: str, measure_rows: Callable[[], list[Row]], **more: Any) -> list[Row]:
-        found = kept(keep / f"{place.key}-{name}.json", about | more, measure_rows)
+        found: list[Row] = kept_rows(keep, f"{place.key}-{name}", about | more, measure_rows)
         rows.extend(found)
         return found
 

@@ -172,6 +172,7 @@ def _infinity(executable: Path, model: Path, max_batch: int, threads: int) -> It
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "INFINITY_ANONYMOUS_USAGE_STATS": "0",
+        "INFINITY_HOME": str(model.parent),  # else it writes a cache where this process runs
         "DO_NOT_TRACK": "1",
     }
     log = model.with_name(f"{model.name}-infinity.log")

@@ -1,16 +1,13 @@
-"""How large the benchmark is, and stages that are kept, so that a stopped one goes on."""
+"""How large the benchmark is."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from revmux.errors import UserError
-from revmux.results import write_json
 
 Row = dict[str, Any]
 WIDTHS, CUTS = (2, 4, 8), (1, 3)
@@ -121,22 +118,3 @@ class Settings:
     def about(self) -> dict[str, Any]:
         """What figures depend on, of which a kept stage must have the same."""
         return {name: value for name, value in asdict(self).items() if name not in ("glue", "infinity")}
-
-
-def kept(file: Path, about: dict[str, Any], measure: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of a stage, measured unless they were under the same settings.
-
-    Args:
-        file: where they are kept.
-        about: the settings, plain data.
-        measure: gives the rows.
-    """
-    if file.is_file():
-        found = json.loads(file.read_text())
-        if found["about"] == about:
-            return list(found["rows"])
-    rows = measure()
-    write_json(file, {"about": about, "rows": rows})
-    for row in rows:
-        print(f"{row['name']}: {row['ratio_median']}", flush=True)
-    return rows
