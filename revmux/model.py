@@ -76,7 +76,8 @@ class MultiplexedClassifier(nn.Module):
             groups: (G, N) long, the rows of ``prefilled`` in each group; a row may fill several slots.
         """
         own = self.backbone.own_answers(prefilled)[groups]  # (G, N, d)
-        return self.answer(self.upper(self.multiplex(prefilled, groups)), own)
+        mixed = self.multiplex(prefilled, groups)
+        return self.answer(self.upper_in_training(mixed) if self.training else self.upper(mixed), own)
 
     def multiplex(self, prefilled: HiddenState, groups: Tensor) -> HiddenState:
         """B prefilled inputs to G shared sequences (G, S', d) at the same depth; ``groups`` is (G, N)."""
@@ -95,11 +96,17 @@ class MultiplexedClassifier(nn.Module):
         """Shared sequences through layers l+1..e, same shape."""
         return self.backbone.run(mixed, self.method.exit_layer())
 
+    def upper_in_training(self, mixed: HiddenState) -> HiddenState:
+        """:meth:`upper`, where the last layer may leave out the tokens that nobody reads: its rounding may differ."""
+        if not self.method.reads_answers_alone:
+            return self.upper(mixed)
+        return self.backbone.run_to_answers(mixed, self.method.exit_layer())
+
     def answer(self, upper: HiddenState, own: Tensor) -> GroupOutput:
         """Shared sequences that have left the layers to answers.
 
         Args:
-            upper: (G, S', d) at depth e.
+            upper: (G, S', d) at depth e, or (G, A, d) its answers alone.
             own: (G, N, d), each input's own prefilled state at its answer position.
         """
         inside = self._method_dtype

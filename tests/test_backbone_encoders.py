@@ -280,6 +280,34 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
     assert calls == 2, "the layer must run again in the backward pass"
 
 
+ANSWERS_ALONE = {"bert", "roberta", "electra", "distilbert"}
+
+
+@pytest.mark.parametrize("depth", [0, LAYERS - 1])
+@pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
+def test_a_last_layer_for_the_answers_alone_is_the_same_function(family: str, implementation: str, depth: int) -> None:
+    backbone = frozen(family, implementation)
+    first, second = (backbone.embed(token_batch(backbone, lengths)) for lengths in ([LENGTH, 9], [3, LENGTH]))
+    for lower in (first, side_by_side(first, second)):
+        found = []
+        for run in (backbone.run, backbone.run_to_answers):
+            hidden = lower.hidden.clone().requires_grad_()
+            upper = run(backbone.run(replace(lower, hidden=hidden), depth), LAYERS)
+            scores = backbone.classify(backbone.answers(upper))  # (B, A, C)
+            scores.square().sum().backward()
+            assert hidden.grad is not None
+            found.append((scores.detach(), hidden.grad))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        assert (upper.hidden.shape[1] == lower.answer.shape[1]) == (backbone.config.model_type in ANSWERS_ALONE)
+        assert upper.depth == LAYERS
+
+
+def test_dropout_needs_the_whole_last_layer() -> None:
+    backbone = cut(build(FAMILIES["bert"](), "sdpa")).train()
+    state = backbone.embed(token_batch(backbone, [LENGTH, 9]))
+    assert backbone.run_to_answers(state, LAYERS).hidden.shape[1] == LENGTH
+
+
 @pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 @torch.no_grad()
 def test_padding_columns_change_nothing(family: str, implementation: str) -> None:

@@ -127,6 +127,19 @@ def test_gradient_reaches_every_adapter_weight_and_no_frozen_one(bert, name, opt
     assert all(parameter.grad is None for parameter in method.parameters() if not parameter.requires_grad)
 
 
+@pytest.mark.parametrize(("name", "options"), [*SYSTEMS, ("exit-head", {"layer": 2}), ("siso", {})])
+@torch.no_grad()
+def test_training_reads_what_inference_reads(bert, name, options):
+    num_inputs = 1 if name in ("exit-head", "siso") else 4
+    model = MultiplexedClassifier(bert, randomised(bert, name, num_inputs, options), 1).eval()
+    tokens, groups = model.slot_tokens(texts(2 * num_inputs), groups_of(num_inputs))
+    prefilled = model.prefill(tokens)
+    mixed, own = model.multiplex(prefilled, groups), bert.own_answers(prefilled)[groups]
+    whole, trained = (model.answer(upper(mixed), own) for upper in (model.upper, model.upper_in_training))
+    torch.testing.assert_close(trained.scores, whole.scores, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trained.answers, whole.answers, rtol=1e-5, atol=1e-5)
+
+
 def test_tuned_methods_send_gradient_into_the_prefill():
     backbone = tiny_bert()
     backbone.requires_grad_(True)

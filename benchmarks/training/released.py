@@ -26,6 +26,10 @@ class ReleasedModel(MultiplexedClassifier):
         """Each input alone through layers 1..l, with gradients: tokens (B, S) to states (B, S, d)."""
         return self.backbone.run(self.backbone.embed(tokens), self.prefill_layers)
 
+    def upper_in_training(self, mixed: HiddenState) -> HiddenState:
+        """Every token through every layer, since every token is demultiplexed."""
+        return self.upper(mixed)
+
     def answer(self, upper: HiddenState, own: Tensor) -> GroupOutput:
         """As the parent's, by way of every token of the shared sequences (G, S, d)."""
         rows, length, width = upper.hidden.shape

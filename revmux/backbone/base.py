@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from revmux.backbone.answer_layer import answers_only
 from revmux.backbone.state import HiddenState, TokenBatch
 from revmux.errors import UserError
 
@@ -135,6 +136,37 @@ class Backbone(nn.Module, ABC):
         Computed once a call of :meth:`run`; returns a function from a layer's index to its arguments.
         """
 
+    def answer_layer(self, index: int, hidden: Tensor, places: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        """Layer ``index`` for the answers alone, without dropout, where a family knows how.
+
+        Args:
+            index: 0-based.
+            hidden: (B, S, d), what the layer gets.
+            places: (B, A) long, where the answers stand.
+            arguments: as :meth:`layer_arguments` has them.
+
+        Returns:
+            (B, A, d), or None: the whole layer is to be run.
+        """
+        return None
+
+    def run_to_answers(self, state: HiddenState, to: int) -> HiddenState:
+        """:meth:`run` for a caller that reads the answers alone, and may differ from it by rounding.
+
+        Returns:
+            Where the family can, a state at depth ``to`` whose only tokens are the answers, (B, A, d); else all, (B, S, d).
+
+        Raises:
+            UserError: ``to`` is not in ``state.depth..L``.
+        """
+        if to <= state.depth or self.training:
+            return self.run(state, to)
+        self._check_depth(state, to)
+        arguments = self.layer_arguments(state)
+        below = self._run(state, to - 1, arguments)
+        hidden = self.answer_layer(to - 1, below.hidden, below.answer, arguments(to - 1))  # (B, A, d)
+        return self._run(below, to, arguments) if hidden is None else answers_only(hidden, to)
+
     def run(self, state: HiddenState, to: int) -> HiddenState:
         """Layers ``state.depth + 1`` to ``to``.
 
@@ -148,13 +180,16 @@ class Backbone(nn.Module, ABC):
         Raises:
             UserError: ``to`` is not in ``state.depth..L``.
         """
+        self._check_depth(state, to)
+        return state if to == state.depth else self._run(state, to, self.layer_arguments(state))
+
+    def _check_depth(self, state: HiddenState, to: int) -> None:
         if not state.depth <= to <= self.num_layers:
             raise UserError(
                 f"cannot run to layer {to} from layer {state.depth}: choose {state.depth}..{self.num_layers}"
             )
-        if to == state.depth:
-            return state
-        arguments = self.layer_arguments(state)
+
+    def _run(self, state: HiddenState, to: int, arguments: Callable[[int], dict[str, Any]]) -> HiddenState:
         hidden = state.hidden
         for index in range(state.depth, to):
             hidden = self._run_layer(index, hidden, arguments(index))  # (B, S, d)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
+from revmux.backbone.answer_layer import attend_from, gather_tokens, takes_dense_masks
 from revmux.backbone.base import Backbone, padding_mask, visibility
 from revmux.backbone.registry import register_backbone
 from revmux.backbone.state import HiddenState, TokenBatch
@@ -35,6 +36,17 @@ class BertBackbone(Backbone):
         if mask is None:
             mask = create_bidirectional_mask(config=self.config, inputs_embeds=state.hidden, attention_mask=state.mask)
         return lambda index: {"attention_mask": mask}
+
+    def answer_layer(self, index: int, hidden: Tensor, places: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        if not takes_dense_masks(self.config):
+            return None
+        layer = self.layer(index)
+        own, heads = layer.attention.self, self.config.num_attention_heads
+        read = attend_from(
+            places, hidden, own.query, own.key, own.value, heads, arguments["attention_mask"]
+        )  # (B, A, d)
+        attended = layer.attention.output(read, gather_tokens(hidden, places))
+        return layer.output(layer.intermediate(attended), attended)
 
     def readout(self, answer: Tensor) -> Tensor:
         pooler = self.model.bert.pooler

@@ -112,6 +112,11 @@ class Method(nn.Module, ABC):
         """Let what the method tunes of a frozen backbone be trained; called where ``tunes_backbone``."""
         backbone.unfreeze_above(0 if self.tunes_prefill else prefill_layers)
 
+    @property
+    def reads_answers_alone(self) -> bool:
+        """Whether nothing but the answer states of the shared sequences is read, neither for answers nor for a loss."""
+        return type(self).read is Method.read and not self.has_auxiliary_loss
+
     def exit_layer(self) -> int:
         """e, the layer after which answers are read; L unless the method leaves early."""
         return self.shape.num_layers
