@@ -39,7 +39,8 @@ class CheckpointConfig:
     Args:
         steps: optimiser steps between checkpoints within an epoch; 0 saves at the end of each epoch alone, which is
             always saved. A restart loses at most so many steps.
-        keep: checkpoints that are kept, beside the best weights; a damaged newest one is made up for by the one before.
+        keep: whole checkpoints that are kept, each with the best weights of its time; a damaged newest one is made up for
+            by the one before.
     """
 
     steps: int = 0
@@ -127,7 +128,10 @@ class CheckpointFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             files = {state_name: self._write(state_name, state)}
-            files[best_name] = self._known.get(best_name) or self._write(best_name, best)
+            known = self._known.get(best_name)
+            if known is None or not self._has(best_name, known):
+                known = self._write(best_name, best)
+            files[best_name] = known
             manifest = {"format": FORMAT, "step": step, "files": files}
             write_durably(self._manifest(step), json.dumps(manifest, indent=2).encode())
         except OSError as error:
@@ -223,12 +227,25 @@ class CheckpointFolder:
         return files
 
     def _drop_old(self, step: int) -> None:
-        """Keep the newest up to ``step``; later ones are damaged, or of a run that has gone back."""
-        kept = [old for old in self._steps() if old <= step][: self.keep]
+        """Keep the newest whole ones up to ``step``; later ones are damaged, or of a run that has gone back."""
+        kept = [old for old in self._steps() if old <= step and self._is_whole(old)][: self.keep]
         for old in self._steps():
-            if old not in kept:
+            if old > step or old < min(kept, default=step):
                 self._manifest(old).unlink(missing_ok=True)
         self._drop_unnamed()
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether a checkpoint's files are there in full; their checksums are compared when it is read."""
+        try:
+            return all(self._has(name, described) for name, described in self._files(step).items())
+        except _Damaged:
+            return False
+
+    def _has(self, name: str, described: dict[str, Any]) -> bool:
+        try:
+            return (self.path / name).stat().st_size == described["bytes"]
+        except OSError:
+            return False
 
     def _drop_unnamed(self) -> None:
         """Remove files that no manifest names, those of a write that was cut off too."""

@@ -83,6 +83,38 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert latest.step == 25
 
 
+@pytest.mark.parametrize("damage", [halve, Path.unlink], ids=["halved", "gone"])
+@pytest.mark.parametrize("name", ["step-00000020.pt", "step-00000020.json"])
+def test_what_is_damaged_pushes_nothing_out(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    folder = CheckpointFolder(path, keep=2)
+    save(folder, 10, best_epoch=1)
+    save(folder, 20, best_epoch=2)
+    damage(path / name)
+    save(folder, 30, best_epoch=2)
+    flip(path / "step-00000030.pt")
+    found = CheckpointFolder(path).load()
+    assert found is not None
+    assert (found.step, found.best["w"].item()) == (10, 1)
+    for step in (40, 50):
+        save(folder, step, best_epoch=3)
+    assert names(path) == {f"step-000000{step}.{suffix}" for step in (40, 50) for suffix in ("pt", "json")} | {
+        "best-00000003.pt"
+    }
+
+
+@pytest.mark.parametrize("damage", [halve, Path.unlink], ids=["halved", "gone"])
+def test_best_weights_that_were_lost_are_written_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    """Later checkpoints share the file: without it, none of them could be read."""
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 10, best_epoch=1)
+    damage(tmp_path / "best-00000001.pt")
+    save(folder, 20, best_epoch=1)
+    found = CheckpointFolder(tmp_path).load()
+    assert found is not None
+    assert (found.step, found.best["w"].item()) == (20, 1)
+
+
 def test_when_all_are_damaged_nothing_is_trained_anew_unasked(saved: Path) -> None:
     flip(saved / "best-00000001.pt")
     with pytest.raises(
