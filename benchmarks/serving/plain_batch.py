@@ -9,6 +9,8 @@ from ray.serve import Application
 from starlette.requests import Request
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from revmux.environment import compute_environment
+
 Ranking = list[dict[str, Any]]
 
 
@@ -50,7 +52,8 @@ class PlainClassifier:
 
 
 def build(model: str, max_length: int, max_batch: int, threads: int, max_ongoing: int) -> Application:
-    """The application; Serve lets five requests through at a time unless told otherwise."""
-    options = {"ray_actor_options": {"num_cpus": 1}, "max_ongoing_requests": max_ongoing}
+    """The application, in the environment of ours; Serve lets five requests through at a time unless told otherwise."""
+    actor = {"num_cpus": 1, "runtime_env": {"env_vars": compute_environment()}}
+    options = {"ray_actor_options": actor, "max_ongoing_requests": max_ongoing}
     deployment = PlainClassifier.options(**options, logging_config={"enable_access_log": False})  # type: ignore[attr-defined]
     return deployment.bind(model, max_length, max_batch, threads)

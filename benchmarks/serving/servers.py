@@ -18,6 +18,7 @@ import httpx
 from benchmarks.serving.load import Leg, Load, send
 from benchmarks.serving.places import LENGTH, Place
 from benchmarks.serving.settings import CUTS, Settings
+from revmux.environment import compute_environment
 
 PLAIN_PREFIX = "/plain"
 START_SECONDS = 180.0
@@ -168,13 +169,17 @@ def _infinity(executable: Path, model: Path, max_batch: int, threads: int) -> It
     command = [str(executable), "v2", "--model-id", str(model), "--served-model-name", model.name]
     command += ["--engine", "torch", "--device", "cpu", "--batch-size", str(max_batch)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--no-model-warmup"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "INFINITY_ANONYMOUS_USAGE_STATS": "0",
-        "INFINITY_HOME": str(model.parent),  # else it writes a cache where this process runs
-        "DO_NOT_TRACK": "1",
-    }
+    environment = (
+        os.environ
+        | compute_environment()
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "INFINITY_ANONYMOUS_USAGE_STATS": "0",
+            "INFINITY_HOME": str(model.parent),  # else it writes a cache where this process runs
+            "DO_NOT_TRACK": "1",
+        }
+    )
     log = model.with_name(f"{model.name}-infinity.log")
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
