@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.glue_page import glue_words
+from benchmarks.plan.page import plan_words
 from benchmarks.precision import precision_words
 from benchmarks.serving.page import serving_words
 from benchmarks.systems.page import systems_words
@@ -43,6 +44,7 @@ WRITERS = {
     "systems": systems_words,
     "training": training_words,
     "glue": glue_words,
+    "plan": plan_words,
     "serving": serving_words,
 }
 """What writes the words of each result file: by file name, the words by mark."""

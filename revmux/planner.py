@@ -177,16 +177,25 @@ def make_plan(
     siso = bench.siso()
     choice = choose(siso, bench.measured(bench.candidates(adapters)), goal, measure.seed)
     rows = mark_front([one.candidate.row(float(siso.mean())) for one in choice.judged])
-    served = _verify(choice, pretrained, task, measure, max_length, folder)
+    served = verify_widths(choice, pretrained, task, measure, max_length, folder)
     plan = Plan(choice, served, rows, folder)
     write_plan(plan, describe_run(command, task.identity, dict(pretrained.identity)))
     return plan
 
 
-def _verify(
+def verify_widths(
     choice: Choice, pretrained: Pretrained, task: TaskData, measure: MeasureConfig, max_length: int, folder: Path
 ) -> list[Served]:
-    """One look at the test split for every width, whose intervals together have the goal's confidence."""
+    """One look at the test split for every width, whose intervals together have the goal's confidence.
+
+    Args:
+        choice: as :func:`revmux.planning.choose` made it.
+        pretrained: the frozen task model.
+        task: its test split verifies.
+        measure: how.
+        max_length: tokens an input is cut to.
+        folder: takes the folder ``adapters``, each with its threshold.
+    """
     if choice.chosen is None:
         return []
     goal = choice.goal
@@ -299,25 +308,43 @@ def plan_here(
     Raises:
         UserError: no recipe, recipes of several backbones, or one that cannot be trained.
     """
-    if not recipes:
-        raise UserError("there is no recipe to try; give at least one")
-    first = recipes[0]
-    if any(recipe.backbone != first.backbone for recipe in recipes):
-        raise UserError("the recipes name several backbones; plan one at a time")
     choosing = for_choosing(task, splitting or SplitConfig())
-    adapters = []
-    for recipe in recipes:
-        method = recipe.method
-        text = f"{recipe!r}{choosing.identity['sha256']}"
-        name = f"{method.name}-n{method.num_inputs}-l{method.prefill_layers}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-        place = folder / "trials" / name
-        if not (place / CONFIG_NAME).is_file():
-            prepared = prepare(recipe, choosing, device)
-            figures = train_here(prepared).metrics()
-            save_pretrained(prepared.model, prepared.adapter_config(figures), place)
-        adapters.append(Adapter(name, str(place), recipe.loss.infonce_weight))
+    adapters = train_adapters(recipes, choosing, folder / "trials", device)
+    first = recipes[0]
     pretrained = load_backbone(first, task.label_names)
     pretrained.backbone.freeze().to(device)
     return make_plan(
         adapters, pretrained, choosing, task, goal, folder, first.backbone.max_length, first.store, measure, command
     )
+
+
+def train_adapters(
+    recipes: Sequence[Recipe], choosing: TaskData, folder: Path, device: torch.device | str = "cpu"
+) -> list[Adapter]:
+    """Train every recipe in this process; what an earlier call left in the folder is kept.
+
+    Args:
+        recipes: the points to try, on one backbone.
+        choosing: as :func:`for_choosing` gives it; its train split trains.
+        folder: takes a folder for each.
+        device: where the model runs.
+
+    Raises:
+        UserError: no recipe, recipes of several backbones, or one that cannot be trained.
+    """
+    if not recipes:
+        raise UserError("there is no recipe to try; give at least one")
+    if any(recipe.backbone != recipes[0].backbone for recipe in recipes):
+        raise UserError("the recipes name several backbones; plan one at a time")
+    adapters = []
+    for recipe in recipes:
+        method = recipe.method
+        text = f"{recipe!r}{choosing.identity['sha256']}"
+        name = f"{method.name}-n{method.num_inputs}-l{method.prefill_layers}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+        place = folder / name
+        if not (place / CONFIG_NAME).is_file():
+            prepared = prepare(recipe, choosing, device)
+            figures = train_here(prepared).metrics()
+            save_pretrained(prepared.model, prepared.adapter_config(figures), place)
+        adapters.append(Adapter(name, str(place), recipe.loss.infonce_weight))
+    return adapters

@@ -1,0 +1,114 @@
+"""One plan for each allowance, all of them choices among the same trained adapters: what is promised, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.plan.tasks import Planned
+from revmux.candidates import Bench, MeasureConfig
+from revmux.front import mark_front
+from revmux.planner import Plan, describe, train_adapters, verify_widths
+from revmux.planning import SISO_NAME, Choice, Goal, Judged, choose
+from revmux.recipe import fill_store, load_backbone
+
+ALLOWANCES = (0.5, 1.0, 3.0)
+"""Points of accuracy that may be lost."""
+
+
+def measure(planned: Planned, measuring: MeasureConfig, allowances: Sequence[float] = ALLOWANCES) -> dict[str, Any]:
+    """Train the adapters once, measure them once, and choose and verify for each allowance.
+
+    Returns:
+        ``rows``, one an allowance, and ``task`` with ``backbone``, the identities of what they stand on.
+    """
+    first, task, choosing = planned.recipes[0], planned.task, planned.choosing
+    layers = sorted({recipe.method.prefill_layers for recipe in planned.recipes})
+    for split in (choosing.train, choosing.selection, choosing.test):
+        fill_store(first, split, layers)
+    adapters = train_adapters(planned.recipes, choosing, planned.folder / "adapters")
+    pretrained = load_backbone(first, task.label_names)
+    pretrained.backbone.freeze()
+    max_length = first.backbone.max_length
+    bench = Bench(pretrained, pretrained.tokenize(choosing.test, max_length), first.store, measuring)
+    siso, candidates = bench.siso(), bench.measured(bench.candidates(adapters))
+    rows = []
+    for allowance in allowances:
+        choice = choose(siso, candidates, Goal(allowance), measuring.seed)
+        folder = planned.folder / f"allowance-{allowance:g}"
+        served = verify_widths(choice, pretrained, task, measuring, max_length, folder)
+        compared = mark_front([one.candidate.row(float(siso.mean())) for one in choice.judged])
+        rows.append(_row(planned.name, Plan(choice, served, compared, folder), allowance))
+        print(f"{planned.name}, {allowance:g} points: {rows[-1]['outcome']}", flush=True)
+    identity = task.identity | {"train": len(choosing.train), "choosing": len(choosing.test)}
+    return {"rows": rows, "task": identity, "backbone": dict(pretrained.identity)}
+
+
+def row_name(allowance: float, task: str) -> str:
+    """What a row divides by what."""
+    return f"verified loss / allowance of {allowance:g} points, {task}"
+
+
+def _row(name: str, plan: Plan, allowance: float) -> dict[str, Any]:
+    """The promise, the verification, and how much of the allowance was used: at most all of it."""
+    promise = plan.served[-1]  # an allowance alone is always met: by the plain model, if by nothing else
+    system, seen = promise.judged.candidate, promise.verification
+    return {
+        "name": row_name(allowance, name),
+        "target": 1.0,
+        "bound": "at most",
+        "ratio_median": round(seen.loss / allowance, 3),
+        "ratio_min": round(seen.lower / allowance, 3),
+        "ratio_max": round(seen.upper / allowance, 3),
+        "spread": f"confidence interval, {seen.confidence:.0%}",
+        "pairs": seen.inputs,
+        "task": name,
+        "allowance": allowance,
+        "outcome": outcome(plan),
+        "kept": plan.is_met,
+        "method": system.method,
+        "num_inputs": system.num_inputs,
+        "prefill_layers": system.prefill_layers,
+        "threshold": system.threshold,
+        "fallback": system.fallback,
+        "widths": [one.num_inputs for one in plan.served],
+        "choosing_inputs": len(system.correct),
+        "promised_loss": promise.judged.loss,
+        "promised_bound": promise.judged.bound,
+        "verified_loss": seen.loss,
+        "verified_lower": seen.lower,
+        "verified_upper": seen.upper,
+        "verified_inputs": seen.inputs,
+        "proven": seen.proven,
+        "accuracy_mean": seen.accuracy,
+        "siso_accuracy": seen.siso_accuracy,
+        "cost_counted": system.cost_counted,
+        "throughput_ratio": system.throughput_ratio,
+        "multiplexed": _best_multiplexed(plan.choice),
+    }
+
+
+def outcome(plan: Plan) -> str:
+    """What is shipped, in plain words; where the promise was not kept, by how much."""
+    if not plan.is_met:
+        return f"ships nothing: {plan.why_not()}"
+    method = plan.served[-1].judged.candidate.method
+    if method == SISO_NAME:
+        return "ships the plain model (SISO): nothing else is surely inside the allowance and cheaper"
+    what = "an exit head, no multiplexing" if method == "exit-head" else "multiplexing"
+    return f"ships {what}: {describe(plan.served[-1].judged)}"
+
+
+def _best_multiplexed(choice: Choice) -> dict[str, Any] | None:
+    """The multiplexed system that saves something and is surest to lose little; None where none saves anything."""
+    saving: list[Judged] = [one for one in choice.judged if one.candidate.num_inputs > 1 and one.candidate.cost < 1]
+    if not saving:
+        return None
+    best = min(saving, key=lambda one: one.bound)
+    return {
+        "name": best.candidate.name,
+        "loss": best.loss,
+        "loss_bound": best.bound,
+        "cost": best.candidate.cost,
+        "fits": best.fits,
+    }

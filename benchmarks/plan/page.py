@@ -1,0 +1,75 @@
+"""The tables of the section on the plan: what each allowance came to, and what the sweep's time was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.rows import verdict
+
+Row = dict[str, Any]
+
+
+def plan_words(result: Row) -> dict[str, str]:
+    """The words for the mark of the page."""
+    meta, rows = result["meta"], result["rows"]
+    plans = [row for row in rows if "allowance" in row]
+    timed = [row for row in rows if "allowance" not in row]
+    lines = [
+        "| task | allowed | ships | N | falls back below | promised loss, at most | verified loss | cost, counted "
+        "| throughput | inside the allowance |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_plan_line(row) for row in plans),
+        "",
+        *(f"- {row['task']}, {row['allowance']:g} points: {row['outcome']}." for row in plans),
+        *(
+            f"- {task}: {_multiplexed(best)}"
+            for task, best in {row["task"]: row["multiplexed"] for row in plans}.items()
+        ),
+        "",
+        "| what | trials | target | median (min–max) | |",
+        "|---|---|---|---|---|",
+        *(_time_line(row) for row in timed),
+    ]
+    sizes = ", ".join(
+        f"{name} {data['train']:,} / {data['choosing']:,} / {data['test']:,}" for name, data in meta["data"].items()
+    )
+    machine = meta["machine"]
+    how = (
+        f"Losses in points. Inputs that train / choose / verify: {sizes}; {machine['cores']} cores, "
+        f"torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
+    )
+    return {"plan": "\n".join(lines) + f"\n\n{how}\n"}
+
+
+def _plan_line(row: Row) -> str:
+    threshold = "–" if row["threshold"] is None else f"{row['threshold']:g} ({row['fallback']:.0%} of answers)"
+    speed = "–" if row["throughput_ratio"] is None else f"{row['throughput_ratio']:.2f}×"
+    system = row["method"] if row["kept"] else f"nothing (chosen: {row['method']})"
+    layer = f" l={row['prefill_layers']}" if row["method"] != "siso" else ""
+    return (
+        f"| {row['task']} | {row['allowance']:g} | {system}{layer} | {', '.join(map(str, row['widths']))} | {threshold} "
+        f"| {row['promised_loss']:.2f}, {row['promised_bound']:.2f} | {row['verified_loss']:.2f} "
+        f"({row['verified_lower']:.2f} to {row['verified_upper']:.2f}) | {row['cost_counted']:.2f} | {speed} "
+        f"| {'surely' if row['proven'] else verdict(row)} |"
+    )
+
+
+def _multiplexed(best: Row | None) -> str:
+    """Where multiplexing stands, whatever was shipped."""
+    if best is None:
+        return "no multiplexed system saves anything."
+    return (
+        f"of the multiplexed systems that save something, {best['name']} is surest to lose little: {best['loss']:.2f} points "
+        f"on the inputs that choose, at most {best['loss_bound']:.2f}, at {1 / best['cost']:.2f} times SISO's throughput."
+    )
+
+
+def _time_line(row: Row) -> str:
+    if row["ratio_median"] is None:
+        return f"| {row['name']} | – | – | – | {verdict(row)} |"
+    target = "–" if row["target"] is None else f"≥ {row['target']:g}"
+    seconds = ", ".join(f"{side} {value:.0f} s" for side, value in row["seconds"].items())
+    return (
+        f"| {row['name']} | {row['trials']} | {target} "
+        f"| {row['ratio_median']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f}); {seconds} | {verdict(row)} |"
+    )

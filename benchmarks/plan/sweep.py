@@ -1,0 +1,137 @@
+"""A sweep against its own trials one after another: without the feature store, and with it.
+
+The sweep is the command that a person gives, timed from its start to its end: interpreter, Ray cluster, MLflow, the
+pass that fills an empty store, and as many trials side by side as there are cores. The others are the same recipes,
+whole (load, train, evaluate on the same splits), in one process that has loaded its libraries and has all cores;
+without the store one pass a batch gives teacher and prefill. All trials run to their end on every side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rows import ratio_row
+from ray_jobs.tune import TuneJob, prepare_sweep
+from revmux.data import TaskData
+from revmux.evaluation import Evaluation
+from revmux.features import OnlineFeatures, StoreConfig
+from revmux.methods import BackboneShape, build_method
+from revmux.model import MultiplexedClassifier
+from revmux.recipe import Prepared, Recipe, fill_store, load_backbone, prepare, train_here
+
+
+def train_online(recipe: Recipe, task: TaskData) -> Evaluation:
+    """A trial that keeps nothing: the frozen layers run once for teacher and prefill, for every batch anew."""
+    torch.manual_seed(recipe.optim.seed)
+    pretrained = load_backbone(recipe, task.label_names)
+    backbone, method = pretrained.backbone.freeze(), recipe.method
+    built = build_method(method.name, BackboneShape.of(backbone), method.num_inputs, method.options)
+    model = MultiplexedClassifier(backbone, built, method.prefill_layers)
+    train, selection, test = (
+        OnlineFeatures(
+            pretrained.tokenize(split, recipe.backbone.max_length), backbone, prefill_layers=method.prefill_layers
+        )
+        for split in (task.train, task.selection, task.test)
+    )
+    return train_here(Prepared(recipe, pretrained, task, model, train, selection, test))
+
+
+def one_after_another(job: TuneJob, folder: Path, online: bool) -> int:
+    """Every trial of the sweep in this process; returns how many."""
+    sweep = prepare_sweep(job, folder)
+    recipes = [replace(trial.recipe, store=StoreConfig(root=str(folder / "features"))) for trial in sweep.trials]
+    if not online:
+        layers = sorted({recipe.method.prefill_layers for recipe in recipes})
+        for split in (sweep.task.train, sweep.task.selection, sweep.task.test):
+            fill_store(recipes[0], split, layers)
+    for recipe in recipes:
+        if online:
+            train_online(recipe, sweep.task)
+        else:
+            train_here(prepare(recipe, sweep.task))
+    return len(recipes)
+
+
+def sweep_command(job: TuneJob, folder: Path) -> int:
+    """The same sweep by its command line, in processes of its own; returns how many trials it trained.
+
+    Raises:
+        RuntimeError: the command failed, or a trial did not come to its end.
+    """
+    flags = {
+        "backbone.model": job.backbone.model,
+        "backbone.max_length": job.backbone.max_length,
+        "data.source": job.data.source,
+        "data.per_class": job.data.per_class,
+        "space": job.space,
+        "storage": folder,
+        "store.root": folder / "features",
+    }
+    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_jobs.tune", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the sweep ended with status {done.returncode}:\n{done.stdout[-4000:]}")
+    rows = json.loads((folder / "sweeps" / job.name / "sweep.json").read_text())
+    if odd := [row["trial"] for row in rows if row["status"] != "done"]:
+        raise RuntimeError(f"trials {', '.join(odd)} did not come to their end, so the sides did different work")
+    return len(rows)
+
+
+SIDES: dict[str, Callable[[TuneJob, Path], int]] = {
+    "sweep": sweep_command,
+    "online": partial(one_after_another, online=True),
+    "stored": partial(one_after_another, online=False),
+}
+TRIALS = "trials"
+
+
+def one_round(job: TuneJob) -> dict[str, float]:
+    """Seconds of each side in turn, and the number of trials, which is the same on each."""
+    seconds: dict[str, float] = {}
+    counts = set()
+    for side, run in SIDES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            counts.add(run(job, Path(folder)))
+            seconds[side] = time.perf_counter() - started
+        print(f"{side}: {seconds[side]:.0f} s", flush=True)
+    (count,) = counts
+    return seconds | {TRIALS: count}
+
+
+def rows_of(rounds: Sequence[dict[str, float]], space: str) -> list[dict[str, Any]]:
+    """Rows from the rounds of one run."""
+    about = {
+        "space": space,
+        "trials": rounds[0][TRIALS],
+        "seconds": {side: round(statistics.median(times[side] for times in rounds), 1) for side in SIDES},
+    }
+    names = {
+        "sweep": (f"trials of '{space}' one after another without the store / the sweep", 3.0),
+        "stored": (f"trials of '{space}' one after another without the store / one after another with it", None),
+    }
+    return [
+        about | ratio_row(name, [times["online"] / times[side] for times in rounds], target)
+        for side, (name, target) in names.items()
+    ]
