@@ -21,6 +21,8 @@ from revmux.methods import BackboneShape
 from revmux.pretrained import check_answers, identify, identity_of, outline, resolve
 from revmux.recipe import MethodConfig, Recipe, check, makes_head
 
+RUN_NOTE = "mlflow-run.txt"
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -126,7 +128,11 @@ def launch(
     # Ray Train's own print shows lines twice, and hides the bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     run_folder = storage / "checkpoints" / f"{name}-{fingerprint(recipe, task)}"
-    with tracker.run(name, run_params(recipe, cluster), parent) as run_id:
+    note = run_folder / RUN_NOTE
+    begun = note.read_text().strip() if note.is_file() else None
+    begun = begun if tracker.has_run(begun) else None
+    with tracker.run(name, run_params(recipe, cluster), parent, begun) as run_id:
+        write_note(note, run_id)
         tracker.log_data(run_id, task.identity)
         worker = WorkerConfig(
             recipe=recipe,
@@ -168,6 +174,21 @@ def launch(
         tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
         shutil.rmtree(run_folder, ignore_errors=True)
     return Trained(output, recipe.method, metrics, run_id)
+
+
+def write_note(note: Path, run_id: str) -> None:
+    """Note the MLflow run beside the checkpoints, so that both go on together.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(run_id + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {note.parent} ({error.strerror or error}); make room there, or name another storage folder"
+        ) from error
 
 
 def run_params(recipe: Recipe, cluster: ClusterConfig) -> dict[str, Any]:

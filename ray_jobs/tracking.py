@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from ray_jobs.outbox import PatientClient, is_refusal
 from ray_jobs.pyfunc import MODEL_NAME, save_pyfunc
@@ -52,12 +55,12 @@ class Tracker:
             logging.getLogger(noisy).setLevel(logging.WARNING)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it shows the stack of what it raises
         self.uri = config.uri or f"sqlite:///{storage / 'mlflow.db'}"
-        self.outbox = storage / "outbox"
+        self.outbox, self.running = storage / "outbox", storage / "running"
         try:
             self.client = PatientClient(self.uri, self.outbox)
             experiment = self.client.get_experiment_by_name(config.experiment)
             if experiment is None:
-                location = None if config.uri else (storage / "mlartifacts").as_uri()
+                location = (storage / "mlartifacts").as_uri() if is_database(self.uri) else None
                 self.experiment_id = self.client.create_experiment(config.experiment, artifact_location=location)
             else:
                 self.experiment_id = experiment.experiment_id
@@ -67,20 +70,24 @@ class Tracker:
                 "running server or a database with --tracking.uri"
             ) from None
         self.client.outbox.flush()
+        self.end_abandoned()
 
     @contextmanager
     def run(
         self, name: str, params: Mapping[str, Any], parent: str | None = None, resume: str | None = None
     ) -> Iterator[str]:
-        """A run that ends FINISHED, or FAILED if its body raises; yields the run id.
+        """A run that ends FINISHED, FAILED if its body raises, KILLED if it is stopped; yields the run id.
 
         Args:
             name: shown in MLflow.
-            params: nested settings; logged flat, as ``optim.learning_rate``.
+            params: nested settings; logged flat, as ``optim.learning_rate``. A run that goes on keeps those it has, and
+                tells others in its tag ``revmux.changed``.
             parent: run id of the sweep that this run is a trial of; a trial that was interrupted goes on in its own run.
             resume: id of a run to go on in.
+
+        Raises:
+            UserError: the storage folder cannot be written.
         """
-        from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -88,21 +95,62 @@ class Tracker:
         if parent is not None:
             tags[MLFLOW_PARENT_RUN_ID] = parent
             resume = resume or self.child_of(parent, name)
-        if resume is None:
-            run_id = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
-        else:
-            run_id = resume
-            self.client.update_run(run_id, status="RUNNING")
-        self.client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in flatten(params).items()])
+        run_id = resume or self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
         try:
-            yield run_id
-        except BaseException:
-            with suppress(
-                MlflowException, OSError
-            ):  # a full disk or a server that is away must not hide what went wrong
-                self.client.set_terminated(run_id, "FAILED")
-            raise
-        self.client.set_terminated(run_id, "FINISHED")
+            self.running.mkdir(parents=True, exist_ok=True)
+            alive = FileLock(self.running / run_id).acquire()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.running} ({error.strerror or error}); make room there, or name another storage folder"
+            ) from error
+        with alive:
+            if resume is not None:
+                self.client.update_run(run_id, status="RUNNING")
+            self._log_params(run_id, flatten(params), resume is not None)
+            try:
+                yield run_id
+            except BaseException as error:
+                status = "FAILED" if isinstance(error, Exception) else "KILLED"
+                with suppress(MlflowException, OSError):  # a full disk or a server that is away must not hide the error
+                    self._end(run_id, status)
+                raise
+            self._end(run_id, "FINISHED")
+
+    def _end(self, run_id: str, status: str) -> None:
+        self.client.set_terminated(run_id, status)
+        (self.running / run_id).unlink(missing_ok=True)
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any], goes_on: bool) -> None:
+        from mlflow.entities import Param
+
+        there: dict[str, str] = {}
+        if goes_on:
+            try:
+                there = self.client.get_run(run_id).data.params
+            except Exception as error:
+                if is_refusal(error):
+                    raise
+        texts = {key: str(value)[:500] for key, value in params.items()}
+        changed = [f"{key}: {there[key]} → {text}" for key, text in texts.items() if there.get(key, text) != text]
+        if changed:  # MLflow's parameters are for ever
+            self.client.set_tag(run_id, "revmux.changed", "; ".join(changed)[:5000])
+        self.client.log_batch(run_id, params=[Param(key, text) for key, text in texts.items() if key not in there])
+
+    def end_abandoned(self) -> None:
+        """Mark runs of this storage folder KILLED whose process was: each holds a lock there as long as it lives."""
+        for file in self.running.glob("*"):
+            with suppress(Timeout, FileNotFoundError), FileLock(file, timeout=0):
+                try:
+                    status = self.client.get_run(file.name).info.status
+                except Exception as error:
+                    if not is_refusal(error):
+                        continue  # the server is away
+                    status = "unknown"  # deleted, or of another store
+                if status == "RUNNING":
+                    when = time.strftime("%Y-%m-%d %H:%M:%S")
+                    self.client.set_tag(file.name, "revmux.killed", f"its process was gone without a word at {when}")
+                    self.client.set_terminated(file.name, "KILLED")
+                file.unlink(missing_ok=True)
 
     def children(self, parent: str) -> list[Run]:
         """The trials of a sweep, oldest first."""
@@ -182,6 +230,13 @@ class Tracker:
         source = str(identity["source"])
         dataset = Dataset(name=source, digest=str(identity["sha256"])[:12], source_type="local", source=source)
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def is_database(uri: str) -> bool:
+    """Whether a tracking URI names a database, which keeps no artifacts; a server decides where its own are kept."""
+    from mlflow.store.db.db_types import DATABASE_ENGINES
+
+    return uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES
 
 
 def log_metrics(client: PatientClient, run_id: str, metrics: Mapping[str, float], step: int) -> None:

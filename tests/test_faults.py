@@ -172,15 +172,15 @@ class TrainJob:
         client = MlflowClient(f"sqlite:///{self.storage}/mlflow.db")
         experiment = client.get_experiment_by_name("revmux")
         assert experiment is not None
-        last = client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])[0]
-        assert last.info.status == "FINISHED"
-        assert last.data.metrics.keys() > {
+        (run,) = client.search_runs([experiment.experiment_id])  # the one that it was begun in
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics.keys() > {
             "system/cpu_utilization_percentage",
             "live/seconds_left",
             "tokens_per_second",
         }
         for name in ("train_loss", "selection_accuracy"):
-            points = client.get_metric_history(last.info.run_id, name)
+            points = client.get_metric_history(run.info.run_id, name)
             curve = {point.step: point.value for point in points if point.step}  # 0 is the run's own figure
             expected = {epoch: metrics[name] for epoch, metrics in enumerate(undisturbed.history, start=1)}
             assert curve == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,89 @@
+"""Runs in MLflow: how each ends, that a killed one is seen to be, and that it goes on in its own run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+
+from ray_jobs.tracking import Tracker, TrackingConfig
+
+
+def tracker_of(storage: Path) -> Tracker:
+    return Tracker(TrackingConfig(), storage)
+
+
+def found(tracker: Tracker, run_id: str) -> Run:
+    return tracker.client.get_run(run_id)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), (OSError, "FAILED"), (SystemExit, "KILLED"), (KeyboardInterrupt, "KILLED")],
+)
+def test_a_run_ends_as_its_body_does(error: type[BaseException] | None, status: str, tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
+
+    def body() -> None:
+        with tracker.run("one", {"rate": 1}) as run_id:
+            begun.append(run_id)
+            assert found(tracker, run_id).info.status == "RUNNING"
+            if error is not None:
+                raise error
+
+    begun: list[str] = []
+    if error is None:
+        body()
+    else:
+        with pytest.raises(error):
+            body()
+    assert found(tracker, begun[0]).info.status == status
+    assert not list(tracker.running.iterdir())
+
+
+def be_killed(storage: Path, parent: Connection) -> None:
+    """A driver that begins a run, tells its id, and is killed within it."""
+    with tracker_of(storage).run("one", {"rate": 1, "workers": 2}) as run_id:
+        parent.send(run_id)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_whose_driver_was_killed_is_seen_by_the_next_job_and_goes_on(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
+    here, there = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    driver = context.Process(target=be_killed, args=(tmp_path, there))
+    with tracker.run("beside", {}) as beside:
+        driver.start()
+        driver.join()
+        assert driver.exitcode == -signal.SIGKILL
+        killed = here.recv()
+        assert found(tracker, killed).info.status == "RUNNING"
+
+        again = tracker_of(tmp_path)
+        assert found(again, killed).info.status == "KILLED"
+        assert "without a word" in found(again, killed).data.tags["revmux.killed"]
+        assert found(again, beside).info.status == "RUNNING", "its process lives"
+
+    with again.run("one", {"rate": 1, "workers": 4, "more": "new"}, resume=killed) as run_id:
+        assert run_id == killed
+        assert found(again, killed).info.status == "RUNNING"
+        tracker_of(tmp_path)
+        assert found(again, killed).info.status == "RUNNING"
+    run = found(again, killed)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"rate": "1", "workers": "2", "more": "new"}
+    assert run.data.tags["revmux.changed"] == "workers: 2 → 4"
+    assert not list(again.running.iterdir())
+
+
+def test_a_run_that_was_deleted_is_forgotten(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
+    tracker.running.mkdir()
+    (tracker.running / ("0" * 32)).touch()
+    assert not list(tracker_of(tmp_path).running.iterdir())
