@@ -17,7 +17,7 @@ from ray.train.torch import get_device
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from ray_jobs.faults import lost_a_peer
+from ray_jobs.faults import in_words, is_out_of_memory, lost_a_peer
 from ray_jobs.system_metrics import system_metrics
 from ray_jobs.train_progress import TrainProgress
 from revmux.artifact import atomic_folder, save_pretrained
@@ -81,16 +81,14 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
     try:
         with ExitStack() as until_the_end:
             return train(arguments["config"], until_the_end)
-    except UserError:
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it shows the stack of what is told in a line
-        raise
-    except torch.OutOfMemoryError as error:
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-        raise UserError(
-            f"out of memory on the device ({str(error).splitlines()[0][:200]}); choose a smaller --optim.batch_size, "
-            "--optim.accumulate 2 or more, or --optim.gradient_checkpointing true"
-        ) from error
     except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it shows the stack of what is told in a line
+        if is_out_of_memory(error):
+            raise UserError(
+                f"out of memory ({in_words(error)}); choose a smaller --optim.batch_size, --optim.accumulate 2 or more, or "
+                "--optim.gradient_checkpointing true"
+            ) from error
         if lost_a_peer(error):
             time.sleep(PEER_SECONDS)
         raise

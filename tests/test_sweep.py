@@ -20,9 +20,10 @@ from mlflow import MlflowClient
 from ray_jobs.early_stopping import FrontScheduler
 from ray_jobs.search import FrontSearch
 from ray_jobs.trials import SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
-from ray_jobs.tune import TuneJob, fitting_trials, prepare_sweep
+from ray_jobs.tune import TuneJob, fitting_trials, main, prepare_sweep
 from revmux import UserError
 from revmux.data import DataConfig, load_task
+from revmux.features import StoreConfig
 from revmux.pretrained import BackboneConfig, outline
 from revmux.recipe import MethodConfig, Recipe
 from revmux.training import OptimConfig
@@ -216,6 +217,34 @@ def test_as_many_trials_run_side_by_side_as_fit() -> None:
     assert fitting_trials(cluster, {"CPU": 2.0}) == 2
     assert fitting_trials(replace(cluster, workers=4), {"CPU": 2.0}) == 1
     assert fitting_trials(replace(cluster, gpus_per_worker=0.5), {"CPU": 64.0, "GPU": 2.0}) == 4
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_goes_on(
+    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    space = tmp_path / "space.yaml"
+    options = {"token-split": {"pooling_width": 10**13}}
+    points = {"methods": ["token-split", "exit-head"], "exit_layers": [1], "epochs": 1, "options": options}
+    space.write_text(json.dumps(points))
+    job = TuneJob(
+        BackboneConfig(model=str(tiny_model_folder), max_length=16),
+        DataConfig(source=str(tiny_csv)),
+        space=str(space),
+        optim=OptimConfig(batch_size=8),
+        store=StoreConfig(root=str(tmp_path / "store")),
+        shuffles=1,
+        storage=str(tmp_path / "runs"),
+    )
+    rows = {row.method: row for row in main(job)}
+    assert (rows["exit-head"].status, rows["token-split"].status) == ("done", "failed")
+    assert rows["token-split"].why.startswith("UserError: out of memory (")
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    statuses = {name: client.get_run(str(row.run_id)).info.status for name, row in rows.items()}
+    assert statuses == {"exit-head": "FINISHED", "token-split": "FAILED"}
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 import ray_jobs.worker
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.faults import WorkerError, as_told, first_error
+from ray_jobs.faults import WorkerError, as_told, first_error, is_out_of_memory
 from ray_jobs.launch import Trained, launch
 from ray_jobs.tracking import Tracker, TrackingConfig
 from ray_jobs.waiting import missing
@@ -45,6 +45,14 @@ CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by pee
 )
 def test_the_failure_that_the_others_follow_from_is_found(failures: dict[int, Exception], rank: int) -> None:
     assert first_error(failures) == (rank, failures[rank])
+
+
+def test_too_little_memory_is_seen_on_every_device() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(2**50)
+    assert is_out_of_memory(failed.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_a_run_that_was_given_up_is_told_in_a_line() -> None:
