@@ -65,9 +65,12 @@ class Tracker:
             else:
                 self.experiment_id = experiment.experiment_id
         except Exception as error:
+            remedy = "name a running server or a database with --tracking.uri"
+            if isinstance(error, ModuleNotFoundError) and self.uri.startswith("postgresql"):
+                # Which driver a bare postgresql:// means depends on SQLAlchemy's version.
+                remedy = "run: pip install 'revmux[postgres]', and name its driver: postgresql+psycopg2://..."
             raise UserError(
-                f"cannot open the MLflow store {self.uri!r} ({type(error).__name__}: {str(error).splitlines()[0]}); name a "
-                "running server or a database with --tracking.uri"
+                f"cannot open the MLflow store {self.uri!r} ({type(error).__name__}: {str(error).splitlines()[0]}); {remedy}"
             ) from None
         self.client.outbox.flush()
         self.end_abandoned()

@@ -68,6 +68,12 @@ def test_a_server_that_is_down_at_the_start_is_refused_at_once(tmp_path: Path) -
         Tracker(TrackingConfig(f"http://127.0.0.1:{free_port()}"), tmp_path)
 
 
+def test_a_database_without_its_driver_names_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(UserError, match=r"run: pip install 'revmux\[postgres\]'"):
+        Tracker(TrackingConfig("postgresql+psycopg2://me@localhost/runs"), tmp_path)
+
+
 def test_what_a_server_missed_is_sent_in_order_when_it_is_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
