@@ -20,7 +20,7 @@ from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.training import OptimConfig, Trainer
 
-BATCH, RATE = 16, 5e-4
+BATCH, RATE = 32, 5e-4
 INPUTS = {"all-MiniLM-L6-v2": 480, "bert-base shape, random": 96}
 WIDTHS = {"all-MiniLM-L6-v2": (2, 4), "bert-base shape, random": (2,)}
 PAIRS = 3

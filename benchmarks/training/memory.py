@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from benchmarks.rows import ratio_row
 from benchmarks.training.backbones import MAX_LENGTH, small_task
 from revmux.backbone import cut
-from revmux.data import TokenizedSplit
+from revmux.data import TaskData, TokenizedSplit
 from revmux.features import OnlineFeatures, StoreConfig, open_features
 from revmux.losses import LossConfig
 from revmux.methods import BackboneShape, build_method
@@ -35,6 +36,13 @@ def resident_megabytes() -> tuple[float, float]:
     return found["RssAnon"] + found["RssFile"], found["RssAnon"]
 
 
+def numbered(task: TaskData, size: int) -> Iterator[dict[str, Any]]:
+    """The sentences of the task over and over, each time with another number behind."""
+    texts, labels = list(task.train["text"]), list(task.train["label"])
+    for index in range(size):
+        yield {"text": f"{texts[index % len(texts)]} {index}", "label": labels[index % len(labels)]}
+
+
 def train_on(size: int, folder: str, fill: bool, results: Any) -> None:
     """One epoch over ``size`` examples; puts the peak megabytes over all steps: all that is resident, and its own."""
     torch.set_num_threads(1)
@@ -52,15 +60,9 @@ def train_on(size: int, folder: str, fill: bool, results: Any) -> None:
     backbone = cut(AutoModelForSequenceClassification.from_config(config)).freeze()
     tokenizer = AutoTokenizer.from_pretrained(resolve("all-MiniLM-L6-v2"))
     pretrained = Pretrained(backbone, tokenizer, {"name": "small", "revision": None, "sha256": None}, True)
-    texts, labels = task.train["text"], task.train["label"]
-    rows = Dataset.from_dict(
-        {
-            "text": [f"{texts[index % len(texts)]} {index}" for index in range(size)],
-            "label": [labels[index % len(labels)] for index in range(size)],
-        }
-    )
+    rows = Dataset.from_generator(numbered, gen_kwargs={"task": task, "size": size}, cache_dir=f"{folder}/texts")
     split = TokenizedSplit(rows, tokenizer, MAX_LENGTH)
-    store = open_features(pretrained, split, [1], StoreConfig(root=folder))
+    store = open_features(pretrained, split, [1], StoreConfig(root=f"{folder}/features"))
     if fill:
         return
     few = OnlineFeatures(TokenizedSplit(task.selection.select(range(8)), tokenizer, MAX_LENGTH), backbone)

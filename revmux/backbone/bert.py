@@ -40,7 +40,7 @@ class BertBackbone(Backbone):
     def answer_layer(self, index: int, hidden: Tensor, places: Tensor, arguments: dict[str, Any]) -> Tensor | None:
         if not takes_dense_masks(self.config):
             return None
-        layer = self.layer(index)
+        layer: Any = self.layer(index)
         own, heads = layer.attention.self, self.config.num_attention_heads
         read = attend_from(
             places, hidden, own.query, own.key, own.value, heads, arguments["attention_mask"]

@@ -31,7 +31,7 @@ class DistilBertBackbone(BertBackbone):
     def answer_layer(self, index: int, hidden: Tensor, places: Tensor, arguments: dict[str, Any]) -> Tensor | None:
         if not takes_dense_masks(self.config):
             return None
-        layer = self.layer(index)
+        layer: Any = self.layer(index)
         own, heads = layer.attention, self.config.num_attention_heads
         read = attend_from(
             places, hidden, own.q_lin, own.k_lin, own.v_lin, heads, arguments["attention_mask"]

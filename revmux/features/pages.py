@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-RESIDENT_BYTES = 32 * 2**20
+RESIDENT_BYTES = 8 * 2**20
 """About how much of one thing's shards stays resident in a process."""
 READ_AHEAD = 64 * 2**10
 """What the kernel maps around the place that is read."""
