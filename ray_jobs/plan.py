@@ -69,7 +69,7 @@ def main(job: PlanJob) -> Plan:
         UserError: the goal cannot be met, or the promise did not hold on the test split; all is written down by then.
     """
     storage = absolute_storage(job.storage)
-    job.cluster.check_here()
+    job.cluster.check_training()
     backbone, own_labels = outline(job.backbone)
     task = load_task(job.data, own_labels)
     choosing = for_choosing(task, job.choosing, job.data.seed)
