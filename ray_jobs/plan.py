@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def _plan(
         job.store,
         job.measure,
         command,
+        partial(print, "plan:", flush=True),
     )
 
 

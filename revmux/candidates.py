@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -15,7 +17,7 @@ from revmux.data import TokenizedSplit
 from revmux.errors import UserError
 from revmux.evaluation import predict
 from revmux.fallback import evaluate_fallback
-from revmux.features import Features, StoreConfig, open_features
+from revmux.features import Features, FeatureStore, StoreConfig, backbone_digest, open_features
 from revmux.front import front
 from revmux.grouping import shuffled_groups
 from revmux.methods import BackboneShape, build_method
@@ -92,6 +94,10 @@ class Answers:
     correct: Floats = field(repr=False)
 
 
+def no_words(words: str) -> None:
+    """Tell nobody."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """Where candidates are measured: the frozen model and the inputs that choose.
@@ -101,16 +107,18 @@ class Bench:
         split: the inputs that choose, tokenized.
         store: of features.
         config: how.
+        tell: is told what is done, in words.
     """
 
     pretrained: Pretrained
     split: TokenizedSplit
     store: StoreConfig
     config: MeasureConfig = field(default_factory=MeasureConfig)
+    tell: Callable[[str], None] = no_words
 
     def siso(self) -> Floats:
         """(M,) whether the plain model is right on each input, 0 or 1."""
-        features = open_features(self.pretrained, self.split, [], self.store).with_tokens()
+        features = self._open([]).with_tokens()
         teacher = [
             features.batch(rows).teacher_scores.argmax(-1).cpu()  # type: ignore[union-attr]
             for rows in torch.arange(len(self.split)).split(256)
@@ -118,9 +126,13 @@ class Bench:
         right: Floats = (torch.cat(teacher) == self.split.labels).double().numpy()
         return right
 
-    def candidates(self, adapters: Iterable[Adapter]) -> list[Candidate]:
+    def candidates(self, adapters: Sequence[Adapter]) -> list[Candidate]:
         """Each adapter as it is, and with each threshold of fall-back that it can serve; costs are counted."""
-        return [candidate for adapter in adapters for candidate in self._of(adapter)]
+        found: list[Candidate] = []
+        for number, adapter in enumerate(adapters, 1):
+            self.tell(f"loss on the inputs that choose, {number} of {len(adapters)}: {adapter.name}")
+            found += self._of(adapter)
+        return found
 
     def _of(self, adapter: Adapter) -> list[Candidate]:
         model = from_pretrained(adapter.folder, self.pretrained)
@@ -145,11 +157,24 @@ class Bench:
             )
         return made
 
+    def answers(self, folder: str, threshold: float) -> Answers:
+        """What the adapter of a folder comes to at one threshold of fall-back."""
+        model = from_pretrained(folder, self.pretrained)
+        found = answers(model, self._features(model), replace(self.config, thresholds=(threshold,)))
+        return next(answer for answer in found if answer.threshold == threshold)
+
     def _features(self, model: MultiplexedClassifier) -> Features:
         if reads_plain_states(model):
             layer = model.prefill_layers
-            return open_features(self.pretrained, self.split, [layer], self.store).at(layer)
-        return open_features(self.pretrained, self.split, [], self.store).with_tokens()
+            return self._open([layer]).at(layer)
+        return self._open([]).with_tokens()
+
+    def _open(self, layers: list[int]) -> FeatureStore:
+        return open_features(self.pretrained, self.split, layers, self.store, weights=self._weights)
+
+    @cached_property
+    def _weights(self) -> str:
+        return backbone_digest(self.pretrained.backbone)
 
     def measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates whose cost is worth measuring, measured on this hardware in pairs with SISO.
@@ -171,7 +196,9 @@ class Bench:
         )
         length = max(1, round(float(self.split.lengths.double().mean())))
         cost: dict[str, float] = {}
-        for folder in dict.fromkeys(one.folder for one in kept if one.folder is not None):
+        folders = list(dict.fromkeys(one.folder for one in kept if one.folder is not None))
+        for number, folder in enumerate(folders, 1):
+            self.tell(f"throughput on this hardware, {number} of {len(folders)}: {Path(folder).name}")
             model = from_pretrained(folder, self.pretrained)
             cost[folder] = 1 / paired_throughput(plain, model, batches, self.config.throughput_pairs).median
         return [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -16,15 +16,16 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+from datasets import Dataset
 
-from revmux.artifact import CONFIG_NAME, atomic_folder, from_pretrained, load_config, save_pretrained
-from revmux.candidates import Adapter, Bench, MeasureConfig, answers
+from revmux.artifact import CONFIG_NAME, atomic_folder, load_config, save_pretrained
+from revmux.candidates import Adapter, Bench, MeasureConfig, no_words
 from revmux.data import TaskData
 from revmux.errors import UserError
-from revmux.features import OnlineFeatures, StoreConfig
+from revmux.features import StoreConfig
 from revmux.front import FrontRow, mark_front
 from revmux.front_plot import plot_front_html, plot_front_png
-from revmux.planning import SISO_NAME, Choice, Floats, Goal, Judged, Verification, choose, verify
+from revmux.planning import SISO_NAME, Choice, Goal, Judged, Verification, choose, verify
 from revmux.pretrained import Pretrained
 from revmux.recipe import Recipe, load_backbone, prepare, train_here
 from revmux.results import describe_run, write_json
@@ -157,6 +158,7 @@ def make_plan(
     store: StoreConfig | None = None,
     measure: MeasureConfig | None = None,
     command: str = "",
+    tell: Callable[[str], None] = no_words,
 ) -> Plan:
     """Choose among trained adapters, exit heads and the plain model; verify once; write it all down.
 
@@ -171,58 +173,51 @@ def make_plan(
         store: of features.
         measure: how candidates are measured.
         command: noted in the files.
+        tell: is told what is done, in words.
     """
-    measure = measure or MeasureConfig()
-    bench = Bench(pretrained, pretrained.tokenize(choosing.test, max_length), store or StoreConfig(), measure)
+    measure, store = measure or MeasureConfig(), store or StoreConfig()
+
+    def bench_of(split: Dataset, kept: StoreConfig) -> Bench:
+        return Bench(pretrained, pretrained.tokenize(split, max_length), kept, measure, tell)
+
+    bench = bench_of(choosing.test, store)
     siso = bench.siso()
     choice = choose(siso, bench.measured(bench.candidates(adapters)), goal, measure.seed)
     rows = mark_front([one.candidate.row(float(siso.mean())) for one in choice.judged])
-    served = verify_widths(choice, pretrained, task, measure, max_length, folder)
+    tell("verify what was chosen on the test split")
+    served = verify_widths(choice, bench_of(task.test, unrounded(store)), folder)
     plan = Plan(choice, served, rows, folder)
     write_plan(plan, describe_run(command, task.identity, dict(pretrained.identity)))
     return plan
 
 
-def verify_widths(
-    choice: Choice, pretrained: Pretrained, task: TaskData, measure: MeasureConfig, max_length: int, folder: Path
-) -> list[Served]:
+def unrounded(store: StoreConfig) -> StoreConfig:
+    """The same store of states as the server has them: a promise is not verified on rounded ones."""
+    return replace(store, dtype="float32")
+
+
+def verify_widths(choice: Choice, bench: Bench, folder: Path) -> list[Served]:
     """One look at the test split for every width, whose intervals together have the goal's confidence.
 
     Args:
         choice: as :func:`revmux.planning.choose` made it.
-        pretrained: the frozen task model.
-        task: its test split verifies.
-        measure: how.
-        max_length: tokens an input is cut to.
+        bench: the frozen task model with the test split.
         folder: takes the folder ``adapters``, each with its threshold.
     """
     if choice.chosen is None:
         return []
     goal = choice.goal
     each = replace(goal, confidence=1 - (1 - goal.confidence) / len(choice.widths))
-    split = pretrained.tokenize(task.test, max_length)
-    features = OnlineFeatures(split, pretrained.backbone)
-    teacher = [features.batch(rows).teacher_scores for rows in torch.arange(len(split)).split(128)]
-    labels = torch.cat([scores.argmax(-1).cpu() for scores in teacher if scores is not None])
-    siso: Floats = (labels == split.labels).double().numpy()
+    siso = bench.siso()
     served = []
     for one in choice.widths:
         system = one.candidate
         if system.folder is None:
             served.append(Served(one, verify(siso, None, each), None))
             continue
-        model = from_pretrained(system.folder, pretrained)
-        threshold = system.threshold or 0.0
-        found = answers(model, features, replace(measure, thresholds=(threshold,)))
-        correct = next(answer.correct for answer in found if answer.threshold == threshold)
-        verification = verify(siso, correct, each)
-        served.append(
-            Served(
-                one,
-                verification,
-                str(with_threshold(system.folder, system.threshold, folder / "adapters" / f"n{system.num_inputs}")),
-            )
-        )
+        correct = bench.answers(system.folder, system.threshold or 0.0).correct
+        adapter = with_threshold(system.folder, system.threshold, folder / "adapters" / f"n{system.num_inputs}")
+        served.append(Served(one, verify(siso, correct, each), str(adapter)))
     return served
 
 

@@ -17,7 +17,7 @@ from revmux.cost import relative_cost
 from revmux.data import DataConfig, TaskData
 from revmux.errors import UserError
 from revmux.evaluation import Evaluation, evaluate
-from revmux.features import Features, OnlineFeatures, StoreConfig, open_features
+from revmux.features import Features, OnlineFeatures, StoreConfig, backbone_digest, open_features
 from revmux.losses import LossConfig
 from revmux.methods import BackboneShape, Method, build_method
 from revmux.model import MultiplexedClassifier
@@ -182,7 +182,8 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
     if layers is None:
         features = [OnlineFeatures(split, backbone, with_teacher=False) for split in splits]
     else:
-        stores = [open_features(pretrained, split, layers, recipe.store) for split in splits]
+        weights = backbone_digest(backbone)
+        stores = [open_features(pretrained, split, layers, recipe.store, weights=weights) for split in splits]
         features = [store.at(layers[0]) if layers else store.with_tokens() for store in stores]
     if method.tunes_backbone:
         method.unfreeze(backbone, method_config.prefill_layers)

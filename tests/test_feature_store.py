@@ -45,7 +45,7 @@ from revmux.features import (
     remove_stores,
 )
 from revmux.features.cache_cli import format_stores
-from revmux.features.key import tokens_digest
+from revmux.features.key import backbone_digest, tokens_digest
 from revmux.features.lease import Lease
 from revmux.features.place import Place
 from revmux.features.shards import ShardSet, plan_shards
@@ -327,6 +327,8 @@ def test_every_ingredient_is_in_the_key(config: StoreConfig) -> None:
     assert len(set(keys)) == len(keys)
     assert tokens_digest(split()) != tokens_digest(split(side="left"))
     assert open_features(pretrained(bert()), split(), [], config).key == keys[0]
+    known = backbone_digest(pretrained(bert()).backbone)
+    assert open_features(pretrained(bert()), split(), [], config, weights=known).key == keys[0]
 
 
 def test_dtypes_lie_side_by_side(config: StoreConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.plan.tasks import Planned
 from revmux.candidates import Bench, MeasureConfig
 from revmux.front import mark_front
-from revmux.planner import Plan, describe, train_adapters, verify_widths
+from revmux.planner import Plan, describe, train_adapters, unrounded, verify_widths
 from revmux.planning import SISO_NAME, Choice, Goal, Judged, choose
 from revmux.recipe import fill_store, load_backbone
 
@@ -30,13 +30,16 @@ def measure(planned: Planned, measuring: MeasureConfig, allowances: Sequence[flo
     pretrained = load_backbone(first, task.label_names)
     pretrained.backbone.freeze()
     max_length = first.backbone.max_length
-    bench = Bench(pretrained, pretrained.tokenize(choosing.test, max_length), first.store, measuring)
+    bench, untouched = (
+        Bench(pretrained, pretrained.tokenize(split, max_length), store, measuring)
+        for split, store in ((choosing.test, first.store), (task.test, unrounded(first.store)))
+    )
     siso, candidates = bench.siso(), bench.measured(bench.candidates(adapters))
     rows = []
     for allowance in allowances:
         choice = choose(siso, candidates, Goal(allowance), measuring.seed)
         folder = planned.folder / f"allowance-{allowance:g}"
-        served = verify_widths(choice, pretrained, task, measuring, max_length, folder)
+        served = verify_widths(choice, untouched, folder)
         compared = mark_front([one.candidate.row(float(siso.mean())) for one in choice.judged])
         rows.append(_row(planned.name, Plan(choice, served, compared, folder), allowance))
         print(f"{planned.name}, {allowance:g} points: {rows[-1]['outcome']}", flush=True)

@@ -164,7 +164,11 @@ class Backbone(nn.Module, ABC):
         self._check_depth(state, to)
         arguments = self.layer_arguments(state)
         below = self._run(state, to - 1, arguments)
-        hidden = self.answer_layer(to - 1, below.hidden, below.answer, arguments(to - 1))  # (B, A, d)
+
+        def last(hidden: Tensor) -> Tensor | None:
+            return self.answer_layer(to - 1, hidden, below.answer, arguments(to - 1))
+
+        hidden = self._checkpointed(last, below.hidden)  # (B, A, d)
         return self._run(below, to, arguments) if hidden is None else answers_only(hidden, to)
 
     def run(self, state: HiddenState, to: int) -> HiddenState:
@@ -202,6 +206,9 @@ class Backbone(nn.Module, ABC):
             output = layer(hidden, **arguments)
             return output[0] if isinstance(output, tuple) else output
 
+        return self._checkpointed(forward, hidden)
+
+    def _checkpointed(self, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled() and hidden.requires_grad:
             return checkpoint(forward, hidden, use_reentrant=False)
         return forward(hidden)

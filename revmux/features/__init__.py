@@ -3,6 +3,7 @@
 from revmux.features.base import FeatureBatch, Features
 from revmux.features.cache_cli import StoreInfo, list_stores, remove_stores
 from revmux.features.config import StoreConfig
+from revmux.features.key import backbone_digest
 from revmux.features.online import OnlineFeatures
 from revmux.features.precision import Precision, measure_precision
 from revmux.features.store import FeatureStore, NotSeenError, StoreBuilder, open_features
@@ -19,6 +20,7 @@ __all__ = [
     "StoreBuilder",
     "StoreConfig",
     "StoreInfo",
+    "backbone_digest",
     "list_stores",
     "measure_precision",
     "open_features",

@@ -132,6 +132,7 @@ def open_features(
     prefill_layers: Sequence[int],
     config: StoreConfig | None = None,
     filesystem: FileSystem | None = None,
+    weights: str | None = None,
 ) -> FeatureStore:
     """Open the store of a backbone's features of a split; what of it is not there yet is computed and written.
 
@@ -143,11 +144,13 @@ def open_features(
         prefill_layers: depths whose states are wanted, 0 (embeddings) to L; may be empty.
         config: where and how to store.
         filesystem: where ``config.root`` is a path, if not on the local disk.
+        weights: :func:`revmux.features.backbone_digest` of the backbone as it is now, of a caller that opens several
+            stores of it; computed where it is not given.
 
     Raises:
         UserError: a layer out of range, an empty split, or a place that cannot be written.
     """
-    return StoreBuilder(pretrained, split, prefill_layers, config, filesystem).open()
+    return StoreBuilder(pretrained, split, prefill_layers, config, filesystem, weights).open()
 
 
 class StoreBuilder:
@@ -165,6 +168,7 @@ class StoreBuilder:
         prefill_layers: Sequence[int],
         config: StoreConfig | None = None,
         filesystem: FileSystem | None = None,
+        weights: str | None = None,
     ) -> None:
         self.config = config or StoreConfig()
         self.pretrained, self.backbone, self.split = pretrained, pretrained.backbone, split
@@ -178,7 +182,7 @@ class StoreBuilder:
         self.plan = plan_shards(split.lengths.numpy(), self.config.shard_inputs)
         self.ingredients = {
             "format": FORMAT,
-            "backbone": backbone_digest(self.backbone),
+            "backbone": weights or backbone_digest(self.backbone),
             "tokens": tokens_digest(split),
             "shard_inputs": self.config.shard_inputs,
         }
