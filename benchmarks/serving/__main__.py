@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +44,7 @@ def measure(settings: Settings, folder: Path, keep: Path) -> tuple[list[Row], di
 
 def measure_place(place: Place, settings: Settings, keep: Path) -> list[Row]:
     """All rows of one backbone."""
-    about, pairs = settings.about() | {"texts": place.digest}, settings.pairs
+    about, pairs = settings.about() | {"texts": place.digest, "sizes": asdict(place.sizes)}, settings.pairs
     rows: list[Row] = []
 
     def stage(name: str, measure_rows: Callable[[], list[Row]], **more: Any) -> list[Row]:

@@ -116,7 +116,7 @@ def shape_place(settings: Settings, folder: Path) -> Place:
     BertForSequenceClassification(config).save_pretrained(home)
     _copy_tokenizer(home)
     tokenizer = load_pretrained(BackboneConfig(str(home))).tokenizer
-    sizes = Sizes(max_batch=16, alone=24, plain=16, grouped=48, rivals=32, quiet=10, half=16)
+    sizes = Sizes(max_batch=16, alone=24, plain=48, grouped=240, rivals=64, quiet=20, half=40)
     texts = texts_of_length(tokenizer, LENGTH, 64)
     return Place("shape", shape.name, home, texts, sizes.times(settings.scale), shape == Shape())
 
