@@ -35,6 +35,13 @@ from revmux.results import write_json
 from revmux.training import OptimConfig
 from serve_app.config import server_config
 
+DEPLOY = (
+    "export RAY_AUTH_MODE=token      # else anyone who reaches this machine runs code on it",
+    "ray get-auth-token --generate   # once",
+    "ray start --head",
+)
+"""What comes before ``serve deploy`` in a shell."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanJob(tune.TuneJob):
@@ -226,7 +233,7 @@ def summary(job: PlanJob, plan: Plan) -> str:
             f"{seen.lower:.2f} to {seen.upper:.2f}"
         )
     if plan.is_met:
-        lines.append(f"deploy it:  ray start --head && serve deploy {plan.folder / 'serve.yaml'}")
+        lines += ["deploy it:", *(f"  {line}" for line in DEPLOY), f"  serve deploy {plan.folder / 'serve.yaml'}"]
     return "\n".join(lines)
 
 
