@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import requests
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -47,6 +50,13 @@ class Head:
         command += ["python", "-m", f"ray_jobs.{job}", *map(str, flags)]
         return subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+
+    def serve(self, verb: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+        """Ray Serve's own command line, which talks to the same address."""
+        command = [str(Path(RAY).with_name("serve")), verb, "--address", self.address, *map(str, flags)]
+        return subprocess.run(
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
 
     def runs(self) -> dict[str, Run]:
@@ -211,6 +221,44 @@ def test_trials_of_a_sweep_are_runs_with_the_same_keys(
     first, second = trials
     assert first.data.params.keys() == second.data.params.keys()
     assert first.data.metrics.keys() == second.data.metrics.keys() > FIGURES
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_what_a_plan_wrote_is_deployed_from_the_registry(head: Head, tiny_csv: Path, tiny_model_folder: Path) -> None:
+    """README's commands: a plan, ``serve deploy`` of the page that it wrote, and requests over HTTP."""
+    space, storage = head.folder / "planned.yaml", head.folder / "planned"
+    space.write_text("{num_inputs: [2, 4], prefill_layers: [1], infonce_weight: [0.25], epochs: 1}")
+    (port,) = free_ports(1)
+    flags = ["--backbone.model", tiny_model_folder, "--backbone.max_length", "16", "--data.source", tiny_csv]
+    flags += ["--space", space, "--optim.batch_size", "8", "--shuffles", "1", "--store.root", head.folder / "store"]
+    # Costs are counted, so that the widest is the cheapest whatever else this machine does.
+    flags += ["--measure.throughput_inputs", "0", "--measure.thresholds", "[0.0]", "--port", port]
+    planned = head.submit("plan", "--goal.allowance", "100", "--storage", storage, *flags)
+    assert planned.returncode == 0, planned.stdout
+    page = storage / "plans/plan/serve.yaml"
+    assert f"serve deploy {page}" in planned.stdout
+    (application,) = yaml.safe_load(page.read_text())["applications"]
+    assert application["args"]["adapters"][-1] == "models:/plan@champion"
+    widths = [one["num_inputs"] for one in json.loads((page.parent / "plan.json").read_text())["served"]]
+    assert widths[-1] == 4
+
+    deployed = head.serve("deploy", page)
+    assert deployed.returncode == 0, deployed.stdout
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while status(f"{url}/health") != 200:
+            time.sleep(0.1)
+        told = requests.get(f"{url}/info", timeout=60).text
+        assert all(f'"num_inputs":{width}' in told.replace(" ", "") for width in widths)
+        alone = requests.post(f"{url}/predict", json={"inputs": "w1 w5"}, timeout=60)
+        assert (alone.status_code, alone.headers["x-revmux-width"]) == (200, "1")
+        many = requests.post(f"{url}/predict", json={"inputs": [["w1 w5"]] * 32}, timeout=60)
+        assert (many.status_code, len(many.json())) == (200, 32)
+        assert max(int(width) for width in many.headers["x-revmux-width"].split(",")) == widths[-1]
+    finally:
+        assert head.serve("shutdown", "--yes").returncode == 0
 
 
 @pytest.mark.parametrize("path", ["runs", "./runs", "s3://bucket/runs"])
