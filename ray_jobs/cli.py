@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from revmux.errors import UserError
+from revmux.pretrained import EMBEDDED_NAME, BackboneConfig
 
 Config = TypeVar("Config")
 
@@ -34,6 +37,17 @@ def parse(config_class: type[Config], description: str | None, argv: Sequence[st
     return config_class(**parser.instantiate_classes(namespace).as_dict())
 
 
+def at_its_place(config: Config) -> Config:
+    """A job whose model folder is named from the root: trials and replicas run in folders of their own."""
+    backbone = getattr(config, "backbone", None)
+    if not isinstance(backbone, BackboneConfig) or backbone.model == EMBEDDED_NAME:
+        return config
+    folder = Path(backbone.model).expanduser()
+    if not folder.is_dir():
+        return config
+    return replace(config, backbone=replace(backbone, model=str(folder.absolute())))  # type: ignore[type-var]
+
+
 def run(
     job: Callable[[Any], object], config_class: type, description: str | None, argv: Sequence[str] | None = None
 ) -> int:
@@ -43,7 +57,7 @@ def run(
         0; 2 for a mistake of the caller's, told in one line.
     """
     try:
-        job(parse(config_class, description, argv))
+        job(at_its_place(parse(config_class, description, argv)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

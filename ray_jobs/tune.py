@@ -125,8 +125,10 @@ class Sweep:
 
 
 def base_recipe(job: TuneJob) -> Recipe:
-    """What the space does not say."""
-    return Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=job.store, shuffles=job.shuffles)
+    """What the space does not say; a trial runs in a folder of its own, so the store is named from the root."""
+    root = job.store.root
+    store = job.store if "://" in root else replace(job.store, root=str(Path(root).expanduser().absolute()))
+    return Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=store, shuffles=job.shuffles)
 
 
 def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> Sweep:

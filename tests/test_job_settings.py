@@ -134,3 +134,18 @@ def test_settings_come_from_yaml_and_flags_win(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("space: wide\noptim: {epochs: 7, learning_rate: 0.002}\n")
     job = cli.parse(tune.TuneJob, None, ["--config", str(tmp_path / "job.yaml"), "--optim.epochs", "3"])
     assert (job.space, job.optim.epochs, job.optim.learning_rate) == ("wide", 3, 0.002)
+
+
+def test_a_relative_model_folder_is_named_from_the_root_for_trials_and_replicas(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
+) -> None:
+    monkeypatch.chdir(tiny_model_folder.parent)
+    seen: list[tune.TuneJob] = []
+    flags = ["--backbone.model", tiny_model_folder.name, "--store.root", "features"]
+    assert cli.run(seen.append, tune.TuneJob, None, flags) == 0
+    recipe = tune.base_recipe(seen[0])
+    assert recipe.backbone.model == str(tiny_model_folder)
+    assert recipe.store.root == str(tiny_model_folder.parent / "features")
+    for other in ("all-MiniLM-L6-v2", "someone/classifier"):
+        cli.run(seen.append, tune.TuneJob, None, ["--backbone.model", other])
+        assert seen[-1].backbone.model == other
