@@ -70,6 +70,7 @@ def plot_front_png(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
     axes.set_xlabel(COST_LABEL.format(_kind(rows)))
     axes.set_ylabel("accuracy, %")
     axes.set_title(title, fontsize=11)
+    axes.margins(0.09)  # labels stay inside
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
