@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -134,6 +135,8 @@ def launch(
     with tracker.run(name, run_params(recipe, cluster), parent, begun) as run_id:
         write_note(note, run_id)
         tracker.log_data(run_id, task.identity)
+        # The plots of a comparison begin with a run's first figure, which would be the machine's load.
+        tracker.log_metrics(run_id, {"accuracy_mean": math.nan})
         worker = WorkerConfig(
             recipe=recipe,
             task=ray.put(task),

@@ -194,6 +194,7 @@ def test_finetune_train_and_evaluate_leave_results_and_runs(
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert runs["evaluate-revmux-n2-l1"].data.metrics.keys() == FIGURES
     assert runs["revmux-n2-l1"].data.metrics.keys() > FIGURES
+    assert next(iter(runs["revmux-n2-l1"].data.metrics)) == "accuracy_mean"  # what plots of a comparison begin with
     version = MlflowClient(f"sqlite:///{head.storage}/mlflow.db").get_model_version("reviews", "1")
     assert (version.run_id, version.tags["num_inputs"]) == (runs["revmux-n2-l1"].info.run_id, "2")
     assert (Path(version.source.removeprefix("file://")) / "artifacts/adapter/adapter_config.json").is_file()
