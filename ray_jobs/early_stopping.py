@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from ray_jobs.trials import Trial
+from ray_jobs.trials import FAILED, Trial
 
 EPOCH, ACCURACY = "epoch", "selection_accuracy"
 
@@ -98,7 +98,9 @@ class FrontScheduler(FIFOScheduler):
         return ""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """A trial has ended well; its curve goes on counting."""
+        """A trial has ended; unless it failed, its curve goes on counting."""
+        if result.get(FAILED):
+            self.on_trial_error(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """A trial has failed; its curve does not count."""

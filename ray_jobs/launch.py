@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def launch(
     parent: str | None = None,
     callbacks: list[Any] | None = None,
     checkpoint: CheckpointConfig | None = None,
+    report: Callable[[dict[str, float]], None] | None = None,
 ) -> Trained:
     """Train on the connected cluster; a run that was stopped goes on from its last checkpoint.
 
@@ -113,12 +115,15 @@ def launch(
         parent: MLflow run id of a sweep.
         callbacks: of Ray Train.
         checkpoint: when the run is saved; by default at the end of each epoch.
+        report: takes the figures of each epoch. Where it is given, the run has one worker, which is this very process
+            (Ray Train's local mode), and whoever calls makes up for its loss.
 
     Raises:
         UserError: what a person has to mend, such as a full disk; the checkpoints stay.
         WorkerError: a worker failed more often than ``cluster.max_failures``.
     """
     import ray
+    import ray.train
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -148,6 +153,7 @@ def launch(
             outbox=tracker.outbox,
             run_id=run_id,
             progress=sys.stderr.isatty(),
+            report=report or ray.train.report,
         )
         resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
         if cluster.use_gpu:
@@ -156,7 +162,7 @@ def launch(
             train_worker,
             train_loop_config={"config": worker},
             scaling_config=ScalingConfig(
-                num_workers=cluster.workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
+                num_workers=0 if report else cluster.workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
             ),
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
             run_config=RunConfig(

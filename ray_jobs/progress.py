@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ray.tune import Callback
 
 from ray_jobs.tracking import Tracker
-from ray_jobs.trials import SweepFolder, Trial, TrialRow, front_rows, row_of
+from ray_jobs.trials import SweepFolder, Trial, TrialRow, front_rows, reason_of, row_of
 from revmux.front import front
 
 
 class SweepProgress(Callback):
-    """Writes the rows of trials that were stopped or failed, ends their MLflow runs, and tells how the sweep stands.
+    """Completes the rows of trials that were stopped or failed, ends their MLflow runs, and tells how the sweep stands.
 
-    A finished trial has written its own row, so that a driver that is killed loses none.
+    A trial that came to its end has written its own row, so that a driver that is killed loses none.
 
     Args:
         folder: of the sweep.
@@ -41,6 +41,7 @@ class SweepProgress(Callback):
         self.folder, self.tracker, self.parent = folder, tracker, parent
         self.rows, self.total, self.concurrent, self.stopped = rows, total, concurrent, stopped
         self.started: dict[str, float] = {}
+        self.latest: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -48,36 +49,47 @@ class SweepProgress(Callback):
         self.started[trial.trial_id] = time.perf_counter()
         self._tell(f"{trial.config['trial'].name} begins")
 
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Tune calls this when a trial reports, after each epoch and at its end."""
+        self.latest[trial.trial_id] = figures(result) or self.latest.get(trial.trial_id, {})
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune calls this when a trial ends well, or was stopped."""
+        """Tune calls this when a trial came to its end, or was stopped."""
         mine: Trial = trial.config["trial"]
         why = self.stopped.get(trial.trial_id)
         if why is not None:
-            self._end(trial, row_of(mine, "stopped", why, metrics=figures(trial.last_result)), "KILLED")
+            self._end(trial, "stopped", why)
             self.folder.remove_checkpoints(mine)
-            self._tell(f"{mine.name} stopped, {why}")
             return
         row = self.folder.read([mine])[mine.name]
+        if row.status == "failed":
+            self._end(trial, row.status, row.why)
+            return
         self._note(trial, row)
         self._tell(f"{mine.name}: accuracy {row.metrics['accuracy_mean']:.1%} at cost {row.cost_counted:.2f}")
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune calls this when a trial fails; the sweep goes on."""
-        mine: Trial = trial.config["trial"]
-        left = self.folder.read([mine]).get(mine.name)  # where it could still write
-        why = left.why if left is not None else "its process was lost; --retry_failed tries it again"
-        self._end(trial, row_of(mine, "failed", why, metrics=figures(trial.last_result)), "FAILED")
-        self._tell(f"{mine.name} failed, {why}")
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune calls this when the process of a trial is lost or fails, and another goes on with it."""
+        self._tell(f"{trial.config['trial'].name} is tried again, {reason_of(trial.get_error() or '')}")
 
-    def _end(self, trial: Any, row: TrialRow, status: str) -> None:
-        run_id = self.tracker.child_of(self.parent, row.trial)
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune calls this when the process of a trial was lost, or failed, too often; the sweep goes on."""
+        self._end(trial, "failed", f"{reason_of(trial.get_error() or '')}; --retry_failed true tries it again")
+
+    def _end(self, trial: Any, status: Literal["stopped", "failed"], why: str) -> None:
+        mine: Trial = trial.config["trial"]
+        run_id = self.tracker.child_of(self.parent, mine.name)
         if run_id is not None:
-            self.tracker.client.set_tag(run_id, "revmux.why", row.why)
-            self.tracker.client.set_terminated(run_id, status)
+            self.tracker.client.set_tag(run_id, "revmux.why", why)
+            self.tracker.client.set_terminated(run_id, "KILLED" if status == "stopped" else "FAILED")
         seconds = time.perf_counter() - self.started.get(trial.trial_id, time.perf_counter())
-        row = TrialRow(**{**vars(row), "run_id": run_id, "seconds": seconds})
+        metrics = self.latest.get(trial.trial_id, {})
+        row = row_of(mine, status, why, metrics=metrics, run_id=run_id, seconds=seconds)
         self.folder.write(row)
         self._note(trial, row)
+        self._tell(f"{mine.name} {status}, {why}")
 
     def _note(self, trial: Any, row: TrialRow) -> None:
         self.rows[row.trial] = row
@@ -103,7 +115,7 @@ class SweepProgress(Callback):
         return words
 
 
-def figures(result: Mapping[str, Any] | None) -> dict[str, float]:
+def figures(result: Mapping[str, Any]) -> dict[str, float]:
     """The figures of training among what Tune notes of a trial."""
     kept = ("selection_", "train_", "epoch")
-    return {key: float(value) for key, value in (result or {}).items() if key.startswith(kept)}
+    return {key: float(value) for key, value in result.items() if key.startswith(kept)}

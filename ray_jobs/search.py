@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from ray_jobs.trials import Trial, TrialRow
+from ray_jobs.trials import FAILED, Trial, TrialRow
 
 
 class FrontSearch(Searcher):
@@ -88,7 +88,9 @@ class FrontSearch(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tune calls this when a trial has ended, in whichever way."""
-        self.learn(self.given[trial_id].name, None if error else (result or {}).get("selection_accuracy"))
+        figures = result or {}
+        failed = error or FAILED in figures
+        self.learn(self.given[trial_id].name, None if failed else figures.get("selection_accuracy"))
 
     def save(self, checkpoint_path: str) -> None:
         """A sweep goes on from its rows, so there is nothing to keep; Tune wants a file."""

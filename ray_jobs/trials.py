@@ -26,6 +26,8 @@ from revmux.results import write_json
 COUNTED_LENGTH = 64
 """Tokens of the inputs at which points are compared before they run; relative costs hardly depend on it."""
 ROWS, IDENTITY = "rows", "sweep-identity.json"
+FAILED = "failed"
+"""What a trial reports that has failed for good, and has written so in its row."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
 """Sweep N, l and λ: each trial a Ray Train run, all of them children of one MLflow run.
 
+Most of a short trial would be the start of processes, so a trial of one worker trains in the process that Ray Tune
+gives it (Ray Train's local mode), and that process takes the next trial when it is done. A trial of several workers has
+processes of its own.
+
 python -m ray_jobs.tune --backbone.model runs/task-model --space quick
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -19,7 +24,7 @@ from ray_jobs.comparison import record_comparison
 from ray_jobs.features import fill_for
 from ray_jobs.launch import absolute_storage, launch
 from ray_jobs.tracking import Tracker, TrackingConfig
-from ray_jobs.trials import SweepFolder, Trial, TrialRow, make_trials, reason_of, row_of
+from ray_jobs.trials import FAILED, SweepFolder, Trial, TrialRow, make_trials, reason_of, row_of
 from revmux.data import DataConfig, TaskData, load_task
 from revmux.errors import UserError
 from revmux.features import StoreConfig
@@ -212,8 +217,7 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
             "folder": folder,
             "parent": parent,
         }
-        # The driver of a trial only waits, its workers hold the cores; Tune wants something for it, so a byte of memory.
-        trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), {"memory": 1})
+        trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), trial_resources(job.cluster))
         concurrent = job.concurrent_trials or fitting_trials(job.cluster, ray.cluster_resources())
         fill_for([trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers)
         scheduler = None
@@ -232,14 +236,34 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
                 scheduler=scheduler,
                 num_samples=search.budget,
                 max_concurrent_trials=concurrent,
+                reuse_actors=trains_itself(job.cluster),
                 trial_name_creator=lambda trial: trial.config["trial"].name,
                 trial_dirname_creator=lambda trial: trial.config["trial"].name,
             ),
-            run_config=tune.RunConfig(name="tune", storage_path=str(folder.path), verbose=0, callbacks=[progress]),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(folder.path),
+                verbose=0,
+                callbacks=[progress],
+                failure_config=tune.FailureConfig(max_failures=job.cluster.max_failures),
+            ),
         )
         tuner.fit()
     found = folder.read(sweep.trials)
     return [found[trial.name] for trial in sweep.trials if trial.name in found]
+
+
+def trains_itself(cluster: ClusterConfig) -> bool:
+    """Whether the process of a trial is its one worker, or drives others."""
+    return cluster.workers == 1
+
+
+def trial_resources(cluster: ClusterConfig) -> dict[str, float]:
+    """What Tune reserves for the process of a trial."""
+    if trains_itself(cluster):
+        return {"cpu": cluster.cpus_per_worker, "gpu": cluster.gpus_per_worker}
+    # It only waits, its workers hold the cores; Tune wants something for it, so a byte of memory.
+    return {"memory": 1}
 
 
 def fitting_trials(cluster: ClusterConfig, present: dict[str, float]) -> int:
@@ -259,7 +283,7 @@ def run_trial(
     folder: SweepFolder,
     parent: str,
 ) -> None:
-    """One trial: the driver of a Ray Train run, which writes its row when it is done or has failed.
+    """One trial: a Ray Train run, which writes its row when it is done, or failed in a way that would come again.
 
     Args:
         point: ``{"trial": Trial}``.
@@ -269,6 +293,9 @@ def run_trial(
         storage: of the job.
         folder: of the sweep.
         parent: MLflow run of the sweep.
+
+    Raises:
+        Exception: what another process may not meet; Tune tries the trial again, from its last checkpoint.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -276,13 +303,19 @@ def run_trial(
     trial: Trial = point["trial"]
     started = time.perf_counter()
     output, tracker = folder.path / "trials" / trial.name, Tracker(tracking, storage)
+    inside = trains_itself(cluster)
+    if inside:
+        gc.collect()  # the models of the trial before, off the device
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"  # a trial that is stopped first ends its MLflow run
+    reports: dict[str, Any] = {"report": tune.report} if inside else {"callbacks": [TuneReportCallback()]}
     try:
-        trained = launch(
-            trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, [TuneReportCallback()]
-        )
+        trained = launch(trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, **reports)
     except Exception as error:
+        if inside and not isinstance(error, UserError):
+            raise
         folder.write(row_of(trial, "failed", reason_of(f"{type(error).__name__}: {error}")))
-        raise
+        tune.report({FAILED: True})
+        return
     figures: dict[str, Any] = {
         "metrics": trained.metrics,
         "cost_counted": trained.metrics["cost_counted"],

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
@@ -27,7 +27,7 @@ from revmux.errors import UserError
 from revmux.recipe import Prepared, Recipe, prepare
 from revmux.task_model import save_task_model
 from revmux.training import load_weights
-from revmux.workers import together
+from revmux.workers import together, worker
 
 RESULT_NAME = "result"
 PEER_SECONDS = 10.0
@@ -49,6 +49,7 @@ class WorkerConfig:
         outbox: folder for what the store cannot take while it is away.
         run_id: the MLflow run that curves go to.
         progress: whether to draw a bar.
+        report: takes the figures of each epoch.
     """
 
     recipe: Recipe
@@ -61,6 +62,7 @@ class WorkerConfig:
     outbox: Path
     run_id: str
     progress: bool
+    report: Callable[[dict[str, float]], None]
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
@@ -109,7 +111,7 @@ def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it shows the stack of what it raises
     disable_progress_bar()
     task: TaskData = ray.get(config.task)
-    first = ray.train.get_context().get_world_rank() == 0
+    first = worker()[0] == 0
     checkpoints = CheckpointFolder(config.folder, config.checkpoint.keep)
     with together():
         prepared = prepare(config.recipe, task, get_device())
@@ -129,7 +131,7 @@ def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
         for report in trainer.run():
             if progress is not None:
                 progress.epoch(report)
-            ray.train.report(report.metrics | {"epoch": report.epoch})
+            config.report(report.metrics | {"epoch": report.epoch})
         if progress is not None:
             progress.close()
         load_weights(prepared.model, trainer.best)
