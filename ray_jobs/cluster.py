@@ -67,6 +67,11 @@ class ClusterConfig:
         """Whether workers train on GPUs."""
         return self.gpus_per_worker > 0
 
+    @property
+    def is_this_machine(self) -> bool:
+        """Whether all work is done by this machine's CPUs, so that the driver's process is as good as another."""
+        return self.resolved_address == "local" and not self.use_gpu
+
     def check_training(self) -> None:
         """:meth:`check_here` for workers that train together.
 

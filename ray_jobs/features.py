@@ -57,7 +57,8 @@ def fill_stores(
     """Complete the stores of a task's splits by a Ray Data job: each worker computes shards and writes them itself.
 
     A pass that was stopped goes on where it was, a lost worker's shard is given to another, and where two jobs ask
-    for the same store one of them waits and finds it complete.
+    for the same store one of them waits and finds it complete. On this machine alone, what is less than a shard's worth
+    of inputs in all is computed in this process, before others would have started.
 
     Args:
         recipe: whose backbone and store count.
@@ -85,7 +86,10 @@ def fill_stores(
         if total:
             places = ", ".join(map(str, sorted({layer for todo, _ in work for layer in todo.layers}))) or "none"
             print(f"features: {total:,} inputs, layers {places}: {recipe.store.root}", flush=True)
-            losses = _write(work, recipe, task.label_names, cluster, workers or cluster.workers, total)
+            if total <= recipe.store.shard_inputs and cluster.is_this_machine:
+                losses = _write_here(work, pretrained, total)
+            else:
+                losses = _write(work, recipe, task.label_names, cluster, workers or cluster.workers, total)
             for layer, parts in sorted(losses.items()):
                 print(f"features: layer {layer} in {recipe.store.dtype}: {Precision.of(parts)}")
 
@@ -206,6 +210,18 @@ def _write(
             for layer, loss in told["losses"].items():
                 losses.setdefault(int(layer), []).append(Precision(**loss))
             progress.add(len(work[number][0].plan[index]))
+    return losses
+
+
+def _write_here(work: Work, pretrained: Pretrained, total: int) -> dict[int, list[Precision]]:
+    """:func:`_write` in this process, which has the backbone."""
+    losses: dict[int, list[Precision]] = {}
+    progress = _Progress(total)
+    for todo, split in work:
+        for index in todo.missing:
+            for layer, loss in todo.write_shard(pretrained.backbone, split, index).items():
+                losses.setdefault(layer, []).append(loss)
+            progress.add(len(todo.plan[index]))
     return losses
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -133,6 +134,7 @@ def launch(
 
     # Ray Train's own print shows lines twice, and hides the bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    logging.getLogger("ray.train.v2.api.config").setLevel(logging.WARNING)  # it tells each run that it is a local one
     run_folder = storage / "checkpoints" / f"{name}-{fingerprint(recipe, task)}"
     note = run_folder / RUN_NOTE
     begun = note.read_text().strip() if note.is_file() else None

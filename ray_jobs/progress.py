@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from ray.tune import Callback
@@ -72,11 +73,11 @@ class SweepProgress(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune calls this when the process of a trial is lost or fails, and another goes on with it."""
-        self._tell(f"{trial.config['trial'].name} is tried again, {reason_of(trial.get_error() or '')}")
+        self._tell(f"{trial.config['trial'].name} goes on in another process, {last_failure(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune calls this when the process of a trial was lost, or failed, too often; the sweep goes on."""
-        self._end(trial, "failed", f"{reason_of(trial.get_error() or '')}; --retry_failed true tries it again")
+        self._end(trial, "failed", f"{last_failure(trial)}; --retry_failed true tries it again")
 
     def _end(self, trial: Any, status: Literal["stopped", "failed"], why: str) -> None:
         mine: Trial = trial.config["trial"]
@@ -113,6 +114,12 @@ class SweepProgress(Callback):
         if best:
             words += "; best " + ", ".join(f"{row.accuracy:.1%} at cost {row.cost:.2f}" for row in best)
         return words
+
+
+def last_failure(trial: Any) -> str:
+    """Why a trial of Tune failed the last time, in a line."""
+    text = Path(trial.error_file).read_text().rpartition("Failure #")[2] if trial.error_file else ""
+    return "its process was lost" if "The actor died" in text else reason_of(text)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, float]:

@@ -228,6 +228,9 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
         stopped = scheduler.stopped if scheduler is not None else {}
         progress = SweepProgress(folder, tracker, parent, rows, len(rows) + search.budget, concurrent, stopped)
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables would hide the lines of SweepProgress
+        os.environ.setdefault(
+            "TUNE_PRINT_ALL_TRIAL_ERRORS", "0"
+        )  # with their stacks; SweepProgress tells each in a line
         shutil.rmtree(folder.path / "tune", ignore_errors=True)  # of an earlier start; what counts is in the rows
         tuner = tune.Tuner(
             trainable,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
+from optuna.trial import TrialState
 
+from ray_jobs.cluster import ClusterConfig
 from ray_jobs.early_stopping import FrontScheduler
 from ray_jobs.search import FrontSearch
-from ray_jobs.trials import SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
-from ray_jobs.tune import TuneJob, fitting_trials, main, prepare_sweep
+from ray_jobs.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
+from ray_jobs.tune import StoppingConfig, TuneJob, fitting_trials, main, prepare_sweep
 from revmux import UserError
 from revmux.data import DataConfig, load_task
 from revmux.features import StoreConfig
@@ -92,6 +96,19 @@ def test_a_failed_trial_stops_no_other() -> None:
     tell(scheduler, broken, 1, 0.99)
     scheduler.on_trial_error(None, broken)
     assert tell(scheduler, other, 1, 0.2) == "CONTINUE"
+
+
+def test_a_trial_that_reports_its_own_failure_stops_no_other_and_teaches_nothing() -> None:
+    scheduler = FrontScheduler(selection_inputs=2000)
+    broken, other = start(scheduler, trial("broken", 0.4), trial("other", 0.5))
+    tell(scheduler, broken, 1, 0.99)
+    scheduler.on_trial_complete(None, broken, {FAILED: True})
+    assert tell(scheduler, other, 1, 0.2) == "CONTINUE"
+    search = FrontSearch(grid(), [], 8, True, 0)
+    assert isinstance(search.suggest("a"), dict)
+    search.on_trial_complete("a", {FAILED: True, "selection_accuracy": 0.9})
+    assert search.study is not None
+    assert not search.study.get_trials(states=[TrialState.COMPLETE])
 
 
 def grid() -> list[Trial]:
@@ -245,6 +262,95 @@ def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_goes_on(
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     statuses = {name: client.get_run(str(row.run_id)).info.status for name, row in rows.items()}
     assert statuses == {"exit-head": "FINISHED", "token-split": "FAILED"}
+
+
+@pytest.mark.long
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_trials_of_several_workers_are_stopped_and_done_too(
+    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        json.dumps({"methods": ["exit-head"], "exit_layers": [1, 2], "learning_rate": [0.02, 1e-9], "epochs": 20})
+    )
+    job = TuneJob(
+        BackboneConfig(model=str(tiny_model_folder), max_length=16),
+        DataConfig(source=str(tiny_csv)),
+        space=str(space),
+        optim=OptimConfig(batch_size=8),
+        store=StoreConfig(root=str(tmp_path / "store")),
+        shuffles=1,
+        stopping=StoppingConfig(deviations=0.1),
+        cluster=ClusterConfig(address="local", workers=2),
+        storage=str(tmp_path / "runs"),
+    )
+    rows = main(job)
+    status = {(row.prefill_layers, row.learning_rate): row.status for row in rows}
+    assert len(rows) == len(status) == 4
+    assert status[1, 0.02] == "done"
+    assert status[2, 1e-9] == "stopped"
+    assert set(status.values()) == {"done", "stopped"}
+
+
+def trial_process(driver: int) -> psutil.Process | None:
+    """The process on a driver's own cluster that trains a trial."""
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if "ImplicitFunc" in " ".join(process.cmdline()):
+                return process
+        except psutil.NoSuchProcess:
+            continue
+    return None
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_process_takes_trial_after_trial_stopped_ones_too_and_a_lost_one_is_made_up_for(
+    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    space, runs, log = tmp_path / "space.yaml", tmp_path / "runs", tmp_path / "log.txt"
+    # The second rate learns nothing, so the last trial of it, at least, is stopped.
+    points = {"methods": ["exit-head"], "exit_layers": [1, 2], "learning_rate": [0.02, 1e-9], "epochs": 60}
+    space.write_text(json.dumps(points))
+    flags = {
+        "backbone.model": tiny_model_folder,
+        "backbone.max_length": 16,
+        "data.source": tiny_csv,
+        "space": space,
+        "storage": runs,
+        "store.root": tmp_path / "store",
+        "optim.batch_size": 8,
+        "shuffles": 1,
+        "stopping.deviations": 0.1,
+        "concurrent_trials": 1,
+    }
+    command = [sys.executable, "-m", "ray_jobs.tune"]
+    command += [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    with log.open("w") as out:
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        while not list(runs.glob("sweeps/sweep/checkpoints/*/step-*")) or not (found := trial_process(driver.pid)):
+            assert driver.poll() is None, log.read_text()
+            time.sleep(0.005)
+        found.kill()
+        assert driver.wait() == 0, log.read_text()
+
+    text = log.read_text()
+    table = json.loads((runs / "sweeps/sweep/sweep.json").read_text())
+    status = {(row["prefill_layers"], row["learning_rate"]): row["status"] for row in table}
+    assert len(table) == len(status) == 4
+    assert status[1, 0.02] == "done"
+    assert status[2, 1e-9] == "stopped"
+    assert set(status.values()) == {"done", "stopped"}
+    assert "goes on in another process, its process was lost" in text
+    assert re.search(r"1 worker \(cpu, 1 thread each\), step [1-9]", text), "from its last checkpoint"
+    assert len(set(re.findall(r"run_trial pid=(\d+)", text))) == 2, "the lost process and the one after it"
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    ends = {row["trial"]: client.get_run(row["run_id"]).info.status for row in table}
+    assert ends == {row["trial"]: {"done": "FINISHED", "stopped": "KILLED"}[row["status"]] for row in table}
 
 
 @pytest.mark.long
