@@ -47,16 +47,19 @@ def test_allowances_are_choices_among_the_same_adapters(planned: Planned) -> Non
     assert generous["choosing_inputs"] == len(planned.choosing.test) == found["task"]["choosing"]
 
     rounds = [
-        {"sweep": 20.0, "online": 60.0, "stored": 30.0, "trials": 10},
-        {"sweep": 20.0, "online": 80.0, "stored": 40.0, "trials": 10},
+        {
+            side: {"seconds": seconds, "trials": {"done": 10 - stopped, "stopped": stopped}}
+            for side, seconds, stopped in (("sweep", 20, 6), ("whole", 40, 0), ("online", online, 0), ("stored", 35, 0))
+        }
+        for online in (60.0, 80.0)
     ]
     timed = sweep.rows_of(rounds, "quick")
-    assert [row["ratio_median"] for row in timed] == [3.5, 2.0]
+    assert [row["ratio_median"] for row in timed] == [3.5, 1.75, 2.0]
     meta = {"data": {"tiny": found["task"]}, "machine": {"cores": 2}, "versions": {"torch": "2"}, "commit": None}
     rows = [*found["rows"], *timed, unmeasured_row(allowances.row_name(1.0, "SST-2"), "no GLUE folder was named", 1.0)]
     words = plan_words({"meta": meta, "rows": rows})["plan"]
     assert "| tiny | 0.5 | siso | 1 | – | 0.00, 0.00 | 0.00 (0.00 to 0.00) |" in words
-    assert "3.50 (3.00–4.00); sweep 20 s, online 70 s, stored 35 s | met |" in words
+    assert "| 10 (6, 6) | ≥ 3 | 3.50 (3.00–4.00); sweep 20 s, whole 40 s, online 70 s, stored 35 s | met |" in words
     assert "| – | – | – | not measured: no GLUE folder was named |" in words
 
 
@@ -91,5 +94,7 @@ def test_every_side_of_a_round_trains_every_trial(planned: Planned, tiny_csv: Pa
     task = load_task(DataConfig(source=str(tiny_csv)))
     assert task.label_names == planned.task.label_names
     found = sweep.one_round(TuneJob(planned.recipes[0].backbone, DataConfig(source=str(tiny_csv)), str(space)))
-    assert found["trials"] == 2
-    assert all(found[side] > 0 for side in sweep.SIDES)
+    assert found.keys() == sweep.SIDES.keys()
+    for side in ("whole", "online", "stored"):
+        assert found[side]["trials"] == {"done": 2}
+    assert all(one["seconds"] > 0 for one in found.values())

@@ -26,7 +26,7 @@ def plan_words(result: Row) -> dict[str, str]:
             for task, best in {row["task"]: row["multiplexed"] for row in plans}.items()
         ),
         "",
-        "| what | trials | target | median (min–max) | |",
+        "| what | trials (stopped, by round) | target | median (min–max) | |",
         "|---|---|---|---|---|",
         *(_time_line(row) for row in timed),
     ]
@@ -70,6 +70,6 @@ def _time_line(row: Row) -> str:
     target = "–" if row["target"] is None else f"≥ {row['target']:g}"
     seconds = ", ".join(f"{side} {value:.0f} s" for side, value in row["seconds"].items())
     return (
-        f"| {row['name']} | {row['trials']} | {target} "
+        f"| {row['name']} | {row['trials']} ({', '.join(map(str, row['stopped']))}) | {target} "
         f"| {row['ratio_median']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f}); {seconds} | {verdict(row)} |"
     )

@@ -1,9 +1,10 @@
 """A sweep against its own trials one after another: without the feature store, and with it.
 
 The sweep is the command that a person gives, timed from its start to its end: interpreter, Ray cluster, MLflow, the
-pass that fills an empty store, and as many trials side by side as there are cores. The others are the same recipes,
-whole (load, train, evaluate on the same splits), in one process that has loaded its libraries and has all cores;
-without the store one pass a batch gives teacher and prefill. All trials run to their end on every side.
+pass that fills an empty store, and as many trials side by side as there are cores; once as it is, stopping what cannot
+reach the front, and once with every trial to its end. The others are the same recipes, whole (load, train to the end,
+evaluate on the same splits), in one process that has loaded its libraries and has all cores; without the store one pass
+a batch gives teacher and prefill.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -49,8 +51,8 @@ def train_online(recipe: Recipe, task: TaskData) -> Evaluation:
     return train_here(Prepared(recipe, pretrained, task, model, train, selection, test))
 
 
-def one_after_another(job: TuneJob, folder: Path, online: bool) -> int:
-    """Every trial of the sweep in this process; returns how many."""
+def one_after_another(job: TuneJob, folder: Path, online: bool) -> dict[str, int]:
+    """Every trial of the sweep in this process; returns how many by status."""
     sweep = prepare_sweep(job, folder)
     recipes = [replace(trial.recipe, store=StoreConfig(root=str(folder / "features"))) for trial in sweep.trials]
     if not online:
@@ -62,14 +64,14 @@ def one_after_another(job: TuneJob, folder: Path, online: bool) -> int:
             train_online(recipe, sweep.task)
         else:
             train_here(prepare(recipe, sweep.task))
-    return len(recipes)
+    return {"done": len(recipes)}
 
 
-def sweep_command(job: TuneJob, folder: Path) -> int:
-    """The same sweep by its command line, in processes of its own; returns how many trials it trained.
+def sweep_command(job: TuneJob, folder: Path, stopping: bool) -> dict[str, int]:
+    """The same sweep by its command line, in processes of its own; returns how many trials it has by status.
 
     Raises:
-        RuntimeError: the command failed, or a trial did not come to its end.
+        RuntimeError: the command failed, or a trial did.
     """
     flags = {
         "backbone.model": job.backbone.model,
@@ -79,6 +81,7 @@ def sweep_command(job: TuneJob, folder: Path) -> int:
         "space": job.space,
         "storage": folder,
         "store.root": folder / "features",
+        "stopping.enabled": str(stopping).lower(),
     }
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -93,45 +96,56 @@ def sweep_command(job: TuneJob, folder: Path) -> int:
     if done.returncode:
         raise RuntimeError(f"the sweep ended with status {done.returncode}:\n{done.stdout[-4000:]}")
     rows = json.loads((folder / "sweeps" / job.name / "sweep.json").read_text())
-    if odd := [row["trial"] for row in rows if row["status"] != "done"]:
-        raise RuntimeError(f"trials {', '.join(odd)} did not come to their end, so the sides did different work")
-    return len(rows)
+    if failed := [row["trial"] for row in rows if row["status"] == "failed"]:
+        raise RuntimeError(f"trials {', '.join(failed)} failed, so the sides did different work")
+    return dict(Counter(row["status"] for row in rows))
 
 
-SIDES: dict[str, Callable[[TuneJob, Path], int]] = {
-    "sweep": sweep_command,
+SIDES: dict[str, Callable[[TuneJob, Path], dict[str, int]]] = {
+    "sweep": partial(sweep_command, stopping=True),
+    "whole": partial(sweep_command, stopping=False),
     "online": partial(one_after_another, online=True),
     "stored": partial(one_after_another, online=False),
 }
-TRIALS = "trials"
 
 
-def one_round(job: TuneJob) -> dict[str, float]:
-    """Seconds of each side in turn, and the number of trials, which is the same on each."""
-    seconds: dict[str, float] = {}
-    counts = set()
+def one_round(job: TuneJob) -> dict[str, dict[str, Any]]:
+    """Each side in turn: its ``seconds``, and its number of ``trials`` by status.
+
+    Raises:
+        RuntimeError: the sides had not the same trials.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for side, run in SIDES.items():
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            counts.add(run(job, Path(folder)))
-            seconds[side] = time.perf_counter() - started
-        print(f"{side}: {seconds[side]:.0f} s", flush=True)
-    (count,) = counts
-    return seconds | {TRIALS: count}
+            trials = run(job, Path(folder))
+            found[side] = {"seconds": time.perf_counter() - started, "trials": trials}
+        print(f"{side}: {found[side]['seconds']:.0f} s, {trials}", flush=True)
+    if len({sum(one["trials"].values()) for one in found.values()}) > 1:
+        raise RuntimeError(f"the sides had different trials: {found}")
+    return found
 
 
-def rows_of(rounds: Sequence[dict[str, float]], space: str) -> list[dict[str, Any]]:
+def rows_of(rounds: Sequence[dict[str, dict[str, Any]]], space: str) -> list[dict[str, Any]]:
     """Rows from the rounds of one run."""
     about = {
         "space": space,
-        "trials": rounds[0][TRIALS],
-        "seconds": {side: round(statistics.median(times[side] for times in rounds), 1) for side in SIDES},
+        "trials": sum(rounds[0]["online"]["trials"].values()),
+        "seconds": {side: round(statistics.median(one[side]["seconds"] for one in rounds), 1) for side in SIDES},
     }
     names = {
-        "sweep": (f"trials of '{space}' one after another without the store / the sweep", 3.0),
-        "stored": (f"trials of '{space}' one after another without the store / one after another with it", None),
+        "sweep": ("the sweep", 3.0),
+        "whole": ("the sweep with every trial to its end", None),
+        "stored": ("one after another with it", None),
     }
     return [
-        about | ratio_row(name, [times["online"] / times[side] for times in rounds], target)
+        about
+        | {"stopped": [one[side]["trials"].get("stopped", 0) for one in rounds]}
+        | ratio_row(
+            f"trials of '{space}' one after another without the store / {name}",
+            [one["online"]["seconds"] / one[side]["seconds"] for one in rounds],
+            target,
+        )
         for side, (name, target) in names.items()
     ]
