@@ -279,13 +279,17 @@ def _fits(candidate: Candidate, bound: float, goal: Goal) -> bool:
 
 
 def _widths(judged: Sequence[Judged], chosen: Judged, goal: Goal) -> list[Judged]:
-    """At each N up to the chosen one's the cheapest system that is safe enough, if no narrower one is cheaper."""
+    """At each N up to the chosen one's the cheapest system that is safe enough, if no narrower one is cheaper.
+
+    At N = 1 that is an exit head; the plain model is served in any case.
+    """
     allowed = chosen.bound if goal.allowance is None else goal.allowance
     kept: list[Judged] = []
-    for width in sorted({one.candidate.num_inputs for one in judged} - {1}):
+    adapted = [one for one in judged if one.candidate.method != SISO_NAME]
+    for width in sorted({one.candidate.num_inputs for one in adapted}):
         if width > chosen.candidate.num_inputs:
             break
-        best = next((one for one in judged if one.candidate.num_inputs == width and one.bound <= allowed), None)
+        best = next((one for one in adapted if one.candidate.num_inputs == width and one.bound <= allowed), None)
         if width == chosen.candidate.num_inputs:
             best = chosen
         if best is not None and all(best.candidate.cost < other.candidate.cost for other in kept):

@@ -55,12 +55,12 @@ def test_the_choice_is_optimal_by_brute_force(seed: int) -> None:
     assert meets(choice.chosen)
     assert choice.chosen.candidate.cost == min(one.candidate.cost for one in feasible)
     for one in choice.widths:
-        if one.candidate.num_inputs == 1:
-            continue
         rivals = [
             other
             for other in choice.judged
-            if other.candidate.num_inputs == one.candidate.num_inputs and other.bound <= goal.allowance  # type: ignore[operator]
+            if other.candidate.num_inputs == one.candidate.num_inputs
+            and other.bound <= goal.allowance  # type: ignore[operator]
+            and (other.candidate.method != "siso" or other is choice.chosen)
         ]
         assert one.candidate.cost == min(other.candidate.cost for other in rivals)
     costs = [one.candidate.cost for one in choice.widths]
@@ -80,8 +80,11 @@ def test_wide_groups_are_served_beside_the_narrow_ones_they_undercut() -> None:
         candidate("head", slightly, 0.5, 1),
     ]
     choice = choose(siso, made, Goal(allowance=1.0))
-    assert names(choice) == ["two", "eight"]
+    assert names(choice) == ["head", "eight"]
     assert choice.chosen is choice.widths[-1]
+    assert names(choose(siso, made[:-1], Goal(allowance=1.0))) == ["two", "eight"]
+    dear = candidate("head", slightly, 0.9, 1)
+    assert names(choose(siso, [*made[:-1], dear], Goal(allowance=1.0))) == ["head", "two", "eight"]
 
 
 def test_an_exit_head_or_siso_is_chosen_where_it_is_better() -> None:
