@@ -11,6 +11,7 @@ from ray.tune import Callback
 
 from ray_jobs.tracking import Tracker
 from ray_jobs.trials import SweepFolder, Trial, TrialRow, front_rows, reason_of, row_of
+from ray_jobs.waiting import Patience
 from revmux.front import front
 
 
@@ -27,6 +28,8 @@ class SweepProgress(Callback):
         total: trials in all.
         concurrent: trials side by side.
         stopped: why trials were stopped, by Tune's trial id.
+        wait_minutes: how long no trial may run for want of machines.
+        each: what a trial's process takes of the cluster, as Ray names it.
     """
 
     def __init__(
@@ -38,12 +41,26 @@ class SweepProgress(Callback):
         total: int,
         concurrent: int,
         stopped: Mapping[str, str],
+        wait_minutes: float,
+        each: Mapping[str, float],
     ) -> None:
         self.folder, self.tracker, self.parent = folder, tracker, parent
         self.rows, self.total, self.concurrent, self.stopped = rows, total, concurrent, stopped
         self.started: dict[str, float] = {}
         self.latest: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
+        self.patience, self.each = Patience("the sweep", wait_minutes), each
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune calls this over and over.
+
+        Raises:
+            UserError: no trial has found its place for too long.
+        """
+        if any(trial.status == "RUNNING" for trial in trials):
+            self.patience.found()
+        elif any(trial.status == "PENDING" for trial in trials):
+            self.patience.look(1, self.each)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune calls this when a trial begins."""

@@ -217,7 +217,8 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
             "folder": folder,
             "parent": parent,
         }
-        trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), trial_resources(job.cluster))
+        resources = trial_resources(job.cluster)
+        trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), resources)
         concurrent = job.concurrent_trials or fitting_trials(job.cluster, ray.cluster_resources())
         fill_for([trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers)
         scheduler = None
@@ -226,7 +227,17 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
                 len(sweep.task.selection), job.stopping.grace, job.stopping.reduction, job.stopping.deviations
             )
         stopped = scheduler.stopped if scheduler is not None else {}
-        progress = SweepProgress(folder, tracker, parent, rows, len(rows) + search.budget, concurrent, stopped)
+        progress = SweepProgress(
+            folder,
+            tracker,
+            parent,
+            rows,
+            len(rows) + search.budget,
+            concurrent,
+            stopped,
+            job.cluster.wait_minutes,
+            {{"cpu": "CPU", "gpu": "GPU"}.get(kind, kind): amount for kind, amount in resources.items() if amount},
+        )
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables would hide the lines of SweepProgress
         os.environ.setdefault(
             "TUNE_PRINT_ALL_TRIAL_ERRORS", "0"

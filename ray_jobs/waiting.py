@@ -1,4 +1,4 @@
-"""Workers that cannot start, since machines are missing: the log says what is waited for, and at some time it ends."""
+"""Work that cannot start, since machines are missing: the log says what is waited for, and at some time it ends."""
 
 from __future__ import annotations
 
@@ -20,24 +20,76 @@ TELL_SECONDS = 30.0
 """How often a run that waits says so; Ray Train asks the cluster for its workers anew as often."""
 
 
-class Waiting(ControllerCallback):
-    """Tells what a run waits for and ends it when that does not come. Ray Train itself waits in silence, for ever.
+class Patience:
+    """Tells what work waits for, and ends when that does not come. Ray itself waits in silence, for ever.
 
     Args:
-        title: what is trained, in the words of the progress lines.
-        minutes: after which a run ends whose workers the whole cluster cannot hold; 0 waits for ever. Where other
-            work holds what would be enough, it waits its turn however long.
+        title: what waits, in the words of the progress lines.
+        minutes: after which it ends if the whole cluster cannot hold its workers; 0 waits for ever. Where other work
+            holds what would be enough, it waits its turn however long.
+
+    Attributes:
+        interval: seconds between lines.
     """
 
     def __init__(self, title: str, minutes: float) -> None:
         self.title, self.minutes = title, minutes
-        self.is_waiting = False
+        self.interval = min(TELL_SECONDS, minutes * 60) if minutes else TELL_SECONDS
+        self.told: float | None = None
         self.short_since: float | None = None
+
+    def found(self) -> None:
+        """It has begun; the next wait counts anew."""
+        self.told = self.short_since = None
+
+    def look(self, workers: int, each: Mapping[str, float]) -> None:
+        """Call this as long as it waits, as often as you like.
+
+        Args:
+            workers: how many.
+            each: what one of them needs.
+
+        Raises:
+            UserError: the time is over.
+        """
+        now = time.monotonic()
+        if self.told is None:
+            self.told = self.short_since = now
+            return
+        if now - self.told < 0.9 * self.interval:
+            return
+        self.told = now
+        present, free = ray.cluster_resources(), ray.available_resources()
+        short = missing(workers, each, present)
+        words = f"{workers} × {amounts(each)}; the cluster has {amounts(each, present)}, free {amounts(each, free)}"
+        if not short:
+            self.short_since = None
+            print(f"{self.title}: waits for its workers, {words}", flush=True)
+            return
+        self.short_since = self.short_since or now
+        waited = (now - self.short_since) / 60
+        if self.minutes and waited >= 0.9 * self.minutes:
+            raise UserError(
+                f"the workers of {self.title} did not find their place for {waited:.1f} minutes: {words}; add machines "
+                "and give the same command again, choose fewer --cluster.workers, or a longer --cluster.wait_minutes"
+            )
+        print(f"{self.title}: waits for machines, {words}", flush=True)
+
+
+class Waiting(ControllerCallback):
+    """:class:`Patience` for the workers of a Ray Train run.
+
+    Args:
+        title: see there.
+        minutes: see there.
+    """
+
+    def __init__(self, title: str, minutes: float) -> None:
+        self.patience = Patience(title, minutes)
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Ray Train calls this on its controller, which reads both settings later, from its environment."""
-        seconds = min(TELL_SECONDS, self.minutes * 60) if self.minutes else TELL_SECONDS
-        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(seconds))
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(self.patience.interval))
         # A worker that waits for one that failed cannot leave their group; it is ended after so long. By default 30 s.
         os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, "5")
 
@@ -47,33 +99,16 @@ class Waiting(ControllerCallback):
         Raises:
             ControllerError: a :class:`UserError`, that the time is over.
         """
-        now = time.monotonic()
-        if not self.is_waiting:
-            self.is_waiting, self.short_since = True, now
-            return
         each = {kind: amount for kind, amount in (scaling_config.resources_per_worker or {}).items() if amount}
-        present, free = ray.cluster_resources(), ray.available_resources()
-        short = missing(num_workers, each, present)
-        words = f"{num_workers} × {amounts(each)}; the cluster has {amounts(each, present)}, free {amounts(each, free)}"
-        if not short:
-            self.short_since = None
-            print(f"{self.title}: waits for its workers, {words}", flush=True)
-            return
-        self.short_since = self.short_since or now
-        waited = (now - self.short_since) / 60
-        if self.minutes and waited >= self.minutes:
-            raise ControllerError(
-                UserError(
-                    f"the workers of {self.title} did not find their place for {waited:.1f} minutes: {words}; add machines "
-                    "and give the same command again, choose fewer --cluster.workers, or a longer --cluster.wait_minutes"
-                )
-            )
-        print(f"{self.title}: waits for machines, {words}", flush=True)
+        try:
+            self.patience.look(num_workers, each)
+        except UserError as error:
+            raise ControllerError(error) from None
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Ray Train calls this at each turn of a run."""
         if isinstance(current_state, RunningState):
-            self.is_waiting, self.short_since = False, None
+            self.patience.found()
 
 
 def missing(workers: int, each: Mapping[str, float], present: Mapping[str, float]) -> bool:

@@ -17,10 +17,11 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from ray_jobs.cluster import ClusterConfig
+from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.early_stopping import FrontScheduler
 from ray_jobs.search import FrontSearch
 from ray_jobs.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
@@ -29,7 +30,7 @@ from revmux import UserError
 from revmux.data import DataConfig, load_task
 from revmux.features import StoreConfig
 from revmux.pretrained import BackboneConfig, outline
-from revmux.recipe import MethodConfig, Recipe
+from revmux.recipe import MethodConfig, Recipe, fill_store
 from revmux.training import OptimConfig
 from tune_spaces.space import SearchSpace
 
@@ -262,6 +263,29 @@ def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_goes_on(
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     statuses = {name: client.get_run(str(row.run_id)).info.status for name, row in rows.items()}
     assert statuses == {"exit-head": "FINISHED", "token-split": "FAILED"}
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_sweep_whose_machines_do_not_come_says_so_and_ends(
+    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    space = tmp_path / "space.yaml"
+    space.write_text(json.dumps({"methods": ["exit-head"], "exit_layers": [1], "epochs": 1}))
+    backbone, data = BackboneConfig(model=str(tiny_model_folder), max_length=16), DataConfig(source=str(tiny_csv))
+    store = StoreConfig(root=str(tmp_path / "store"))
+    task = load_task(data)
+    for split in (task.train, task.selection, task.test):
+        fill_store(Recipe(backbone, data, store=store), split, [1])
+    with connected(ClusterConfig(workers=1)):
+        cores = ray.cluster_resources()["CPU"]
+        cluster = ClusterConfig(address="auto", workers=1, cpus_per_worker=cores + 1, wait_minutes=0.05)
+        job = TuneJob(backbone, data, str(space), store=store, cluster=cluster, storage=str(tmp_path / "runs"))
+        words = rf"workers of the sweep did not find .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
+        with pytest.raises(UserError, match=words):
+            main(job)
 
 
 @pytest.mark.long
