@@ -181,7 +181,9 @@ def launch(
             raise as_told(failed) from failed
         with atomic_folder(output) as temporary:
             shutil.copytree(run_folder / RESULT_NAME, temporary, dirs_exist_ok=True)
-        tracker.log_metrics(run_id, metrics)
+        best = metrics.get("selection_accuracy", math.nan)  # a point of this name would be on the curve of the epochs
+        final = {name: value for name, value in metrics.items() if name != "selection_accuracy"}
+        tracker.log_metrics(run_id, final | {"best_selection_accuracy": best})
         tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
         shutil.rmtree(run_folder, ignore_errors=True)
     return Trained(output, recipe.method, metrics, run_id)
