@@ -18,6 +18,7 @@ import yaml
 
 from ray_jobs import cli, finetune, tune
 from ray_jobs.cluster import connected
+from ray_jobs.command import command_line
 from ray_jobs.launch import absolute_storage, fingerprint
 from ray_jobs.outbox import is_refusal
 from ray_jobs.registry import model_uris, register_plan
@@ -139,8 +140,7 @@ def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, ta
     ]
     cores = job.cluster.cpus_per_worker
     remote = ray.remote(num_cpus=cores, num_gpus=job.cluster.gpus_per_worker)(_plan)
-    command = " ".join(["python -m ray_jobs.plan", *sys.argv[1:]])
-    plan: Plan = ray.get(remote.remote(job, adapters, choosing, task, folder, command, max(1, int(cores))))
+    plan: Plan = ray.get(remote.remote(job, adapters, choosing, task, folder, command_line(), max(1, int(cores))))
     return plan
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ray_jobs import cli, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.command import command_line
 from ray_jobs.features import fill_stores
 from ray_jobs.launch import absolute_path, absolute_storage, run_params
 from ray_jobs.live import show_live_answers
@@ -189,8 +190,7 @@ def main(job: QuickstartJob) -> None:
     with steps.step("Report", "Measuring throughput against SISO in pairs, on this machine."):
         rows.insert(0, siso_row(pretrained, task, rows))
         measure_throughput(rows, pretrained, task, job, folders)
-        command = " ".join(["python -m ray_jobs.quickstart", *sys.argv[1:]])
-        meta = describe_run(command, task.identity, pretrained.identity)
+        meta = describe_run(command_line(), task.identity, pretrained.identity)
         write_json(results, {"meta": meta | {"seconds": steps.seconds}, "rows": rows})
         plot_front(rows, plot, f"{task.identity['source']} on {job.backbone.model.rpartition('/')[2]}")
     print(f"\n{comparison_table(rows)}\n")

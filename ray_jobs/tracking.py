@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from ray_jobs.command import command_line, without_passwords
 from ray_jobs.outbox import PatientClient, is_refusal
 from ray_jobs.pyfunc import MODEL_NAME, save_pyfunc
 from revmux.errors import UserError
@@ -45,17 +45,19 @@ class Tracker:
     Args:
         config: which.
         storage: the job's storage folder, for the default store.
+        command: recorded with every run; by default that of this process.
 
     Raises:
         UserError: mlflow is not installed, or the store cannot be opened.
     """
 
-    def __init__(self, config: TrackingConfig, storage: Path) -> None:
+    def __init__(self, config: TrackingConfig, storage: Path, command: str | None = None) -> None:
         require("mlflow", "mlflow")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it shows the stack of what it raises
+        self.command = command or command_line()
         self.uri = config.uri or f"sqlite:///{storage / 'mlflow.db'}"
         self.outbox, self.running = storage / "outbox", storage / "running"
         try:
@@ -72,7 +74,8 @@ class Tracker:
                 # Which driver a bare postgresql:// means depends on SQLAlchemy's version.
                 remedy = "run: pip install 'revmux[postgres]', and name its driver: postgresql+psycopg2://..."
             raise UserError(
-                f"cannot open the MLflow store {self.uri!r} ({type(error).__name__}: {str(error).splitlines()[0]}); {remedy}"
+                f"cannot open the MLflow store {without_passwords(repr(self.uri))} "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); {remedy}"
             ) from None
         self.client.outbox.flush()
         self.end_abandoned()
@@ -96,7 +99,7 @@ class Tracker:
         from mlflow.exceptions import MlflowException
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-        tags = {"revmux.command": " ".join(sys.argv), "mlflow.source.git.commit": git_commit() or "unknown"}
+        tags = {"revmux.command": self.command[:5000], "mlflow.source.git.commit": git_commit() or "unknown"}
         if parent is not None:
             tags[MLFLOW_PARENT_RUN_ID] = parent
             resume = resume or self.child_of(parent, name)

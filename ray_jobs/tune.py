@@ -216,6 +216,7 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
             "storage": sweep.storage,
             "folder": folder,
             "parent": parent,
+            "command": tracker.command,
         }
         resources = trial_resources(job.cluster)
         trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), resources)
@@ -296,6 +297,7 @@ def run_trial(
     storage: Path,
     folder: SweepFolder,
     parent: str,
+    command: str,
 ) -> None:
     """One trial: a Ray Train run, which writes its row when it is done, or failed in a way that would come again.
 
@@ -307,6 +309,7 @@ def run_trial(
         storage: of the job.
         folder: of the sweep.
         parent: MLflow run of the sweep.
+        command: that started the sweep.
 
     Raises:
         Exception: what another process may not meet; Tune tries the trial again, from its last checkpoint.
@@ -316,7 +319,7 @@ def run_trial(
 
     trial: Trial = point["trial"]
     started = time.perf_counter()
-    output, tracker = folder.path / "trials" / trial.name, Tracker(tracking, storage)
+    output, tracker = folder.path / "trials" / trial.name, Tracker(tracking, storage, command)
     inside = trains_itself(cluster)
     if inside:
         gc.collect()  # the models of the trial before, off the device

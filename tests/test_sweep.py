@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -373,8 +374,10 @@ def test_a_process_takes_trial_after_trial_stopped_ones_too_and_a_lost_one_is_ma
     assert re.search(r"1 worker \(cpu, 1 thread each\), step [1-9]", text), "from its last checkpoint"
     assert len(set(re.findall(r"run_trial pid=(\d+)", text))) == 2, "the lost process and the one after it"
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
-    ends = {row["trial"]: client.get_run(row["run_id"]).info.status for row in table}
-    assert ends == {row["trial"]: {"done": "FINISHED", "stopped": "KILLED"}[row["status"]] for row in table}
+    for row in table:
+        run = client.get_run(row["run_id"])
+        assert run.info.status == {"done": "FINISHED", "stopped": "KILLED"}[row["status"]]
+        assert run.data.tags["revmux.command"] == f"python {shlex.join(command[1:])}"
 
 
 @pytest.mark.long

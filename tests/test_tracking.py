@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 from mlflow.entities import Run
 
+from ray_jobs.command import command_line, without_passwords
 from ray_jobs.tracking import Tracker, TrackingConfig
 
 
@@ -44,6 +46,22 @@ def test_a_run_ends_as_its_body_does(error: type[BaseException] | None, status: 
             body()
     assert found(tracker, begun[0]).info.status == status
     assert not list(tracker.running.iterdir())
+
+
+def test_a_run_records_the_command_that_a_person_would_give_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["somewhere/pytest", "--name", "two words", "--uri", "pg://me:secret@db/runs"])
+    command = command_line()
+    assert command.startswith("python ")
+    assert command.endswith("pytest --name 'two words' --uri pg://me:***@db/runs")
+    with tracker_of(tmp_path).run("one", {}) as run_id:
+        assert found(tracker_of(tmp_path), run_id).data.tags["revmux.command"] == command
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////mnt/runs/mlflow.db", "http://127.0.0.1:5000", "postgresql://me@db:5432/a"])
+def test_a_uri_without_a_password_is_left_as_it_is(uri: str) -> None:
+    assert without_passwords(uri) == uri
 
 
 def be_killed(storage: Path, parent: Connection) -> None:

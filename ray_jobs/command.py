@@ -1,0 +1,19 @@
+"""The command that a process was started with, as a person would give it again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+
+
+def command_line() -> str:
+    """Interpreter, module or script, and arguments; without the passwords of URIs, since it is recorded."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else ["python", sys.argv[0]]
+    return without_passwords(shlex.join([*start, *sys.argv[1:]]))
+
+
+def without_passwords(text: str) -> str:
+    """A text whose URIs name no password, such as ``postgresql://me:***@host``."""
+    return re.sub(r"(://[^\s:/@]*:)[^\s/@]+@", r"\1***@", text)
