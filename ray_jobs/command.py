@@ -16,4 +16,4 @@ def command_line() -> str:
 
 def without_passwords(text: str) -> str:
     """A text whose URIs name no password, such as ``postgresql://me:***@host``."""
-    return re.sub(r"(://[^\s:/@]*:)[^\s/@]+@", r"\1***@", text)
+    return re.sub(r"(password=)[^\s&]+", r"\1***", re.sub(r"(://[^\s:/@]*:)\S*@", r"\1***@", text))

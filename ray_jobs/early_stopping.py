@@ -36,13 +36,14 @@ class FrontScheduler(FIFOScheduler):
         self.stopped: dict[str, str] = {}
         self._brackets: dict[float, AsyncHyperBandScheduler] = {}
         self._curves: dict[str, dict[int, float]] = {}
+        self._set_aside: dict[str, dict[int, float]] = {}
         self._trials: dict[str, Trial] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial joins the bracket of its cost."""
+        """A trial joins the bracket of its cost; one that goes on after a failure, with the epochs that it has."""
         mine: Trial = trial.config["trial"]
         self._trials[trial.trial_id] = mine
-        self._curves[trial.trial_id] = {}
+        self._curves[trial.trial_id] = self._set_aside.pop(trial.trial_id, {})
         self._bracket(mine).on_trial_add(tune_controller, trial)
 
     def _bracket(self, trial: Trial) -> AsyncHyperBandScheduler:
@@ -103,5 +104,6 @@ class FrontScheduler(FIFOScheduler):
             self.on_trial_error(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """A trial has failed; its curve does not count."""
+        """A trial has failed; its curve does not count, unless it goes on and is added again."""
+        self._set_aside[trial.trial_id] = self._curves[trial.trial_id]
         self._curves[trial.trial_id] = {}

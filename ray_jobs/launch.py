@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,17 @@ def launch(
         final = {name: value for name, value in metrics.items() if name != "selection_accuracy"}
         tracker.log_metrics(run_id, final | {"best_selection_accuracy": best})
         tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
-        shutil.rmtree(run_folder, ignore_errors=True)
+        remove_whole(run_folder)
     return Trained(output, recipe.method, metrics, run_id)
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder such that whoever is killed midway leaves none that looks like it."""
+    going = folder.with_name(f".{folder.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    with suppress(OSError):
+        folder.rename(going)
+        shutil.rmtree(going)
 
 
 def write_note(note: Path, run_id: str) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from ray_jobs import cli, finetune, tune
 from ray_jobs.cluster import connected
-from ray_jobs.command import command_line
+from ray_jobs.command import command_line, without_passwords
 from ray_jobs.launch import absolute_storage, fingerprint
 from ray_jobs.outbox import is_refusal
 from ray_jobs.registry import model_uris, register_plan
@@ -101,7 +101,7 @@ def main(job: PlanJob) -> Plan:
         if is_refusal(error):
             raise
         raise UserError(
-            f"the plan is made ({plan.folder / PAGE_NAME}), but MLflow at {tracker.uri} is away ({error}); give the same "
+            f"the plan is made ({plan.folder / PAGE_NAME}), but MLflow at {without_passwords(tracker.uri)} is away ({error}); give the same "
             "command again when it is back, and it is registered"
         ) from None
     record(job, plan, versions, tracker, parent)
@@ -177,7 +177,8 @@ def record(job: PlanJob, plan: Plan, versions: dict[str, str], tracker: Tracker,
     if plan.is_met:
         settings = check_server(job, model_uris(plan, job.register, versions), tracker.uri)
         serve.write_text(yaml.safe_dump(settings, sort_keys=False))
-        files.append(serve.name)
+        if without_passwords(tracker.uri) == tracker.uri:  # else whoever sees the run would see the password
+            files.append(serve.name)
         last = plan.served[-1]
         figures = {"promised_loss": last.judged.bound, "verified_loss": last.verification.loss}
         figures |= {"verified_loss_upper": last.verification.upper, "throughput_ratio": 1 / last.judged.candidate.cost}

@@ -81,12 +81,7 @@ class SweepProgress(Callback):
             self._end(trial, "stopped", why)
             self.folder.remove_checkpoints(mine)
             return
-        row = self.folder.read([mine])[mine.name]
-        if row.status == "failed":
-            self._end(trial, row.status, row.why)
-            return
-        self._note(trial, row)
-        self._tell(f"{mine.name}: accuracy {row.metrics['accuracy_mean']:.1%} at cost {row.cost_counted:.2f}")
+        self._take(trial, self.folder.read([mine])[mine.name])
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune calls this when the process of a trial is lost or fails, and another goes on with it."""
@@ -94,7 +89,19 @@ class SweepProgress(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune calls this when the process of a trial was lost, or failed, too often; the sweep goes on."""
-        self._end(trial, "failed", f"{last_failure(trial)}; --retry_failed true tries it again")
+        row = self.folder.read([trial.config["trial"]]).get(trial.config["trial"].name)
+        if row is not None:
+            self._take(trial, row)
+        else:
+            self._end(trial, "failed", f"{last_failure(trial)}; --retry_failed true tries it again")
+
+    def _take(self, trial: Any, row: TrialRow) -> None:
+        """A row that the trial wrote itself."""
+        if row.status == "failed":
+            self._end(trial, row.status, row.why)
+            return
+        self._note(trial, row)
+        self._tell(f"{row.trial}: accuracy {row.metrics['accuracy_mean']:.1%} at cost {row.cost_counted:.2f}")
 
     def _end(self, trial: Any, status: Literal["stopped", "failed"], why: str) -> None:
         mine: Trial = trial.config["trial"]

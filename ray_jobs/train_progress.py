@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.experimental import tqdm_ray
 
+from ray_jobs.command import without_passwords
 from ray_jobs.outbox import PatientClient
 from ray_jobs.tracking import log_metrics
 from revmux.training import EpochReport, Trainer
@@ -121,4 +122,5 @@ class TrainProgress:
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        _log.warning("MLflow at %s did not take metrics (%s); training goes on", self.tracking_uri, error)
+        place = without_passwords(self.tracking_uri)
+        _log.warning("MLflow at %s did not take metrics (%s); training goes on", place, error)

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.comparison import record_comparison
@@ -196,6 +198,7 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
     from ray import tune
 
     from ray_jobs.early_stopping import FrontScheduler
+    from ray_jobs.memory_monitor import trials_may_be_ended
     from ray_jobs.progress import SweepProgress
     from ray_jobs.search import FrontSearch
 
@@ -260,10 +263,11 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
                 storage_path=str(folder.path),
                 verbose=0,
                 callbacks=[progress],
-                failure_config=tune.FailureConfig(max_failures=job.cluster.max_failures),
+                failure_config=tune.FailureConfig(job.cluster.max_failures if trains_itself(job.cluster) else 0),
             ),
         )
-        tuner.fit()
+        with trials_may_be_ended():
+            tuner.fit()
     found = folder.read(sweep.trials)
     return [found[trial.name] for trial in sweep.trials if trial.name in found]
 
@@ -312,18 +316,26 @@ def run_trial(
         command: that started the sweep.
 
     Raises:
-        Exception: what another process may not meet; Tune tries the trial again, from its last checkpoint.
+        Exception: of a trial of one worker, what another process may not meet: Tune tries it again, from its last
+            checkpoint. Of one of several workers, whatever Ray Train gave up on.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     trial: Trial = point["trial"]
+    row = folder.read([trial]).get(trial.name)
+    if row is not None and row.status == "done":  # the process was lost between its row and its report
+        tune.report(row.metrics)
+        return
     started = time.perf_counter()
     output, tracker = folder.path / "trials" / trial.name, Tracker(tracking, storage, command)
     inside = trains_itself(cluster)
     if inside:
         gc.collect()  # the models of the trial before, off the device
-        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"  # a trial that is stopped first ends its MLflow run
+        if cluster.use_gpu:
+            torch.cuda.empty_cache()  # others may share it
+        # A trial that is stopped first ends its MLflow run. The trial after it would fail if that took longer.
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "3600"
     reports: dict[str, Any] = {"report": tune.report} if inside else {"callbacks": [TuneReportCallback()]}
     try:
         trained = launch(trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, **reports)
@@ -331,6 +343,8 @@ def run_trial(
         if inside and not isinstance(error, UserError):
             raise
         folder.write(row_of(trial, "failed", reason_of(f"{type(error).__name__}: {error}")))
+        if not inside:  # an epoch may still be on its way to Tune, which takes one report at a time
+            raise
         tune.report({FAILED: True})
         return
     figures: dict[str, Any] = {

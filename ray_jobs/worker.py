@@ -114,7 +114,7 @@ def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
     first = worker()[0] == 0
     checkpoints = CheckpointFolder(config.folder, config.checkpoint.keep)
     with together():
-        prepared = prepare(config.recipe, task, get_device())
+        prepared = prepare(config.recipe, task, own_device())
         if first:
             until_the_end.enter_context(checkpoints.held())
     trainer = prepared.trainer(checkpoints=checkpoints, checkpoint_steps=config.checkpoint.steps)
@@ -149,12 +149,17 @@ def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
     return metrics
 
 
+def own_device() -> torch.device:
+    """The GPU that Ray gave this process; else the CPU, though torch may see GPUs that are others'."""
+    return get_device() if ray.get_gpu_ids() else torch.device("cpu")
+
+
 def workers_in_words() -> str:
     """How many workers there are, on what, with how many threads each."""
     world, backend = (dist.get_world_size(), f"{dist.get_backend()}, ") if dist.is_initialized() else (1, "")
     threads = torch.get_num_threads()
     return (
-        f"{world} worker{'s' * (world > 1)} ({backend}{get_device().type}, {threads} thread{'s' * (threads > 1)} each)"
+        f"{world} worker{'s' * (world > 1)} ({backend}{own_device().type}, {threads} thread{'s' * (threads > 1)} each)"
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import ray.tune
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
@@ -26,7 +27,7 @@ from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.early_stopping import FrontScheduler
 from ray_jobs.search import FrontSearch
 from ray_jobs.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
-from ray_jobs.tune import StoppingConfig, TuneJob, fitting_trials, main, prepare_sweep
+from ray_jobs.tune import StoppingConfig, TuneJob, fitting_trials, main, prepare_sweep, run_trial
 from revmux import UserError
 from revmux.data import DataConfig, load_task
 from revmux.features import StoreConfig
@@ -98,6 +99,15 @@ def test_a_failed_trial_stops_no_other() -> None:
     tell(scheduler, broken, 1, 0.99)
     scheduler.on_trial_error(None, broken)
     assert tell(scheduler, other, 1, 0.2) == "CONTINUE"
+
+
+def test_a_trial_that_goes_on_after_a_failure_keeps_its_epochs() -> None:
+    scheduler = FrontScheduler(selection_inputs=2000)
+    lost, other = start(scheduler, trial("lost", 0.4), trial("other", 0.5))
+    tell(scheduler, lost, 1, 0.99)
+    scheduler.on_trial_error(None, lost)  # as Tune does when it tries a trial again
+    scheduler.on_trial_add(None, lost)
+    assert tell(scheduler, other, 1, 0.2) == "STOP"
 
 
 def test_a_trial_that_reports_its_own_failure_stops_no_other_and_teaches_nothing() -> None:
@@ -215,6 +225,17 @@ def test_rows_are_read_back_and_make_a_front(tmp_path: Path) -> None:
     }
 
 
+def test_a_trial_whose_process_was_lost_after_its_row_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mine, told = SweepFolder(tmp_path, {"data": "a"}), trial("mine", 0.5), []
+    folder.write(row_of(mine, "done", metrics={"accuracy_mean": 0.8}))
+    monkeypatch.setattr(ray.tune, "report", told.append)
+    nothing: Any = None
+    run_trial({"trial": mine}, nothing, nothing, nothing, nothing, folder, "parent", "command")
+    assert told == [{"accuracy_mean": 0.8}]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -287,6 +308,38 @@ def test_a_sweep_whose_machines_do_not_come_says_so_and_ends(
         words = rf"workers of the sweep did not find .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
         with pytest.raises(UserError, match=words):
             main(job)
+
+
+@pytest.mark.long
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_trials_that_the_memory_monitor_ends_are_told_and_counted(
+    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    space, runs = tmp_path / "space.yaml", tmp_path / "runs"
+    space.write_text(json.dumps({"methods": ["exit-head"], "exit_layers": [1, 2], "epochs": 60}))
+    flags = {
+        "backbone.model": tiny_model_folder,
+        "backbone.max_length": 16,
+        "data.source": tiny_csv,
+        "space": space,
+        "storage": runs,
+        "store.root": tmp_path / "store",
+        "concurrent_trials": 1,
+        "cluster.max_failures": 0,
+    }
+    command = [sys.executable, "-m", "ray_jobs.tune"]
+    command += [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment["RAY_memory_usage_threshold"] = "0.01"  # so that any process is too large
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 2, done.stdout
+    assert "none of the 2 trials finished (" in done.stdout
+    table = json.loads((runs / "sweeps/sweep/sweep.json").read_text())
+    assert [row["status"] for row in table] == ["failed", "failed"]
+    assert all("OutOfMemoryError: " in row["why"] for row in table)
 
 
 @pytest.mark.long

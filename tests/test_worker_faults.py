@@ -55,6 +55,12 @@ def test_too_little_memory_is_seen_on_every_device() -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
+@pytest.mark.cluster
+def test_a_gpu_that_ray_did_not_give_is_left_alone(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ray_jobs.worker.own_device() == torch.device("cpu")
+
+
 def test_a_run_that_was_given_up_is_told_in_a_line() -> None:
     told = as_told(WorkerGroupError("a page of tracebacks", {0: CLOSED, 3: KeyError("label")}))
     assert (type(told), str(told)) == (WorkerError, "worker 3 failed, KeyError: 'label'")

@@ -1,0 +1,24 @@
+"""A trial that Ray's memory monitor ends is lost like any other. Ray Tune knows no such end, and would end the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+
+@contextmanager
+def trials_may_be_ended() -> Iterator[None]:
+    """Within, Tune takes the memory monitor's error for that of a lost process, which the trial goes on from."""
+    whole = RayActorManager._actor_task_failed
+
+    def told(manager: RayActorManager, task: object, error: Exception) -> None:
+        if isinstance(error, OutOfMemoryError):
+            error = RayActorError(error_msg=f"OutOfMemoryError: {error}")
+        whole(manager, task, error)
+
+    with mock.patch.object(RayActorManager, "_actor_task_failed", told):
+        yield
