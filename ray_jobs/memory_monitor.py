@@ -15,10 +15,10 @@ def trials_may_be_ended() -> Iterator[None]:
     """Within, Tune takes the memory monitor's error for that of a lost process, which the trial goes on from."""
     whole = RayActorManager._actor_task_failed
 
-    def told(manager: RayActorManager, task: object, error: Exception) -> None:
-        if isinstance(error, OutOfMemoryError):
-            error = RayActorError(error_msg=f"OutOfMemoryError: {error}")
-        whole(manager, task, error)
+    def told(manager: RayActorManager, tracked_actor_task: object, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=str(exception))
+        whole(manager, tracked_actor_task=tracked_actor_task, exception=exception)
 
     with mock.patch.object(RayActorManager, "_actor_task_failed", told):
         yield

@@ -143,6 +143,8 @@ class SweepProgress(Callback):
 def last_failure(trial: Any) -> str:
     """Why a trial of Tune failed the last time, in a line."""
     text = Path(trial.error_file).read_text().rpartition("Failure #")[2] if trial.error_file else ""
+    if "node running low on memory" in text:
+        return "Ray ended its process, since the machine ran out of memory; choose fewer --concurrent_trials"
     return "its process was lost" if "The actor died" in text else reason_of(text)
 
 

@@ -22,9 +22,12 @@ import ray
 import ray.tune
 from mlflow import MlflowClient
 from optuna.trial import TrialState
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.early_stopping import FrontScheduler
+from ray_jobs.memory_monitor import trials_may_be_ended
 from ray_jobs.search import FrontSearch
 from ray_jobs.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
 from ray_jobs.tune import StoppingConfig, TuneJob, fitting_trials, main, prepare_sweep, run_trial
@@ -225,6 +228,19 @@ def test_rows_are_read_back_and_make_a_front(tmp_path: Path) -> None:
     }
 
 
+def test_a_process_that_the_memory_monitor_ended_is_lost_like_any_other() -> None:
+    told: list[Exception] = []
+    manager = RayActorManager.__new__(RayActorManager)
+    manager._failed_actor_ids = set()
+    manager._cleanup_actor = lambda tracked_actor: None
+    actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: told.append(error))
+    task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
+    with trials_may_be_ended():
+        manager._actor_task_failed(tracked_actor_task=task, exception=OutOfMemoryError("too large"))
+    assert [type(error) for error in told] == [RayActorError]
+    assert "too large" in str(told[0])
+
+
 def test_a_trial_whose_process_was_lost_after_its_row_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +355,7 @@ def test_trials_that_the_memory_monitor_ends_are_told_and_counted(
     assert "none of the 2 trials finished (" in done.stdout
     table = json.loads((runs / "sweeps/sweep/sweep.json").read_text())
     assert [row["status"] for row in table] == ["failed", "failed"]
-    assert all("OutOfMemoryError: " in row["why"] for row in table)
+    assert all(row["why"].startswith("Ray ended its process, since the machine ran out of memory") for row in table)
 
 
 @pytest.mark.long
