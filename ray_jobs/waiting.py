@@ -13,6 +13,7 @@ from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import RunningState
+from ray.util import placement_group, remove_placement_group
 
 from revmux.errors import UserError
 
@@ -74,6 +75,27 @@ class Patience:
                 "and give the same command again, choose fewer --cluster.workers, or a longer --cluster.wait_minutes"
             )
         print(f"{self.title}: waits for machines, {words}", flush=True)
+
+
+def wait_for_a_place(title: str, each: Mapping[str, float], minutes: float) -> None:
+    """Return when the cluster has room for a worker; one that scales with demand is asked for it.
+
+    Args:
+        title: what waits, in the words of the progress lines.
+        each: what a worker needs.
+        minutes: see :class:`Patience`.
+
+    Raises:
+        UserError: the time is over.
+    """
+    patience = Patience(title, minutes)
+    patience.look(1, each)
+    place = placement_group([dict(each)])
+    try:
+        while not place.wait(patience.interval):
+            patience.look(1, each)
+    finally:
+        remove_placement_group(place)
 
 
 class Waiting(ControllerCallback):

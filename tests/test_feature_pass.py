@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
@@ -125,6 +126,16 @@ def test_a_pass_is_completed_by_workers_that_may_die(
         torch.testing.assert_close(batch.prefilled.hidden, expected.prefilled.hidden, atol=2**-8, rtol=2**-7)
         torch.testing.assert_close(batch.teacher_scores, expected.teacher_scores, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(batch.teacher_vectors, expected.teacher_vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_machines_that_do_not_come_are_told_and_end_the_pass(
+    recipe: Recipe, task: TaskData, cluster: ClusterConfig
+) -> None:
+    cores = ray.cluster_resources()["CPU"]
+    large = replace(cluster, cpus_per_worker=cores + 1, wait_minutes=0.02)
+    words = rf"workers of the feature pass did not find .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
+    with pytest.raises(UserError, match=words):
+        fill_stores(recipe, LAYERS, task, large)
 
 
 def test_a_mistake_that_a_worker_finds_is_told_in_one_line(
