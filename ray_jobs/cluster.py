@@ -68,6 +68,11 @@ class ClusterConfig:
         return self.gpus_per_worker > 0
 
     @property
+    def worker_resources(self) -> dict[str, float]:
+        """What a worker takes, by Ray's names."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
+
+    @property
     def is_this_machine(self) -> bool:
         """Whether all work is done by this machine's CPUs, so that the driver's process is as good as another."""
         return self.resolved_address == "local" and not self.use_gpu

@@ -182,8 +182,7 @@ def _write(
 
     from ray_jobs.waiting import wait_for_a_place
 
-    each = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.use_gpu else {})
-    wait_for_a_place("the feature pass", each, cluster.wait_minutes)
+    wait_for_a_place("the feature pass", cluster.worker_resources, cluster.wait_minutes)
     shards = [{"store": number, "shard": index} for number, (todo, _) in enumerate(work) for index in todo.missing]
     shards.sort(key=lambda shard: -len(work[shard["store"]][0].plan[shard["shard"]]))  # what takes longest, first
     data = from_items(shards, override_num_blocks=len(shards))  # a block a shard: the unit that is retried

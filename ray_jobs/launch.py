@@ -158,14 +158,13 @@ def launch(
             progress=sys.stderr.isatty(),
             report=report or ray.train.report,
         )
-        resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
-        if cluster.use_gpu:
-            resources["GPU"] = cluster.gpus_per_worker
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": worker},
             scaling_config=ScalingConfig(
-                num_workers=0 if report else cluster.workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
+                num_workers=0 if report else cluster.workers,
+                use_gpu=cluster.use_gpu,
+                resources_per_worker=cluster.worker_resources,
             ),
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
             run_config=RunConfig(

@@ -1,32 +1,24 @@
 """Sweep N, l and λ: each trial a Ray Train run, all of them children of one MLflow run.
 
-Most of a short trial would be the start of processes, so a trial of one worker trains in the process that Ray Tune
-gives it (Ray Train's local mode), and that process takes the next trial when it is done. A trial of several workers has
-processes of its own.
-
 python -m ray_jobs.tune --backbone.model runs/task-model --space quick
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.comparison import record_comparison
 from ray_jobs.features import fill_for
-from ray_jobs.launch import absolute_storage, launch
+from ray_jobs.launch import absolute_storage
 from ray_jobs.tracking import Tracker, TrackingConfig
-from ray_jobs.trials import FAILED, SweepFolder, Trial, TrialRow, make_trials, reason_of, row_of
+from ray_jobs.trial_process import fitting_trials, run_trial, trains_itself, trial_resources
+from ray_jobs.trials import SweepFolder, Trial, TrialRow, make_trials
 from revmux.data import DataConfig, TaskData, load_task
 from revmux.errors import UserError
 from revmux.features import StoreConfig
@@ -222,7 +214,9 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
             "command": tracker.command,
         }
         resources = trial_resources(job.cluster)
-        trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), resources)
+        trainable = tune.with_resources(
+            tune.with_parameters(run_trial, **parameters), tune.PlacementGroupFactory([resources])
+        )
         concurrent = job.concurrent_trials or fitting_trials(job.cluster, ray.cluster_resources())
         fill_for([trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers)
         scheduler = None
@@ -240,12 +234,11 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
             concurrent,
             stopped,
             job.cluster.wait_minutes,
-            {{"cpu": "CPU", "gpu": "GPU"}.get(kind, kind): amount for kind, amount in resources.items() if amount},
+            resources,
         )
-        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables would hide the lines of SweepProgress
-        os.environ.setdefault(
-            "TUNE_PRINT_ALL_TRIAL_ERRORS", "0"
-        )  # with their stacks; SweepProgress tells each in a line
+        # Tune's tables would hide the lines of SweepProgress, which tells each error in one, without its stack.
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
         shutil.rmtree(folder.path / "tune", ignore_errors=True)  # of an earlier start; what counts is in the rows
         tuner = tune.Tuner(
             trainable,
@@ -270,92 +263,6 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
             tuner.fit()
     found = folder.read(sweep.trials)
     return [found[trial.name] for trial in sweep.trials if trial.name in found]
-
-
-def trains_itself(cluster: ClusterConfig) -> bool:
-    """Whether the process of a trial is its one worker, or drives others."""
-    return cluster.workers == 1
-
-
-def trial_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """What Tune reserves for the process of a trial."""
-    if trains_itself(cluster):
-        return {"cpu": cluster.cpus_per_worker, "gpu": cluster.gpus_per_worker}
-    # It only waits, its workers hold the cores; Tune wants something for it, so a byte of memory.
-    return {"memory": 1}
-
-
-def fitting_trials(cluster: ClusterConfig, present: dict[str, float]) -> int:
-    """How many trials the cluster's resources hold side by side, at least one."""
-    fitting = present.get("CPU", 0) // (cluster.cpus_per_worker * cluster.workers)
-    if cluster.use_gpu:
-        fitting = min(fitting, present.get("GPU", 0) // (cluster.gpus_per_worker * cluster.workers))
-    return max(1, int(fitting))
-
-
-def run_trial(
-    point: dict[str, Any],
-    task: TaskData,
-    cluster: ClusterConfig,
-    tracking: TrackingConfig,
-    storage: Path,
-    folder: SweepFolder,
-    parent: str,
-    command: str,
-) -> None:
-    """One trial: a Ray Train run, which writes its row when it is done, or failed in a way that would come again.
-
-    Args:
-        point: ``{"trial": Trial}``.
-        task: the data, which Tune hands over by its object store.
-        cluster: workers of the trial.
-        tracking: with the URI spelled out.
-        storage: of the job.
-        folder: of the sweep.
-        parent: MLflow run of the sweep.
-        command: that started the sweep.
-
-    Raises:
-        Exception: of a trial of one worker, what another process may not meet: Tune tries it again, from its last
-            checkpoint. Of one of several workers, whatever Ray Train gave up on.
-    """
-    from ray import tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    trial: Trial = point["trial"]
-    row = folder.read([trial]).get(trial.name)
-    if row is not None and row.status == "done":  # the process was lost between its row and its report
-        tune.report(row.metrics)
-        return
-    started = time.perf_counter()
-    output, tracker = folder.path / "trials" / trial.name, Tracker(tracking, storage, command)
-    inside = trains_itself(cluster)
-    if inside:
-        gc.collect()  # the models of the trial before, off the device
-        if cluster.use_gpu:
-            torch.cuda.empty_cache()  # others may share it
-        # A trial that is stopped first ends its MLflow run. The trial after it would fail if that took longer.
-        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "3600"
-    reports: dict[str, Any] = {"report": tune.report} if inside else {"callbacks": [TuneReportCallback()]}
-    try:
-        trained = launch(trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, **reports)
-    except Exception as error:
-        if inside and not isinstance(error, UserError):
-            raise
-        folder.write(row_of(trial, "failed", reason_of(f"{type(error).__name__}: {error}")))
-        if not inside:  # an epoch may still be on its way to Tune, which takes one report at a time
-            raise
-        tune.report({FAILED: True})
-        return
-    figures: dict[str, Any] = {
-        "metrics": trained.metrics,
-        "cost_counted": trained.metrics["cost_counted"],
-        "seconds": time.perf_counter() - started,
-        "adapter": str(trained.folder),
-        "run_id": trained.run_id,
-    }
-    folder.write(row_of(trial, "done", **figures))
-    tune.report(trained.metrics)
 
 
 if __name__ == "__main__":

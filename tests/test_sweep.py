@@ -1,41 +1,29 @@
-"""A sweep: which trial comes next, which is stopped, what is left of each, and that a killed driver loses nothing."""
+"""A sweep: which trial comes next, which is stopped, and what is left of each."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import ray.tune
-from mlflow import MlflowClient
 from optuna.trial import TrialState
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.early_stopping import FrontScheduler
 from ray_jobs.memory_monitor import trials_may_be_ended
 from ray_jobs.search import FrontSearch
+from ray_jobs.trial_process import fitting_trials, run_trial
 from ray_jobs.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
-from ray_jobs.tune import StoppingConfig, TuneJob, fitting_trials, main, prepare_sweep, run_trial
+from ray_jobs.tune import TuneJob, prepare_sweep
 from revmux import UserError
 from revmux.data import DataConfig, load_task
-from revmux.features import StoreConfig
 from revmux.pretrained import BackboneConfig, outline
-from revmux.recipe import MethodConfig, Recipe, fill_store
+from revmux.recipe import MethodConfig, Recipe
 from revmux.training import OptimConfig
 from tune_spaces.space import SearchSpace
 
@@ -273,247 +261,3 @@ def test_as_many_trials_run_side_by_side_as_fit() -> None:
     assert fitting_trials(cluster, {"CPU": 2.0}) == 2
     assert fitting_trials(replace(cluster, workers=4), {"CPU": 2.0}) == 1
     assert fitting_trials(replace(cluster, gpus_per_worker=0.5), {"CPU": 64.0, "GPU": 2.0}) == 4
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(300)
-def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_goes_on(
-    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    space = tmp_path / "space.yaml"
-    options = {"token-split": {"pooling_width": 10**13}}
-    points = {"methods": ["token-split", "exit-head"], "exit_layers": [1], "epochs": 1, "options": options}
-    space.write_text(json.dumps(points))
-    job = TuneJob(
-        BackboneConfig(model=str(tiny_model_folder), max_length=16),
-        DataConfig(source=str(tiny_csv)),
-        space=str(space),
-        optim=OptimConfig(batch_size=8),
-        store=StoreConfig(root=str(tmp_path / "store")),
-        shuffles=1,
-        storage=str(tmp_path / "runs"),
-    )
-    rows = {row.method: row for row in main(job)}
-    assert (rows["exit-head"].status, rows["token-split"].status) == ("done", "failed")
-    assert rows["token-split"].why.startswith("UserError: out of memory (")
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
-    statuses = {name: client.get_run(str(row.run_id)).info.status for name, row in rows.items()}
-    assert statuses == {"exit-head": "FINISHED", "token-split": "FAILED"}
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(300)
-def test_a_sweep_whose_machines_do_not_come_says_so_and_ends(
-    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    space = tmp_path / "space.yaml"
-    space.write_text(json.dumps({"methods": ["exit-head"], "exit_layers": [1], "epochs": 1}))
-    backbone, data = BackboneConfig(model=str(tiny_model_folder), max_length=16), DataConfig(source=str(tiny_csv))
-    store = StoreConfig(root=str(tmp_path / "store"))
-    task = load_task(data)
-    for split in (task.train, task.selection, task.test):
-        fill_store(Recipe(backbone, data, store=store), split, [1])
-    with connected(ClusterConfig(workers=1)):
-        cores = ray.cluster_resources()["CPU"]
-        cluster = ClusterConfig(address="auto", workers=1, cpus_per_worker=cores + 1, wait_minutes=0.05)
-        job = TuneJob(backbone, data, str(space), store=store, cluster=cluster, storage=str(tmp_path / "runs"))
-        words = rf"workers of the sweep did not find .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
-        with pytest.raises(UserError, match=words):
-            main(job)
-
-
-@pytest.mark.long
-@pytest.mark.cluster
-@pytest.mark.timeout(300)
-def test_trials_that_the_memory_monitor_ends_are_told_and_counted(
-    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
-) -> None:
-    space, runs = tmp_path / "space.yaml", tmp_path / "runs"
-    space.write_text(json.dumps({"methods": ["exit-head"], "exit_layers": [1, 2], "epochs": 60}))
-    flags = {
-        "backbone.model": tiny_model_folder,
-        "backbone.max_length": 16,
-        "data.source": tiny_csv,
-        "space": space,
-        "storage": runs,
-        "store.root": tmp_path / "store",
-        "concurrent_trials": 1,
-        "cluster.max_failures": 0,
-    }
-    command = [sys.executable, "-m", "ray_jobs.tune"]
-    command += [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment["RAY_memory_usage_threshold"] = "0.01"  # so that any process is too large
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    assert done.returncode == 2, done.stdout
-    assert "none of the 2 trials finished (" in done.stdout
-    table = json.loads((runs / "sweeps/sweep/sweep.json").read_text())
-    assert [row["status"] for row in table] == ["failed", "failed"]
-    assert all(row["why"].startswith("Ray ended its process, since the machine ran out of memory") for row in table)
-
-
-@pytest.mark.long
-@pytest.mark.cluster
-@pytest.mark.timeout(300)
-def test_trials_of_several_workers_are_stopped_and_done_too(
-    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    space = tmp_path / "space.yaml"
-    space.write_text(
-        json.dumps({"methods": ["exit-head"], "exit_layers": [1, 2], "learning_rate": [0.02, 1e-9], "epochs": 20})
-    )
-    job = TuneJob(
-        BackboneConfig(model=str(tiny_model_folder), max_length=16),
-        DataConfig(source=str(tiny_csv)),
-        space=str(space),
-        optim=OptimConfig(batch_size=8),
-        store=StoreConfig(root=str(tmp_path / "store")),
-        shuffles=1,
-        stopping=StoppingConfig(deviations=0.1),
-        cluster=ClusterConfig(address="local", workers=2),
-        storage=str(tmp_path / "runs"),
-    )
-    rows = main(job)
-    status = {(row.prefill_layers, row.learning_rate): row.status for row in rows}
-    assert len(rows) == len(status) == 4
-    assert status[1, 0.02] == "done"
-    assert status[2, 1e-9] == "stopped"
-    assert set(status.values()) == {"done", "stopped"}
-
-
-def trial_process(driver: int) -> psutil.Process | None:
-    """The process on a driver's own cluster that trains a trial."""
-    for process in psutil.Process(driver).children(recursive=True):
-        try:
-            if "ImplicitFunc" in " ".join(process.cmdline()):
-                return process
-        except psutil.NoSuchProcess:
-            continue
-    return None
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(300)
-def test_a_process_takes_trial_after_trial_stopped_ones_too_and_a_lost_one_is_made_up_for(
-    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
-) -> None:
-    space, runs, log = tmp_path / "space.yaml", tmp_path / "runs", tmp_path / "log.txt"
-    # The second rate learns nothing, so the last trial of it, at least, is stopped.
-    points = {"methods": ["exit-head"], "exit_layers": [1, 2], "learning_rate": [0.02, 1e-9], "epochs": 60}
-    space.write_text(json.dumps(points))
-    flags = {
-        "backbone.model": tiny_model_folder,
-        "backbone.max_length": 16,
-        "data.source": tiny_csv,
-        "space": space,
-        "storage": runs,
-        "store.root": tmp_path / "store",
-        "optim.batch_size": 8,
-        "shuffles": 1,
-        "stopping.deviations": 0.1,
-        "concurrent_trials": 1,
-    }
-    command = [sys.executable, "-m", "ray_jobs.tune"]
-    command += [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    with log.open("w") as out:
-        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        while not list(runs.glob("sweeps/sweep/checkpoints/*/step-*")) or not (found := trial_process(driver.pid)):
-            assert driver.poll() is None, log.read_text()
-            time.sleep(0.005)
-        found.kill()
-        assert driver.wait() == 0, log.read_text()
-
-    text = log.read_text()
-    table = json.loads((runs / "sweeps/sweep/sweep.json").read_text())
-    status = {(row["prefill_layers"], row["learning_rate"]): row["status"] for row in table}
-    assert len(table) == len(status) == 4
-    assert status[1, 0.02] == "done"
-    assert status[2, 1e-9] == "stopped"
-    assert set(status.values()) == {"done", "stopped"}
-    assert "goes on in another process, its process was lost" in text
-    assert re.search(r"1 worker \(cpu, 1 thread each\), step [1-9]", text), "from its last checkpoint"
-    assert len(set(re.findall(r"run_trial pid=(\d+)", text))) == 2, "the lost process and the one after it"
-    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
-    for row in table:
-        run = client.get_run(row["run_id"])
-        assert run.info.status == {"done": "FINISHED", "stopped": "KILLED"}[row["status"]]
-        assert run.data.tags["revmux.command"] == f"python {shlex.join(command[1:])}"
-
-
-@pytest.mark.long
-@pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_a_killed_sweep_goes_on_with_each_trial_once(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
-    """One command given twice: killed after its first trial, then to the end, with trials that fail."""
-    space = tmp_path / "space.yaml"
-    flags = ["--backbone.model", str(tiny_model_folder), "--backbone.max_length", "16", "--data.source", str(tiny_csv)]
-    flags += ["--storage", str(tmp_path / "runs"), "--space", str(space), "--concurrent_trials", "1"]
-    flags += [
-        "--store.root",
-        str(tmp_path / "store"),
-        "--optim.batch_size",
-        "8",
-        "--shuffles",
-        "1",
-        "--stopping.reduction",
-        "2",
-    ]
-    text = "{methods: [revmux, exit-head], num_inputs: [2], prefill_layers: [1], exit_layers: [2], epochs: 2, learning_rate: %s}"
-    # The second rate diverges.
-    space.write_text(text % "[0.01, 1.0e+38]")
-    command = [sys.executable, "-m", "ray_jobs.tune", *flags]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    rows = tmp_path / "runs" / "sweeps" / "sweep" / "rows"
-
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(rows.glob("*.json")):
-        assert first.poll() is None, first.stdout.read().decode()  # type: ignore[union-attr]
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    kept = {file.name: file.read_text() for file in rows.glob("*.json")}
-
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout
-    for name, content in kept.items():
-        assert (rows / name).read_text() == content
-    table = json.loads((rows.parent / "sweep.json").read_text())
-    assert len({row["trial"] for row in table}) == len(table) == 4
-    failed = [row for row in table if row["learning_rate"] > 1]
-    assert {row["status"] for row in failed} == {"failed"}
-    assert all("training loss became" in row["why"] for row in failed)
-    assert [row["status"] for row in table if row["learning_rate"] < 1] == ["done", "done"]
-    assert {path.name for path in rows.parent.glob("front.*")} == {"front.json", "front.png", "front.html"}
-    assert "2 done, 0 stopped, 2 failed" in done.stdout
-
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
-    experiment = client.get_experiment_by_name("revmux")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    (parent,) = [run for run in runs if run.info.run_name == "sweep"]
-    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert sorted(run.info.run_name for run in children) == sorted(row["trial"] for row in table)
-    assert {run.info.status for run in children} == {"FINISHED", "FAILED"}
-    for keys in ("params", "metrics"):
-        (same,) = {
-            frozenset(key for key in getattr(run.data, keys) if not key.startswith("system/")) for run in children
-        }
-        assert {"recipe.method.options.layer", "accuracy_mean"} & same
-    assert {item.path for item in client.list_artifacts(parent.info.run_id)} >= {
-        "front.html",
-        "front.png",
-        "sweep.json",
-    }
-    accuracies = {run.info.run_name: run.data.metrics["accuracy_mean"] for run in children}
-    assert [math.isnan(accuracies[row["trial"]]) for row in table] == [row["status"] == "failed" for row in table]

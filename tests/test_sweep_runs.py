@@ -1,0 +1,255 @@
+"""Sweeps on a real Ray: processes that take trial after trial, and what is lost, stopped, or fails on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from mlflow import MlflowClient
+
+from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.tune import StoppingConfig, TuneJob, main
+from revmux import UserError
+from revmux.data import DataConfig, load_task
+from revmux.features import StoreConfig
+from revmux.pretrained import BackboneConfig
+from revmux.recipe import Recipe, fill_store
+from revmux.training import OptimConfig
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+TWO_RATES = {"methods": ["exit-head"], "exit_layers": [1, 2], "learning_rate": [0.02, 1e-9]}
+"""The second rate learns nothing, so the last trial of it, at least, is stopped."""
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def job(
+    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., TuneJob]:
+    """A sweep over points, for this process."""
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def make(points: dict[str, Any], **settings: Any) -> TuneJob:
+        space = tmp_path / "space.yaml"
+        space.write_text(json.dumps(points))
+        return TuneJob(
+            BackboneConfig(model=str(tiny_model_folder), max_length=16),
+            DataConfig(source=str(tiny_csv)),
+            space=str(space),
+            optim=OptimConfig(batch_size=8),
+            store=StoreConfig(root=str(tmp_path / "store")),
+            shuffles=1,
+            storage=str(tmp_path / "runs"),
+            **settings,
+        )
+
+    return make
+
+
+@pytest.fixture
+def command(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """A sweep over points by its command, one trial at a time."""
+
+    def make(points: dict[str, Any], **flags: Any) -> list[str]:
+        space = tmp_path / "space.yaml"
+        space.write_text(json.dumps(points))
+        settings = {
+            "backbone.model": tiny_model_folder,
+            "backbone.max_length": 16,
+            "data.source": tiny_csv,
+            "space": space,
+            "storage": tmp_path / "runs",
+            "store.root": tmp_path / "store",
+            "optim.batch_size": 8,
+            "shuffles": 1,
+            "concurrent_trials": 1,
+        } | {name.replace("__", "."): value for name, value in flags.items()}
+        words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        return [sys.executable, "-m", "ray_jobs.tune", *words]
+
+    return make
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command to its end, with all that it says in ``stdout``."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def table_of(runs: Path) -> list[dict[str, Any]]:
+    """The rows of a finished sweep."""
+    rows: list[dict[str, Any]] = json.loads((runs / "sweeps/sweep/sweep.json").read_text())
+    return rows
+
+
+def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_goes_on(
+    job: Callable[..., TuneJob], tmp_path: Path
+) -> None:
+    options = {"token-split": {"pooling_width": 10**13}}
+    points = {"methods": ["token-split", "exit-head"], "exit_layers": [1], "epochs": 1, "options": options}
+    rows = {row.method: row for row in main(job(points))}
+    assert (rows["exit-head"].status, rows["token-split"].status) == ("done", "failed")
+    assert rows["token-split"].why.startswith("UserError: out of memory (")
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    statuses = {name: client.get_run(str(row.run_id)).info.status for name, row in rows.items()}
+    assert statuses == {"exit-head": "FINISHED", "token-split": "FAILED"}
+
+
+def test_a_sweep_whose_machines_do_not_come_says_so_and_ends(job: Callable[..., TuneJob]) -> None:
+    points = {"methods": ["exit-head"], "exit_layers": [1], "epochs": 1}
+    ready = job(points)
+    task = load_task(ready.data)
+    for split in (task.train, task.selection, task.test):
+        fill_store(Recipe(ready.backbone, ready.data, store=ready.store), split, [1])
+    with connected(ClusterConfig(workers=1)):
+        cores = ray.cluster_resources()["CPU"]
+        cluster = ClusterConfig(address="auto", workers=1, cpus_per_worker=cores + 1, wait_minutes=0.05)
+        words = rf"workers of the sweep did not find .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
+        with pytest.raises(UserError, match=words):
+            main(job(points, cluster=cluster))
+
+
+@pytest.mark.long
+def test_trials_that_the_memory_monitor_ends_are_told_and_counted(
+    command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    points = {"methods": ["exit-head"], "exit_layers": [1, 2], "epochs": 60}
+    # So that any process is too large.
+    done = run(command(points, cluster__max_failures=0), RAY_memory_usage_threshold="0.01")
+    assert done.returncode == 2, done.stdout
+    assert "none of the 2 trials finished (" in done.stdout
+    table = table_of(tmp_path / "runs")
+    assert [row["status"] for row in table] == ["failed", "failed"]
+    assert all(row["why"].startswith("Ray ended its process, since the machine ran out of memory") for row in table)
+
+
+@pytest.mark.long
+def test_trials_of_several_workers_are_stopped_and_done_too(job: Callable[..., TuneJob]) -> None:
+    cluster = ClusterConfig(address="local", workers=2)
+    rows = main(job(TWO_RATES | {"epochs": 20}, stopping=StoppingConfig(deviations=0.1), cluster=cluster))
+    status = {(row.prefill_layers, row.learning_rate): row.status for row in rows}
+    assert len(rows) == len(status) == 4
+    assert status[1, 0.02] == "done"
+    assert status[2, 1e-9] == "stopped"
+    assert set(status.values()) == {"done", "stopped"}
+
+
+def trial_process(driver: int) -> psutil.Process | None:
+    """The process on a driver's own cluster that trains a trial."""
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if "ImplicitFunc" in " ".join(process.cmdline()):
+                return process
+        except psutil.NoSuchProcess:
+            continue
+    return None
+
+
+def test_a_process_takes_trial_after_trial_stopped_ones_too_and_a_lost_one_is_made_up_for(
+    command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    runs, log = tmp_path / "runs", tmp_path / "log.txt"
+    words = command(TWO_RATES | {"epochs": 60}, stopping__deviations=0.1)
+    with log.open("w") as out:
+        driver = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
+        while not list(runs.glob("sweeps/sweep/checkpoints/*/step-*")) or not (found := trial_process(driver.pid)):
+            assert driver.poll() is None, log.read_text()
+            time.sleep(0.005)
+        found.kill()
+        assert driver.wait() == 0, log.read_text()
+
+    text = log.read_text()
+    table = table_of(runs)
+    status = {(row["prefill_layers"], row["learning_rate"]): row["status"] for row in table}
+    assert len(table) == len(status) == 4
+    assert status[1, 0.02] == "done"
+    assert status[2, 1e-9] == "stopped"
+    assert set(status.values()) == {"done", "stopped"}
+    assert "goes on in another process, its process was lost" in text
+    assert re.search(r"1 worker \(cpu, 1 thread each\), step [1-9]", text), "from its last checkpoint"
+    assert len(set(re.findall(r"run_trial pid=(\d+)", text))) == 2, "the lost process and the one after it"
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    for row in table:
+        child = client.get_run(row["run_id"])
+        assert child.info.status == {"done": "FINISHED", "stopped": "KILLED"}[row["status"]]
+        assert child.data.tags["revmux.command"] == f"python {shlex.join(words[1:])}"
+
+
+@pytest.mark.long
+def test_a_killed_sweep_goes_on_with_each_trial_once(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """One command given twice: killed after its first trial, then to the end, with trials that fail."""
+    points = {
+        "methods": ["revmux", "exit-head"],
+        "num_inputs": [2],
+        "prefill_layers": [1],
+        "exit_layers": [2],
+        "epochs": 2,
+    }
+    # The second rate diverges.
+    words = command(points | {"learning_rate": [0.01, 1.0e38]}, stopping__reduction=2)
+    rows = tmp_path / "runs" / "sweeps" / "sweep" / "rows"
+
+    first = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list(rows.glob("*.json")):
+        assert first.poll() is None, first.stdout.read().decode()  # type: ignore[union-attr]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    kept = {file.name: file.read_text() for file in rows.glob("*.json")}
+
+    done = run(words)
+    assert done.returncode == 0, done.stdout
+    for name, content in kept.items():
+        assert (rows / name).read_text() == content
+    table = table_of(tmp_path / "runs")
+    assert len({row["trial"] for row in table}) == len(table) == 4
+    failed = [row for row in table if row["learning_rate"] > 1]
+    assert {row["status"] for row in failed} == {"failed"}
+    assert all("training loss became" in row["why"] for row in failed)
+    assert [row["status"] for row in table if row["learning_rate"] < 1] == ["done", "done"]
+    assert {path.name for path in rows.parent.glob("front.*")} == {"front.json", "front.png", "front.html"}
+    assert "2 done, 0 stopped, 2 failed" in done.stdout
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("revmux")
+    assert experiment is not None
+    recorded = client.search_runs([experiment.experiment_id])
+    (parent,) = [one for one in recorded if one.info.run_name == "sweep"]
+    children = [one for one in recorded if one.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(one.info.run_name for one in children) == sorted(row["trial"] for row in table)
+    assert {one.info.status for one in children} == {"FINISHED", "FAILED"}
+    for keys in ("params", "metrics"):
+        (same,) = {
+            frozenset(key for key in getattr(one.data, keys) if not key.startswith("system/")) for one in children
+        }
+        assert {"recipe.method.options.layer", "accuracy_mean"} & same
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} >= {
+        "front.html",
+        "front.png",
+        "sweep.json",
+    }
+    accuracies = {one.info.run_name: one.data.metrics["accuracy_mean"] for one in children}
+    assert [math.isnan(accuracies[row["trial"]]) for row in table] == [row["status"] == "failed" for row in table]
