@@ -69,7 +69,7 @@ class QuickstartJob:
     num_inputs: list[int] = field(default_factory=lambda: [2, 4])
     prefill_layers: int = 3
     options: dict[str, Any] = field(default_factory=lambda: {"skip": True})
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=4, batch_size=16, learning_rate=1e-3))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=10, batch_size=16, learning_rate=1e-3))
     loss: LossConfig = field(default_factory=lambda: LossConfig(distillation_weight=1.0))
     space: str = "quick"
     sweep_trials: int = 2
