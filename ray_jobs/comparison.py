@@ -18,21 +18,26 @@ from revmux.results import write_json
 ABSENT = "none"
 """What MLflow shows of a setting that a trial's method does not have."""
 SYSTEM = "system/"
+ENDS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""How MLflow says what became of a trial."""
 
 
-def equalize_children(tracker: Tracker, parent: str) -> None:
+def equalize_children(tracker: Tracker, parent: str, rows: Sequence[TrialRow]) -> None:
     """Give every trial of a sweep the keys of all: MLflow compares only runs that have the keys asked for.
 
-    A figure that a trial did not come to is NaN. A run whose trial was lost is ended.
+    A figure that a trial did not come to is NaN. A run ends as its row says, whatever its process said last; one whose
+    trial was lost is ended.
     """
     from mlflow.entities import Metric, Param
 
     children = tracker.children(parent)
     params = {key for run in children for key in run.data.params}
     metrics = {key for run in children for key in run.data.metrics if not key.startswith(SYSTEM)}
+    ends = {row.run_id: ENDS[row.status] for row in rows}
     for run in children:
-        if run.info.status == "RUNNING":
-            tracker.client.set_terminated(run.info.run_id, "KILLED")
+        end = ends.get(run.info.run_id, "KILLED" if run.info.status == "RUNNING" else run.info.status)
+        if run.info.status != end:
+            tracker.client.set_terminated(run.info.run_id, end)
         tracker.client.log_batch(
             run.info.run_id,
             params=[Param(key, ABSENT) for key in sorted(params - run.data.params.keys())],
@@ -60,7 +65,7 @@ def record_comparison(tracker: Tracker, parent: str, rows: Sequence[TrialRow], f
     """
     write_json(folder / "sweep.json", [asdict(row) for row in rows])
     try:
-        equalize_children(tracker, parent)
+        equalize_children(tracker, parent, rows)
     except Exception as error:
         if is_refusal(error):
             raise

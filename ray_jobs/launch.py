@@ -103,6 +103,7 @@ def launch(
     callbacks: list[Any] | None = None,
     checkpoint: CheckpointConfig | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train on the connected cluster; a run that was stopped goes on from its last checkpoint.
 
@@ -119,10 +120,12 @@ def launch(
         checkpoint: when the run is saved; by default at the end of each epoch.
         report: takes the figures of each epoch. Where it is given, the run has one worker, which is this very process
             (Ray Train's local mode), and whoever calls makes up for its loss.
+        stopping: whether this process is being ended, and its workers before it.
 
     Raises:
         UserError: what a person has to mend, such as a full disk; the checkpoints stay.
         WorkerError: a worker failed more often than ``cluster.max_failures``.
+        SystemExit: it failed since it is being stopped.
     """
     import ray
     import ray.train
@@ -177,8 +180,12 @@ def launch(
         )
         try:
             metrics: dict[str, float] = trainer.fit().return_value
-        except TrainingFailedError as failed:
-            raise as_told(failed) from failed
+        except Exception as error:
+            if stopping():
+                raise SystemExit(0) from error
+            if isinstance(error, TrainingFailedError):
+                raise as_told(error) from error
+            raise
         with atomic_folder(output) as temporary:
             shutil.copytree(run_folder / RESULT_NAME, temporary, dirs_exist_ok=True)
         best = metrics.get("selection_accuracy", math.nan)  # a point of this name would be on the curve of the epochs

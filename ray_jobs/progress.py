@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ray.tune import Callback
 
+from ray_jobs.comparison import ENDS
 from ray_jobs.tracking import Tracker
 from ray_jobs.trials import SweepFolder, Trial, TrialRow, front_rows, reason_of, row_of
 from ray_jobs.waiting import Patience
@@ -108,7 +109,7 @@ class SweepProgress(Callback):
         run_id = self.tracker.child_of(self.parent, mine.name)
         if run_id is not None:
             self.tracker.client.set_tag(run_id, "revmux.why", why)
-            self.tracker.client.set_terminated(run_id, "KILLED" if status == "stopped" else "FAILED")
+            self.tracker.client.set_terminated(run_id, ENDS[status])
         seconds = time.perf_counter() - self.started.get(trial.trial_id, time.perf_counter())
         metrics = self.latest.get(trial.trial_id, {})
         row = row_of(mine, status, why, metrics=metrics, run_id=run_id, seconds=seconds)

@@ -70,6 +70,7 @@ def run_trial(
             checkpoint. Of one of several workers, whatever Ray Train gave up on.
     """
     from ray import tune
+    from ray.train._internal.session import get_session
     from ray.tune.integration.ray_train import TuneReportCallback
 
     trial: Trial = point["trial"]
@@ -86,7 +87,9 @@ def run_trial(
             torch.cuda.empty_cache()  # others may share it
         # A trial that is stopped first ends its MLflow run. The trial after it would fail if that took longer.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "3600"
-    reports: dict[str, Any] = {"report": tune.report} if inside else {"callbacks": [TuneReportCallback()]}
+    reports: dict[str, Any] = {"report": tune.report}
+    if not inside:
+        reports = {"callbacks": [TuneReportCallback()], "stopping": get_session().stop_event.is_set}
     try:
         trained = launch(trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, **reports)
     except Exception as error:

@@ -21,6 +21,7 @@ import ray
 from mlflow import MlflowClient
 
 from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.comparison import ENDS
 from ray_jobs.tune import StoppingConfig, TuneJob, main
 from revmux import UserError
 from revmux.data import DataConfig, load_task
@@ -147,7 +148,7 @@ def test_trials_that_the_memory_monitor_ends_are_told_and_counted(
 
 
 @pytest.mark.long
-def test_trials_of_several_workers_are_stopped_and_done_too(job: Callable[..., TuneJob]) -> None:
+def test_trials_of_several_workers_are_stopped_and_done_too(job: Callable[..., TuneJob], tmp_path: Path) -> None:
     cluster = ClusterConfig(address="local", workers=2)
     rows = main(job(TWO_RATES | {"epochs": 20}, stopping=StoppingConfig(deviations=0.1), cluster=cluster))
     status = {(row.prefill_layers, row.learning_rate): row.status for row in rows}
@@ -155,6 +156,8 @@ def test_trials_of_several_workers_are_stopped_and_done_too(job: Callable[..., T
     assert status[1, 0.02] == "done"
     assert status[2, 1e-9] == "stopped"
     assert set(status.values()) == {"done", "stopped"}
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert all(client.get_run(str(row.run_id)).info.status == ENDS[row.status] for row in rows)
 
 
 def trial_process(driver: int) -> psutil.Process | None:
@@ -194,7 +197,7 @@ def test_a_process_takes_trial_after_trial_stopped_ones_too_and_a_lost_one_is_ma
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     for row in table:
         child = client.get_run(row["run_id"])
-        assert child.info.status == {"done": "FINISHED", "stopped": "KILLED"}[row["status"]]
+        assert child.info.status == ENDS[row["status"]]
         assert child.data.tags["revmux.command"] == f"python {shlex.join(words[1:])}"
 
 
