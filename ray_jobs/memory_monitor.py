@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -20,5 +19,8 @@ def trials_may_be_ended() -> Iterator[None]:
             exception = RayActorError(error_msg=str(exception))
         whole(manager, tracked_actor_task=tracked_actor_task, exception=exception)
 
-    with mock.patch.object(RayActorManager, "_actor_task_failed", told):
+    RayActorManager._actor_task_failed = told
+    try:
         yield
+    finally:
+        RayActorManager._actor_task_failed = whole

@@ -101,8 +101,10 @@ def main(job: PlanJob) -> Plan:
         if is_refusal(error):
             raise
         raise UserError(
-            f"the plan is made ({plan.folder / PAGE_NAME}), but MLflow at {without_passwords(tracker.uri)} is away ({error}); give the same "
-            "command again when it is back, and it is registered"
+            without_passwords(
+                f"the plan is made ({plan.folder / PAGE_NAME}), but MLflow at {tracker.uri} is away ({error}); give the same "
+                "command again when it is back, and it is registered"
+            )
         ) from None
     record(job, plan, versions, tracker, parent)
     print(summary(job, plan))

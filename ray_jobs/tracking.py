@@ -74,8 +74,10 @@ class Tracker:
                 # Which driver a bare postgresql:// means depends on SQLAlchemy's version.
                 remedy = "run: pip install 'revmux[postgres]', and name its driver: postgresql+psycopg2://..."
             raise UserError(
-                f"cannot open the MLflow store {without_passwords(repr(self.uri))} "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); {remedy}"
+                without_passwords(
+                    f"cannot open the MLflow store {self.uri!r} "
+                    f"({type(error).__name__}: {str(error).splitlines()[0]}); {remedy}"
+                )
             ) from None
         self.client.outbox.flush()
         self.end_abandoned()
