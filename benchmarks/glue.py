@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.trained import Run, over_seeds, siso_row, train_missing, tuned_task_model
-from revmux.data import DataConfig, load_task
-from revmux.features import StoreConfig
-from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig, load_pretrained
-from revmux.recipe import MethodConfig, Recipe, fill_store
-from revmux.results import describe_run, write_json
-from revmux.training import OptimConfig
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.features.config import StoreConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
+from revmux.training.recipe import fill_store
+from revmux.utils.files import write_json
+from revmux.utils.run_info import describe_run
 
 RESULT, KEPT = Path("benchmarks/results/glue.json"), Path("runs/glue")
 TASKS = ("SST-2", "MRPC", "RTE")

@@ -16,7 +16,7 @@ from benchmarks.precision import precision_words
 from benchmarks.serving.page import serving_words
 from benchmarks.systems.page import systems_words
 from benchmarks.training.page import training_words
-from revmux.report import comparison_table
+from revmux.plan.report import comparison_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"

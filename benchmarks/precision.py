@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.trained import tuned_task_model
-from revmux.data import DataConfig, load_task
-from revmux.features import Precision, measure_precision
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
 from revmux.features.config import DTYPES
-from revmux.pretrained import BackboneConfig, load_pretrained
-from revmux.results import describe_run, write_json
-from revmux.training import OptimConfig
+from revmux.features.precision import Precision, measure_precision
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.training.config import OptimConfig
+from revmux.utils.files import write_json
+from revmux.utils.run_info import describe_run
 
 RESULT, MODEL = Path("benchmarks/results/precision.json"), Path("runs/precision/task-model")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from revmux.results import write_json
+from revmux.utils.files import write_json
 
 
 def ratio_row(name: str, ratios: Sequence[float], target: float | None = None) -> dict[str, Any]:

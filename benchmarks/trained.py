@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from benchmarks.rows import digest
-from revmux.artifact import atomic_folder
-from revmux.data import DataConfig, TaskData
-from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig, weights_sha256
-from revmux.recipe import MethodConfig, Recipe, prepare, train_here
-from revmux.results import git_commit, write_json
-from revmux.task_model import save_task_model
-from revmux.training import OptimConfig
+from revmux.data.config import DataConfig
+from revmux.data.task import TaskData
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.identity import weights_sha256
+from revmux.pretrained.task_model import save_task_model
+from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
+from revmux.training.recipe import prepare, train_here
+from revmux.utils.files import atomic_folder, write_json
+from revmux.utils.run_info import git_commit
 
 
 @dataclass(frozen=True)

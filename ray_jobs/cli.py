@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from revmux.errors import UserError
-from revmux.pretrained import EMBEDDED_NAME, BackboneConfig
+from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
 
 Config = TypeVar("Config")
 

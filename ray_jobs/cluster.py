@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from revmux.environment import compute_environment
 from revmux.errors import UserError
-from revmux.extras import require
+from revmux.utils.environment import compute_environment
+from revmux.utils.extras import require
 
 LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away

@@ -12,17 +12,22 @@ from pathlib import Path
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.launch import absolute_path, absolute_storage
-from ray_jobs.tracking import Tracker, TrackingConfig
-from revmux.artifact import check_prompt, from_pretrained, load_config
-from revmux.data import DataConfig, TaskData, load_task
-from revmux.data.prompts import Prompt
+from ray_jobs.paths import absolute_path, absolute_storage
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.tracker import Tracker
+from revmux.adapters.compatibility import check_prompt
+from revmux.adapters.config import load_adapter_config
+from revmux.adapters.folder import load_adapter
+from revmux.data.config import DataConfig
+from revmux.data.prompt import Prompt
+from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
-from revmux.evaluation import evaluate
-from revmux.features import OnlineFeatures
-from revmux.pretrained import BackboneConfig, check_answers, inspect, load_pretrained
-from revmux.recipe import relative_cost_at
-from revmux.results import write_json
+from revmux.features.online import OnlineFeatures
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import check_answers, inspect, load_pretrained
+from revmux.training.evaluation import evaluate
+from revmux.training.recipe import relative_cost_at
+from revmux.utils.files import write_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
 
     pretrained = load_pretrained(job.backbone, task.label_names if job.backbone.prompt else None)
     pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
-    model = from_pretrained(job.adapter, pretrained)
+    model = load_adapter(job.adapter, pretrained)
     split = pretrained.tokenize(task.test, job.backbone.max_length)
     features = OnlineFeatures(split, pretrained.backbone)
     figures = evaluate(model, features, job.shuffles, job.seed).metrics()
@@ -74,7 +79,7 @@ def main(job: EvaluateJob) -> dict[str, float]:
     storage = absolute_storage(job.storage)
     name = f"evaluate-{Path(job.adapter).name}"
     output = absolute_path(job.output, "output") if job.output else storage / f"{name}.json"
-    config = load_config(job.adapter)
+    config = load_adapter_config(job.adapter)
     job.cluster.check_here()
     if isinstance(job.backbone.prompt, Prompt):
         check_prompt(config, job.backbone.prompt.with_labels(config.label_names), job.adapter)

@@ -16,24 +16,27 @@ from typing import Any
 import torch
 import yaml
 
-from ray_jobs import cli, finetune, tune
+from ray_jobs import cli, finetune
 from ray_jobs.cluster import connected
-from ray_jobs.command import command_line, without_passwords
-from ray_jobs.launch import absolute_storage, fingerprint
-from ray_jobs.outbox import is_refusal
-from ray_jobs.registry import model_uris, register_plan
-from ray_jobs.tracking import Tracker
-from ray_jobs.trials import TrialRow
-from revmux.candidates import Adapter, MeasureConfig
-from revmux.data import TaskData, load_task
+from ray_jobs.paths import absolute_storage
+from ray_jobs.sweep.config import TuneJob
+from ray_jobs.sweep.run import base_recipe, prepare_sweep, run_sweep
+from ray_jobs.sweep.trials import TrialRow
+from ray_jobs.tracking.command_line import command_line, without_passwords
+from ray_jobs.tracking.model_registry import model_uris, register_plan
+from ray_jobs.tracking.outbox import is_refusal
+from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.launch import fingerprint
+from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
 from revmux.methods import BackboneShape, build_method
-from revmux.planner import PAGE_NAME, PLAN_NAME, Plan, SplitConfig, describe, for_choosing, make_plan
-from revmux.planning import Goal
-from revmux.pretrained import outline
-from revmux.recipe import load_backbone
-from revmux.results import write_json
-from revmux.training import OptimConfig
+from revmux.plan.build import PAGE_NAME, PLAN_NAME, Plan, describe_system, for_choosing, make_plan
+from revmux.plan.config import Goal, MeasureConfig, SplitConfig
+from revmux.plan.measure import TrainedAdapter
+from revmux.pretrained.loading import outline
+from revmux.training.config import OptimConfig
+from revmux.training.recipe import load_backbone
+from revmux.utils.files import write_json
 from serve_app.config import server_config
 
 DEPLOY = (
@@ -45,7 +48,7 @@ DEPLOY = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanJob(tune.TuneJob):
+class PlanJob(TuneJob):
     """Settings of the job; those of a sweep are the sweep's.
 
     Args:
@@ -87,13 +90,13 @@ def main(job: PlanJob) -> Plan:
     with connected(job.cluster):
         if own_labels is None:
             job = replace(job, backbone=replace(job.backbone, model=str(tuned_model(job, choosing, tracker, storage))))
-        sweep = tune.prepare_sweep(job, storage, choosing)
+        sweep = prepare_sweep(job, storage, choosing)
         sweep = replace(sweep, trials=[trial for trial in sweep.trials if is_servable(trial.recipe.method, backbone)])
         if not sweep.trials:
             raise UserError(
                 "every point of the space tunes the backbone, which a server shares; plan with other methods"
             )
-        rows, parent = tune.run_sweep(sweep, tracker)
+        rows, parent = run_sweep(sweep, tracker)
         plan = measure_on_worker(job, rows, choosing, task, storage / "plans" / job.name)
     try:
         versions = register_plan(tracker, job.register, plan, job.backbone.model, task.is_pair)
@@ -136,7 +139,7 @@ def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, ta
     import ray
 
     adapters = [
-        Adapter(row.trial, row.adapter, row.infonce_weight, row.run_id)
+        TrainedAdapter(row.trial, row.adapter, row.infonce_weight, row.run_id)
         for row in rows
         if row.status == "done" and row.adapter is not None
     ]
@@ -147,10 +150,16 @@ def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, ta
 
 
 def _plan(
-    job: PlanJob, adapters: list[Adapter], choosing: TaskData, task: TaskData, folder: Path, command: str, threads: int
+    job: PlanJob,
+    adapters: list[TrainedAdapter],
+    choosing: TaskData,
+    task: TaskData,
+    folder: Path,
+    command: str,
+    threads: int,
 ) -> Plan:
     torch.set_num_threads(threads)
-    recipe = tune.base_recipe(job)
+    recipe = base_recipe(job)
     pretrained = load_backbone(recipe, task.label_names)
     pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
     return make_plan(
@@ -232,7 +241,7 @@ def summary(job: PlanJob, plan: Plan) -> str:
     for one in plan.served:
         seen = one.verification
         lines.append(
-            f"N = {one.num_inputs}: {describe(one.judged)}; on the test split {seen.loss:.2f} points lost, "
+            f"N = {one.num_inputs}: {describe_system(one.judged)}; on the test split {seen.loss:.2f} points lost, "
             f"{seen.lower:.2f} to {seen.upper:.2f}"
         )
     if plan.is_met:

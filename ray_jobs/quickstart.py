@@ -16,24 +16,30 @@ from typing import Any
 
 from ray_jobs import cli, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.command import command_line
-from ray_jobs.features import fill_stores
-from ray_jobs.launch import absolute_path, absolute_storage, run_params
-from ray_jobs.live import show_live_answers
-from ray_jobs.tracking import Tracker, TrackingConfig
-from revmux.artifact import from_pretrained
-from revmux.cost import rival_exit_layer
-from revmux.data import DataConfig, TaskData, load_task
-from revmux.features import StoreConfig
-from revmux.losses import LossConfig
+from ray_jobs.paths import absolute_path, absolute_storage
+from ray_jobs.sweep.config import TuneJob
+from ray_jobs.tour.live import show_live_answers
+from ray_jobs.tracking.command_line import command_line
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.feature_pass import fill_stores
+from ray_jobs.training.launch import run_params
+from revmux.adapters.folder import load_adapter
+from revmux.data.config import DataConfig
+from revmux.data.task import TaskData, load_task
+from revmux.estimate.flops import rival_exit_layer
+from revmux.estimate.throughput import like_length_batches, paired_throughput
+from revmux.features.config import StoreConfig
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.pretrained import BackboneConfig, Pretrained, inspect, load_pretrained
-from revmux.recipe import MethodConfig, Recipe, prepare, train_here
-from revmux.report import comparison_table, plot_front, row_name
-from revmux.results import describe_run, write_json
-from revmux.throughput import like_length_batches, paired_throughput
-from revmux.training import OptimConfig
+from revmux.plan.report import comparison_table, plot_front, row_name
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import inspect, load_pretrained
+from revmux.pretrained.pretrained import Pretrained
+from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
+from revmux.training.recipe import prepare, train_here
+from revmux.utils.files import write_json
+from revmux.utils.run_info import describe_run
 from serve_app.config import server_config
 from serve_app.run import check_port, deploy, shutdown
 
@@ -164,7 +170,7 @@ def main(job: QuickstartJob) -> None:
             for layer in sorted(set(exits.values())):
                 rows.append(train_exit_head(job, base, layer, task, tracker, pretrained))
         with steps.step("Sweep", f"A small Ray Tune run over N, l and λ ('{job.space}'), on the stored features."):
-            sweep = tune.TuneJob(
+            sweep = TuneJob(
                 base.backbone,
                 job.data,
                 job.space,
@@ -262,7 +268,7 @@ def measure_throughput(
     """Fill in the measured columns."""
     shape = BackboneShape.of(pretrained.backbone)
     siso = MultiplexedClassifier(pretrained.backbone, build_method("siso", shape, 1), 0)
-    rivals = {row_name(rows[index + 1]): from_pretrained(folder, pretrained) for index, folder in enumerate(folders)}
+    rivals = {row_name(rows[index + 1]): load_adapter(folder, pretrained) for index, folder in enumerate(folders)}
     for row in rows:
         if row["method"] == "exit-head":
             head = build_method("exit-head", shape, 1, {"layer": row["prefill_layers"]})

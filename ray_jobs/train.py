@@ -11,17 +11,17 @@ from pathlib import Path
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.features import fill_for
-from ray_jobs.launch import Trained, absolute_path, absolute_storage, launch, load_checked
-from ray_jobs.tracking import Tracker, TrackingConfig
-from revmux.checkpoint import CheckpointConfig
-from revmux.data import DataConfig, TaskData
+from ray_jobs.paths import absolute_path, absolute_storage
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.feature_pass import fill_for
+from ray_jobs.training.launch import Trained, launch, load_checked
+from revmux.data.config import DataConfig
+from revmux.data.task import TaskData
 from revmux.errors import UserError
-from revmux.features import StoreConfig
-from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig
-from revmux.recipe import MethodConfig, Recipe
-from revmux.training import OptimConfig
+from revmux.features.config import StoreConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.config import CheckpointConfig, LossConfig, MethodConfig, OptimConfig, Recipe
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import docstring_parser
 import torch
 from jsonargparse import auto_cli
 
-from revmux.artifact import push_to_hub
-from revmux.cost import relative_cost, speedup_ceiling
+from revmux.adapters.push import push_to_hub
 from revmux.errors import UserError
+from revmux.estimate.flops import relative_cost, speedup_ceiling
+from revmux.estimate.memory import estimate_memory
+from revmux.estimate.shapes import meta_backbone
 from revmux.features import cache_cli
-from revmux.memory import plan_memory
 from revmux.methods import BackboneShape, Method, build_method, method_class, method_names
-from revmux.shapes import meta_backbone
 
 GIBIBYTE = 2**30
 CACHE: dict[str, Any] = {"_help": "List and remove stored features.", "ls": cache_cli.ls, "rm": cache_cli.rm}
@@ -105,7 +105,7 @@ def memory(
     for batch in batch_size or [16 * width]:
         for tokens in length or [128]:
             for again in (False, True):
-                plan = plan_memory(backbone, adapters, cut_at, batch, tokens, getattr(torch, dtype), again)
+                plan = estimate_memory(backbone, adapters, cut_at, batch, tokens, getattr(torch, dtype), again)
                 sizes = (plan.backbone, plan.adapters, plan.gradients, plan.optimizer, plan.activations, plan.working)
                 shown = " ".join(f"{size / GIBIBYTE:9.2f}" for size in (*sizes, plan.total))
                 lines.append(f"{batch:>6} {tokens:>6} {'yes' if again else 'no':>13} {shown}")

@@ -15,3 +15,11 @@ def one_of(kind: str, given: object, legal: object, remedy: str) -> UserError:
     """The common shape of a message: «unknown KIND GIVEN; known: LEGAL; REMEDY»."""
     known = ", ".join(str(item) for item in legal) if not isinstance(legal, str) else legal  # type: ignore[attr-defined]
     return UserError(f"unknown {kind} {given!r}; known: {known}; {remedy}")
+
+
+class TextError(UserError):
+    """A text that cannot be classified; found before it is queued, so its neighbours never meet it."""
+
+
+class EmptyText(TextError):
+    """Nothing to classify."""

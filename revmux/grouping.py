@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from revmux.errors import UserError
-from revmux.model import consecutive_groups
 
 
 def epoch_groups(
@@ -103,3 +102,28 @@ def local_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, inverse = torch.unique(groups, return_inverse=True)
     return rows, inverse
+
+
+def consecutive_groups(rows: int, num_inputs: int) -> Tensor:
+    """Rows 0..B-1 in groups of N as they come; the last group is filled with its own members again.
+
+    Returns:
+        (G, N) long with G = ⌈B / N⌉.
+    """
+    groups = -(-rows // num_inputs)
+    flat = torch.arange(groups * num_inputs)
+    start = (groups - 1) * num_inputs
+    members = rows - start  # in the last group
+    flat[rows:] = start + (flat[rows:] - start) % max(members, 1)
+    return flat.view(groups, num_inputs)
+
+
+def gather_rows(values: Tensor, groups: Tensor, rows: int) -> Tensor:
+    """Slots (G, N, ...) back to inputs (B, ...), averaging over the slots that one input filled."""
+    flat = values.flatten(0, 1)  # (G·N, ...)
+    index = groups.flatten()
+    if index.numel() == rows and bool((index == torch.arange(rows, device=index.device)).all()):
+        return flat
+    total = torch.zeros(rows, *flat.shape[1:], dtype=flat.dtype, device=flat.device).index_add(0, index, flat)
+    count = torch.bincount(index, minlength=rows).clamp(min=1).to(flat.dtype)
+    return total / count.view(-1, *[1] * (flat.dim() - 1))

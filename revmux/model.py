@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.errors import UserError
+from revmux.grouping import consecutive_groups, gather_rows
 from revmux.methods import Method
 
 
@@ -169,28 +170,3 @@ class MultiplexedClassifier(nn.Module):
         if groups is None:
             groups = consecutive_groups(rows, self.num_inputs).to(tokens["input_ids"].device)
         return gather_rows(self.run_tokens(tokens, groups).scores, groups, rows)
-
-
-def consecutive_groups(rows: int, num_inputs: int) -> Tensor:
-    """Rows 0..B-1 in groups of N as they come; the last group is filled with its own members again.
-
-    Returns:
-        (G, N) long with G = ⌈B / N⌉.
-    """
-    groups = -(-rows // num_inputs)
-    flat = torch.arange(groups * num_inputs)
-    start = (groups - 1) * num_inputs
-    members = rows - start  # in the last group
-    flat[rows:] = start + (flat[rows:] - start) % max(members, 1)
-    return flat.view(groups, num_inputs)
-
-
-def gather_rows(values: Tensor, groups: Tensor, rows: int) -> Tensor:
-    """Slots (G, N, ...) back to inputs (B, ...), averaging over the slots that one input filled."""
-    flat = values.flatten(0, 1)  # (G·N, ...)
-    index = groups.flatten()
-    if index.numel() == rows and bool((index == torch.arange(rows, device=index.device)).all()):
-        return flat
-    total = torch.zeros(rows, *flat.shape[1:], dtype=flat.dtype, device=flat.device).index_add(0, index, flat)
-    count = torch.bincount(index, minlength=rows).clamp(min=1).to(flat.dtype)
-    return total / count.view(-1, *[1] * (flat.dim() - 1))

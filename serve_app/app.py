@@ -16,8 +16,8 @@ from prometheus_client.core import Metric
 from ray import serve
 from ray.serve import Application
 
-from revmux.environment import compute_environment
 from revmux.errors import UserError
+from revmux.utils.environment import compute_environment
 from serve_app.config import AppConfig, LiveConfig, live_tasks
 from serve_app.service import Service
 from serve_app.web import create_app

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from revmux.errors import UserError
-from serve_app.failures import Unauthorized, refusal
+from serve_app.errors import Unauthorized, refusal
 
 OPEN_PATHS = frozenset({"/health", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
 """What anyone may ask: health for load balancers, and pages that are the same on every server."""

@@ -6,7 +6,7 @@ import asyncio
 
 from fastapi import Request
 
-from serve_app.failures import SlowBody, TooLarge
+from serve_app.errors import SlowBody, TooLarge
 
 
 async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:

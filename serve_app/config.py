@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from revmux.data.prompts import load_prompt
+from revmux.data.prompt import load_prompt
 from revmux.errors import UserError
 from revmux.serving import Limits
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serve_app.failures import ERRORS
+from serve_app.errors import ERRORS
 
 _PREDICT: dict[str, Any] = {
     "one text": {"inputs": "a gripping film"},

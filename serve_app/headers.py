@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
-from revmux.serving.texts import Text
 
 
 def reply_headers(

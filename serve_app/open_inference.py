@@ -14,9 +14,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 import revmux
-from revmux.serving import Answer, EmptyText, TextError, rank_labels
-from revmux.serving.answer import ScoreFunction
-from revmux.serving.texts import Text
+from revmux.errors import EmptyText, TextError
+from revmux.labels import ScoreFunction, rank_labels
+from revmux.pretrained.encoder import Text
+from revmux.serving import Answer
 from serve_app.protocol import Asked
 
 Nested = list[Any]

@@ -7,11 +7,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from revmux.serving import Answer, TextError
-from revmux.serving.texts import Text
+from revmux.errors import TextError
+from revmux.pretrained.encoder import Text
+from revmux.serving import Answer
 from serve_app import examples
 from serve_app.body import read_body
-from serve_app.failures import TooLarge
+from serve_app.errors import TooLarge
 from serve_app.headers import reply_headers
 from serve_app.open_inference import InferRequest, model_metadata, server_metadata
 from serve_app.protocol import Asked, PredictRequest, parse

@@ -7,10 +7,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from revmux.serving import Answer, EmptyText, TextError, rank_labels
-from revmux.serving.answer import ScoreFunction
+from revmux.errors import EmptyText, TextError
+from revmux.labels import ScoreFunction, rank_labels
+from revmux.pretrained.encoder import Text
+from revmux.serving import Answer
 from revmux.serving.limits import HIGHEST_PRIORITY
-from revmux.serving.texts import Text
 from serve_app.config import explain
 
 Ranking = list[dict[str, str | float]]

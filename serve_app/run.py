@@ -10,10 +10,10 @@ import time
 import urllib.error
 import urllib.request
 
-from revmux.artifact import load_config
+from revmux.adapters.config import load_adapter_config
 from revmux.errors import UserError
-from revmux.extras import require
-from revmux.pretrained import resolve
+from revmux.pretrained.identity import resolve
+from revmux.utils.extras import require
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, ServerConfig
 from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
@@ -45,7 +45,7 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
         resolve(task.model)
         for adapter in task.adapters:
             if not is_mlflow(adapter):
-                load_config(adapter)
+                load_adapter_config(adapter)
 
     import ray
     from ray import serve

@@ -12,18 +12,18 @@ from typing import Any
 from prometheus_client.core import Metric
 
 import revmux
-from revmux.artifact import load_config, recorded_prompt
-from revmux.classifier import recorded_dtype
+from revmux.adapters.config import load_adapter_config, recorded_dtype, recorded_prompt
 from revmux.errors import UserError
-from revmux.pretrained import BackboneConfig, load_pretrained
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
-from revmux.serving.plan import admits
+from revmux.serving.scheduling import admits
 from revmux.serving.task import Task
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, TaskConfig, live_tasks
-from serve_app.failures import Unhealthy
+from serve_app.errors import Unhealthy
 from serve_app.metrics import ReplicaMetrics
-from serve_app.sources import adapter_folder
+from serve_app.sources import fetch_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Service:
         found: dict[int, str] = {}
         most = self.config.max_multiplex
         for source in task.adapters:
-            width = load_config(adapter_folder(source)).num_inputs
+            width = load_adapter_config(fetch_adapter(source)).num_inputs
             if width in found:
                 raise UserError(f"adapters {found[width]!r} and {source!r} both serve N = {width}; name one for each N")
             if admits(most, width):
@@ -120,9 +120,9 @@ class Service:
 
     def _add(self, name: str, task: TaskConfig, adapters: dict[int, str]) -> None:
         # Only inputs are cut to max_length, by the engine; loading just wants a legal one.
-        folders = [adapter_folder(source) for source in adapters.values()]
+        folders = [fetch_adapter(source) for source in adapters.values()]
         prompt = task.prompt or recorded_prompt(folders)
-        dtype = task.dtype or (recorded_dtype(load_config(folders[0])) if folders else "float32")
+        dtype = task.dtype or (recorded_dtype(load_adapter_config(folders[0])) if folders else "float32")
         backbone = BackboneConfig(task.model, task.revision, task.max_length or 2, dtype, prompt=prompt)
         pretrained = load_pretrained(backbone)
         pretrained.backbone.to("cuda" if self.config.num_gpus else "cpu")
@@ -133,7 +133,7 @@ class Service:
         own = self._adapters[name]
         for width, source in adapters.items():
             if own.get(width) != source:
-                self.engine.load(adapter_folder(source), name)
+                self.engine.load(fetch_adapter(source), name)
                 own[width] = source
 
     def update(self, user_config: Any) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from revmux import artifact
-from revmux.artifact import CONFIG_NAME
+from revmux.adapters.config import CONFIG_NAME, local_adapter_folder
 from revmux.errors import UserError
-from revmux.extras import require
+from revmux.utils.extras import require
 
 
 def is_mlflow(adapter: str) -> bool:
@@ -16,7 +15,7 @@ def is_mlflow(adapter: str) -> bool:
     return adapter.startswith(("models:/", "runs:/"))
 
 
-def adapter_folder(adapter: str) -> Path:
+def fetch_adapter(adapter: str) -> Path:
     """The local folder of an adapter; those of the hub and of MLflow are downloaded.
 
     Args:
@@ -27,7 +26,7 @@ def adapter_folder(adapter: str) -> Path:
         UserError: the hub or MLflow cannot find it, or it holds no adapter, or several.
     """
     if not is_mlflow(adapter):
-        return artifact.adapter_folder(adapter)
+        return local_adapter_folder(adapter)
     mlflow = require("mlflow", "mlflow")
     try:
         downloaded = Path(mlflow.artifacts.download_artifacts(_without_backbone(mlflow, adapter)))

@@ -11,7 +11,8 @@ from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import revmux
-from serve_app import examples, failures
+from serve_app import errors as failures
+from serve_app import examples
 from serve_app.auth import BearerAuth
 from serve_app.metrics import ReplicaMetrics
 from serve_app.open_inference import InferRequest

@@ -20,7 +20,9 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
 
 torch.set_num_threads(1)  # models this small gain nothing from threads that wait for each other
 WORDS = [f"w{index}" for index in range(40)]
@@ -123,7 +125,7 @@ def tiny_csv(tiny_files: dict[str, Path]) -> Path:
 def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Call ``function(*arguments)`` in every process of a gloo group; returns their results by rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["revmux.recipe", "transformers.models.bert.modeling_bert"])
+    context.set_forkserver_preload(["revmux.training.recipe", "transformers.models.bert.modeling_bert"])
 
     def run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
         folder = tmp_path_factory.mktemp("workers")

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from revmux.artifact import describe, save_pretrained
+from revmux.adapters.folder import describe_adapter, save_adapter
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
 
 WORDS = [f"w{index}" for index in range(60)]
 CUT = 1
@@ -61,7 +63,9 @@ def write_adapter(
     torch.manual_seed(num_inputs)
     adapters = build_method(method, BackboneShape.of(pretrained.backbone), num_inputs, more)
     model = MultiplexedClassifier(pretrained.backbone, adapters, prefill_layers)
-    return save_pretrained(model, describe(model, pretrained, 64, {"source": "toy"}), folder / f"{method}-{num_inputs}")
+    return save_adapter(
+        model, describe_adapter(model, pretrained, 64, {"source": "toy"}), folder / f"{method}-{num_inputs}"
+    )
 
 
 def text(index: int) -> str:

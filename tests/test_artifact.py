@@ -16,21 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import revmux
-from revmux import BackboneShape, MultiplexedClassifier, UserError, artifact, build_method
-from revmux.artifact import (
-    CONFIG_NAME,
-    FORMAT_VERSION,
-    WEIGHTS_NAME,
-    AdapterConfig,
-    describe,
-    from_pretrained,
-    load_config,
-    save_pretrained,
-)
-from revmux.data import DataConfig, load_task
-from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
-from revmux.training import OptimConfig
+from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
+from revmux.adapters import folder as artifact
+from revmux.adapters.config import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, AdapterConfig, load_adapter_config
+from revmux.adapters.folder import describe_adapter, load_adapter, save_adapter
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
+from revmux.training.config import LossConfig, OptimConfig
 
 TEXTS = ["w1 w5 w6", "w2 w9", "w7", "w30 w1 w2 w3", "w11 w12"]
 
@@ -54,7 +49,9 @@ def scores(model: MultiplexedClassifier, pretrained: Pretrained) -> Tensor:
 @pytest.fixture
 def saved(tiny_pretrained: Pretrained, tmp_path: Path) -> Path:
     model = adapter(tiny_pretrained)
-    return save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "toy.csv"}), tmp_path / "adapter")
+    return save_adapter(
+        model, describe_adapter(model, tiny_pretrained, 16, {"source": "toy.csv"}), tmp_path / "adapter"
+    )
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -85,12 +82,12 @@ def test_a_round_trip_keeps_the_scores(
     name: str, num_inputs: int, options: dict, tiny_pretrained: Pretrained, tmp_path: Path
 ) -> None:
     model = adapter(tiny_pretrained, name, num_inputs, options)
-    config = describe(model, tiny_pretrained, 16, {"source": "toy.csv"}, {"seed": 0}, {"accuracy_mean": 0.75})
-    loaded = from_pretrained(save_pretrained(model, config, tmp_path / "adapter"), tiny_pretrained)
+    config = describe_adapter(model, tiny_pretrained, 16, {"source": "toy.csv"}, {"seed": 0}, {"accuracy_mean": 0.75})
+    loaded = load_adapter(save_adapter(model, config, tmp_path / "adapter"), tiny_pretrained)
     torch.testing.assert_close(scores(loaded, tiny_pretrained), scores(model, tiny_pretrained), rtol=0, atol=1e-6)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert load_config(tmp_path / "adapter") == config
+    assert load_adapter_config(tmp_path / "adapter") == config
     assert loaded.method.options_dict() == model.method.options_dict()
 
 
@@ -104,10 +101,10 @@ def test_a_tuned_backbone_comes_with_its_adapter_and_leaves_the_given_one_alone(
     with torch.no_grad():
         for parameter in own.backbone.parameters():
             parameter.add_(0.01)
-    folder = save_pretrained(model, describe(model, own, 16, {"source": "toy.csv"}), tmp_path / "tuned")
+    folder = save_adapter(model, describe_adapter(model, own, 16, {"source": "toy.csv"}), tmp_path / "tuned")
     plain = adapter(other, "siso", 1)
     before = scores(plain, other)
-    loaded = from_pretrained(folder, other)
+    loaded = load_adapter(folder, other)
     torch.testing.assert_close(scores(loaded, other), scores(model, own), rtol=0, atol=1e-6)
     assert torch.equal(scores(plain, other), before), "other adapters of this backbone still find it as it was"
 
@@ -125,50 +122,52 @@ def test_what_only_training_needs_is_not_stored(
 ) -> None:
     model = adapter(tiny_pretrained, name, options=options)
     decoder = model.method.state_dict()["retrieval_decoder.weight"]
-    folder = save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "toy.csv"}), tmp_path / "adapter")
+    folder = save_adapter(
+        model, describe_adapter(model, tiny_pretrained, 16, {"source": "toy.csv"}), tmp_path / "adapter"
+    )
     stored = load_file(folder / WEIGHTS_NAME)
     assert not [name for name, value in stored.items() if "retrieval" in name or value.shape == decoder.shape]
-    loaded = from_pretrained(folder, tiny_pretrained)
+    loaded = load_adapter(folder, tiny_pretrained)
     assert loaded.method.state_dict().keys() == {name.removeprefix("method.") for name in stored}, "nothing is random"
     assert "retrieval_decoder.weight" in model.method.state_dict(), "the model in training keeps it"
     edit_weights(folder, lambda weights: weights.update({"method.retrieval_decoder.weight": decoder}))
     with pytest.raises(UserError, match=r"unexpected method\.retrieval_decoder\.weight"):
-        from_pretrained(folder, tiny_pretrained)
+        load_adapter(folder, tiny_pretrained)
 
 
 def test_given_weights_are_written_instead_of_the_model(tiny_pretrained: Pretrained, tmp_path: Path) -> None:
     model = adapter(tiny_pretrained)
     best = {name: torch.zeros_like(value) for name, value in artifact.adapter_weights(model).items()}
-    save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "t"}), tmp_path / "a", best)
+    save_adapter(model, describe_adapter(model, tiny_pretrained, 16, {"source": "t"}), tmp_path / "a", best)
     assert all(bool((value == 0).all()) for value in load_file(tmp_path / "a" / WEIGHTS_NAME).values())
 
 
 def test_missing_weights_are_named(saved: Path, tiny_pretrained: Pretrained) -> None:
     edit_weights(saved, lambda weights: weights.pop("method.down.weight"))
     with pytest.raises(UserError, match=r"missing method\.down\.weight"):
-        from_pretrained(saved, tiny_pretrained)
+        load_adapter(saved, tiny_pretrained)
 
 
 def test_unexpected_weights_are_named(saved: Path, tiny_pretrained: Pretrained) -> None:
     edit_weights(saved, lambda weights: weights.update({"method.extra": torch.zeros(1)}))
     with pytest.raises(UserError, match=r"unexpected method\.extra"):
-        from_pretrained(saved, tiny_pretrained)
+        load_adapter(saved, tiny_pretrained)
 
 
 def test_misshaped_weights_are_named_with_both_shapes(saved: Path, tiny_pretrained: Pretrained) -> None:
     edit_weights(saved, lambda weights: weights.update({"method.down.bias": torch.zeros(1)}))
     with pytest.raises(UserError, match=r"method\.down\.bias is \(1,\), not \(16,\)"):
-        from_pretrained(saved, tiny_pretrained)
+        load_adapter(saved, tiny_pretrained)
 
 
 def test_weights_that_are_gone_or_cut_short_are_no_traceback(saved: Path, tiny_pretrained: Pretrained) -> None:
     path = saved / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot read"):
-        from_pretrained(saved, tiny_pretrained)
+        load_adapter(saved, tiny_pretrained)
     path.unlink()
     with pytest.raises(UserError, match="cannot read"):
-        from_pretrained(saved, tiny_pretrained)
+        load_adapter(saved, tiny_pretrained)
 
 
 def test_a_newer_format_names_both_versions(saved: Path) -> None:
@@ -176,7 +175,7 @@ def test_a_newer_format_names_both_versions(saved: Path) -> None:
     with pytest.raises(
         UserError, match=rf"format version {FORMAT_VERSION + 1} \(revmux 9\.0\), this is revmux {revmux.__version__}"
     ):
-        load_config(saved)
+        load_adapter_config(saved)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +191,7 @@ def test_a_newer_format_names_both_versions(saved: Path) -> None:
 def test_a_damaged_config_is_refused(text: str, says: str, saved: Path) -> None:
     (saved / CONFIG_NAME).write_text(text)
     with pytest.raises(UserError, match=says):
-        load_config(saved)
+        load_adapter_config(saved)
 
 
 @pytest.mark.parametrize(
@@ -206,32 +205,32 @@ def test_a_damaged_config_is_refused(text: str, says: str, saved: Path) -> None:
 def test_values_of_another_type_are_refused(changes: dict, says: str, saved: Path) -> None:
     edit_config(saved, **changes)
     with pytest.raises(UserError, match=says):
-        load_config(saved)
+        load_adapter_config(saved)
 
 
 def test_options_of_another_type_are_refused(saved: Path, tiny_pretrained: Pretrained) -> None:
     edit_config(saved, options={"dropout": "x"})
     with pytest.raises(UserError, match="options of revmux: dropout is 'x': input should be a valid number"):
-        from_pretrained(saved, tiny_pretrained)
+        load_adapter(saved, tiny_pretrained)
 
 
 def test_loading_copies_no_weights_to_compare_their_shapes(
     saved: Path, tiny_pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifact, "adapter_weights", fail)
-    assert isinstance(from_pretrained(saved, tiny_pretrained), MultiplexedClassifier)
+    assert isinstance(load_adapter(saved, tiny_pretrained), MultiplexedClassifier)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "mistyped"):
         with pytest.raises(UserError, match="is no adapter folder"):
-            load_config(folder)
+            load_adapter_config(folder)
 
 
 def test_another_backbone_is_refused(saved: Path, tmp_path: Path) -> None:
     other = load_pretrained(BackboneConfig(model=str(write_tiny_model(tmp_path / "other", seed=1)), max_length=16))
     with pytest.raises(UserError, match=r"trained on tiny-bert \(sha256 .* is other \(sha256"):
-        from_pretrained(saved, other)
+        load_adapter(saved, other)
 
 
 def test_the_same_weights_under_another_name_are_the_same_backbone(
@@ -239,8 +238,8 @@ def test_the_same_weights_under_another_name_are_the_same_backbone(
 ) -> None:
     moved = load_pretrained(BackboneConfig(model=str(write_tiny_model(tmp_path / "moved")), max_length=16))
     moved.backbone.freeze()
-    loaded = from_pretrained(saved, moved)
-    expected = scores(from_pretrained(saved, tiny_pretrained), tiny_pretrained)
+    loaded = load_adapter(saved, moved)
+    expected = scores(load_adapter(saved, tiny_pretrained), tiny_pretrained)
     torch.testing.assert_close(scores(loaded, moved), expected, rtol=0, atol=1e-6)
 
 
@@ -250,11 +249,11 @@ def test_a_backbone_of_the_hub_is_told_by_revision_then_by_name(
 ) -> None:
     edit_config(saved, base_model={"name": "org/model", "revision": "a" * 40, "sha256": None})
     identity = {"name": "org/model", "revision": "a" * 40, "sha256": None}
-    from_pretrained(saved, replace(tiny_pretrained, identity=identity))
+    load_adapter(saved, replace(tiny_pretrained, identity=identity))
     edit_config(saved, base_model=identity | ({"revision": None} if key == "name" else {}))
     other = identity | {key: "org/other" if key == "name" else "b" * 40}
     with pytest.raises(UserError, match="was trained on org/model"):
-        from_pretrained(saved, replace(tiny_pretrained, identity=other))
+        load_adapter(saved, replace(tiny_pretrained, identity=other))
 
 
 def test_other_labels_are_refused(saved: Path, tmp_path: Path) -> None:
@@ -263,7 +262,7 @@ def test_other_labels_are_refused(saved: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(edited))
     swapped = load_pretrained(BackboneConfig(model=str(folder), max_length=16))
     with pytest.raises(UserError, match="has the labels bad, good, the backbone has good, bad"):
-        from_pretrained(saved, swapped)
+        load_adapter(saved, swapped)
 
 
 def fail(*_: object, **__: object) -> str:
@@ -276,7 +275,7 @@ def test_a_write_that_breaks_off_leaves_nothing(
     model = adapter(tiny_pretrained)
     monkeypatch.setattr(artifact, "model_card", fail)  # the last file of the folder
     with pytest.raises(OSError, match="no space"):
-        save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "t"}), tmp_path / "adapter")
+        save_adapter(model, describe_adapter(model, tiny_pretrained, 16, {"source": "t"}), tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -299,7 +298,7 @@ def test_a_rewrite_that_breaks_off_leaves_the_old_adapter(
 
         monkeypatch.setattr(os, "replace", break_off)
     with pytest.raises(OSError, match="no space"):
-        save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "t"}), saved)
+        save_adapter(model, describe_adapter(model, tiny_pretrained, 16, {"source": "t"}), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -307,8 +306,8 @@ def test_a_rewrite_that_breaks_off_leaves_the_old_adapter(
 def test_a_rewrite_replaces_the_whole_folder(saved: Path, tiny_pretrained: Pretrained) -> None:
     (saved / "left-over").touch()
     model = adapter(tiny_pretrained, "token-split")
-    save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "t"}), saved)
-    assert load_config(saved).method == "token-split"
+    save_adapter(model, describe_adapter(model, tiny_pretrained, 16, {"source": "t"}), saved)
+    assert load_adapter_config(saved).method == "token-split"
     assert sorted(path.name for path in saved.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME, "README.md"])
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -320,8 +319,8 @@ def test_the_card_tells_what_was_measured_and_no_path_of_the_machine(
     task = load_task(DataConfig(source=f"~/{tiny_csv.name}"))
     model = adapter(tiny_pretrained)
     training = {"seed": 0, "optim": vars(OptimConfig()), "loss": vars(LossConfig())}
-    config = describe(model, tiny_pretrained, 16, task.identity, training, {"accuracy_mean": 0.87654})
-    folder = save_pretrained(model, config, tmp_path / "adapter")
+    config = describe_adapter(model, tiny_pretrained, 16, task.identity, training, {"accuracy_mean": 0.87654})
+    folder = save_adapter(model, config, tmp_path / "adapter")
     card = (folder / "README.md").read_text()
     assert "accuracy_mean: 0.8765" in card
     assert f"{sum(value.numel() for value in model.method.parameters()):,} trained weights" in card
@@ -340,7 +339,7 @@ def test_a_card_without_figures_says_so(tiny_pretrained: Pretrained, saved: Path
 def test_the_config_is_plain_sorted_json(saved: Path, tiny_pretrained: Pretrained) -> None:
     text = (saved / CONFIG_NAME).read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
-    config = load_config(saved)
+    config = load_adapter_config(saved)
     assert isinstance(config, AdapterConfig)
     assert asdict(config)["base_model"] == tiny_pretrained.identity
     assert config.library_version == revmux.__version__

@@ -10,10 +10,10 @@ from benchmarks.systems.page import PUBLISHED, systems_words
 from benchmarks.trained import Run, siso_row
 from benchmarks.training.released import ReleasedModel
 from revmux import MultiplexedClassifier
-from revmux.data import DataConfig, load_task
-from revmux.pretrained import BackboneConfig
-from revmux.recipe import MethodConfig, Recipe
-from revmux.training import OptimConfig
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.config import MethodConfig, OptimConfig, Recipe
 
 
 def test_the_released_step_gives_the_answers_and_adapter_gradients_of_ours():

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from revmux import UserError
-from revmux.checkpoint import CheckpointConfig, CheckpointFolder
-from revmux.workers import from_first, together, worker
+from revmux.training.checkpoint import CheckpointFolder
+from revmux.training.config import CheckpointConfig
+from revmux.training.distributed import from_first, rank_and_world, together
 
 
 def save(folder: CheckpointFolder, step: int, best_epoch: int = 0) -> None:
@@ -142,9 +143,9 @@ def test_a_checkpoint_runs_no_code(saved: Path, tmp_path: Path) -> None:
     name = "step-00000030.pt"
     torch.save(Evil(), saved / name)
     manifest = json.loads((saved / "step-00000030.json").read_text())
-    from revmux.checkpoint import describe
+    from revmux.training.checkpoint import file_digest
 
-    manifest["files"][name] = describe((saved / name).read_bytes())
+    manifest["files"][name] = file_digest((saved / name).read_bytes())
     (saved / "step-00000030.json").write_text(json.dumps(manifest))
     found = CheckpointFolder(saved).load()
     assert found is not None
@@ -155,7 +156,7 @@ def test_a_checkpoint_runs_no_code(saved: Path, tmp_path: Path) -> None:
 def test_one_process_holds_a_folder_and_the_next_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers of a killed driver live on while those of the next one start."""
     path, told, entered = tmp_path / "run", SimpleQueue[str](), threading.Event()
-    monkeypatch.setattr("revmux.checkpoint._log.warning", lambda words, *values: told.put(words % values))
+    monkeypatch.setattr("revmux.training.checkpoint._log.warning", lambda words, *values: told.put(words % values))
 
     def second() -> None:
         with CheckpointFolder(path).held():
@@ -189,7 +190,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
 
 
 def fail_on_second(first: int) -> str:
-    rank, _ = worker()
+    rank, _ = rank_and_world()
     assert from_first(rank + first) == first
     try:
         with together():

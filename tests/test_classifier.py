@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
-from revmux.artifact import describe, save_pretrained
-from revmux.classifier import TextClassifier
-from revmux.pretrained import EMBEDDED_NAME, BackboneConfig, Pretrained, load_pretrained
+from revmux.adapters.classifier import TextClassifier
+from revmux.adapters.folder import describe_adapter, save_adapter
+from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
 
 TEXTS = ["w1 w5", "w2 w9 w3 w4 w8", "w7", "w30 w1 w2 w3", "w11 w12 w13"]
 BY_LENGTH = [1, 3, 4, 0, 2]
@@ -97,7 +99,9 @@ def test_an_adapter_is_loaded_with_a_backbone_given_in_any_way(
     tiny_pretrained: Pretrained, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     model = build(tiny_pretrained)
-    folder = save_pretrained(model, describe(model, tiny_pretrained, 12, {"source": "toy.csv"}), tmp_path / "adapter")
+    folder = save_adapter(
+        model, describe_adapter(model, tiny_pretrained, 12, {"source": "toy.csv"}), tmp_path / "adapter"
+    )
     wanted = TextClassifier(model, tiny_pretrained, 12).scores(TEXTS)
     ways = [tiny_model_folder, str(tiny_model_folder), BackboneConfig(str(tiny_model_folder)), tiny_pretrained]
     for backbone in ways:
@@ -112,7 +116,7 @@ def test_the_backbone_has_the_dtype_of_training_unless_the_caller_chooses(
     half = load_pretrained(BackboneConfig(str(tiny_model_folder), max_length=16, dtype="bfloat16"))
     half.backbone.freeze()
     model = build(half)
-    folder = save_pretrained(model, describe(model, half, 16, {"source": "toy.csv"}), tmp_path / "adapter")
+    folder = save_adapter(model, describe_adapter(model, half, 16, {"source": "toy.csv"}), tmp_path / "adapter")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         classifier = TextClassifier.from_pretrained(folder, tiny_model_folder)
@@ -127,7 +131,7 @@ def test_the_embedded_backbone_is_found_by_its_record(tmp_path: Path) -> None:
     folder = tmp_path / "task-model"
     pretrained = load_pretrained(BackboneConfig(), ["no", "yes"])
     model = build(pretrained)
-    save_pretrained(model, describe(model, pretrained, 16, {"source": "toy.csv"}), folder)
+    save_adapter(model, describe_adapter(model, pretrained, 16, {"source": "toy.csv"}), folder)
     assert json.loads((folder / "adapter_config.json").read_text())["base_model"]["name"] == EMBEDDED_NAME
     with pytest.raises(UserError, match="without a trained classification head"):
         TextClassifier.from_pretrained(folder)  # found, but it answers nothing by itself

@@ -38,11 +38,11 @@ from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.__main__ import main
 from revmux.backbone import Backbone, supported_model_types
 from revmux.backbone.verbalizer import Verbalizer
-from revmux.cost import count_flops, relative_cost, rival_exit_layer, speedup_ceiling
-from revmux.memory import plan_memory
+from revmux.estimate.fake import call_valueless, valueless
+from revmux.estimate.flops import count_flops, relative_cost, rival_exit_layer, speedup_ceiling
+from revmux.estimate.memory import estimate_memory
+from revmux.estimate.shapes import PRESETS, config_of, meta_backbone
 from revmux.methods import Method, method_class, method_names
-from revmux.shapes import PRESETS, config_of, meta_backbone
-from revmux.valueless import call_valueless, valueless
 
 SYSTEMS = [
     ("siso", 1, {}),
@@ -279,7 +279,7 @@ def test_planned_activations_are_those_that_autograd_keeps(name, num_inputs):
     method = build_method(name, BackboneShape.of(backbone), num_inputs, options).eval()
     if method.tunes_backbone:
         backbone.requires_grad_(True)
-    plan = plan_memory(backbone, method, 2, 16, 32, dtype=torch.float32)
+    plan = estimate_memory(backbone, method, 2, 16, 32, dtype=torch.float32)
     real = kept_by_torch(MultiplexedClassifier(backbone, method, 2), 16, 32)  # as in training, without dropout
     assert plan.activations == pytest.approx(real, rel=0.1)
 
@@ -291,7 +291,7 @@ def test_planned_activations_are_those_that_autograd_keeps(name, num_inputs):
 def test_planned_activations_of_t5_are_those_that_autograd_keeps(name, options, checkpointing):
     backbone = tiny("t5").to(torch.bfloat16)
     method = build_method(name, BackboneShape.of(backbone), 2, options).eval()
-    plan = plan_memory(backbone, method, 1, 16, 32, torch.bfloat16, checkpointing)
+    plan = estimate_memory(backbone, method, 1, 16, 32, torch.bfloat16, checkpointing)
     assert not backbone.gradient_checkpointing
     backbone.gradient_checkpointing = checkpointing
     real = kept_by_torch(MultiplexedClassifier(backbone, method, 1), 16, 32)
@@ -307,7 +307,7 @@ def test_plan_counts_what_a_task_model_trains(options, prefill_layers):
         words = Verbalizer(label_names=("no", "yes"), token_ids=((3,), (4,)))
         config = LlamaConfig(**BERT, num_key_value_heads=2, head_dim=24)
         backbone = cut(LlamaForCausalLM(config), words).freeze()
-    plan = plan_memory(backbone, method, prefill_layers, 4, 16)
+    plan = estimate_memory(backbone, method, prefill_layers, 4, 16)
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     method.unfreeze(backbone, prefill_layers)
     trained = sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
@@ -318,7 +318,7 @@ def test_plan_counts_what_a_task_model_trains(options, prefill_layers):
 
 def test_plan_counts_weights_by_type(bert_base):
     method = on_meta(bert_base, "revmux", 2)
-    plan = plan_memory(bert_base, method, 6, 32, 128)
+    plan = estimate_memory(bert_base, method, 6, 32, 128)
     weights = sum(parameter.numel() for parameter in bert_base.parameters())
     assert plan.backbone == 2 * weights
     assert plan.adapters == plan.gradients == 4 * 9_445_248
@@ -328,11 +328,11 @@ def test_plan_counts_weights_by_type(bert_base):
 
 def test_checkpointing_and_tuning_move_the_plan(bert_base):
     frozen, tuned = on_meta(bert_base, "revmux", 2), on_meta(bert_base, "revmux", 2, {"tune_backbone": True})
-    whole = plan_memory(bert_base, frozen, 6, 32, 128)
-    again = plan_memory(bert_base, frozen, 6, 32, 128, gradient_checkpointing=True)
+    whole = estimate_memory(bert_base, frozen, 6, 32, 128)
+    again = estimate_memory(bert_base, frozen, 6, 32, 128, gradient_checkpointing=True)
     assert again.activations < 0.6 * whole.activations
     assert again.optimizer == whole.optimizer
-    every = plan_memory(bert_base, tuned, 6, 32, 128)
+    every = estimate_memory(bert_base, tuned, 6, 32, 128)
     weights = sum(parameter.numel() for parameter in bert_base.parameters())
     assert every.optimizer == 8 * (weights + 9_445_248)
     assert every.activations > 3 * whole.activations
@@ -340,7 +340,7 @@ def test_checkpointing_and_tuning_move_the_plan(bert_base):
 
 def test_plan_refuses_a_batch_that_is_no_whole_groups(bert_base):
     with pytest.raises(UserError, match=r"batch_size \(30\) must be divisible by num_inputs \(4\)"):
-        plan_memory(bert_base, on_meta(bert_base, "revmux", 4), 6, 30, 128)
+        estimate_memory(bert_base, on_meta(bert_base, "revmux", 4), 6, 30, 128)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_a_length_beyond_the_positions_is_an_error(name, legal):
     with pytest.raises(UserError, match=message):
         count_flops(backbone, method, 1, 65)
     with pytest.raises(UserError, match=message):
-        plan_memory(backbone, method, 1, 4, 65)
+        estimate_memory(backbone, method, 1, 4, 65)
 
 
 def test_command_line_reports_a_mistake_on_one_line(command):

@@ -11,9 +11,9 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from revmux import UserError
-from revmux.data import DataConfig, TaskData, TokenizedSplit, load_task
-from revmux.data import docstrings as docstrings_module
-from revmux.data.docstrings import (
+from revmux.data.config import DataConfig
+from revmux.data.sources import docstrings as docstrings_module
+from revmux.data.sources.docstrings import (
     LIBRARIES,
     SPLIT_SHARES,
     build_docstring_task,
@@ -21,7 +21,9 @@ from revmux.data.docstrings import (
     read_sentences,
     skeleton,
 )
-from revmux.pretrained import Pretrained
+from revmux.data.task import TaskData, load_task
+from revmux.data.tokens import TokenizedSplit
+from revmux.pretrained.pretrained import Pretrained
 
 SPLITS = ("train", "selection", "test")
 
@@ -379,7 +381,7 @@ def test_the_seed_alone_fixes_the_task(toy_libraries: None) -> None:
 def test_the_embedded_task_loads_with_the_versions_that_fix_it(
     docstrings: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("revmux.data.sources.build_docstring_task", lambda seed, per_class: docstrings)
+    monkeypatch.setattr("revmux.data.task.build_docstring_task", lambda seed, per_class: docstrings)
     task = load_task(DataConfig(per_class=60))
     assert task.label_names == sorted(LIBRARIES)
     assert texts(task, "test") == list(docstrings["test"]["text"])

@@ -11,7 +11,7 @@ import torch
 from serving_models import load, plain_scores, text, write_adapter, write_model
 
 from revmux.errors import UserError
-from revmux.pretrained import Pretrained
+from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Answer, Engine, Limits
 
 TEXTS = [text(index) for index in range(48)]

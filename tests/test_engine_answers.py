@@ -11,9 +11,10 @@ import pytest
 import torch
 from serving_models import CUT, WORDS, load, plain_scores, text, write_adapter, write_model
 
-from revmux.errors import UserError
-from revmux.pretrained import Pretrained
-from revmux.serving import Draining, EmptyText, Engine, InferenceFailed, Limits, Overloaded, TextError, rank_labels
+from revmux.errors import EmptyText, TextError, UserError
+from revmux.labels import rank_labels
+from revmux.pretrained.pretrained import Pretrained
+from revmux.serving import Draining, Engine, InferenceFailed, Limits, Overloaded
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from serving_models import load, plain_scores, text, write_adapter, write_identifying_model, write_model
 
 from revmux.errors import UserError
-from revmux.pretrained import Pretrained
+from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Draining, Engine, Expired, InferenceFailed, Limits, Overloaded, PassReport, UnknownTask
 from revmux.serving.sharing import share_weights
 

@@ -13,11 +13,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from revmux import BackboneShape, MultiplexedClassifier, build_method
-from revmux.data import TokenizedSplit
-from revmux.evaluation import evaluate, predict
-from revmux.features import OnlineFeatures
+from revmux.data.tokens import TokenizedSplit
+from revmux.features.online import OnlineFeatures
 from revmux.grouping import shuffled_groups
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
+from revmux.training.evaluation import evaluate, predict
 
 
 def features(pretrained: Pretrained, rows: list[dict[str, str]], with_teacher: bool = True) -> OnlineFeatures:

@@ -11,18 +11,20 @@ import torch
 from datasets import Dataset
 from serving_models import CUT, load, plain_scores, text, write_adapter, write_model
 
-from revmux.artifact import load_config, save_pretrained
-from revmux.cost import count_flops, layer_flops, relative_cost, resume_cost
-from revmux.data import TokenizedSplit
+from revmux.adapters.config import load_adapter_config
+from revmux.adapters.folder import save_adapter
+from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
-from revmux.evaluation import evaluate, predict
-from revmux.fallback import check_threshold, confidence, evaluate_fallback, resume
-from revmux.features import OnlineFeatures
+from revmux.estimate.flops import count_flops, layer_flops, relative_cost, resume_cost
+from revmux.fallback import check_threshold, confidence, resume
+from revmux.features.online import OnlineFeatures
 from revmux.grouping import shuffled_groups
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.pretrained import Pretrained
+from revmux.plan.fallback_curve import evaluate_fallback
+from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Engine, Limits
+from revmux.training.evaluation import evaluate, predict
 
 TEXTS = [text(index) for index in range(32)]
 
@@ -139,11 +141,11 @@ def test_what_cannot_fall_back_is_refused(
 @pytest.fixture
 def make_engine(pretrained: Pretrained, model: MultiplexedClassifier, tmp_path: Path) -> Callable[..., Engine]:
     """An engine that always multiplexes, with an adapter that records a threshold of its own."""
-    config = load_config(write_adapter(tmp_path, pretrained, 2))
+    config = load_adapter_config(write_adapter(tmp_path, pretrained, 2))
 
     def make(own: float | None, override: float | None) -> Engine:
         recorded = replace(config, method="revmux", options=model.method.options_dict(), fallback_threshold=own)
-        folder = save_pretrained(model, recorded, tmp_path / "unsure")
+        folder = save_adapter(model, recorded, tmp_path / "unsure")
         return Engine(pretrained, [folder], Limits(plain_load=0), threshold=override)
 
     return make

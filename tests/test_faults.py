@@ -23,13 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from revmux import UserError
-from revmux.artifact import WEIGHTS_NAME, save_pretrained
-from revmux.checkpoint import CheckpointFolder
-from revmux.data import DataConfig, load_task
-from revmux.features import StoreConfig
-from revmux.pretrained import BackboneConfig
-from revmux.recipe import MethodConfig, Recipe, prepare
-from revmux.training import OptimConfig, Trainer, load_weights
+from revmux.adapters.config import WEIGHTS_NAME
+from revmux.adapters.folder import save_adapter
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.features.config import StoreConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.checkpoint import CheckpointFolder
+from revmux.training.config import MethodConfig, OptimConfig, Recipe
+from revmux.training.recipe import prepare
+from revmux.training.trainer import Trainer, load_weights
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -63,7 +66,7 @@ def run_undisturbed(model: str, data: str, folder: str) -> dict[str, Any]:
     trainer = prepared.trainer()
     list(trainer.run())
     load_weights(prepared.model, trainer.best)
-    save_pretrained(prepared.model, prepared.adapter_config({}), Path(folder) / f"adapter-{trainer.rank}")
+    save_adapter(prepared.model, prepared.adapter_config({}), Path(folder) / f"adapter-{trainer.rank}")
     state = trainer.state
     return {"history": state.history, "steps": state.step, "steps_per_epoch": trainer.steps_per_epoch}
 

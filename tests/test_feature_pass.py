@@ -16,12 +16,17 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.features import FeaturesJob, ShardWorker, fill_for, fill_stores, main
+from ray_jobs.features import FeaturesJob, main
+from ray_jobs.training.feature_pass import ShardWorker, fill_for, fill_stores
 from revmux import UserError
-from revmux.data import DataConfig, TaskData, load_task
-from revmux.features import NotSeenError, StoreBuilder, StoreConfig, open_features
-from revmux.pretrained import BackboneConfig, load_pretrained
-from revmux.recipe import MethodConfig, Recipe, prepare
+from revmux.data.config import DataConfig
+from revmux.data.task import TaskData, load_task
+from revmux.features.config import StoreConfig
+from revmux.features.store import NotSeenError, StoreBuilder, open_features
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.training.config import MethodConfig, Recipe
+from revmux.training.recipe import prepare
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 LAYERS = [1, 2]

@@ -35,21 +35,16 @@ from revmux.backbone import Backbone, HiddenState, cut
 from revmux.backbone.llama import LlamaBackbone
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.data.tokens import TokenizedSplit
-from revmux.features import (
-    OnlineFeatures,
-    StoreBuilder,
-    StoreConfig,
-    list_stores,
-    measure_precision,
-    open_features,
-    remove_stores,
-)
-from revmux.features.cache_cli import format_stores
+from revmux.features.cache_cli import format_stores, list_stores, remove_stores
+from revmux.features.config import StoreConfig
 from revmux.features.key import backbone_digest, tokens_digest
 from revmux.features.lease import Lease
+from revmux.features.online import OnlineFeatures
 from revmux.features.place import Place
-from revmux.features.shards import ShardSet, plan_shards
-from revmux.pretrained import Pretrained
+from revmux.features.precision import measure_precision
+from revmux.features.shards import ShardSet, assign_shards
+from revmux.features.store import StoreBuilder, open_features
+from revmux.pretrained.pretrained import Pretrained
 
 LAYERS, WIDTH, INPUTS, SHARD = 3, 32, 23, 8
 WORDS = [f"w{index}" for index in range(40)]
@@ -202,7 +197,7 @@ def test_reopening_writes_nothing_and_a_further_layer_only_itself(config: StoreC
     model, tokens = pretrained(bert()), split()
     open_features(model, tokens, [1], config)
     first = shard_files(config)
-    assert len(first) == 2 * len(plan_shards(tokens.lengths.numpy(), SHARD))
+    assert len(first) == 2 * len(assign_shards(tokens.lengths.numpy(), SHARD))
     open_features(model, tokens, [1], config)
     assert shard_files(config) == first
     store = open_features(model, tokens, [1, 2], config)
@@ -689,7 +684,7 @@ def test_shards_hold_every_input_once_and_no_more_than_they_may(monkeypatch: pyt
     monkeypatch.setattr("revmux.features.shards.SHARD_TOKENS", 40)
     lengths = torch.randint(1, 30, (50,), generator=torch.Generator().manual_seed(0)).numpy()
     lengths[7] = 100  # longer than a shard may be
-    plan = plan_shards(lengths, shard_inputs=6)
+    plan = assign_shards(lengths, shard_inputs=6)
     assert sorted(row for rows in plan for row in rows.tolist()) == list(range(50))
     assert all(len(rows) <= 6 for rows in plan)
     assert all(lengths[rows].sum() <= 40 or len(rows) == 1 for rows in plan)

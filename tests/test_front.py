@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from revmux.front import FrontRow, cost_of, front, mark_front
+from revmux.plan.front import FrontRow, cost_of, front, mark_front
 
 
 @dataclass(frozen=True)

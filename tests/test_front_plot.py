@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from revmux import UserError
-from revmux.front import FrontRow
-from revmux.front_plot import label_of, plot_front_html, plot_front_png
+from revmux.plan.front import FrontRow
+from revmux.plan.plots import label_of, plot_front_html, plot_front_png
 
 ROWS = [
     FrontRow("siso", "siso", 1, 0, math.nan, 0.9, 0.9, 1.0, 1.0),

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revmux import UserError
-from revmux.grouping import epoch_groups, local_rows, shuffled_groups
-from revmux.model import consecutive_groups, gather_rows
-from revmux.training import OptimConfig
+from revmux.grouping import consecutive_groups, epoch_groups, gather_rows, local_rows, shuffled_groups
+from revmux.training.config import OptimConfig
 
 
 def lengths(total: int) -> Tensor:

@@ -16,22 +16,18 @@ from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
-from revmux import hub as library
-from revmux.artifact import (
-    CARD_NAME,
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    describe,
-    from_pretrained,
-    load_config,
-    push_to_hub,
-    save_pretrained,
-)
-from revmux.classifier import TextClassifier
-from revmux.data.prompts import load_prompt
-from revmux.pretrained import BackboneConfig, Pretrained, identity_of, load_pretrained, weights_sha256
+from revmux.adapters.classifier import TextClassifier
+from revmux.adapters.config import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, load_adapter_config
+from revmux.adapters.folder import describe_adapter, load_adapter, save_adapter
+from revmux.adapters.push import push_to_hub
+from revmux.data.prompt import load_prompt
+from revmux.pretrained import hub as library
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.identity import identity_of, weights_sha256
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
+from revmux.pretrained.task_model import PROMPT_NAME, read_prompt
 from revmux.serving.adapters import load_adapters
-from revmux.task_model import PROMPT_NAME, read_prompt
 
 TEXTS = ["w1 w5 w6", "w2 w9", "w7", "w30 w1 w2 w3", "w11 w12"]
 
@@ -59,7 +55,7 @@ def build(pretrained: Pretrained, seed: int = 3) -> MultiplexedClassifier:
 
 def save(pretrained: Pretrained, folder: Path, seed: int = 3) -> Path:
     model = build(pretrained, seed)
-    return save_pretrained(model, describe(model, pretrained, 16, {"source": "toy.csv"}), folder)
+    return save_adapter(model, describe_adapter(model, pretrained, 16, {"source": "toy.csv"}), folder)
 
 
 def scores(adapter: str | Path, **arguments: object) -> torch.Tensor:
@@ -80,7 +76,7 @@ def test_an_adapter_comes_back_from_the_hub_as_it_was(hub: Hub, tiny_pretrained:
     assert pushed.private
     assert pushed.branches == {"main": commit}
     assert pushed.commits[commit] == {path.name: path.read_bytes() for path in folder.iterdir()}
-    loaded = from_pretrained("me/adapter", tiny_pretrained)
+    loaded = load_adapter("me/adapter", tiny_pretrained)
     state = build(tiny_pretrained).method.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.method.state_dict().items())
     (served,) = load_adapters([f"me/adapter@{commit}"], tiny_pretrained)
@@ -90,14 +86,16 @@ def test_an_adapter_comes_back_from_the_hub_as_it_was(hub: Hub, tiny_pretrained:
 def test_a_revision_is_a_branch_or_a_commit(hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path) -> None:
     first = push_to_hub(save(tiny_pretrained, tmp_path / "a"), "me/adapter")
     model = build(tiny_pretrained, seed=4)
-    config = describe(model, tiny_pretrained, 12, {"source": "toy.csv"})
+    config = describe_adapter(model, tiny_pretrained, 12, {"source": "toy.csv"})
     second = push_to_hub(model, "me/adapter", config, revision="longer")
     assert hub.repositories["me/adapter"].branches == {"main": first, "longer": second}
-    lengths = {revision: load_config("me/adapter", revision).max_length for revision in (None, first, "longer", second)}
+    lengths = {
+        revision: load_adapter_config("me/adapter", revision).max_length for revision in (None, first, "longer", second)
+    }
     assert lengths == {None: 16, first: 16, "longer": 12, second: 12}
-    assert load_config("me/adapter@longer").max_length == 12
+    assert load_adapter_config("me/adapter@longer").max_length == 12
     down = [
-        from_pretrained("me/adapter", tiny_pretrained, revision).method.get_parameter("down.weight")
+        load_adapter("me/adapter", tiny_pretrained, revision).method.get_parameter("down.weight")
         for revision in (first, second)
     ]
     assert not torch.equal(*down)
@@ -114,7 +112,7 @@ def test_an_adapter_alone_brings_its_backbone_at_the_revision_it_was_trained_on(
         "sha256": weights_sha256(tiny_model_folder),
     }
     folder = save(pretrained, tmp_path / "adapter")
-    assert load_config(folder).base_model == pretrained.identity
+    assert load_adapter_config(folder).base_model == pretrained.identity
     assert "base_model: org/tiny\n" in (folder / CARD_NAME).read_text()
     expected = scores(folder, backbone=pretrained)
     push_to_hub(folder, "me/adapter")
@@ -145,8 +143,8 @@ def test_a_local_backbone_is_recorded_under_its_id_on_the_hub(
     commit = hub.add("me/tiny", tiny_model_folder)
     push_to_hub(folder, "me/adapter", base_model="me/tiny")
     identity = {"name": "me/tiny", "revision": commit, "sha256": tiny_pretrained.identity["sha256"]}
-    assert load_config("me/adapter").base_model == identity
-    assert load_config(folder).base_model == tiny_pretrained.identity, "the folder stays as it was"
+    assert load_adapter_config("me/adapter").base_model == identity
+    assert load_adapter_config(folder).base_model == tiny_pretrained.identity, "the folder stays as it was"
     torch.testing.assert_close(scores("me/adapter"), scores(folder, backbone=tiny_pretrained), rtol=0, atol=1e-6)
 
 
@@ -195,19 +193,19 @@ def test_what_cannot_be_loaded_is_named(
 ) -> None:
     push_to_hub(save(tiny_pretrained, tmp_path / "adapter"), "me/adapter", private=True)
     with pytest.raises(UserError, match=r"no adapter folder 'me/mistyped' here.*cannot get 'me/mistyped'.*404"):
-        load_config("me/mistyped")
+        load_adapter_config("me/mistyped")
     with pytest.raises(UserError, match="'me/adapter' at revision 'v9'"):
-        load_config("me/adapter", revision="v9")
+        load_adapter_config("me/adapter", revision="v9")
     hub.add("me/no-adapter", write_tiny_model(tmp_path / "model"))
     with pytest.raises(UserError, match=f"'me/no-adapter' is no adapter folder: it has no {CONFIG_NAME}"):
-        load_config("me/no-adapter")
+        load_adapter_config("me/no-adapter")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another machine"))
     monkeypatch.setenv("HF_TOKEN", "another")
     with pytest.raises(UserError, match=r"cannot get 'me/adapter'.*HF_TOKEN where it is private"):
-        load_config("me/adapter")
+        load_adapter_config("me/adapter")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot get 'me/elsewhere'"):
-        load_config("me/elsewhere")
+        load_adapter_config("me/elsewhere")
 
 
 def test_what_cannot_be_pushed_is_named(

@@ -12,12 +12,17 @@ from conftest import write_tiny_model
 
 from ray_jobs import cli, evaluate, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig
-from ray_jobs.launch import fingerprint
+from ray_jobs.sweep.config import TuneJob
+from ray_jobs.sweep.run import base_recipe
+from ray_jobs.training.launch import fingerprint
 from revmux import UserError
-from revmux.data import DataConfig, load_task
-from revmux.features import StoreConfig
-from revmux.pretrained import BackboneConfig, inspect
-from revmux.recipe import MethodConfig, Recipe, check, prepare
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.features.config import StoreConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import inspect
+from revmux.training.config import MethodConfig, Recipe
+from revmux.training.recipe import check, prepare
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -74,7 +79,7 @@ def test_workers_that_would_share_a_gpu_are_refused(
     job: ModuleType, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--backbone.model", str(tiny_model_folder), "--storage", str(tmp_path), "--cluster.workers", "2"]
-    config = {train: train.TrainJob, finetune: finetune.FinetuneJob, tune: tune.TuneJob}[job]
+    config = {train: train.TrainJob, finetune: finetune.FinetuneJob, tune: TuneJob}[job]
     assert cli.run(job.main, config, None, [*argv, "--cluster.gpus_per_worker", "0.5"]) == 2
     assert "gpus_per_worker is 0.5 with 2 workers" in told(capsys)
 
@@ -132,7 +137,7 @@ def test_only_what_decides_the_weights_makes_another_run(tiny_csv: Path, tmp_pat
 
 def test_settings_come_from_yaml_and_flags_win(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("space: wide\noptim: {epochs: 7, learning_rate: 0.002}\n")
-    job = cli.parse(tune.TuneJob, None, ["--config", str(tmp_path / "job.yaml"), "--optim.epochs", "3"])
+    job = cli.parse(TuneJob, None, ["--config", str(tmp_path / "job.yaml"), "--optim.epochs", "3"])
     assert (job.space, job.optim.epochs, job.optim.learning_rate) == ("wide", 3, 0.002)
 
 
@@ -140,12 +145,12 @@ def test_a_relative_model_folder_is_named_from_the_root_for_trials_and_replicas(
     monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
 ) -> None:
     monkeypatch.chdir(tiny_model_folder.parent)
-    seen: list[tune.TuneJob] = []
+    seen: list[TuneJob] = []
     flags = ["--backbone.model", tiny_model_folder.name, "--store.root", "features"]
-    assert cli.run(seen.append, tune.TuneJob, None, flags) == 0
-    recipe = tune.base_recipe(seen[0])
+    assert cli.run(seen.append, TuneJob, None, flags) == 0
+    recipe = base_recipe(seen[0])
     assert recipe.backbone.model == str(tiny_model_folder)
     assert recipe.store.root == str(tiny_model_folder.parent / "features")
     for other in ("all-MiniLM-L6-v2", "someone/classifier"):
-        cli.run(seen.append, tune.TuneJob, None, ["--backbone.model", other])
+        cli.run(seen.append, TuneJob, None, ["--backbone.model", other])
         assert seen[-1].backbone.model == other

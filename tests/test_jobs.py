@@ -24,7 +24,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ray_jobs.launch import absolute_path
+from ray_jobs.paths import absolute_path
 from revmux import UserError
 
 ROOT = Path(__file__).parents[1]

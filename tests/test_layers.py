@@ -11,7 +11,7 @@ import pytest
 
 import revmux
 from revmux import UserError
-from revmux.extras import require
+from revmux.utils.extras import require
 
 PACKAGE = Path(revmux.__file__).parent
 OUTER = ("ray", "mlflow", "fastapi", "starlette")

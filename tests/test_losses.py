@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from revmux import UserError
-from revmux.losses import Candidates, LossConfig, gather_from_workers, infonce, training_loss
+from revmux.training.config import LossConfig
+from revmux.training.losses import ContrastSet, gather_from_workers, infonce, training_loss
 
 ONE_APART = math.log(1 + math.exp(-1))  # −log softmax of 1 against 0
 
@@ -45,9 +46,9 @@ def test_batch_negatives_stand_against_other_groups_and_group_negatives_do_not()
 def test_an_input_that_comes_twice_is_no_negative_of_itself() -> None:
     twice, settings = axes(1.0, 1.0).repeat(2, 1, 1), config("batch", "cosine")
     rows = torch.tensor([7, 8, 7, 8])
-    known = infonce(twice, twice, settings, Candidates(twice.flatten(0, 1), 0, rows))
+    known = infonce(twice, twice, settings, ContrastSet(twice.flatten(0, 1), 0, rows))
     assert known.item() == pytest.approx(math.log(1 + 2 * math.exp(-1))), "the other input counts twice"
-    second = infonce(twice[1:], twice[1:], settings, Candidates(twice.flatten(0, 1), 2, torch.tensor([7, 8, 9, 8])))
+    second = infonce(twice[1:], twice[1:], settings, ContrastSet(twice.flatten(0, 1), 2, torch.tensor([7, 8, 9, 8])))
     assert second.item() == pytest.approx((ONE_APART + math.log(2) + math.log(1 + 2 * math.exp(-1))) / 2)
 
 

@@ -10,11 +10,11 @@ from test_backbone_seq2seq_decoder import backbone_of
 from test_methods import groups_of, randomised, with_padding
 
 from revmux import MultiplexedClassifier
-from revmux.artifact import describe, from_pretrained, save_pretrained
+from revmux.adapters.folder import describe_adapter, load_adapter, save_adapter
 from revmux.backbone import Backbone, TokenBatch, supported_model_types
 from revmux.backbone.encoder_decoder import EncoderDecoderBackbone
 from revmux.methods import method_names
-from revmux.pretrained import Pretrained
+from revmux.pretrained.pretrained import Pretrained
 
 FAMILIES = {
     "bert": "bert",
@@ -134,8 +134,8 @@ def test_files_and_padding_change_no_answer(family, name, options, num_inputs, t
             torch.testing.assert_close(wider, left, rtol=1e-4, atol=2e-5)
         identity = {"name": family, "revision": None, "sha256": "0" * 64}
         pretrained = Pretrained(backbone(family), None, identity, True)
-        folder = save_pretrained(model, describe(model, pretrained, LENGTH, {}), tmp_path / "adapter")
-        loaded = from_pretrained(folder, pretrained)
+        folder = save_adapter(model, describe_adapter(model, pretrained, LENGTH, {}), tmp_path / "adapter")
+        loaded = load_adapter(folder, pretrained)
         torch.testing.assert_close(loaded.run_tokens(tokens, groups).scores, scores, rtol=0, atol=1e-6)
 
 

@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Param
 from mlflow.exceptions import MlflowException, RestException
 
-from ray_jobs.outbox import LOCAL, is_refusal
-from ray_jobs.tracking import Tracker, TrackingConfig
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.outbox import LOCAL, is_refusal
+from ray_jobs.tracking.tracker import Tracker
 from revmux import UserError
 
 

@@ -12,14 +12,15 @@ from benchmarks.plan import allowances, sweep
 from benchmarks.plan.page import plan_words
 from benchmarks.plan.tasks import Budget, Planned, plan_task
 from benchmarks.rows import unmeasured_row, verdict
-from ray_jobs.tune import TuneJob
-from revmux.candidates import MeasureConfig
-from revmux.data import DataConfig, load_task
-from revmux.features import StoreConfig
-from revmux.planner import Plan, Served, SplitConfig
-from revmux.planning import Candidate, Goal, choose, verify
-from revmux.pretrained import BackboneConfig
-from revmux.recipe import prepare, train_here
+from ray_jobs.sweep.config import TuneJob
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.features.config import StoreConfig
+from revmux.plan.build import Plan, Served
+from revmux.plan.choose import Candidate, choose, verify
+from revmux.plan.config import Goal, MeasureConfig, SplitConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.recipe import prepare, train_here
 
 BUDGET = Budget(max_length=16, frozen_layers=1, tuning_epochs=1, epochs=1, exit_layers=(1, 2), prefill_layers=(1,))
 COUNTED = MeasureConfig(shuffles=2, throughput_inputs=0, thresholds=(0.0, 0.6))

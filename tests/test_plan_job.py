@@ -17,16 +17,15 @@ from ray_jobs import cli, plan
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.plan import PlanJob
 from revmux import UserError
-from revmux.artifact import load_config
-from revmux.candidates import MeasureConfig
-from revmux.data import DataConfig
-from revmux.features import StoreConfig
-from revmux.planning import Goal
-from revmux.pretrained import BackboneConfig
-from revmux.training import OptimConfig
+from revmux.adapters.config import load_adapter_config
+from revmux.data.config import DataConfig
+from revmux.features.config import StoreConfig
+from revmux.plan.config import Goal, MeasureConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.config import OptimConfig
 from serve_app.config import AppConfig, server_config
 from serve_app.run import deploy, shutdown
-from serve_app.sources import adapter_folder
+from serve_app.sources import fetch_adapter
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_a_plan_ends_with_a_server_of_the_promised_widths(job: PlanJob, ray_here
     assert champion.tags["system"].endswith(written["chosen"])
     on_front = {row.name for row in found.rows if row.on_front and row.method != "siso"}
     assert on_front <= {version.tags["system"].rpartition("/")[2] for version in versions.values()}
-    threshold = load_config(adapter_folder("models:/reviews@champion")).fallback_threshold
+    threshold = load_adapter_config(fetch_adapter("models:/reviews@champion")).fallback_threshold
     assert champion.tags["fallback_threshold"] == ("none" if threshold is None else f"{threshold:g}")
     experiment = client.get_experiment_by_name("revmux")
     assert experiment is not None

@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from revmux import UserError
-from revmux.artifact import from_pretrained, load_config
-from revmux.candidates import MeasureConfig
-from revmux.data import DataConfig, TaskData, load_task
-from revmux.evaluation import evaluate
-from revmux.features import OnlineFeatures, StoreConfig
-from revmux.planner import Plan, SplitConfig, for_choosing, plan_here
-from revmux.planning import Goal
-from revmux.pretrained import BackboneConfig, Pretrained
-from revmux.recipe import MethodConfig, Recipe
-from revmux.training import OptimConfig
+from revmux.adapters.config import load_adapter_config
+from revmux.adapters.folder import load_adapter
+from revmux.data.config import DataConfig
+from revmux.data.task import TaskData, load_task
+from revmux.features.config import StoreConfig
+from revmux.features.online import OnlineFeatures
+from revmux.plan.build import Plan, for_choosing, plan_here
+from revmux.plan.config import Goal, MeasureConfig, SplitConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.pretrained import Pretrained
+from revmux.training.config import MethodConfig, OptimConfig, Recipe
+from revmux.training.evaluation import evaluate
 
 COUNTED = MeasureConfig(shuffles=2, throughput_inputs=0, thresholds=(0.0, 0.6))
 
@@ -89,10 +91,10 @@ def test_served_adapters_carry_their_thresholds_and_answer_as_verified(
     features = OnlineFeatures(tiny_pretrained.tokenize(task.test, 16), tiny_pretrained.backbone)
     for one in plan.served:
         assert one.folder is not None
-        config = load_config(one.folder)
+        config = load_adapter_config(one.folder)
         assert config.fallback_threshold == one.judged.candidate.threshold
         assert config.num_inputs == one.num_inputs
-        found = evaluate(from_pretrained(one.folder, tiny_pretrained), features, shuffles=2)
+        found = evaluate(load_adapter(one.folder, tiny_pretrained), features, shuffles=2)
         assert one.verification.siso_accuracy == pytest.approx(found.siso_accuracy)
         if config.fallback_threshold is None:
             assert one.verification.accuracy == pytest.approx(found.accuracy_mean)

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from revmux import UserError
-from revmux.planning import Candidate, Choice, Goal, Judged, choose, loss_bounds, verify
+from revmux.plan.choose import Candidate, Choice, Judged, choose, loss_bounds, verify
+from revmux.plan.config import Goal
 
 
 def candidate(name: str, correct: Any, cost: float, num_inputs: int = 2, **settings: Any) -> Candidate:

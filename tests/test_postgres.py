@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from ray_jobs.comparison import record_comparison
-from ray_jobs.tracking import Tracker, TrackingConfig
-from ray_jobs.trials import TrialRow
+from ray_jobs.sweep.comparison import record_comparison
+from ray_jobs.sweep.trials import TrialRow
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.tracker import Tracker
 
 pytest.importorskip("psycopg2", reason="no driver of PostgreSQL here; run: pip install 'revmux[postgres]'")
 BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=None)

@@ -10,18 +10,13 @@ import torch
 from conftest import write_tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method, pretrained
+from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.backbone import TokenBatch
-from revmux.pretrained import (
-    EMBEDDED_NAME,
-    EMBEDDED_SHA256,
-    BackboneConfig,
-    Pretrained,
-    inspect,
-    load_pretrained,
-    resolve,
-    weights_sha256,
-)
+from revmux.pretrained import loading as pretrained
+from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_SHA256, BackboneConfig
+from revmux.pretrained.identity import resolve, weights_sha256
+from revmux.pretrained.loading import inspect, load_pretrained
+from revmux.pretrained.pretrained import Pretrained
 
 TEXTS = ["A short one.", "Several inputs share one pass through the upper layers of a frozen model.", "Why?"]
 

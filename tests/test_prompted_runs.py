@@ -23,23 +23,25 @@ from transformers import (
 )
 
 from ray_jobs import cli, evaluate, finetune, train
-from ray_jobs.launch import load_checked
+from ray_jobs.training.launch import load_checked
 from revmux import BackboneShape, UserError, build_method
 from revmux.__main__ import main
-from revmux.artifact import from_pretrained, load_config, recorded_prompt, save_pretrained
-from revmux.classifier import TextClassifier
-from revmux.cost import count_flops
-from revmux.data import DataConfig
-from revmux.data.prompts import Prompt
-from revmux.features import StoreConfig
+from revmux.adapters.classifier import TextClassifier
+from revmux.adapters.config import load_adapter_config, recorded_prompt
+from revmux.adapters.folder import load_adapter, save_adapter
+from revmux.data.config import DataConfig
+from revmux.data.prompt import Prompt
+from revmux.errors import TextError
+from revmux.estimate.flops import count_flops
+from revmux.estimate.shapes import meta_backbone
+from revmux.features.config import StoreConfig
 from revmux.features.key import tokens_digest
-from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig, check_answers, inspect, load_pretrained
-from revmux.recipe import MethodConfig, Prepared, Recipe, prepare, train_here
-from revmux.serving import Engine, TextError
-from revmux.shapes import meta_backbone
-from revmux.task_model import save_task_model
-from revmux.training import OptimConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import check_answers, inspect, load_pretrained
+from revmux.pretrained.task_model import save_task_model
+from revmux.serving import Engine
+from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
+from revmux.training.recipe import Prepared, prepare, train_here
 from serve_app.config import server_config
 from serve_app.service import Service
 
@@ -173,13 +175,13 @@ def test_an_adapter_is_trained_kept_evaluated_and_served_with_its_prompt(
     stored = ready.test.batch(range(6)).teacher_scores
     torch.testing.assert_close(stored, teacher, rtol=1e-4, atol=1e-4)
 
-    adapter = save_pretrained(ready.model, ready.adapter_config({}), tmp_path / "adapter")
-    assert load_config(adapter).recorded_prompt() == PROMPT
+    adapter = save_adapter(ready.model, ready.adapter_config({}), tmp_path / "adapter")
+    assert load_adapter_config(adapter).recorded_prompt() == PROMPT
     assert list(recorded_prompt([adapter]).labels) == LABELS  # type: ignore[union-attr]
     fresh = load_pretrained(backbone(folder, recorded_prompt([adapter])))
     with torch.no_grad():
         expected = ready.model.eval()(ready.pretrained.encode(TEXTS[:2]))
-        torch.testing.assert_close(from_pretrained(adapter, fresh)(fresh.encode(TEXTS[:2])), expected)
+        torch.testing.assert_close(load_adapter(adapter, fresh)(fresh.encode(TEXTS[:2])), expected)
     classifier = TextClassifier.from_pretrained(adapter, folder)
     assert classifier.scores(TEXTS[:2]).shape == (2, 2)
 
@@ -195,12 +197,12 @@ def test_an_adapter_on_another_prompt_is_refused_with_both_names(
 ) -> None:
     folder = model_folder("llama")
     ready = prepared(recipe(folder, tiny_csv, tmp_path / "store"))
-    adapter = save_pretrained(ready.model, ready.adapter_config({}), tmp_path / "adapter")
+    adapter = save_adapter(ready.model, ready.adapter_config({}), tmp_path / "adapter")
     other = load_pretrained(backbone(folder, replace(PROMPT, name="other", template="{text}\nAnswer:")))
     with pytest.raises(UserError, match=r"trained with prompt mine, but .* has prompt other \(template 'Text: .* here"):
-        from_pretrained(adapter, other)
+        load_adapter(adapter, other)
     renamed = load_pretrained(backbone(folder, replace(PROMPT, name="a copy of it")))
-    from_pretrained(adapter, renamed)
+    load_adapter(adapter, renamed)
 
     argv = ["--backbone.model", str(folder), "--backbone.prompt", "sst2", "--adapter", str(adapter)]
     assert cli.run(evaluate.main, evaluate.EvaluateJob, None, [*argv, "--storage", str(tmp_path / "runs")]) == 2
@@ -212,7 +214,7 @@ def test_a_server_is_told_no_prompt_and_takes_the_adapters(
 ) -> None:
     folder = model_folder("t5")
     ready = prepared(recipe(folder, tiny_csv, tmp_path / "store"))
-    adapter = save_pretrained(ready.model, ready.adapter_config({}), tmp_path / "adapter")
+    adapter = save_adapter(ready.model, ready.adapter_config({}), tmp_path / "adapter")
     config = server_config(model=str(folder), adapters=[str(adapter)])
     service = Service(config)
     try:
@@ -395,7 +397,7 @@ def test_a_soft_prompt_is_tuned_kept_and_carries_adapters(
         atol=1e-4,
     )
     train_here(adapters)
-    folder = save_pretrained(adapters.model, adapters.adapter_config({}), tmp_path / "adapter")
+    folder = save_adapter(adapters.model, adapters.adapter_config({}), tmp_path / "adapter")
     with Engine(loaded, [folder]) as engine:
         own = engine.submit(TEXTS[:1], max_multiplex=1)[0].result(60)
     torch.testing.assert_close(own.scores, expected[0], rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
 from revmux import UserError
-from revmux.data.prompts import Prompt, load_prompt, prompt_names
+from revmux.data.prompt import Prompt, load_prompt, prompt_names
 
 CORPUS = [
     "Answer: yes no negative positive equivalent entailment notable",

@@ -19,13 +19,14 @@ from conftest import LABELS
 from mlflow.exceptions import MlflowException
 from torch import Tensor
 
-from ray_jobs.pyfunc import MODEL_NAME, save_pyfunc
-from ray_jobs.tracking import Tracker, TrackingConfig
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.pyfunc import MODEL_NAME, save_pyfunc
+from ray_jobs.tracking.tracker import Tracker
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
-from revmux.artifact import describe, from_pretrained, save_pretrained
-from revmux.classifier import TextClassifier
-from revmux.pretrained import Pretrained
-from serve_app.sources import adapter_folder
+from revmux.adapters.classifier import TextClassifier
+from revmux.adapters.folder import describe_adapter, load_adapter, save_adapter
+from revmux.pretrained.pretrained import Pretrained
+from serve_app.sources import fetch_adapter
 
 TEXTS = ["w1 w5 w6", "w2 w9 w4", "w7 w3 w2", "w30 w1 w2", "w11 w12 w8"]  # of one length: grouped as they come
 
@@ -46,7 +47,7 @@ def adapter(tiny_pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactor
     method = build_method("revmux", BackboneShape.of(tiny_pretrained.backbone), 2)
     model = MultiplexedClassifier(tiny_pretrained.backbone, method, 1)
     folder = tmp_path_factory.mktemp("made") / "adapter"
-    return save_pretrained(model, describe(model, tiny_pretrained, 16, {"source": "toy.csv"}), folder)
+    return save_adapter(model, describe_adapter(model, tiny_pretrained, 16, {"source": "toy.csv"}), folder)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def registered(
 ) -> Registered:
     tokens = dict(tiny_pretrained.tokenizer(TEXTS, padding=True, return_tensors="pt"))
     with torch.no_grad():
-        expected = from_pretrained(adapter, tiny_pretrained)(tokens)
+        expected = load_adapter(adapter, tiny_pretrained)(tokens)
     storage = tmp_path_factory.mktemp("storage")
     # Folders of the same name, as people have them.
     made = [
@@ -138,7 +139,7 @@ def test_a_model_is_signed_pinned_and_holds_no_pickle(tracked: Registered) -> No
 
 def test_the_server_loads_what_was_registered(tracked: Registered, adapter: Path) -> None:
     for uri in ("models:/toy@champion", "models:/toy/1", f"runs:/{tracked.run_id}/adapter"):
-        folder = adapter_folder(uri)
+        folder = fetch_adapter(uri)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
             path.name: path.read_bytes() for path in adapter.iterdir()
         }

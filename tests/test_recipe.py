@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from revmux.data import DataConfig, load_task
-from revmux.features import StoreConfig
-from revmux.pretrained import BackboneConfig
-from revmux.recipe import MethodConfig, Recipe, prepare, train_here
-from revmux.training import OptimConfig
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.features.config import StoreConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.config import MethodConfig, OptimConfig, Recipe
+from revmux.training.recipe import prepare, train_here
 
 
 def test_gradient_checkpointing_runs_upper_layers_again_and_trains_the_same_weights(

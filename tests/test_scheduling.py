@@ -7,8 +7,17 @@ import pytest
 from revmux.errors import UserError
 from revmux.serving import Overloaded
 from revmux.serving.metrics import Metrics
-from revmux.serving.plan import PLAIN, Group, Route, choose_routes, form_groups, form_passes, next_pass, useful_routes
 from revmux.serving.queue import PullQueue, Ticket
+from revmux.serving.scheduling import (
+    PLAIN,
+    Group,
+    Route,
+    choose_routes,
+    form_groups,
+    form_passes,
+    next_pass,
+    useful_routes,
+)
 
 # Costs of groups of 2 and 4 over the same cut layer, in plain inputs: 0.7 and 0.5 an input.
 TWO = Route(2, "layer 1", 0.4, 0.6)

@@ -17,17 +17,17 @@ from pydantic import ValidationError
 from serving_models import WORDS, load, plain_scores, text, write_adapter, write_model
 
 import revmux
-from revmux.errors import UserError
-from revmux.pretrained import Pretrained
-from revmux.serving import Answer, Draining, EmptyText, InferenceFailed, Overloaded, TextError
-from serve_app import failures
+from revmux.errors import EmptyText, TextError, UserError
+from revmux.pretrained.pretrained import Pretrained
+from revmux.serving import Answer, Draining, InferenceFailed, Overloaded
+from serve_app import errors as failures
 from serve_app.__main__ import main
 from serve_app.__main__ import parse as parse_flags
 from serve_app.config import AppConfig, LiveConfig, server_config
-from serve_app.failures import TooLarge, Unhealthy
+from serve_app.errors import TooLarge, Unhealthy
 from serve_app.protocol import PredictRequest, parse
 from serve_app.run import base_url, check_port, deploy, shutdown
-from serve_app.sources import adapter_folder
+from serve_app.sources import fetch_adapter
 
 ROOT = Path(revmux.__file__).parents[1]
 
@@ -415,6 +415,6 @@ def test_adapters_come_from_mlflow_by_run_and_by_alias(
     client.set_registered_model_alias("toy", "champion", version.version)
     weights = (folders[1][0] / "adapter_model.safetensors").read_bytes()
     for uri in (f"runs:/{run.info.run_id}/adapter", "models:/toy@champion"):
-        assert (adapter_folder(uri) / "adapter_model.safetensors").read_bytes() == weights
+        assert (fetch_adapter(uri) / "adapter_model.safetensors").read_bytes() == weights
     with pytest.raises(UserError, match="models:/toy@nobody"):
-        adapter_folder("models:/toy@nobody")
+        fetch_adapter("models:/toy@nobody")

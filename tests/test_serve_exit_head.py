@@ -16,18 +16,19 @@ from torch import Tensor
 
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.plan import PlanJob, check_server
-from revmux.artifact import from_pretrained
-from revmux.candidates import MeasureConfig
-from revmux.data import DataConfig, load_task
+from revmux.adapters.folder import load_adapter
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
 from revmux.errors import UserError
-from revmux.features import StoreConfig
+from revmux.features.config import StoreConfig
 from revmux.model import MultiplexedClassifier
-from revmux.planner import Plan, plan_here
-from revmux.planning import Goal
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
-from revmux.recipe import MethodConfig, Recipe
+from revmux.plan.build import Plan, plan_here
+from revmux.plan.config import Goal, MeasureConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Engine, Limits
-from revmux.training import OptimConfig
+from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from serve_app.config import AppConfig
 from serve_app.service import Service
 from serve_app.web import create_app
@@ -68,7 +69,7 @@ def make_engine(pretrained: Pretrained, head: Path) -> Iterator[Callable[..., En
 
 def head_scores(pretrained: Pretrained, folder: Path, texts: list[str]) -> Tensor:
     """(B, C) scores of the exit head itself on one padded batch."""
-    model: MultiplexedClassifier = from_pretrained(folder, pretrained)
+    model: MultiplexedClassifier = load_adapter(folder, pretrained)
     with torch.inference_mode():
         return model(dict(pretrained.tokenizer(texts, padding=True, return_tensors="pt")))
 

@@ -30,7 +30,7 @@ from serving_models import load, plain_scores, text, write_adapter
 from revmux.errors import UserError
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, LiveConfig, TaskConfig
-from serve_app.failures import Unhealthy
+from serve_app.errors import Unhealthy
 from serve_app.metrics import page
 from serve_app.service import Service
 from serve_app.web import create_app

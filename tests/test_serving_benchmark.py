@@ -23,7 +23,8 @@ from benchmarks.serving.page import serving_words
 from benchmarks.serving.places import texts_of_length
 from benchmarks.serving.settings import Sizes
 from benchmarks.serving.shares import PARTS, share_rows, shares
-from revmux.pretrained import EMBEDDED_NAME, resolve
+from revmux.pretrained.config import EMBEDDED_NAME
+from revmux.pretrained.identity import resolve
 
 
 class Seen:

@@ -9,9 +9,9 @@ import pytest
 
 from revmux import UserError
 from revmux.methods import BackboneShape
-from revmux.pretrained import BackboneConfig, inspect
-from revmux.recipe import Recipe
-from revmux.training import OptimConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import inspect
+from revmux.training.config import OptimConfig, Recipe
 from tune_spaces.space import SearchSpace, load_space, space_names
 
 SHAPE = BackboneShape(768, 12, 2, 768, shared_answer=True, vocab_size=1000)

@@ -14,17 +14,19 @@ from optuna.trial import TrialState
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from ray_jobs.early_stopping import FrontScheduler
-from ray_jobs.memory_monitor import trials_may_be_ended
-from ray_jobs.search import FrontSearch
-from ray_jobs.trial_process import fitting_trials, run_trial
-from ray_jobs.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
-from ray_jobs.tune import TuneJob, prepare_sweep
+from ray_jobs.sweep.config import TuneJob
+from ray_jobs.sweep.early_stopping import FrontScheduler
+from ray_jobs.sweep.memory_monitor import trials_may_be_ended
+from ray_jobs.sweep.run import prepare_sweep
+from ray_jobs.sweep.search import FrontSearch
+from ray_jobs.sweep.trial_process import fitting_trials, run_trial
+from ray_jobs.sweep.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
 from revmux import UserError
-from revmux.data import DataConfig, load_task
-from revmux.pretrained import BackboneConfig, outline
-from revmux.recipe import MethodConfig, Recipe
-from revmux.training import OptimConfig
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import outline
+from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from tune_spaces.space import SearchSpace
 
 ROOT = Path(__file__).parents[1]

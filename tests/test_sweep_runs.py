@@ -21,14 +21,16 @@ import ray
 from mlflow import MlflowClient
 
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.comparison import ENDS
-from ray_jobs.tune import StoppingConfig, TuneJob, main
+from ray_jobs.sweep.comparison import ENDS
+from ray_jobs.sweep.config import StoppingConfig, TuneJob
+from ray_jobs.tune import main
 from revmux import UserError
-from revmux.data import DataConfig, load_task
-from revmux.features import StoreConfig
-from revmux.pretrained import BackboneConfig
-from revmux.recipe import Recipe, fill_store
-from revmux.training import OptimConfig
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.features.config import StoreConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.config import OptimConfig, Recipe
+from revmux.training.recipe import fill_store
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}

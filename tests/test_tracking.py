@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
-from ray_jobs.command import command_line, without_passwords
-from ray_jobs.tracking import Tracker, TrackingConfig
+from ray_jobs.tracking.command_line import command_line, without_passwords
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.tracker import Tracker
 
 
 def tracker_of(storage: Path) -> Tracker:

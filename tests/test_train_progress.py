@@ -12,10 +12,10 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from ray_jobs import train_progress
-from ray_jobs.system_metrics import system_metrics
-from ray_jobs.train_progress import TrainProgress
-from revmux.training import EpochReport, TrainerState
+from ray_jobs.tracking.system_metrics import system_metrics
+from ray_jobs.training import progress as train_progress
+from ray_jobs.training.progress import TrainProgress
+from revmux.training.trainer import EpochReport, TrainerState
 
 METRICS = {"train_loss": 0.5, "selection_accuracy": 0.75}
 

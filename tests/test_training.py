@@ -17,14 +17,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.backbone.llama import LlamaBackbone
 from revmux.backbone.verbalizer import Verbalizer
-from revmux.checkpoint import CheckpointFolder
-from revmux.data import DataConfig, TokenizedSplit, load_task
-from revmux.features import FeatureBatch, OnlineFeatures, StoreConfig
-from revmux.losses import Candidates, LossConfig, Negatives
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
-from revmux.recipe import MethodConfig, Recipe, check, prepare
-from revmux.training import OptimConfig, Trainer, load_weights
-from revmux.workers import mean_over_workers
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.data.tokens import TokenizedSplit
+from revmux.features.base import FeatureBatch
+from revmux.features.config import StoreConfig
+from revmux.features.online import OnlineFeatures
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
+from revmux.training.checkpoint import CheckpointFolder
+from revmux.training.config import LossConfig, MethodConfig, Negatives, OptimConfig, Recipe
+from revmux.training.distributed import mean_over_workers
+from revmux.training.losses import ContrastSet
+from revmux.training.recipe import check, prepare
+from revmux.training.trainer import Trainer, load_weights
 
 FAST = OptimConfig(epochs=4, batch_size=16, learning_rate=5e-3)
 
@@ -216,7 +223,7 @@ def test_each_part_of_a_step_knows_whose_teachers_it_stands_against(
     running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=1, batch_size=24, accumulate=2))
     forward, twins = running.train_step.forward, []
 
-    def checked(batch: FeatureBatch, groups: Tensor, warmup: bool, candidates: Candidates) -> dict[str, Tensor]:
+    def checked(batch: FeatureBatch, groups: Tensor, warmup: bool, candidates: ContrastSet) -> dict[str, Tensor]:
         own, teachers = groups.numel(), running.train_step.teachers(batch, groups)
         assert teachers is not None
         assert candidates.rows is not None

@@ -18,18 +18,20 @@ import torch.distributed as dist
 from mlflow import MlflowClient
 from ray.train import ControllerError, WorkerGroupError
 
-import ray_jobs.worker
+import ray_jobs.training.worker
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.faults import WorkerError, as_told, first_error, is_out_of_memory
-from ray_jobs.launch import Trained, launch
-from ray_jobs.tracking import Tracker, TrackingConfig
-from ray_jobs.waiting import missing
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.launch import Trained, launch
+from ray_jobs.training.waiting import missing
+from ray_jobs.training.worker_errors import WorkerError, as_told, first_error, is_out_of_memory
 from revmux import UserError
-from revmux.data import DataConfig, load_task
-from revmux.features import StoreConfig
-from revmux.pretrained import BackboneConfig
-from revmux.recipe import MethodConfig, Recipe
-from revmux.training import OptimConfig, Trainer
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.features.config import StoreConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.config import MethodConfig, OptimConfig, Recipe
+from revmux.training.trainer import Trainer
 
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 
@@ -58,7 +60,7 @@ def test_too_little_memory_is_seen_on_every_device() -> None:
 @pytest.mark.cluster
 def test_a_gpu_that_ray_did_not_give_is_left_alone(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert ray_jobs.worker.own_device() == torch.device("cpu")
+    assert ray_jobs.training.worker.own_device() == torch.device("cpu")
 
 
 def test_a_run_that_was_given_up_is_told_in_a_line() -> None:
@@ -91,7 +93,7 @@ def start(
     """What launches a run whose second worker fails at its fifth step."""
 
     def run(fail: Callable[[], None], **cluster: Any) -> Trained:
-        monkeypatch.setattr(ray_jobs.worker, "train_worker", partial(one_fails, fail))
+        monkeypatch.setattr(ray_jobs.training.worker, "train_worker", partial(one_fails, fail))
         recipe = Recipe(
             BackboneConfig(model=str(tiny_model_folder), max_length=16),
             DataConfig(source=str(tiny_csv)),
@@ -109,7 +111,7 @@ def start(
 
 def one_fails(fail: Callable[[], None], arguments: dict[str, Any]) -> Any:
     """A worker; the second of them fails within its fifth step, while the first waits for its share of the gradient."""
-    from ray_jobs.worker import train_worker
+    from ray_jobs.training.worker import train_worker
 
     whole = Trainer._step
 

@@ -15,7 +15,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from revmux.errors import UserError, one_of
 from revmux.methods import BackboneShape
-from revmux.recipe import Recipe, check
+from revmux.training.config import Recipe
+from revmux.training.recipe import check
 
 KNOBS = ("methods", "num_inputs", "prefill_layers", "infonce_weight")
 EXIT_HEAD = "exit-head"

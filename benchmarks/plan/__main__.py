@@ -11,11 +11,11 @@ from typing import Any
 from benchmarks.plan import allowances, sweep
 from benchmarks.plan.tasks import Budget, Planned, plan_task
 from benchmarks.rows import kept_rows, unmeasured_row
-from ray_jobs.tune import TuneJob
-from revmux.candidates import MeasureConfig
-from revmux.data import DataConfig
-from revmux.planner import SplitConfig
-from revmux.results import describe_run, write_json
+from ray_jobs.sweep.config import TuneJob
+from revmux.data.config import DataConfig
+from revmux.plan.config import MeasureConfig, SplitConfig
+from revmux.utils.files import write_json
+from revmux.utils.run_info import describe_run
 
 RESULT, KEPT = Path("benchmarks/results/plan.json"), Path("runs/plan")
 BUDGET = Budget()

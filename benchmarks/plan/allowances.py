@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.plan.tasks import Planned
-from revmux.candidates import Bench, MeasureConfig
-from revmux.front import mark_front
-from revmux.planner import Plan, describe, train_adapters, unrounded, verify_widths
-from revmux.planning import SISO_NAME, Choice, Goal, Judged, choose
-from revmux.recipe import fill_store, load_backbone
+from revmux.plan.build import Plan, describe_system, train_recipes, unrounded, verify_widths
+from revmux.plan.choose import SISO_NAME, Choice, Judged, choose
+from revmux.plan.config import Goal, MeasureConfig
+from revmux.plan.front import mark_front
+from revmux.plan.measure import Bench
+from revmux.training.recipe import fill_store, load_backbone
 
 ALLOWANCES = (0.5, 1.0, 3.0)
 """Points of accuracy that may be lost."""
@@ -26,7 +27,7 @@ def measure(planned: Planned, measuring: MeasureConfig, allowances: Sequence[flo
     layers = sorted({recipe.method.prefill_layers for recipe in planned.recipes})
     for split in (choosing.train, choosing.selection, choosing.test):
         fill_store(first, split, layers)
-    adapters = train_adapters(planned.recipes, choosing, planned.folder / "adapters")
+    adapters = train_recipes(planned.recipes, choosing, planned.folder / "adapters")
     pretrained = load_backbone(first, task.label_names)
     pretrained.backbone.freeze()
     max_length = first.backbone.max_length
@@ -99,7 +100,7 @@ def outcome(plan: Plan) -> str:
     if method == SISO_NAME:
         return "ships the plain model (SISO): nothing else is surely inside the allowance and cheaper"
     what = "an exit head, no multiplexing" if method == "exit-head" else "multiplexing"
-    return f"ships {what}: {describe(plan.served[-1].judged)}"
+    return f"ships {what}: {describe_system(plan.served[-1].judged)}"
 
 
 def _best_multiplexed(choice: Choice) -> dict[str, Any] | None:

@@ -26,13 +26,16 @@ from typing import Any
 import torch
 
 from benchmarks.rows import ratio_row
-from ray_jobs.tune import TuneJob, prepare_sweep
-from revmux.data import TaskData
-from revmux.evaluation import Evaluation
-from revmux.features import OnlineFeatures, StoreConfig
+from ray_jobs.sweep.config import TuneJob
+from ray_jobs.sweep.run import prepare_sweep
+from revmux.data.task import TaskData
+from revmux.features.config import StoreConfig
+from revmux.features.online import OnlineFeatures
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.recipe import Prepared, Recipe, fill_store, load_backbone, prepare, train_here
+from revmux.training.config import Recipe
+from revmux.training.evaluation import Evaluation
+from revmux.training.recipe import Prepared, fill_store, load_backbone, prepare, train_here
 
 
 def train_online(recipe: Recipe, task: TaskData) -> Evaluation:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.trained import tuned_task_model
-from revmux.data import DataConfig, TaskData, load_task
-from revmux.features import StoreConfig
-from revmux.losses import LossConfig
-from revmux.planner import SplitConfig, for_choosing
-from revmux.pretrained import BackboneConfig
-from revmux.recipe import MethodConfig, Recipe
-from revmux.training import OptimConfig
+from revmux.data.config import DataConfig
+from revmux.data.task import TaskData, load_task
+from revmux.features.config import StoreConfig
+from revmux.plan.build import for_choosing
+from revmux.plan.config import SplitConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
 
 
 @dataclass(frozen=True)

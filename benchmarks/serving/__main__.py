@@ -19,7 +19,8 @@ from benchmarks.serving.places import Place, embedded_place, shape_place
 from benchmarks.serving.servers import Servers
 from benchmarks.serving.settings import CUTS, WIDTHS, Row, Settings
 from revmux.errors import UserError
-from revmux.results import describe_run, write_json
+from revmux.utils.files import write_json
+from revmux.utils.run_info import describe_run
 
 RESULT = Path("benchmarks/results/serving.json")
 KEPT = Path("runs/serving")

@@ -13,9 +13,9 @@ from benchmarks.serving.places import LENGTH, Place, counted_speedup, random_rev
 from benchmarks.serving.settings import CUTS, WIDTHS, Row
 from revmux.backbone import Backbone, TokenBatch, Verbalizer, cut
 from revmux.backbone.generative import language_model_class
+from revmux.estimate.shapes import GENERATIVE_TYPES, config_of
+from revmux.estimate.throughput import paired_throughput
 from revmux.model import MultiplexedClassifier
-from revmux.shapes import GENERATIVE_TYPES, config_of
-from revmux.throughput import paired_throughput
 
 TARGET = 0.95
 BATCH = 32
@@ -50,7 +50,7 @@ def random_backbone(model: str, device: torch.device, dtype: torch.dtype) -> Bac
     """A shape with random weights; a language model answers by two label words.
 
     Args:
-        model: a preset of :mod:`revmux.shapes`, or a model folder.
+        model: a preset of :mod:`revmux.estimate.shapes`, or a model folder.
         device: where its weights are made.
         dtype: their type.
     """

@@ -13,13 +13,17 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
 from benchmarks.serving.settings import WIDTHS, Settings, Shape, Sizes
-from revmux.artifact import describe, save_pretrained
+from revmux.adapters.folder import describe_adapter, save_adapter
 from revmux.backbone import Backbone, TokenBatch
-from revmux.cost import relative_cost
-from revmux.data import DataConfig, load_task
+from revmux.data.config import DataConfig
+from revmux.data.task import load_task
+from revmux.estimate.flops import relative_cost
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.pretrained import EMBEDDED_NAME, BackboneConfig, Pretrained, load_pretrained, resolve
+from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
+from revmux.pretrained.identity import resolve
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
 
 LENGTH = 128
 LABELS = ("negative", "positive")
@@ -73,7 +77,7 @@ class Place:
             folder = self.folder.with_name(f"{self.key}-n{num_inputs}-l{cut}")
             if not folder.is_dir():
                 model = random_revmux(self.pretrained.backbone, num_inputs, cut)
-                save_pretrained(model, describe(model, self.pretrained, LENGTH, {"source": "none"}), folder)
+                save_adapter(model, describe_adapter(model, self.pretrained, LENGTH, {"source": "none"}), folder)
             folders.append(str(folder))
         return folders
 

@@ -9,7 +9,7 @@ from ray.serve import Application
 from starlette.requests import Request
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from revmux.environment import compute_environment
+from revmux.utils.environment import compute_environment
 
 Ranking = list[dict[str, Any]]
 

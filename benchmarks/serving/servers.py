@@ -18,7 +18,7 @@ import httpx
 from benchmarks.serving.load import Leg, Load, send
 from benchmarks.serving.places import LENGTH, Place
 from benchmarks.serving.settings import CUTS, Settings
-from revmux.environment import compute_environment
+from revmux.utils.environment import compute_environment
 
 PLAIN_PREFIX = "/plain"
 START_SECONDS = 180.0

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from benchmarks.systems.accuracy import Budget, measure
 from benchmarks.systems.families import measure_families, published_shapes
-from revmux.results import describe_run, write_json
+from revmux.utils.files import write_json
+from revmux.utils.run_info import describe_run
 
 RESULT = Path("benchmarks/results/systems.json")
 FOLDER = Path("runs/systems")

@@ -11,13 +11,14 @@ from benchmarks.rows import kept_rows
 from benchmarks.systems.families import measure_backbone
 from benchmarks.systems.grid import SYSTEMS, exit_head
 from benchmarks.trained import Run, over_seeds, siso_row, train_missing, tuned_task_model
-from revmux.data import DataConfig, TaskData, load_task
-from revmux.features import StoreConfig
-from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig, load_pretrained
-from revmux.recipe import MethodConfig, Recipe, fill_store
-from revmux.throughput import like_length_batches
-from revmux.training import OptimConfig
+from revmux.data.config import DataConfig
+from revmux.data.task import TaskData, load_task
+from revmux.estimate.throughput import like_length_batches
+from revmux.features.config import StoreConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
+from revmux.training.recipe import fill_store
 
 MAX_LENGTH, TIMED_INPUTS, BATCH = 64, 96, 32
 

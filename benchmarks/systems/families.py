@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from benchmarks.rows import kept_rows
 from benchmarks.systems.grid import SYSTEMS, System, exit_head
 from revmux.backbone import Backbone, TokenBatch, Verbalizer, cut, supported_model_types
-from revmux.cost import relative_cost
+from revmux.estimate.flops import relative_cost
+from revmux.estimate.shapes import GENERATIVE_TYPES, PRESETS, meta_backbone
+from revmux.estimate.throughput import paired_throughput
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.shapes import GENERATIVE_TYPES, PRESETS, meta_backbone
-from revmux.throughput import paired_throughput
 
 LAYERS, WIDTH, HEADS, INNER, VOCABULARY, LENGTH, INPUTS = 6, 384, 6, 1536, 2000, 16, 16
 PUBLISHED_LENGTH = 128

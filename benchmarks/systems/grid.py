@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from revmux.recipe import MethodConfig
+from revmux.training.config import MethodConfig
 
 WIDTHS = (2, 4, 8, 16)
 WARMUP = 60  # steps on retrieval alone, for the systems that are published with it

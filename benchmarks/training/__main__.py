@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.rows import kept_rows, unmeasured_row
 from benchmarks.training import epochs, memory, sweep, workers
 from benchmarks.training.backbones import small_task
-from revmux.results import describe_run, write_json
+from revmux.utils.files import write_json
+from revmux.utils.run_info import describe_run
 
 RESULT, KEPT = Path("benchmarks/results/training.json"), Path("runs/training")
 

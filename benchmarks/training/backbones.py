@@ -9,8 +9,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from revmux.backbone import cut
-from revmux.data import DataConfig, TaskData, TokenizedSplit, load_task
-from revmux.pretrained import BackboneConfig, Pretrained, load_pretrained
+from revmux.data.config import DataConfig
+from revmux.data.task import TaskData, load_task
+from revmux.data.tokens import TokenizedSplit
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
 
 MAX_LENGTH = 64
 

@@ -13,12 +13,15 @@ from torch import Tensor
 from benchmarks.rows import ratio_row
 from benchmarks.training.backbones import Timed, timed_backbones
 from benchmarks.training.released import ReleasedModel, ReleasedTraining
-from revmux.features import Features, OnlineFeatures, StoreConfig, open_features
+from revmux.features.base import Features
+from revmux.features.config import StoreConfig
+from revmux.features.online import OnlineFeatures
+from revmux.features.store import open_features
 from revmux.grouping import epoch_groups
-from revmux.losses import LossConfig
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.training import OptimConfig, Trainer
+from revmux.training.config import LossConfig, OptimConfig
+from revmux.training.trainer import Trainer
 
 BATCH, RATE = 32, 5e-4
 INPUTS = {"all-MiniLM-L6-v2": 480, "bert-base shape, random": 96}

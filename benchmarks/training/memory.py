@@ -15,13 +15,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from benchmarks.rows import ratio_row
 from benchmarks.training.backbones import MAX_LENGTH, small_task
 from revmux.backbone import cut
-from revmux.data import TaskData, TokenizedSplit
-from revmux.features import OnlineFeatures, StoreConfig, open_features
-from revmux.losses import LossConfig
+from revmux.data.task import TaskData
+from revmux.data.tokens import TokenizedSplit
+from revmux.features.config import StoreConfig
+from revmux.features.online import OnlineFeatures
+from revmux.features.store import open_features
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.pretrained import Pretrained, resolve
-from revmux.training import OptimConfig, Trainer
+from revmux.pretrained.identity import resolve
+from revmux.pretrained.pretrained import Pretrained
+from revmux.training.config import LossConfig, OptimConfig
+from revmux.training.trainer import Trainer
 
 SIZES = (5_000, 50_000)
 SETTINGS = SIZES

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from revmux.backbone import HiddenState, TokenBatch
-from revmux.data import TokenizedSplit
+from revmux.data.tokens import TokenizedSplit
 from revmux.grouping import local_rows
-from revmux.losses import LossConfig, training_loss
 from revmux.model import GroupOutput, MultiplexedClassifier
+from revmux.training.config import LossConfig
+from revmux.training.losses import training_loss
 
 
 class ReleasedModel(MultiplexedClassifier):

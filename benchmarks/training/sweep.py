@@ -10,13 +10,13 @@ from typing import Any
 
 from benchmarks.rows import ratio_row
 from benchmarks.training.backbones import MAX_LENGTH, embedded, small_task
-from revmux.data import DataConfig, TaskData
-from revmux.features import StoreConfig
-from revmux.losses import LossConfig
-from revmux.pretrained import BackboneConfig
-from revmux.recipe import MethodConfig, Recipe, prepare, train_here
-from revmux.task_model import save_task_model
-from revmux.training import OptimConfig
+from revmux.data.config import DataConfig
+from revmux.data.task import TaskData
+from revmux.features.config import StoreConfig
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.task_model import save_task_model
+from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
+from revmux.training.recipe import prepare, train_here
 
 PER_CLASS, PAIRS = 150, 2
 TRIALS = ((1, 2), (1, 4), (3, 2))  # epochs and N

@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 from benchmarks.rows import ratio_row
 from benchmarks.training.backbones import MAX_LENGTH, embedded, small_task
-from revmux.data import TokenizedSplit
-from revmux.features import OnlineFeatures, StoreConfig, open_features
-from revmux.losses import LossConfig
+from revmux.data.tokens import TokenizedSplit
+from revmux.features.config import StoreConfig
+from revmux.features.online import OnlineFeatures
+from revmux.features.store import open_features
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.training import OptimConfig, Trainer
+from revmux.training.config import LossConfig, OptimConfig
+from revmux.training.trainer import Trainer
 
 NUM_INPUTS, LAYER, BATCH = 2, 3, 32
 PAIRS, EPOCHS = 3, 3

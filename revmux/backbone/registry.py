@@ -10,7 +10,7 @@ from revmux.backbone.base import Backbone
 from revmux.backbone.generative import GenerativeBackbone
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.errors import UserError
-from revmux.plugins import load_plugins
+from revmux.utils.plugins import load_plugins
 
 ENTRY_POINTS = "revmux.backbones"
 """Group of entry points by which a package names the modules of its families."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from revmux.backbone import TokenBatch
-from revmux.data.prompts import Prompt
+from revmux.data.prompt import Prompt
 
 TEXTS_AT_ONCE = 1024
 """Texts that the tokenizer sees at once: what it notes of each, such as offsets, is large and not kept."""
@@ -62,7 +62,7 @@ class TokenizedSplit:
         split: columns ``text``, optionally ``text_pair``, and ``label``.
         tokenizer: the backbone's.
         max_length: tokens an input is cut to.
-        prompt: the template around each input, or None; :meth:`revmux.pretrained.Pretrained.tokenize` knows it.
+        prompt: the template around each input, or None; :meth:`revmux.pretrained.pretrained.Pretrained.tokenize` knows it.
 
     Attributes:
         columns: what the backbone reads, such as ``input_ids``: each (T,), all inputs one after the other.

@@ -40,7 +40,7 @@ class OnlineFeatures:
         return len(self.split)
 
     def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
-        """See :meth:`revmux.features.Features.batch`."""
+        """See :meth:`revmux.features.base.Features.batch`."""
         device = self.backbone.device
         tokens = self.split.batch(rows, device)
         labels = self.labels[torch.as_tensor(rows)].to(device)

@@ -158,7 +158,7 @@ class TeacherFeatures:
         return len(self.split)
 
     def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
-        """See :meth:`revmux.features.Features.batch`."""
+        """See :meth:`revmux.features.base.Features.batch`."""
         picked = as_rows(rows)
         return replace(self._labelled(picked), tokens=self.split.batch(picked.tolist(), self.backbone.device))
 
@@ -203,7 +203,7 @@ class StoredFeatures(TeacherFeatures):
         pages.release()  # what opening read
 
     def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
-        """See :meth:`revmux.features.Features.batch`."""
+        """See :meth:`revmux.features.base.Features.batch`."""
         picked = as_rows(rows)
         return replace(self._labelled(picked), prefilled=self._state(picked))
 

@@ -24,7 +24,7 @@ _NAME = re.compile(r"shard-(\d+)\.([0-9a-f]{32})\.arrow")
 _NOTES = b"revmux"
 
 
-def plan_shards(lengths: np.ndarray, shard_inputs: int) -> list[np.ndarray]:
+def assign_shards(lengths: np.ndarray, shard_inputs: int) -> list[np.ndarray]:
     """Which inputs go into which shard: the longest first, so that want of memory shows at once.
 
     Args:

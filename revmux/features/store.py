@@ -21,9 +21,9 @@ from revmux.features.key import backbone_digest, combine, tokens_digest
 from revmux.features.place import Place
 from revmux.features.precision import Precision, noted_precision
 from revmux.features.reader import StoredFeatures, TeacherFeatures, TeacherReader
-from revmux.features.shards import FORMAT, ShardSet, plan_shards, read_json, read_notes, write_json
+from revmux.features.shards import FORMAT, ShardSet, assign_shards, read_json, read_notes, write_json
 from revmux.features.writer import FeaturePass
-from revmux.pretrained import Pretrained
+from revmux.pretrained.pretrained import Pretrained
 
 _log = logging.getLogger(__name__)
 META = "meta.json"
@@ -144,7 +144,7 @@ def open_features(
         prefill_layers: depths whose states are wanted, 0 (embeddings) to L; may be empty.
         config: where and how to store.
         filesystem: where ``config.root`` is a path, if not on the local disk.
-        weights: :func:`revmux.features.backbone_digest` of the backbone as it is now, of a caller that opens several
+        weights: :func:`revmux.features.key.backbone_digest` of the backbone as it is now, of a caller that opens several
             stores of it; computed where it is not given.
 
     Raises:
@@ -179,7 +179,7 @@ class StoreBuilder:
         if not len(split):
             raise UserError("the split is empty; bring at least one example")
         self.dtype = DTYPES[self.config.dtype]
-        self.plan = plan_shards(split.lengths.numpy(), self.config.shard_inputs)
+        self.plan = assign_shards(split.lengths.numpy(), self.config.shard_inputs)
         self.ingredients = {
             "format": FORMAT,
             "backbone": weights or backbone_digest(self.backbone),

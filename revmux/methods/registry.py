@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from revmux.errors import UserError, one_of
 from revmux.methods.base import BackboneShape, Method
-from revmux.plugins import load_plugins
-from revmux.type_check import check_types
+from revmux.utils.plugins import load_plugins
+from revmux.utils.type_check import check_types
 
 ENTRY_POINTS = "revmux.methods"
 """Group of entry points by which a package names the modules of its methods."""

@@ -1,8 +1,10 @@
 """Live requests in groups: a queue that the model pulls from, group widths chosen by what waits, answers by futures."""
 
-from revmux.serving.answer import Answer, rank_labels
+from revmux.errors import EmptyText, TextError
+from revmux.labels import rank_labels
+from revmux.serving.answer import Answer
 from revmux.serving.engine import Engine
-from revmux.serving.errors import Draining, EmptyText, Expired, InferenceFailed, Overloaded, TextError, UnknownTask
+from revmux.serving.errors import Draining, Expired, InferenceFailed, Overloaded, UnknownTask
 from revmux.serving.limits import Limits
 from revmux.serving.metrics import PassReport
 from revmux.serving.task import Task

@@ -8,20 +8,21 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from revmux.artifact import WEIGHTS_NAME, AdapterConfig, adapter_folder, from_pretrained, load_config
-from revmux.cost import count_flops
+from revmux.adapters.config import WEIGHTS_NAME, AdapterConfig, load_adapter_config, local_adapter_folder
+from revmux.adapters.folder import load_adapter
 from revmux.errors import UserError
+from revmux.estimate.flops import count_flops
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.pretrained import Pretrained
-from revmux.serving.plan import Route, admits
+from revmux.pretrained.pretrained import Pretrained
+from revmux.serving.scheduling import Route, admits
 
 COUNTED_LENGTH = 64
 """Tokens of the inputs whose cost is counted; what is compared hardly depends on it."""
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoadedAdapter:
     """One adapter on the engine's backbone.
 
     Attributes:
@@ -39,7 +40,7 @@ class Adapter:
 
 def load_adapters(
     folders: Sequence[str | Path], pretrained: Pretrained, max_multiplex: int | None = None
-) -> list[Adapter]:
+) -> list[LoadedAdapter]:
     """Put every adapter on the backbone and count its cost.
 
     Args:
@@ -52,13 +53,13 @@ def load_adapters(
     """
     adapters = []
     for named in folders:
-        folder = adapter_folder(named)
-        config = load_config(folder)
+        folder = local_adapter_folder(named)
+        config = load_adapter_config(folder)
         if not admits(max_multiplex, config.num_inputs):
             continue
         _check_frozen(folder, config)
-        model = from_pretrained(folder, pretrained)
-        adapters.append(Adapter(str(named), config, model, _route(model)))
+        model = load_adapter(folder, pretrained)
+        adapters.append(LoadedAdapter(str(named), config, model, _route(model)))
     return adapters
 
 

@@ -20,17 +20,17 @@ from time import perf_counter
 from typing import Any
 
 from revmux.errors import UserError
-from revmux.pretrained import Pretrained
-from revmux.serving.adapters import Adapter
+from revmux.pretrained.encoder import Text
+from revmux.pretrained.pretrained import Pretrained
+from revmux.serving.adapters import LoadedAdapter
 from revmux.serving.answer import Answer
 from revmux.serving.errors import Draining, UnknownTask
 from revmux.serving.limits import HIGHEST_PRIORITY, Limits
 from revmux.serving.metrics import Metrics, PassReport
+from revmux.serving.model_thread import ModelThread
 from revmux.serving.queue import PullQueue, Ticket
 from revmux.serving.sharing import share_weights
 from revmux.serving.task import Task
-from revmux.serving.texts import Text
-from revmux.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Engine:
         self._group_numbers = itertools.count()
         self._queue = PullQueue(self.limits.max_queue, self._metrics, self.limits.priority_seconds)
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="revmux-tokenize")
-        self._worker = Worker(self._queue, self._metrics, self.limits, threads, on_pass)
+        self._worker = ModelThread(self._queue, self._metrics, self.limits, threads, on_pass)
         self._probes: dict[Task, Future[Answer]] = {}
         self._probe_lock = threading.Lock()
         if pretrained is not None:
@@ -165,7 +165,7 @@ class Engine:
             self._probes.pop(task, None)
         return task
 
-    def load(self, folder: str | Path, task: str | None = None) -> Adapter:
+    def load(self, folder: str | Path, task: str | None = None) -> LoadedAdapter:
         """Serve with one more adapter, or with another one of the same N, without a pause.
 
         Raises:
@@ -178,7 +178,7 @@ class Engine:
         _warn_if_useless(own, adapter)
         return adapter
 
-    def retire(self, num_inputs: int, task: str | None = None) -> Adapter:
+    def retire(self, num_inputs: int, task: str | None = None) -> LoadedAdapter:
         """Serve without the adapter of one N from now on; groups in flight finish with it.
 
         Raises:
@@ -332,7 +332,7 @@ class Engine:
         self._pool.shutdown()
 
 
-def _warn_if_useless(task: Task, adapter: Adapter) -> None:
+def _warn_if_useless(task: Task, adapter: LoadedAdapter) -> None:
     if adapter.route not in task.lineup.routes:
         logger.warning(
             "adapter %s (N = %d) costs an input no less than a narrower one or the plain model and is never used",

@@ -7,14 +7,6 @@ from collections.abc import Iterable
 from revmux.errors import UserError
 
 
-class TextError(UserError):
-    """A text that cannot be classified; found before it is queued, so its neighbours never meet it."""
-
-
-class EmptyText(TextError):
-    """Nothing to classify."""
-
-
 class UnknownTask(UserError):
     """A task that is not served here.
 

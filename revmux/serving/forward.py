@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.fallback import confidence, resume
-from revmux.model import MultiplexedClassifier, gather_rows
-from revmux.serving.plan import PLAIN, Group
+from revmux.grouping import gather_rows
+from revmux.model import MultiplexedClassifier
+from revmux.serving.scheduling import PLAIN, Group
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def run_pass(
         models: adapters by N, an exit head at 1; not asked for the plain model.
         thresholds: by N, the confidence below which an answer falls back; N without one never does.
         padder: the backbone's tokenizer.
-        groups: of one stem, see :class:`revmux.serving.plan.Route`; the plain model's have one member each.
+        groups: of one stem, see :class:`revmux.serving.scheduling.Route`; the plain model's have one member each.
         inputs: R token lists, group by group in the order of the members.
 
     Raises:

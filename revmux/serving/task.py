@@ -12,11 +12,11 @@ from revmux.backbone import Backbone
 from revmux.errors import UserError
 from revmux.fallback import check_threshold
 from revmux.model import MultiplexedClassifier
-from revmux.pretrained import Pretrained
-from revmux.serving.adapters import Adapter, load_adapters
+from revmux.pretrained.encoder import Encoder
+from revmux.pretrained.pretrained import Pretrained
+from revmux.serving.adapters import LoadedAdapter, load_adapters
 from revmux.serving.limits import Limits
-from revmux.serving.plan import Route, admits, useful_routes
-from revmux.serving.texts import Encoder
+from revmux.serving.scheduling import Route, admits, useful_routes
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Lineup:
         thresholds: by N, the confidence below which an answer falls back; N without one never does.
     """
 
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[LoadedAdapter, ...]
     thresholds: dict[int, float]
 
     @cached_property
@@ -97,7 +97,7 @@ class Task:
         self.probe_tokens = self.encoder.example.tokens
         self.padder = copy.deepcopy(pretrained.tokenizer)
 
-    def load(self, folder: str | Path) -> Adapter:
+    def load(self, folder: str | Path) -> LoadedAdapter:
         """Take an adapter into the line-up, in the place of the one with the same N.
 
         Groups that are in flight finish with the line-up that they were planned with.
@@ -115,7 +115,7 @@ class Task:
         self.lineup = lineup
         return adapter
 
-    def retire(self, num_inputs: int) -> Adapter:
+    def retire(self, num_inputs: int) -> LoadedAdapter:
         """Take the adapter of an N out of the line-up; groups in flight finish with it.
 
         Raises:
@@ -128,7 +128,7 @@ class Task:
         self.lineup = self._lineup([adapter for adapter in self.lineup.adapters if adapter not in gone])
         return gone[0]
 
-    def _lineup(self, adapters: Sequence[Adapter]) -> Lineup:
+    def _lineup(self, adapters: Sequence[LoadedAdapter]) -> Lineup:
         thresholds: dict[int, float] = {}
         for adapter in adapters:
             own = adapter.config.fallback_threshold if self.threshold is None else self.threshold

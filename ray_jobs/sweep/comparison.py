@@ -1,0 +1,87 @@
+"""A finished sweep in MLflow: the same keys on every child, and the front as table, picture and page on the parent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ray_jobs.sweep.trials import TrialRow, front_rows
+from ray_jobs.tracking.outbox import is_refusal
+from ray_jobs.tracking.tracker import Tracker
+from revmux.errors import UserError
+from revmux.plan.front import FrontRow, front
+from revmux.plan.plots import plot_front_html, plot_front_png
+from revmux.utils.files import write_json
+
+ABSENT = "none"
+"""What MLflow shows of a setting that a trial's method does not have."""
+SYSTEM = "system/"
+ENDS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""How MLflow says what became of a trial."""
+
+
+def equalize_children(tracker: Tracker, parent: str, rows: Sequence[TrialRow]) -> None:
+    """Give every trial of a sweep the keys of all: MLflow compares only runs that have the keys asked for.
+
+    A figure that a trial did not come to is NaN. A run ends as its row says, whatever its process said last; one whose
+    trial was lost is ended.
+    """
+    from mlflow.entities import Metric, Param
+
+    children = tracker.children(parent)
+    params = {key for run in children for key in run.data.params}
+    metrics = {key for run in children for key in run.data.metrics if not key.startswith(SYSTEM)}
+    ends = {row.run_id: ENDS[row.status] for row in rows}
+    for run in children:
+        end = ends.get(run.info.run_id, "KILLED" if run.info.status == "RUNNING" else run.info.status)
+        if run.info.status != end:
+            tracker.client.set_terminated(run.info.run_id, end)
+        tracker.client.log_batch(
+            run.info.run_id,
+            params=[Param(key, ABSENT) for key in sorted(params - run.data.params.keys())],
+            metrics=[
+                Metric(key, math.nan, run.info.start_time, 0) for key in sorted(metrics - run.data.metrics.keys())
+            ],
+        )
+
+
+def record_front(rows: Sequence[FrontRow], folder: Path, title: str) -> list[Path]:
+    """Write the front of a comparison: ``front.json``, ``front.png`` and the interactive ``front.html``."""
+    write_json(folder / "front.json", [asdict(row) for row in rows])
+    return [
+        folder / "front.json",
+        plot_front_png(rows, folder / "front.png", title),
+        plot_front_html(rows, folder / "front.html", title),
+    ]
+
+
+def record_comparison(tracker: Tracker, parent: str, rows: Sequence[TrialRow], folder: Path, title: str) -> None:
+    """All of a sweep that its parent run shows.
+
+    Raises:
+        UserError: no trial finished, or none reported an accuracy.
+    """
+    write_json(folder / "sweep.json", [asdict(row) for row in rows])
+    try:
+        equalize_children(tracker, parent, rows)
+    except Exception as error:
+        if is_refusal(error):
+            raise
+        print(f"MLflow is away; the same command completes the comparison when it is back: {folder}", flush=True)
+    tracker.client.log_artifact(parent, str(folder / "sweep.json"))
+    counts = {f"trials_{status}": sum(row.status == status for row in rows) for status in ("done", "stopped", "failed")}
+    tracker.log_metrics(parent, {name: float(count) for name, count in counts.items()})
+    if not counts["trials_done"]:
+        why = next((row.why for row in rows if row.why), "")
+        raise UserError(
+            f"none of the {len(rows)} trials finished ({why}); what became of each is in {folder / 'sweep.json'}"
+        )
+    compared = front_rows(rows)
+    if not compared:
+        raise UserError(f"no trial reported accuracy_mean, so there is nothing to compare; see {folder / 'sweep.json'}")
+    for artifact in record_front(compared, folder, title):
+        tracker.client.log_artifact(parent, str(artifact))
+    for step, row in enumerate(front(compared)):
+        tracker.log_metrics(parent, {"front_accuracy": row.accuracy, "front_cost": row.cost}, step)

@@ -1,0 +1,109 @@
+"""Which trials are stopped before their end: ASHA among trials of equal cost, and what cannot reach the front."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from ray_jobs.sweep.trials import FAILED, Trial
+
+EPOCH, ACCURACY = "epoch", "selection_accuracy"
+
+
+class FrontScheduler(FIFOScheduler):
+    """Stops a trial after an epoch for one of two reasons, and remembers which.
+
+    - ASHA: among the trials of its own cost it is not of the best ``1 / reduction`` at a rung.
+    - Front: a trial of no greater cost was at the same epoch more accurate by over ``deviations`` standard errors,
+      so that not even luck on the selection split would put it on the front.
+
+    Args:
+        selection_inputs: inputs that the selection accuracy is a mean over.
+        grace: epochs that every trial may run.
+        reduction: ASHA's factor.
+        deviations: standard errors of the difference that count as certain.
+
+    Attributes:
+        stopped: why, by trial id of Tune.
+    """
+
+    def __init__(self, selection_inputs: int, grace: int = 1, reduction: float = 3, deviations: float = 3.0) -> None:
+        super().__init__()
+        self.selection_inputs, self.grace = selection_inputs, grace
+        self.reduction, self.deviations = reduction, deviations
+        self.stopped: dict[str, str] = {}
+        self._brackets: dict[float, AsyncHyperBandScheduler] = {}
+        self._curves: dict[str, dict[int, float]] = {}
+        self._set_aside: dict[str, dict[int, float]] = {}
+        self._trials: dict[str, Trial] = {}
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """A trial joins the bracket of its cost; one that goes on after a failure, with the epochs that it has."""
+        mine: Trial = trial.config["trial"]
+        self._trials[trial.trial_id] = mine
+        self._curves[trial.trial_id] = self._set_aside.pop(trial.trial_id, {})
+        self._bracket(mine).on_trial_add(tune_controller, trial)
+
+    def _bracket(self, trial: Trial) -> AsyncHyperBandScheduler:
+        cost = round(trial.cost, 2)
+        if cost not in self._brackets:
+            epochs = max(trial.recipe.optim.epochs, self.grace)
+            self._brackets[cost] = AsyncHyperBandScheduler(
+                time_attr=EPOCH,
+                metric=ACCURACY,
+                mode="max",
+                max_t=epochs,
+                grace_period=self.grace,
+                reduction_factor=self.reduction,
+                stop_last_trials=False,
+            )
+        return self._brackets[cost]
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Continue or stop; a trial in its last epoch is let through to its evaluation."""
+        mine = self._trials[trial.trial_id]
+        epoch, accuracy = result.get(EPOCH), result.get(ACCURACY)
+        if epoch is None or accuracy is None:
+            return str(TrialScheduler.CONTINUE)
+        self._curves[trial.trial_id][int(epoch)] = accuracy
+        if epoch >= mine.recipe.optim.epochs or epoch < self.grace:
+            return str(TrialScheduler.CONTINUE)
+        why = self.beaten(trial.trial_id, int(epoch))
+        if not why:
+            action = self._bracket(mine).on_trial_result(tune_controller, trial, result)
+            if action == TrialScheduler.STOP:
+                why = (
+                    f"ASHA at epoch {epoch}: its selection accuracy of {accuracy:.1%} is not among the best "
+                    f"1/{self.reduction:g} of the trials at cost {mine.cost:.2f}"
+                )
+        if not why:
+            return str(TrialScheduler.CONTINUE)
+        self.stopped[trial.trial_id] = why
+        return str(TrialScheduler.STOP)
+
+    def beaten(self, trial_id: str, epoch: int) -> str:
+        """Why a trial cannot reach the front any more; empty while it can."""
+        mine, accuracy = self._trials[trial_id], self._curves[trial_id][epoch]
+        for other_id, other in self._trials.items():
+            theirs = self._curves[other_id].get(epoch)
+            if other_id == trial_id or theirs is None or other.cost > mine.cost + 1e-9:
+                continue
+            variance = accuracy * (1 - accuracy) + theirs * (1 - theirs)
+            if theirs - accuracy > self.deviations * math.sqrt(variance / self.selection_inputs):
+                return (
+                    f"cannot reach the front: at epoch {epoch} its selection accuracy is {accuracy:.1%} at cost "
+                    f"{mine.cost:.2f}, that of {other.name} was {theirs:.1%} at cost {other.cost:.2f}"
+                )
+        return ""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """A trial has ended; unless it failed, its curve goes on counting."""
+        if result.get(FAILED):
+            self.on_trial_error(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """A trial has failed; its curve does not count, unless it goes on and is added again."""
+        self._set_aside[trial.trial_id] = self._curves[trial.trial_id]
+        self._curves[trial.trial_id] = {}

@@ -1,0 +1,173 @@
+"""A sweep from its space to its recorded comparison."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ray_jobs.sweep.comparison import record_comparison
+from ray_jobs.sweep.config import TuneJob
+from ray_jobs.sweep.trial_process import fitting_trials, run_trial, trains_itself, trial_resources
+from ray_jobs.sweep.trials import SweepFolder, Trial, TrialRow, make_trials
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.feature_pass import fill_for
+from revmux.data.task import TaskData, load_task
+from revmux.methods import BackboneShape
+from revmux.pretrained.identity import identity_of
+from revmux.pretrained.loading import check_answers, outline
+from revmux.training.config import Recipe
+from tune_spaces.space import SearchSpace, load_space
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that is checked and ready to start.
+
+    Attributes:
+        job: its settings.
+        space: its space.
+        trials: every legal point, cheapest first.
+        task: the data.
+        folder: of its rows and trials.
+        storage: of the job, absolute.
+    """
+
+    job: TuneJob
+    space: SearchSpace
+    trials: list[Trial]
+    task: TaskData
+    folder: SweepFolder
+    storage: Path
+
+
+def base_recipe(job: TuneJob) -> Recipe:
+    """What the space does not say; a trial runs in a folder of its own, so the store is named from the root."""
+    root = job.store.root
+    store = job.store if "://" in root else replace(job.store, root=str(Path(root).expanduser().absolute()))
+    return Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=store, shuffles=job.shuffles)
+
+
+def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> Sweep:
+    """Check all that can be checked before a cluster starts.
+
+    Args:
+        job: settings.
+        storage: absolute.
+        task: the data where it is read already.
+
+    Raises:
+        UserError: a space without a legal point, a model without a head, unreadable data, or a sweep folder of another
+            task.
+    """
+    space = load_space(job.space)
+    if job.trials is not None:
+        space = replace(space, trials=job.trials)
+    job.cluster.check_training()
+    check_answers(job.backbone)
+    backbone, own_labels = outline(job.backbone)
+    points, left_out = space.legal_points(base_recipe(job), BackboneShape.of(backbone), job.cluster.workers)
+    for reason in left_out:
+        print(f"left out: {reason}", flush=True)
+    task = task or load_task(job.data, own_labels)
+    identity = {"data": task.identity["sha256"], "model": identity_of(job.backbone)["sha256"] or job.backbone.model}
+    folder = SweepFolder(storage / "sweeps" / job.name, identity)
+    return Sweep(job, space, make_trials(points, task, backbone), task, folder, storage)
+
+
+def run_sweep(sweep: Sweep, tracker: Tracker) -> tuple[list[TrialRow], str]:
+    """A sweep on the connected cluster, recorded; returns its rows, cheapest first, and the MLflow run of the sweep."""
+    job, folder = sweep.job, sweep.folder
+    parent = folder.parent() if tracker.has_run(folder.parent()) else None
+    settings = {"space": job.space, "points": len(sweep.trials), "sweep": sweep.space}
+    with tracker.run(job.name, settings, resume=parent) as parent:
+        folder.set_parent(parent)
+        if not tracker.client.get_run(parent).inputs.dataset_inputs:
+            tracker.log_data(parent, sweep.task.identity)
+        rows = run_trials(sweep, tracker, parent)
+        title = f"{sweep.task.identity['source']} on {job.backbone.model.rpartition('/')[2]}"
+        record_comparison(tracker, parent, rows, folder.path, title)
+    return rows, parent
+
+
+def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
+    """The trials that are left, by Ray Tune; rows of an earlier start are kept."""
+    import ray
+    from ray import tune
+
+    from ray_jobs.sweep.early_stopping import FrontScheduler
+    from ray_jobs.sweep.memory_monitor import trials_may_be_ended
+    from ray_jobs.sweep.progress import SweepProgress
+    from ray_jobs.sweep.search import FrontSearch
+
+    job, folder = sweep.job, sweep.folder
+    rows = folder.read(sweep.trials)
+    if job.retry_failed:
+        for name in [name for name, row in rows.items() if row.status == "failed"]:
+            folder.forget(rows.pop(name))
+    limit = sweep.space.trials
+    search = FrontSearch(sweep.trials, list(rows.values()), limit, sweep.space.search == "optuna", sweep.space.seed)
+    if rows:
+        print(f"sweep: {len(rows)} trials came to an end before, {search.budget} are left", flush=True)
+    if search.budget:
+        parameters = {
+            "task": sweep.task,
+            "cluster": job.cluster,
+            "tracking": TrackingConfig(tracker.uri, job.tracking.experiment),
+            "storage": sweep.storage,
+            "folder": folder,
+            "parent": parent,
+            "command": tracker.command,
+        }
+        resources = trial_resources(job.cluster)
+        trainable = tune.with_resources(
+            tune.with_parameters(run_trial, **parameters), tune.PlacementGroupFactory([resources])
+        )
+        concurrent = job.concurrent_trials or fitting_trials(job.cluster, ray.cluster_resources())
+        fill_for([trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers)
+        scheduler = None
+        if job.stopping.enabled:
+            scheduler = FrontScheduler(
+                len(sweep.task.selection), job.stopping.grace, job.stopping.reduction, job.stopping.deviations
+            )
+        stopped = scheduler.stopped if scheduler is not None else {}
+        progress = SweepProgress(
+            folder,
+            tracker,
+            parent,
+            rows,
+            len(rows) + search.budget,
+            concurrent,
+            stopped,
+            job.cluster.wait_minutes,
+            resources,
+        )
+        # Tune's tables would hide the lines of SweepProgress, which tells each error in one, without its stack.
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+        shutil.rmtree(folder.path / "tune", ignore_errors=True)  # of an earlier start; what counts is in the rows
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                scheduler=scheduler,
+                num_samples=search.budget,
+                max_concurrent_trials=concurrent,
+                reuse_actors=trains_itself(job.cluster),
+                trial_name_creator=lambda trial: trial.config["trial"].name,
+                trial_dirname_creator=lambda trial: trial.config["trial"].name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(folder.path),
+                verbose=0,
+                callbacks=[progress],
+                failure_config=tune.FailureConfig(job.cluster.max_failures if trains_itself(job.cluster) else 0),
+            ),
+        )
+        with trials_may_be_ended():
+            tuner.fit()
+    found = folder.read(sweep.trials)
+    return [found[trial.name] for trial in sweep.trials if trial.name in found]

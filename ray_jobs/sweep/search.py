@@ -1,0 +1,100 @@
+"""Which trial comes next: the points of a space in order, or as Optuna's search for accuracy and cost finds them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from ray_jobs.sweep.trials import FAILED, Trial, TrialRow
+
+
+class FrontSearch(Searcher):
+    """Gives out each trial once.
+
+    Where there are more points than may be tried, and Optuna is installed, its multi-objective sampler names the
+    knobs that it would try next, and the trial closest to them that is left is given out. A trial that was stopped
+    counts with the accuracy that it had, a failed one does not count.
+
+    Args:
+        trials: every point of the space.
+        finished: rows of an earlier start.
+        limit: trials in all, finished ones included; None tries every point.
+        adaptive: whether Optuna may choose.
+        seed: of the search.
+    """
+
+    def __init__(
+        self, trials: Sequence[Trial], finished: Sequence[TrialRow], limit: int | None, adaptive: bool, seed: int
+    ) -> None:
+        super().__init__()
+        self.by_name = {trial.name: trial for trial in trials}
+        ended = {row.trial for row in finished}
+        self.left = [trial for trial in trials if trial.name not in ended]
+        budget = len(trials) if limit is None else min(limit, len(trials))
+        self.budget = min(len(self.left), max(0, budget - len(ended)))
+        self.given: dict[str, Trial] = {}
+        self.study = None
+        if adaptive and self.budget < len(self.left) and importlib.util.find_spec("optuna"):
+            import optuna
+
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+            self.study = optuna.create_study(
+                directions=["maximize", "minimize"],
+                sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, self.budget // 4)),
+            )
+            self.distributions = {
+                knob: optuna.distributions.CategoricalDistribution(
+                    sorted({trial.knobs[knob] for trial in trials}, key=str)
+                )
+                for knob in trials[0].knobs
+            }
+            for row in finished:
+                self.learn(row.trial, row.selection_accuracy)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial for Tune."""
+        if self.budget == 0:
+            return str(Searcher.FINISHED)
+        self.budget -= 1
+        trial = self.left[0] if self.study is None else self._closest()
+        self.left.remove(trial)
+        self.given[trial_id] = trial
+        return {"trial": trial}
+
+    def _closest(self) -> Trial:
+        import optuna
+
+        assert self.study is not None
+        asked = self.study.ask(self.distributions)
+        self.study.tell(asked, state=optuna.trial.TrialState.FAIL)  # what is run instead is told by its own knobs
+        return max(self.left, key=lambda trial: sum(trial.knobs[knob] == value for knob, value in asked.params.items()))
+
+    def learn(self, name: str, accuracy: float | None) -> None:
+        """Tell Optuna what a trial came to."""
+        if self.study is None or accuracy is None:
+            return
+        import optuna
+
+        trial = self.by_name[name]
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                params=trial.knobs, distributions=self.distributions, values=[accuracy, trial.cost]
+            )
+        )
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tune calls this when a trial has ended, in whichever way."""
+        figures = result or {}
+        failed = error or FAILED in figures
+        self.learn(self.given[trial_id].name, None if failed else figures.get("selection_accuracy"))
+
+    def save(self, checkpoint_path: str) -> None:
+        """A sweep goes on from its rows, so there is nothing to keep; Tune wants a file."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See :meth:`save`."""

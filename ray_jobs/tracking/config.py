@@ -1,0 +1,23 @@
+"""Where runs are recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where runs are recorded.
+
+    Args:
+        uri: MLflow tracking URI: a database, or a server; by default sqlite in the job's storage folder. On several
+            machines name a server, which all of them reach.
+        experiment: MLflow experiment.
+    """
+
+    uri: str | None = None
+    experiment: str = "revmux"

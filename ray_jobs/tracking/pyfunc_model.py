@@ -1,0 +1,70 @@
+"""What MLflow runs for a registered adapter: data frames or lists of texts to label scores.
+
+MLflow keeps a copy of this file with the model and runs that copy, so it imports nothing of its own folder.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from revmux.adapters.classifier import TextClassifier
+from revmux.errors import UserError
+
+COLUMNS = ["text", "text_pair"]
+
+
+class AdapterModel(PythonModel):
+    """An adapter with its backbone, as MLflow's ``python_function`` flavour asks for it."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the adapter, and the backbone that is named at loading, lies beside it, or is recorded by it.
+
+        Args:
+            context: artifacts ``adapter`` and maybe ``backbone``; settings ``backbone`` and ``device``.
+
+        Raises:
+            UserError: no backbone is found, or another one than the adapter's.
+        """
+        settings = context.model_config or {}
+        backbone = settings.get("backbone") or context.artifacts.get("backbone")
+        try:
+            self.classifier = TextClassifier.from_pretrained(
+                context.artifacts["adapter"], backbone, device=settings.get("device") or "cpu"
+            )
+        except UserError as error:
+            if backbone is not None:
+                raise
+            remedy = 'in MLflow: mlflow.pyfunc.load_model(uri, model_config={"backbone": FOLDER})'
+            raise UserError(f"{error}; {remedy}") from None
+
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame) -> pd.DataFrame:
+        """Scores of every class, before softmax.
+
+        Args:
+            context: unused.
+            model_input: a column ``text``, and ``text_pair`` where the adapter answers pairs; or columns 0 and 1, into
+                which MLflow puts lists.
+
+        Returns:
+            A row an input and a column a class, in the order of the model's classes.
+
+        Raises:
+            UserError: other columns, or a text that cannot be classified.
+        """
+        del context
+        given = list(model_input.columns)
+        named = COLUMNS[: len(given)]
+        if set(given) == set(named):
+            model_input = model_input[named]
+        elif given != list(range(len(named))):
+            raise UserError(
+                f"the input has the columns {', '.join(map(repr, given))}; give {' and '.join(named)} first, such as "
+                f"frame[{named}], or a list of texts"
+            )
+        scores = self.classifier.scores(list(model_input.itertuples(index=False, name=None)))
+        return pd.DataFrame(scores.double().numpy(), columns=self.classifier.label_names, index=model_input.index)
+
+
+set_model(AdapterModel())

@@ -1,0 +1,255 @@
+"""Runs in MLflow: one store for every job, children under a sweep, the same keys on every run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from ray_jobs.tracking.command_line import command_line, without_passwords
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.outbox import PatientClient, is_refusal
+from ray_jobs.tracking.pyfunc import MODEL_NAME, save_pyfunc
+from revmux.errors import UserError
+from revmux.utils.extras import require
+from revmux.utils.run_info import git_commit
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+
+class Tracker:
+    """One experiment of one tracking store.
+
+    Args:
+        config: which.
+        storage: the job's storage folder, for the default store.
+        command: recorded with every run; by default that of this process.
+
+    Raises:
+        UserError: mlflow is not installed, or the store cannot be opened.
+    """
+
+    def __init__(self, config: TrackingConfig, storage: Path, command: str | None = None) -> None:
+        require("mlflow", "mlflow")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it shows the stack of what it raises
+        self.command = command or command_line()
+        self.uri = config.uri or f"sqlite:///{storage / 'mlflow.db'}"
+        self.outbox, self.running = storage / "outbox", storage / "running"
+        try:
+            self.client = PatientClient(self.uri, self.outbox)
+            experiment = self.client.get_experiment_by_name(config.experiment)
+            if experiment is None:
+                location = (storage / "mlartifacts").as_uri() if is_database(self.uri) else None
+                self.experiment_id = self.client.create_experiment(config.experiment, artifact_location=location)
+            else:
+                self.experiment_id = experiment.experiment_id
+        except Exception as error:
+            remedy = "name a running server or a database with --tracking.uri"
+            if isinstance(error, ModuleNotFoundError) and self.uri.startswith("postgresql"):
+                # Which driver a bare postgresql:// means depends on SQLAlchemy's version.
+                remedy = "run: pip install 'revmux[postgres]', and name its driver: postgresql+psycopg2://..."
+            raise UserError(
+                without_passwords(
+                    f"cannot open the MLflow store {self.uri!r} "
+                    f"({type(error).__name__}: {str(error).splitlines()[0]}); {remedy}"
+                )
+            ) from None
+        self.client.outbox.flush()
+        self.end_abandoned()
+
+    @contextmanager
+    def run(
+        self, name: str, params: Mapping[str, Any], parent: str | None = None, resume: str | None = None
+    ) -> Iterator[str]:
+        """A run that ends FINISHED, FAILED if its body raises, KILLED if it is stopped; yields the run id.
+
+        Args:
+            name: shown in MLflow.
+            params: nested settings; logged flat, as ``optim.learning_rate``. A run that goes on keeps those it has, and
+                tells others in its tag ``revmux.changed``.
+            parent: run id of the sweep that this run is a trial of; a trial that was interrupted goes on in its own run.
+            resume: id of a run to go on in.
+
+        Raises:
+            UserError: the storage folder cannot be written.
+        """
+        from mlflow.exceptions import MlflowException
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+        tags = {"revmux.command": self.command[:5000], "mlflow.source.git.commit": git_commit() or "unknown"}
+        if parent is not None:
+            tags[MLFLOW_PARENT_RUN_ID] = parent
+            resume = resume or self.child_of(parent, name)
+        run_id = resume or self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+        try:
+            self.running.mkdir(parents=True, exist_ok=True)
+            alive = FileLock(self.running / run_id).acquire()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.running} ({error.strerror or error}); make room there, or name another storage folder"
+            ) from error
+        with alive:
+            if resume is not None:
+                self.client.update_run(run_id, status="RUNNING")
+            self._log_params(run_id, flatten(params), resume is not None)
+            try:
+                yield run_id
+            except BaseException as error:
+                status = "FAILED" if isinstance(error, Exception) else "KILLED"
+                with suppress(MlflowException, OSError):  # a full disk or a server that is away must not hide the error
+                    self._end(run_id, status)
+                raise
+            self._end(run_id, "FINISHED")
+
+    def _end(self, run_id: str, status: str) -> None:
+        self.client.set_terminated(run_id, status)
+        (self.running / run_id).unlink(missing_ok=True)
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any], goes_on: bool) -> None:
+        from mlflow.entities import Param
+
+        there: dict[str, str] = {}
+        if goes_on:
+            try:
+                there = self.client.get_run(run_id).data.params
+            except Exception as error:
+                if is_refusal(error):
+                    raise
+        texts = {key: str(value)[:500] for key, value in params.items()}
+        changed = [f"{key}: {there[key]} → {text}" for key, text in texts.items() if there.get(key, text) != text]
+        if changed:  # MLflow's parameters are for ever
+            self.client.set_tag(run_id, "revmux.changed", "; ".join(changed)[:5000])
+        self.client.log_batch(run_id, params=[Param(key, text) for key, text in texts.items() if key not in there])
+
+    def end_abandoned(self) -> None:
+        """Mark runs of this storage folder KILLED whose process was: each holds a lock there as long as it lives."""
+        for file in self.running.glob("*"):
+            with suppress(Timeout, FileNotFoundError), FileLock(file, timeout=0):
+                try:
+                    status = self.client.get_run(file.name).info.status
+                except Exception as error:
+                    if not is_refusal(error):
+                        continue  # the server is away
+                    status = "unknown"  # deleted, or of another store
+                if status == "RUNNING":
+                    when = time.strftime("%Y-%m-%d %H:%M:%S")
+                    self.client.set_tag(file.name, "revmux.killed", f"its process was gone without a word at {when}")
+                    self.client.set_terminated(file.name, "KILLED")
+                file.unlink(missing_ok=True)
+
+    def children(self, parent: str) -> list[Run]:
+        """The trials of a sweep, oldest first."""
+        mine = f"tags.`mlflow.parentRunId` = '{parent}'"
+        found: list[Run] = []
+        token = None
+        while token != "":
+            page = self.client.search_runs([self.experiment_id], mine, order_by=["start_time"], page_token=token)
+            found, token = [*found, *page], page.token or ""
+        return found
+
+    def has_run(self, run_id: str | None) -> bool:
+        """Whether the store holds a run, and it was not deleted."""
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):
+            return run_id is not None and bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        return False
+
+    def child_of(self, parent: str, name: str) -> str | None:
+        """The run of a trial that was begun before, or None."""
+        try:
+            return next((run.info.run_id for run in self.children(parent) if run.info.run_name == name), None)
+        except Exception as error:
+            if is_refusal(error):
+                raise
+            return None  # the server is away; what is recorded now waits for it
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Scalars at a step."""
+        log_metrics(self.client, run_id, metrics, step)
+
+    def log_folder(self, run_id: str, folder: Path, name: str) -> None:
+        """A folder as artifact."""
+        self.client.log_artifacts(run_id, str(folder), name)
+
+    def register(
+        self,
+        run_id: str,
+        adapter: Path,
+        name: str,
+        tags: Mapping[str, Any],
+        backbone: str | None = None,
+        pairs: bool = False,
+        artifact: str = MODEL_NAME,
+    ) -> str:
+        """An adapter as the next version of a registered model.
+
+        The server loads it as ``models:/NAME/VERSION``, and so does ``mlflow.pyfunc.load_model``.
+
+        Args:
+            run_id: the run that made the adapter.
+            adapter: its folder.
+            name: of the registered model, made where it is missing.
+            tags: what a person chooses by.
+            backbone: see :func:`ray_jobs.tracking.pyfunc.save_pyfunc`.
+            pairs: whether an input is a pair of texts.
+            artifact: its name among the artifacts of the run, which may have been registered with other settings.
+
+        Returns:
+            The version.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.log_folder(run_id, save_pyfunc(adapter, Path(folder) / MODEL_NAME, backbone, pairs), artifact)
+        with suppress(MlflowException):  # it is there
+            self.client.create_registered_model(name)
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact}"
+        texts = {key: str(value) for key, value in tags.items()}
+        return str(self.client.create_model_version(name, source, run_id, tags=texts).version)
+
+    def log_data(self, run_id: str, identity: Mapping[str, Any]) -> None:
+        """The data set that a run read, as MLflow input."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = str(identity["source"])
+        dataset = Dataset(name=source, digest=str(identity["sha256"])[:12], source_type="local", source=source)
+        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def is_database(uri: str) -> bool:
+    """Whether a tracking URI names a database, which keeps no artifacts; a server decides where its own are kept."""
+    from mlflow.store.db.db_types import DATABASE_ENGINES
+
+    return uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES
+
+
+def log_metrics(client: PatientClient, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+    """Scalars at a step."""
+    import time
+
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    client.log_batch(run_id, [Metric(name, float(value), now, step) for name, value in metrics.items()])
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dataclasses and mappings as ``a.b.c: value``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {item.name: getattr(value, item.name) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: leaf for name, part in value.items() for key, leaf in flatten(part, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}

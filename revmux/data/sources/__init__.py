@@ -1,0 +1,1 @@
+"""Where labelled text comes from, one file per source."""

@@ -1,0 +1,267 @@
+"""Text with labels from anywhere: the embedded task, a user's files, a GLUE-layout folder, the hub."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset, DatasetDict, load_dataset
+
+from revmux.data.config import EMBEDDED_TASK, DataConfig
+from revmux.data.sources.docstrings import build_docstring_task, library_versions
+from revmux.errors import UserError
+
+TEXT_COLUMNS = ("text", "sentence", "sentence1", "#1 String", "question", "question1", "premise", "review", "content")
+PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("#1 String", "#2 String"),
+)
+LABEL_COLUMNS = ("label", "Quality", "labels", "category", "class", "target", "intent")
+MAX_SELECTION = 2000  # examples that choose between checkpoints; more would only cost time
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task ready for tokens.
+
+    Attributes:
+        train: trains; columns ``text``, ``text_pair`` (pairs only) and ``label`` (int).
+        selection: a slice of train; chooses checkpoints and settings.
+        test: is reported, and chooses nothing.
+        label_names: class names in the order of the integers.
+        identity: source and content hash, for logs and artifacts.
+    """
+
+    train: Dataset
+    selection: Dataset
+    test: Dataset
+    label_names: list[str]
+    identity: dict[str, Any]
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether every input is a pair of texts."""
+        return "text_pair" in self.train.column_names
+
+
+def load_task(config: DataConfig, label_names: list[str] | None = None) -> TaskData:
+    """Read, check and split a task.
+
+    Args:
+        config: where it is and what its columns are called.
+        label_names: classes of a ready classifier, which fix the integers; by default the sorted labels of train.
+
+    Raises:
+        UserError: an unknown source, column or label, or an empty text.
+    """
+    raw = _read(config)
+    columns = _columns(raw, config)
+    splits = _split({name: _rename(split, columns) for name, split in raw.items()}, config)
+    names = label_names or _label_names([splits["train"], splits["selection"]], columns["label"])
+    if config.limit is not None and config.limit < len(splits["train"]):
+        splits["train"] = splits["train"].shuffle(seed=config.seed).select(range(config.limit))
+    encoded = {name: _encode(split, names, name) for name, split in splits.items()}
+    identity = {"source": _source_name(config), "sha256": _content_hash(encoded), "labels": len(names)}
+    identity |= {name: len(split) for name, split in encoded.items()}
+    if config.source == EMBEDDED_TASK:
+        identity["libraries"] = library_versions()
+    return TaskData(encoded["train"], encoded["selection"], encoded["test"], names, identity)
+
+
+def _source_name(config: DataConfig) -> str:
+    path = Path(config.source).expanduser()
+    return path.absolute().name if path.exists() else "/".join(filter(None, [config.source, config.subset]))
+
+
+def _read(config: DataConfig) -> dict[str, Dataset]:
+    if config.source == EMBEDDED_TASK:
+        return dict(build_docstring_task(config.seed, config.per_class))
+    path = Path(config.source).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if path.is_file():
+        return {"all": _read_file(path)}
+    if path.suffix in SUFFIXES or path.is_absolute() or config.source.startswith((".", "~")):
+        raise UserError(
+            f"no file or folder {config.source!r}; name an existing one, '{EMBEDDED_TASK}', or a hub data set"
+        )
+    try:
+        loaded = load_dataset(config.source, config.subset)
+    except Exception as error:
+        raise UserError(
+            f"unknown data {config.source!r} ({type(error).__name__}: {str(error).splitlines()[0]}); name "
+            f"'{EMBEDDED_TASK}', a file ({', '.join(SUFFIXES)}), a folder with train and dev files, or a hub data set"
+        ) from None
+    return dict(loaded) if isinstance(loaded, DatasetDict) else {"all": loaded}
+
+
+def _read_folder(folder: Path) -> dict[str, Dataset]:
+    found = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES}
+    if "train" not in found or not {"dev", "validation", "test"} & set(found):
+        raise UserError(
+            f"folder {str(folder)!r} holds {sorted(found) or 'no data files'}; it needs train and dev (or test) as one of "
+            f"{', '.join(SUFFIXES)}"
+        )
+    return {name: _read_file(found[name]) for name in ("train", "dev", "validation", "test") if name in found}
+
+
+def _read_file(file: Path) -> Dataset:
+    if file.suffix not in SUFFIXES:
+        raise UserError(
+            f"{str(file)!r} ends in {file.suffix!r}; known: {', '.join(SUFFIXES)}; convert it to one of these"
+        )
+    try:
+        if file.suffix in (".csv", ".tsv"):
+            # In a TSV quotes are text, as GLUE has it; a byte-order mark is not.
+            dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
+            with warnings.catch_warnings():
+                # Rows longer than the header: columns would shift, or values be lost.
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                frame = pd.read_csv(
+                    file, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig", **dialect
+                )
+            return Dataset.from_pandas(frame, preserve_index=False)
+        if file.suffix == ".parquet":
+            return Dataset.from_parquet(str(file))
+        if file.suffix == ".arrow":
+            return Dataset.from_file(str(file))
+        return Dataset.from_json(str(file))
+    except Exception as error:
+        raise UserError(f"cannot read {str(file)!r}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+
+
+def _columns(raw: dict[str, Dataset], config: DataConfig) -> dict[str, str]:
+    """The columns in the roles ``text``, ``text_pair`` (pairs only) and ``label``."""
+    present = next(iter(raw.values())).column_names
+    for kind in ("text_column", "pair_column", "label_column"):
+        given = getattr(config, kind)
+        if given is not None and given not in present:
+            raise UserError(
+                f"unknown {kind} {given!r}; columns of {config.source}: {', '.join(present)}; name one of these"
+            )
+
+    def usual(names: tuple[str, ...], kind: str) -> str:
+        match = next((name for name in names if name in present and name != pair), None)
+        if match is None:
+            raise UserError(
+                f"{config.source} has no {kind} by a usual name ({', '.join(names)}); its columns: {', '.join(present)}; "
+                f"name one with --data.{kind}"
+            )
+        return match
+
+    text, pair = config.text_column, config.pair_column
+    for first, second in PAIRS:
+        if {first, second} <= set(present) and text in (None, first) and pair in (None, second):
+            text, pair = first, second
+            break
+    columns = {
+        "text": text or usual(TEXT_COLUMNS, "text_column"),
+        "text_pair": pair,
+        "label": config.label_column or usual(LABEL_COLUMNS, "label_column"),
+    }
+    chosen = {role: name for role, name in columns.items() if name is not None}
+    if len(set(chosen.values())) < len(chosen):
+        raise UserError(f"columns {', '.join(chosen.values())} of {config.source}: give every role a column of its own")
+    return chosen
+
+
+def _rename(split: Dataset, columns: dict[str, str]) -> Dataset:
+    missing = [name for name in columns.values() if name not in split.column_names]
+    if missing:
+        raise UserError(
+            f"a split lacks column {missing[0]!r}; its columns: {', '.join(split.column_names)}; give every split the same"
+        )
+    return split.select_columns(list(columns.values())).rename_columns(
+        {name: role for role, name in columns.items() if name != role}
+    )
+
+
+def _split(raw: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
+    if "selection" in raw:
+        return raw
+    if "all" in raw or len(raw) == 1:
+        rows = next(iter(raw.values()))
+        train, test = _hold_out(rows, math.ceil(config.test_share * len(rows)), config)
+    else:
+        held_out = next((name for name in ("dev", "validation", "validation_matched", "test") if name in raw), None)
+        if "train" not in raw or held_out is None:
+            raise UserError(f"{config.source} has splits {', '.join(raw)}; it needs train and validation, dev or test")
+        train, test = raw["train"], raw[held_out]
+    train, selection = _hold_out(train, max(1, min(MAX_SELECTION, round(config.selection_share * len(train)))), config)
+    return {"train": train, "selection": selection, "test": test}
+
+
+def _hold_out(rows: Dataset, held: int, config: DataConfig) -> tuple[Dataset, Dataset]:
+    if len(rows) < 2:
+        raise UserError(f"{config.source}: {len(rows)} labelled rows cannot be split; bring more")
+    parts = rows.train_test_split(test_size=min(held, len(rows) - 1), seed=config.seed)
+    return parts["train"], parts["test"]
+
+
+def _label_names(splits: list[Dataset], column: str) -> list[str]:
+    feature = splits[0].features["label"]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    rows = sum(len(split) for split in splits)
+    found = {label for split in splits for label in _labels(split, "train")}
+    labels = sorted(found, key=lambda name: (not name.isdigit(), name.zfill(12) if name.isdigit() else name))
+    if len(labels) < 2:
+        raise UserError(f"train has the label {labels} only; a classifier needs two or more")
+    if len(labels) > max(50, rows // 5):
+        raise UserError(f"column {column!r} has {len(labels)} values in {rows} rows; name a column of classes")
+    return labels
+
+
+def _labels(split: Dataset, split_name: str) -> list[str]:
+    """The class name of every row, as the source has it."""
+    known = getattr(split.features["label"], "names", None)
+    texts = []
+    for row, label in enumerate(split["label"]):
+        if label is None or not str(label).strip() or (known is not None and not 0 <= label < len(known)):
+            raise UserError(f"{split_name} row {row} has no label ({label!r}); fill it or remove the row")
+        texts.append(str(label) if known is None else known[label])
+    return texts
+
+
+def _encode(split: Dataset, names: list[str], split_name: str) -> Dataset:
+    index = {name: position for position, name in enumerate(names)}
+    labels = _labels(split, split_name)
+    if not index.keys() & set(labels):
+        # Numbers that are no names are positions: 0 and 1 in a file, for a classifier of negative and positive.
+        labels = [
+            names[int(given)] if str(given).isdigit() and int(given) < len(names) else label
+            for given, label in zip(split["label"], labels)
+        ]
+    for row, label in enumerate(labels):
+        if label not in index:
+            raise UserError(
+                f"{split_name} row {row} has the label {label!r}, which is not in the label set: {', '.join(names)}; "
+                "mend the row, or tune a task model on these labels"
+            )
+    columns = {name: list(split[name]) for name in ("text", "text_pair") if name in split.column_names}
+    for column, texts in columns.items():
+        for row, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"{split_name} row {row} has an empty {column} ({text!r}); fill it or remove the row")
+    return Dataset.from_dict({**columns, "label": [index[label] for label in labels]})
+
+
+def _content_hash(splits: dict[str, Dataset]) -> str:
+    digest = hashlib.sha256()
+    for name, split in splits.items():
+        digest.update(name.encode())
+        for row in split:
+            digest.update(repr(sorted(row.items())).encode())
+    return digest.hexdigest()

@@ -1,0 +1,127 @@
+"""Backbones by shape alone: nothing is downloaded or allocated, so cost and memory are known beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from revmux.backbone import Backbone, cut, generative_model_types
+from revmux.backbone.generative import language_model_class
+from revmux.backbone.verbalizer import Verbalizer
+from revmux.data.prompt import Prompt
+from revmux.errors import UserError
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.identity import load_model_config
+from revmux.pretrained.loading import outline
+from revmux.pretrained.task_model import read_prompt
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "bert-base": {"model_type": "bert"},
+    "bert-large": {
+        "model_type": "bert",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "t5-small": {
+        "model_type": "t5",
+        "decoder_start_token_id": 0,
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+    },
+    "t5-base": {
+        "model_type": "t5",
+        "decoder_start_token_id": 0,
+        "d_model": 768,
+        "d_kv": 64,
+        "d_ff": 3072,
+        "num_layers": 12,
+        "num_heads": 12,
+    },
+    "t5-large": {
+        "model_type": "t5",
+        "decoder_start_token_id": 0,
+        "d_model": 1024,
+        "d_kv": 64,
+        "d_ff": 4096,
+        "num_layers": 24,
+        "num_heads": 16,
+    },
+    "llama-3-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+}
+"""Shapes of the paper's backbones, as ``config.json`` would have them; what is missing is the type's default."""
+
+GENERATIVE_TYPES = tuple(generative_model_types())
+"""Model types that are language models unless their architecture says otherwise."""
+
+
+def config_of(model: str) -> Any:
+    """The configuration of a preset, or of a local model folder.
+
+    Raises:
+        UserError: neither a preset nor a folder with a ``config.json``, or an unsupported architecture.
+    """
+    if model in PRESETS:
+        settings = dict(PRESETS[model])
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if (Path(model) / "config.json").is_file():
+        return load_model_config(model, BackboneConfig(model))
+    raise UserError(
+        f"model is {model!r}, neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json; choose one"
+    )
+
+
+def meta_backbone(
+    model: str, dtype: torch.dtype = torch.float32, prompt: str | Prompt | None = None, soft_prompt: int = 0
+) -> Backbone:
+    """The cut backbone on the meta device, frozen.
+
+    T5 and LLaMA answer by label words, as in the paper, unless a folder's architecture is a classifier.
+
+    Args:
+        model: a preset or a local model folder.
+        dtype: type of the weights.
+        prompt: of a folder's language model; otherwise it answers by two words of one token each.
+        soft_prompt: vectors before every input, those of a task model's own aside.
+
+    Raises:
+        UserError: an unknown model, a prompt for a preset, or a prompt or soft prompt that the model cannot take.
+    """
+    config = config_of(model)
+    if model in PRESETS and prompt is not None:
+        raise UserError(
+            f"prompt is given for the preset {model!r}, which has no tokenizer; name a model folder, or leave it out"
+        )
+    if prompt is not None or (model not in PRESETS and read_prompt(model) is not None):
+        backbone = outline(BackboneConfig(model, prompt=prompt))[0].to(dtype)
+    else:
+        backbone = _answering(config, dtype)
+    if soft_prompt:
+        backbone.add_soft_prompt(soft_prompt)
+    return backbone.freeze()
+
+
+def _answering(config: Any, dtype: torch.dtype) -> Backbone:
+    """A model with its own kind of head, or with two label words."""
+    classifies = any("SequenceClassification" in name for name in config.architectures or [])
+    words = Verbalizer(label_names=("no", "yes"), token_ids=((1,), (2,)))
+    with torch.device("meta"):
+        if classifies or config.model_type not in GENERATIVE_TYPES:
+            return cut(AutoModelForSequenceClassification.from_config(config, dtype=dtype))
+        return cut(language_model_class(config).from_config(config, dtype=dtype), words)

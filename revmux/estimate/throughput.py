@@ -1,0 +1,79 @@
+"""Inputs a second against SISO: the model alone, measured in pairs, since a machine's speed drifts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from revmux.backbone import TokenBatch
+from revmux.backbone.base import evaluating
+from revmux.data.tokens import TokenizedSplit
+from revmux.model import MultiplexedClassifier
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Throughput relative to the baseline over the pairs of one run.
+
+    Attributes:
+        median: of the pairs; above 1 is faster than the baseline.
+        least: smallest pair.
+        most: largest pair.
+        pairs: how many.
+    """
+
+    median: float
+    least: float
+    most: float
+    pairs: int
+
+
+def like_length_batches(
+    split: TokenizedSplit, inputs: int, batch_size: int, device: torch.device | str = "cpu"
+) -> list[TokenBatch]:
+    """Inputs spread evenly over a split, in batches of like length.
+
+    Args:
+        split: where they come from.
+        inputs: how many, if there are as many.
+        batch_size: inputs a batch.
+        device: where the batches are put.
+    """
+    rows = torch.linspace(0, len(split) - 1, min(inputs, len(split))).long()
+    rows = rows[split.lengths[rows].argsort()]
+    return [split.batch(chunk, device) for chunk in rows.split(batch_size)]
+
+
+@torch.no_grad()
+def paired_throughput(
+    baseline: MultiplexedClassifier, rival: MultiplexedClassifier, batches: Sequence[TokenBatch], pairs: int = 5
+) -> Ratio:
+    """Time baseline and rival in turn, A B A B, on the same batches.
+
+    Args:
+        baseline: usually SISO.
+        rival: what is compared.
+        batches: what both classify in one timing; each (B, S).
+        pairs: timings of each; one more of each comes first and does not count.
+    """
+
+    def seconds(model: MultiplexedClassifier) -> float:
+        _wait(model)
+        started = time.perf_counter()
+        for tokens in batches:
+            model(tokens)
+        _wait(model)
+        return time.perf_counter() - started
+
+    with evaluating(baseline), evaluating(rival):
+        measured = [seconds(baseline) / seconds(rival) for _ in range(pairs + 1)][1:]
+    return Ratio(statistics.median(measured), min(measured), max(measured), pairs)
+
+
+def _wait(model: MultiplexedClassifier) -> None:
+    if model.backbone.device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,362 @@
+"""One knob in place of three: from the loss of accuracy that is allowed to the N, l and threshold that cost least.
+
+Every system is judged on the same inputs as the plain model (SISO), so its loss is a mean of paired differences:
+per input, how often SISO is right minus how often the system is. Two rules keep the judgement honest:
+
+- A loss is believed only with its upper confidence bound, and the bounds hold for all candidates at once: the best of
+  many looks better than it is. They come from a multiplier bootstrap of the largest studentised error (Chernozhukov,
+  Chetverikov and Kato, 2013), which knows how alike the candidates answer.
+- Each bound joins score limits of the share lost and the share won (Newcombe, 1998; Zou and Donner, 2008), which stay
+  honest where few inputs differ: a system that never differs on few inputs is not taken for one that never will.
+
+What was chosen is then verified once, by :func:`verify`, on inputs that chose nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from revmux.errors import UserError
+from revmux.plan.config import Goal
+from revmux.plan.front import FrontRow, cost_of
+from revmux.utils.extras import require
+
+Floats = NDArray[np.float64]
+SISO_NAME = "siso"
+BOOTSTRAP_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One system that could be served, with what it answered on the inputs that choose.
+
+    Attributes:
+        name: unique among the candidates.
+        method: registered name of the method.
+        num_inputs: N.
+        prefill_layers: l; of an exit head the layer that it leaves at.
+        correct: (M,) how often each input was answered rightly, 0..1: a mean over groupings.
+        cost_counted: operations an input relative to SISO, fall-back included.
+        throughput_ratio: inputs a second relative to SISO on this hardware, fall-back included; None where unmeasured.
+        options: settings of the method.
+        infonce_weight: λ; NaN where none was trained with.
+        threshold: confidence below which an answer resumes alone; None without fall-back.
+        fallback: share of answers that resumed alone.
+        folder: adapter folder; None for SISO.
+        run_id: MLflow run that trained it; None where none did.
+    """
+
+    name: str
+    method: str
+    num_inputs: int
+    prefill_layers: int
+    correct: Floats = field(repr=False)
+    cost_counted: float
+    throughput_ratio: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    infonce_weight: float = math.nan
+    threshold: float | None = None
+    fallback: float = 0.0
+    folder: str | None = None
+    run_id: str | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy on the inputs that choose."""
+        return float(self.correct.mean())
+
+    @property
+    def cost(self) -> float:
+        """Cost an input relative to SISO: measured where it was, else counted."""
+        return cost_of(self.cost_counted, self.throughput_ratio)
+
+    def row(self, siso_accuracy: float) -> FrontRow:
+        """The candidate as a row of tables and plots."""
+        return FrontRow(
+            name=self.name,
+            method=self.method,
+            num_inputs=self.num_inputs,
+            prefill_layers=self.prefill_layers,
+            infonce_weight=self.infonce_weight,
+            accuracy=self.accuracy,
+            siso_accuracy=siso_accuracy,
+            cost_counted=self.cost_counted,
+            throughput_ratio=self.throughput_ratio,
+            threshold=self.threshold,
+            fallback=self.fallback,
+        )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate with its loss.
+
+    Attributes:
+        candidate: the system.
+        loss: points lost against SISO on the inputs that choose; negative where it is better.
+        bound: upper confidence bound of the loss, in points, good for all candidates at once.
+        fits: whether it meets the goal.
+    """
+
+    candidate: Candidate
+    loss: float
+    bound: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is served.
+
+    Attributes:
+        goal: what was asked for.
+        chosen: the system of the promise; None where nothing meets the goal.
+        widths: for each N that is worth serving the system of that width, narrowest first. At N > 1 each meets the
+            goal's allowance and is cheaper than every narrower one; the widest is the chosen one unless that has N = 1.
+        judged: every candidate, SISO too, cheapest first.
+        nearest: where nothing meets the goal, the system that misses it by least.
+        shortfall: by how much, in the unit of ``shortfall_unit``.
+        shortfall_unit: ``points`` of accuracy or ``times`` SISO's throughput.
+    """
+
+    goal: Goal
+    chosen: Judged | None
+    widths: list[Judged]
+    judged: list[Judged]
+    nearest: Judged | None = None
+    shortfall: float = 0.0
+    shortfall_unit: str = ""
+
+    @property
+    def siso(self) -> Judged:
+        """The plain model."""
+        return next(one for one in self.judged if one.candidate.method == SISO_NAME)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The one look at inputs that chose nothing.
+
+    Attributes:
+        inputs: how many.
+        accuracy: of the chosen system, 0..1.
+        siso_accuracy: of SISO on the same inputs.
+        loss: points lost against SISO.
+        lower: end of the two-sided confidence interval of the loss, in points.
+        upper: its other end.
+        confidence: of the interval.
+        allowance: points that were allowed; None where only speed was asked for.
+        held: whether the loss found is inside the allowance.
+        proven: whether the whole interval is.
+    """
+
+    inputs: int
+    accuracy: float
+    siso_accuracy: float
+    loss: float
+    lower: float
+    upper: float
+    confidence: float
+    allowance: float | None
+    held: bool
+    proven: bool
+
+
+def siso_candidate(correct: Floats) -> Candidate:
+    """The plain model among the candidates: it loses nothing, at cost 1."""
+    return Candidate(SISO_NAME, SISO_NAME, 1, 0, correct, cost_counted=1.0, throughput_ratio=1.0)
+
+
+def loss_bounds(siso: Floats, correct: Floats, confidence: float, seed: int = 0) -> tuple[Floats, Floats]:
+    """Losses against SISO and upper bounds that hold for all systems at once.
+
+    Args:
+        siso: (M,) whether SISO was right, 0 or 1.
+        correct: (K, M) how often each of K systems was right on the same inputs, 0..1.
+        confidence: probability that no loss lies above its bound.
+        seed: of the bootstrap.
+
+    Returns:
+        Losses (K,) as found, and bounds (K,), both in points.
+    """
+    if len(correct) == 0:
+        return np.zeros(0), np.zeros(0)
+    differences = siso[None] - correct  # (K, M)
+    losses = differences.mean(axis=1, keepdims=True)
+    spread = differences.std(axis=1, keepdims=True)
+    studentised = np.divide(differences - losses, spread, out=np.zeros_like(differences), where=spread > 0)
+    weights = np.random.default_rng(seed).standard_normal((BOOTSTRAP_DRAWS, len(siso)))
+    largest = (weights @ studentised.T).max(axis=1) / math.sqrt(len(siso))  # (draws,)
+    quantile = max(float(np.quantile(largest, confidence)), _student(confidence, len(siso)))
+    return 100 * losses[:, 0], 100 * _loss_interval(differences, quantile)[1]
+
+
+def choose(siso: Floats, candidates: Sequence[Candidate], goal: Goal, seed: int = 0) -> Choice:
+    """The cheapest system whose loss, with its bound, stays inside the allowance; at each N and of all.
+
+    Exit heads and SISO compete on equal terms. Where only a throughput is wanted, the system that loses least among
+    those that are fast enough. Equal costs are settled by the smaller bound, then by name.
+
+    Args:
+        siso: (M,) whether SISO was right on each input that chooses, 0 or 1.
+        candidates: the other systems, on the same inputs; with the thresholds of fall-back that are on offer.
+        goal: allowance, throughput or both.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: a candidate that answered other inputs, or two of one name.
+    """
+    names = [candidate.name for candidate in candidates]
+    if len(set(names) | {SISO_NAME}) <= len(names):
+        raise UserError("two candidates share a name; give each its own")
+    for candidate in candidates:
+        if candidate.correct.shape != siso.shape:
+            raise UserError(
+                f"{candidate.name} answered {len(candidate.correct)} inputs, SISO {len(siso)}; compare them on the same"
+            )
+    losses, bounds = loss_bounds(
+        siso,
+        np.stack([one.correct for one in candidates]) if candidates else np.zeros((0, len(siso))),
+        goal.confidence,
+        seed,
+    )
+    everyone = [(siso_candidate(siso), 0.0, 0.0), *zip(candidates, losses.tolist(), bounds.tolist())]
+    judged = sorted((Judged(one, loss, bound, _fits(one, bound, goal)) for one, loss, bound in everyone), key=_by_cost)
+    fitting = [one for one in judged if one.fits]
+    if not fitting:
+        nearest, shortfall, unit = _nearest(judged, goal)
+        return Choice(goal, None, [], judged, nearest, shortfall, unit)
+    chosen = fitting[0] if goal.allowance is not None else min(fitting, key=lambda one: (one.bound, *_by_cost(one)))
+    return Choice(goal, chosen, _widths(judged, chosen, goal), judged)
+
+
+def _by_cost(one: Judged) -> tuple[float, float, str]:
+    return (one.candidate.cost, one.bound, one.candidate.name)
+
+
+def _is_safe(bound: float, goal: Goal) -> bool:
+    return goal.allowance is None or bound <= goal.allowance
+
+
+def _is_fast(candidate: Candidate, goal: Goal) -> bool:
+    return goal.throughput is None or 1 / candidate.cost >= goal.throughput
+
+
+def _fits(candidate: Candidate, bound: float, goal: Goal) -> bool:
+    return _is_safe(bound, goal) and _is_fast(candidate, goal)
+
+
+def _widths(judged: Sequence[Judged], chosen: Judged, goal: Goal) -> list[Judged]:
+    """At each N up to the chosen one's the cheapest system that is safe enough, if no narrower one is cheaper.
+
+    At N = 1 that is an exit head; the plain model is served in any case.
+    """
+    allowed = chosen.bound if goal.allowance is None else goal.allowance
+    kept: list[Judged] = []
+    adapted = [one for one in judged if one.candidate.method != SISO_NAME]
+    for width in sorted({one.candidate.num_inputs for one in adapted}):
+        if width > chosen.candidate.num_inputs:
+            break
+        best = next((one for one in adapted if one.candidate.num_inputs == width and one.bound <= allowed), None)
+        if width == chosen.candidate.num_inputs:
+            best = chosen
+        if best is not None and all(best.candidate.cost < other.candidate.cost for other in kept):
+            kept.append(best)
+    return kept or [chosen]
+
+
+def _nearest(judged: Sequence[Judged], goal: Goal) -> tuple[Judged, float, str]:
+    """The system that misses the goal by least. SISO meets every allowance, so speed is what is missing."""
+    assert goal.throughput is not None
+    fast = [one for one in judged if _is_fast(one.candidate, goal)]
+    if fast and goal.allowance is not None:
+        nearest = min(fast, key=lambda one: (one.bound, *_by_cost(one)))
+        return nearest, nearest.bound - goal.allowance, "points"
+    nearest = next(one for one in judged if _is_safe(one.bound, goal))
+    return nearest, goal.throughput - 1 / nearest.candidate.cost, "times"
+
+
+def verify(siso: Floats, correct: Floats | None, goal: Goal) -> Verification:
+    """Look once at inputs that chose nothing.
+
+    Args:
+        siso: (M,) whether SISO was right, 0 or 1.
+        correct: (M,) how often the chosen system was right on the same inputs, 0..1; None where SISO itself was
+            chosen, whose loss is zero by construction.
+        goal: with the allowance.
+
+    Raises:
+        UserError: the two answered different numbers of inputs.
+    """
+    loss = lower = upper = 0.0
+    if correct is None:
+        correct = siso
+    elif siso.shape != correct.shape:
+        raise UserError(f"the chosen system answered {len(correct)} inputs, SISO {len(siso)}; compare them on the same")
+    else:
+        loss = 100 * float((siso - correct).mean())
+        quantile = _student((1 + goal.confidence) / 2, len(siso))
+        lower, upper = (100 * float(end) for end in _loss_interval(siso - correct, quantile))
+    return Verification(
+        inputs=len(siso),
+        accuracy=float(correct.mean()),
+        siso_accuracy=float(siso.mean()),
+        loss=loss,
+        lower=lower,
+        upper=upper,
+        confidence=goal.confidence,
+        allowance=goal.allowance,
+        held=goal.allowance is None or loss <= goal.allowance,
+        proven=goal.allowance is None or upper <= goal.allowance,
+    )
+
+
+def _loss_interval(differences: Floats, quantile: float) -> tuple[Floats, Floats]:
+    """Ends of the interval of a mean loss: those of the share lost and of the share won, joined in squares.
+
+    Args:
+        differences: (..., M) in -1..1, positive where SISO was right more often.
+        quantile: of the error on each side.
+
+    Returns:
+        Lower and upper ends, both (...).
+    """
+    lost, won = differences.clip(min=0), (-differences).clip(min=0)
+    lost_lower, lost_upper = _score_limits(lost, quantile)
+    won_lower, won_upper = _score_limits(won, quantile)
+    loss, lost_mean, won_mean = differences.mean(axis=-1), lost.mean(axis=-1), won.mean(axis=-1)
+    lower = loss - np.hypot(lost_mean - lost_lower, won_upper - won_mean)
+    upper = loss + np.hypot(lost_upper - lost_mean, won_mean - won_lower)
+    return lower, upper
+
+
+def _score_limits(shares: Floats, quantile: float) -> tuple[Floats, Floats]:
+    """Wilson's limits of a mean share.
+
+    Shares between 0 and 1, means over groupings, vary less than yes and no do: they count as that many more inputs.
+
+    Args:
+        shares: (..., M) in 0..1.
+        quantile: of the error.
+
+    Returns:
+        Lower and upper limits, both (...).
+    """
+    mean, variance = shares.mean(axis=-1), shares.var(axis=-1)
+    gain = np.divide(mean * (1 - mean), variance, out=np.ones_like(mean), where=variance > 0)
+    inputs = shares.shape[-1] * gain
+    centre = mean + quantile**2 / (2 * inputs)
+    reach = quantile * np.sqrt(mean * (1 - mean) / inputs + quantile**2 / (4 * inputs**2))
+    scale = 1 + quantile**2 / inputs
+    return (centre - reach) / scale, (centre + reach) / scale
+
+
+def _student(level: float, inputs: int) -> float:
+    """Quantile of Student's t for a mean of so many inputs."""
+    return float(require("scipy.stats", "plan").t.ppf(level, max(1, inputs - 1)))

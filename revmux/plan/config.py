@@ -1,0 +1,86 @@
+"""What a plan is asked for, and how candidates are measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from revmux.errors import UserError
+
+THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How candidates are measured.
+
+    Args:
+        shuffles: groupings that an accuracy is a mean of.
+        thresholds: confidences of fall-back that are on offer for every adapter; 0 is none.
+        throughput_inputs: inputs of one timing; 0 counts costs only.
+        throughput_batch: inputs a forward pass of it.
+        throughput_pairs: timings of SISO and of each system, in turn.
+        seed: of the groupings.
+    """
+
+    shuffles: int = 5
+    thresholds: tuple[float, ...] = THRESHOLDS
+    throughput_inputs: int = 256
+    throughput_batch: int = 64
+    throughput_pairs: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("shuffles", "throughput_batch", "throughput_pairs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
+        if self.throughput_inputs < 0:
+            raise UserError(f"throughput_inputs is {self.throughput_inputs}; choose 0 (count only) or more")
+        if not self.thresholds or any(not 0 <= threshold <= 1 for threshold in self.thresholds):
+            raise UserError(f"thresholds are {list(self.thresholds)}; choose confidences in 0..1, 0 for no fall-back")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """The inputs that choose: a slice of train that trains nothing.
+
+    Args:
+        share: of train.
+        limit: at most so many; the more, the smaller an allowance can be kept with confidence.
+    """
+
+    share: float = 0.2
+    limit: int = 4000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UserError(f"share is {self.share}; choose a share of train between 0 and 1, such as 0.2")
+        if self.limit < 2:
+            raise UserError(f"limit is {self.limit}; choose 2 inputs or more, such as 4000")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the user knows.
+
+    Args:
+        allowance: accuracy that may be lost against SISO, in points (hundredths); None where only speed is asked for.
+        throughput: inputs a second wanted, as a multiple of SISO's; None where only accuracy is asked for.
+        confidence: with which a loss must stay inside the allowance.
+    """
+
+    allowance: float | None = None
+    throughput: float | None = None
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.allowance is None and self.throughput is None:
+            raise UserError(
+                "neither allowance nor throughput is given; name one, such as --goal.allowance 1.0 (points)"
+            )
+        if self.allowance is not None and not 0 <= self.allowance <= 100:
+            raise UserError(f"allowance is {self.allowance}; choose the points of accuracy that may be lost, 0 to 100")
+        if self.throughput is not None and not (self.throughput > 0 and math.isfinite(self.throughput)):
+            raise UserError(f"throughput is {self.throughput}; choose a multiple of SISO's above 0, such as 1.5")
+        if not 0.5 < self.confidence < 1:
+            raise UserError(f"confidence is {self.confidence}; choose a level between 0.5 and 1, such as 0.95")

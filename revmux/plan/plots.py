@@ -1,0 +1,153 @@
+"""Accuracy against cost as pictures of a front: a PNG for pages, and an interactive page that needs no network."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from revmux.errors import UserError
+from revmux.plan.front import FrontRow, front
+from revmux.utils.extras import require
+
+MARKERS = {
+    "siso": ("*", "star"),
+    "exit-head": ("s", "square"),
+    "revmux": ("o", "circle"),
+    "token-split": ("^", "triangle-up"),
+}
+OTHER_MARKER = ("D", "diamond")
+COST_LABEL = "cost of an input relative to SISO, {} (left is cheaper)"
+
+
+def label_of(row: FrontRow) -> str:
+    """What stands beside a mark: ``N=2 l=3``, ``layer 3`` of an exit head, and the threshold of a fall-back."""
+    if row.method == "siso":
+        return "SISO"
+    text = f"layer {row.prefill_layers}" if row.method == "exit-head" else f"N={row.num_inputs} l={row.prefill_layers}"
+    return text if row.threshold is None else f"{text}, {row.fallback:.0%} fall back"
+
+
+def plot_front_png(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
+    """The rows as marks and the front as a line, written whole.
+
+    Raises:
+        UserError: no rows, or matplotlib is not installed.
+    """
+    _check(rows)
+    require("matplotlib", "report")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    best = front(rows)
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    axes.step(
+        [row.cost for row in best],
+        [100 * row.accuracy for row in best],
+        where="post",
+        color="grey",
+        linewidth=1,
+        label="front",
+    )
+    for method in sorted({row.method for row in rows}):
+        members = [row for row in rows if row.method == method]
+        marker = MARKERS.get(method, OTHER_MARKER)[0]
+        axes.plot(
+            [row.cost for row in members],
+            [100 * row.accuracy for row in members],
+            marker,
+            markersize=7,
+            alpha=0.8,
+            label=method,
+        )
+    for row in best:
+        place = (row.cost, 100 * row.accuracy)
+        axes.annotate(label_of(row), place, textcoords="offset points", xytext=(6, 6), fontsize=8)
+    axes.set_xlabel(COST_LABEL.format(_kind(rows)))
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(title, fontsize=11)
+    axes.margins(0.09)  # labels stay inside
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
+    figure.savefig(temporary, dpi=130)
+    pyplot.close(figure)
+    os.replace(temporary, path)
+    return path
+
+
+def plot_front_html(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
+    """The same as one page that shows every setting under the pointer, zooms, and hides methods by a click.
+
+    Raises:
+        UserError: no rows, or plotly is not installed.
+    """
+    _check(rows)
+    graphs = require("plotly.graph_objects", "report")
+    best = front(rows)
+    figure = graphs.Figure()
+    figure.add_scatter(
+        x=[row.cost for row in best],
+        y=[100 * row.accuracy for row in best],
+        mode="lines",
+        line={"shape": "hv", "color": "grey"},
+        name="front",
+        hoverinfo="skip",
+    )
+    for method in sorted({row.method for row in rows}):
+        members = [row for row in rows if row.method == method]
+        figure.add_scatter(
+            x=[row.cost for row in members],
+            y=[100 * row.accuracy for row in members],
+            mode="markers",
+            marker={
+                "symbol": MARKERS.get(method, OTHER_MARKER)[1],
+                "size": 11,
+                "line": {"width": [2 if row in best else 0 for row in members], "color": "black"},
+            },
+            name=method,
+            text=[_hover(row) for row in members],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    figure.update_layout(
+        title=title,
+        xaxis_title=COST_LABEL.format(_kind(rows)),
+        yaxis_title="accuracy, %",
+        template="plotly_white",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.write_html(temporary, include_plotlyjs=True, full_html=True)
+    os.replace(temporary, path)
+    return path
+
+
+def _hover(row: FrontRow) -> str:
+    settings: dict[str, Any] = {
+        "method": row.method,
+        "N": row.num_inputs,
+        "l": row.prefill_layers,
+        "λ": "–" if math.isnan(row.infonce_weight) else f"{row.infonce_weight:g}",
+        "accuracy": f"{row.accuracy:.2%}",
+        "points lost": f"{100 * (row.siso_accuracy - row.accuracy):.2f}",
+        "cost counted": f"{row.cost_counted:.3f}",
+        "throughput measured": "–" if row.throughput_ratio is None else f"{row.throughput_ratio:.2f}×",
+    }
+    if row.threshold is not None:
+        settings |= {"threshold": f"{row.threshold:.3f}", "fall back": f"{row.fallback:.1%}"}
+    return "<br>".join([f"<b>{row.name}</b>", *(f"{key}: {value}" for key, value in settings.items())])
+
+
+def _kind(rows: Sequence[FrontRow]) -> str:
+    measured = {row.throughput_ratio is not None for row in rows if row.method != "siso"}
+    return {(True,): "measured", (False,): "counted", (): "counted"}.get(tuple(measured), "measured where it was")
+
+
+def _check(rows: Sequence[FrontRow]) -> None:
+    if not rows:
+        raise UserError("there is no row to plot; a sweep with a finished trial has one")

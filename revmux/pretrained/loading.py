@@ -1,0 +1,255 @@
+"""Where a backbone comes from: the embedded package, a local folder or the hub; and what identifies it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from revmux.backbone import Backbone, Verbalizer, cut, generative_model_types
+from revmux.backbone.generative import GenerativeBackbone, language_model_class
+from revmux.data.prompt import Prompt
+from revmux.errors import UserError
+from revmux.methods import BackboneShape
+from revmux.pretrained import hub
+from revmux.pretrained.config import DTYPES, BackboneConfig
+from revmux.pretrained.identity import identify, load_model_config, resolve, weights_sha256
+from revmux.pretrained.pretrained import Pretrained
+from revmux.pretrained.task_model import read_prompt, read_soft_prompt
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
+
+
+def inspect(config: BackboneConfig) -> tuple[BackboneShape, list[str] | None]:
+    """Shape and classes of a model, from its configuration and its tokenizer alone: no weights are loaded.
+
+    Returns:
+        The shape, and the classes of the checkpoint's own head or of the prompt, or None where neither has any.
+
+    Raises:
+        UserError: an unknown model, an unsupported family, or a prompt that does not fit it.
+    """
+    backbone, names = outline(config)
+    return BackboneShape.of(backbone), names
+
+
+def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
+    """The cut model on the meta device, whose cost can be counted, and its classes; see :func:`inspect`."""
+    location = resolve(config.model)
+    model_config = load_model_config(location, config)
+    prompt = _prompt_of(config, location, model_config)
+    if prompt is None:
+        with torch.device("meta"):
+            backbone = cut(AutoModelForSequenceClassification.from_config(model_config))
+        return backbone, backbone.label_names if _has_head(model_config) else None
+    names = list(prompt.labels) or None
+    if names is None:
+        verbalizer = Verbalizer(("0", "1"), ((0,), (1,)))  # as good as the words of classes that only the data knows
+    else:
+        verbalizer = prompt.verbalizer(_load_tokenizer(config, location))
+    with torch.device("meta"):
+        backbone = cut(language_model_class(model_config).from_config(model_config), verbalizer)
+        if (soft_prompt := read_soft_prompt(location, config.revision)) is not None:
+            backbone.add_soft_prompt(len(soft_prompt))
+    return backbone, names
+
+
+def check_answers(config: BackboneConfig) -> None:
+    """Refuse a model that has neither a trained classification head nor a prompt to answer by; nothing is loaded.
+
+    Raises:
+        UserError: with the remedies.
+    """
+    location = resolve(config.model)
+    model_config = load_model_config(location, config)
+    if _has_head(model_config) or _prompt_of(config, location, model_config) is not None:
+        return
+    remedy = f"tune a task model first: python -m ray_jobs.finetune --backbone.model {config.model}"
+    if model_config.model_type in generative_model_types():
+        remedy += ", or let it answer by label words: --backbone.prompt sst2 (or another prompt)"
+    raise UserError(
+        f"{config.model} is a {', '.join(model_config.architectures or ['model'])} without a trained classification "
+        f"head; {remedy}"
+    )
+
+
+def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None) -> Pretrained:
+    """Load a model with its head, or with its prompt's label words in place of one, and cut it.
+
+    Args:
+        config: which model, and how.
+        label_names: class names for a fresh head or for a prompt that lists none; None insists on the checkpoint's
+            head or the prompt's own classes.
+
+    Raises:
+        UserError: an unknown model, an unsupported family, a head, weights or tokenizer that are missing, a prompt
+            that does not fit, or inputs longer than the model reads.
+    """
+    location = resolve(config.model)
+    model_config = load_model_config(location, config)
+    prompt = _prompt_of(config, location, model_config)
+    if label_names is None:
+        check_answers(config)
+    if Path(location).is_dir():
+        weights_sha256(Path(location))  # refuses a folder without weights
+    elif (cached := hub.cached_folder(location, config.revision)) is not None:
+        # What is recorded is what is loaded, whatever is pushed meanwhile.
+        config = replace(config, revision=cached.name)
+    tokenizer = _load_tokenizer(config, location)
+    if prompt is None:
+        backbone = cut(_load_classifier(config, location, model_config, label_names, tokenizer))
+    else:
+        prompt = prompt.with_labels(label_names)
+        verbalizer = prompt.verbalizer(tokenizer)
+        backbone = cut(_load_language_model(config, location, model_config), verbalizer)
+    if isinstance(backbone, GenerativeBackbone):
+        backbone.soft_prompt = read_soft_prompt(location, config.revision)
+    check_length(config, backbone)
+    identity = identify(config.model, location, config.revision)
+    return Pretrained(backbone, tokenizer, identity, _has_head(model_config), prompt)
+
+
+def check_length(config: BackboneConfig, backbone: Backbone) -> None:
+    """Refuse inputs longer than a model reads.
+
+    Raises:
+        UserError: naming both lengths.
+    """
+    if config.max_length > backbone.max_length:
+        raise UserError(
+            f"max_length is {config.max_length}, but {config.model} reads at most {backbone.max_length} tokens; "
+            f"choose {backbone.max_length} or fewer"
+        )
+
+
+def _load_classifier(
+    config: BackboneConfig,
+    location: str,
+    model_config: Any,
+    label_names: list[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Any:
+    """A model with the checkpoint's head, or a fresh one for these classes."""
+    arguments: dict[str, Any] = {}
+    if not _has_head(model_config):
+        names = label_names or []
+        arguments = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        }
+        if model_config.pad_token_id is None:
+            arguments["pad_token_id"] = tokenizer.pad_token_id  # by which a decoder's head finds the end of a text
+    with _quiet():
+        return AutoModelForSequenceClassification.from_pretrained(location, **_weights(config), **arguments)
+
+
+def _load_language_model(config: BackboneConfig, location: str, model_config: Any) -> Any:
+    with _quiet():
+        model, loading = language_model_class(model_config).from_pretrained(
+            location, **_weights(config), output_loading_info=True
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{config.model} is a {', '.join(model_config.architectures or ['model'])} without the weights that score its "
+            f"vocabulary ({', '.join(missing[:3])}); a prompt needs a language model, such as ...ForCausalLM"
+        )
+    return model
+
+
+def _weights(config: BackboneConfig) -> dict[str, Any]:
+    return {
+        "revision": config.revision,
+        "dtype": DTYPES[config.dtype],
+        "attn_implementation": config.attention,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+
+
+def _prompt_of(config: BackboneConfig, location: str, model_config: Any) -> Prompt | None:
+    """The prompt that a model answers by: the one it was tuned with, else the one that is asked for.
+
+    Raises:
+        UserError: another prompt than the model's own, or a model that cannot answer by label words.
+    """
+    prompt = config.prompt
+    assert not isinstance(prompt, str)
+    answers_by_words = model_config.model_type in generative_model_types() and not _has_head(model_config)
+    own = read_prompt(location, config.revision) if answers_by_words else None
+    if own is not None:
+        if prompt is not None and prompt.with_labels(list(own.labels)) != own:
+            raise UserError(
+                f"{config.model} was tuned with prompt {own.name}, not {prompt.name} ({own.difference(prompt)}); "
+                "leave --backbone.prompt out"
+            )
+        return own
+    if prompt is None:
+        return None
+    if model_config.model_type not in generative_model_types():
+        raise UserError(
+            f"prompt is {prompt.name}, but {config.model} is a {model_config.model_type}, which cannot answer by words; "
+            f"leave --backbone.prompt out, or choose a model of {', '.join(generative_model_types())}"
+        )
+    if _has_head(model_config):
+        raise UserError(
+            f"prompt is {prompt.name}, but {config.model} answers by a trained classification head; "
+            "leave --backbone.prompt out, or name the language model that it was made of"
+        )
+    return prompt
+
+
+def _load_tokenizer(config: BackboneConfig, location: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, able to pad.
+
+    Raises:
+        UserError: there is none, or it has no token to pad with.
+    """
+    _check_tokenizer(config.model, location)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"the tokenizer of {config.model} has neither a padding nor an end-of-sequence token; set its pad_token "
+                "and save it again"
+            )
+        tokenizer.pad_token = tokenizer.eos_token  # padding is never read, so any token will do
+    return tokenizer
+
+
+def _check_tokenizer(name: str, location: str) -> None:
+    """Refuse a folder without one: transformers would make an empty tokenizer that knows no word."""
+    folder = Path(location)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise UserError(
+            f"folder {name!r} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it there: "
+            "tokenizer.save_pretrained(folder)"
+        )
+
+
+def _has_head(model_config: Any) -> bool:
+    return any("SequenceClassification" in name for name in model_config.architectures or [])
+
+
+class _quiet:
+    """No warnings about fresh heads and no progress bars of weight loading: callers say what they load."""
+
+    def __enter__(self) -> None:
+        self.verbosity = transformers_logging.get_verbosity()
+        self.bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self.verbosity)
+        if self.bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,50 @@
+"""A loaded backbone with its tokenizer and identity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+from revmux.backbone import Backbone, TokenBatch
+from revmux.data.prompt import Prompt
+from revmux.data.tokens import TokenizedSplit, encode_texts
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A loaded backbone with its tokenizer and identity.
+
+    Attributes:
+        backbone: the cut model.
+        tokenizer: its tokenizer.
+        identity: ``name``, ``revision`` and ``sha256`` of the weights, as artifacts record them.
+        has_head: whether the checkpoint brought a trained classification head.
+        prompt: what every input is put into, with a word for every class; None with a classification head.
+    """
+
+    backbone: Backbone
+    tokenizer: PreTrainedTokenizerBase
+    identity: dict[str, str | None]
+    has_head: bool
+    prompt: Prompt | None = None
+
+    def tokenize(self, split: Dataset, max_length: int) -> TokenizedSplit:
+        """A split as this backbone reads it, each input in its prompt.
+
+        Raises:
+            UserError: a template that does not fit the inputs or ``max_length``.
+        """
+        return TokenizedSplit(split, self.tokenizer, max_length, self.prompt)
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int = 128) -> TokenBatch:
+        """Texts, or pairs of texts, as one padded batch on the backbone's device, each (B, S); see :meth:`tokenize`."""
+        encoded, _ = encode_texts(self.tokenizer, texts, pairs, max_length, self.prompt)
+        return {
+            name: tensor.to(self.backbone.device)
+            for name, tensor in self.tokenizer.pad(encoded, return_tensors="pt").items()
+        }

@@ -1,0 +1,77 @@
+"""A task model on disk: as Hugging Face writes it, with the prompt and the soft prompt that it was tuned with beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from revmux.backbone.soft_prompt import SoftPrompt
+from revmux.data.prompt import Prompt
+from revmux.errors import UserError
+
+if TYPE_CHECKING:
+    from revmux.pretrained.pretrained import Pretrained
+
+PROMPT_NAME = "prompt.json"
+SOFT_PROMPT_NAME = "soft_prompt.safetensors"
+
+
+def save_task_model(pretrained: Pretrained, folder: str | Path) -> Path:
+    """Write a backbone as it stands; :func:`revmux.pretrained.loading.load_pretrained` reads all of it again.
+
+    Args:
+        pretrained: with or without a prompt.
+        folder: made where it is missing.
+    """
+    folder = Path(folder)
+    pretrained.backbone.model.save_pretrained(folder)
+    pretrained.tokenizer.save_pretrained(folder)
+    if pretrained.prompt is not None:
+        text = json.dumps(pretrained.prompt.to_dict(), indent=2, ensure_ascii=False)
+        (folder / PROMPT_NAME).write_text(text + "\n", encoding="utf-8")
+    soft_prompt = getattr(pretrained.backbone, "soft_prompt", None)
+    if soft_prompt is not None:
+        save_file({"vectors": soft_prompt.vectors.detach().cpu()}, folder / SOFT_PROMPT_NAME)
+    return folder
+
+
+def read_prompt(location: str, revision: str | None = None) -> Prompt | None:
+    """The prompt that a model was tuned with, if it was.
+
+    Args:
+        location: a folder, or a Hugging Face id.
+        revision: on the hub.
+
+    Raises:
+        UserError: the hub cannot be reached, and what is cached here does not tell whether there is one.
+    """
+    file = _file(location, PROMPT_NAME, revision)
+    return None if file is None else Prompt.from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def read_soft_prompt(location: str, revision: str | None = None) -> SoftPrompt | None:
+    """The soft prompt of a model, if it has one; arguments as :func:`read_prompt`."""
+    file = _file(location, SOFT_PROMPT_NAME, revision)
+    return None if file is None else SoftPrompt(load_file(file)["vectors"])
+
+
+def _file(location: str, name: str, revision: str | None) -> Path | None:
+    folder = Path(location)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(location, name, revision=revision))
+    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but it says nothing of the repository
+        if try_to_load_from_cache(location, name, revision=revision) is _CACHED_NO_EXIST:
+            return None
+        raise UserError(
+            f"whether {location!r} has a {name} is not known: it is not cached here, and the hub cannot be reached "
+            f"({type(error).__name__}); load the model once with a network, or name a local folder"
+        ) from None
+    except EntryNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""Training and evaluation of adapters, and of task models."""

@@ -1,0 +1,234 @@
+"""One training run from end to end, on one process or inside a worker: data, backbone, method, trainer.
+
+Ray jobs call this; so can a script, where Ray is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from revmux.adapters.config import AdapterConfig
+from revmux.adapters.folder import describe_adapter
+from revmux.data.task import TaskData
+from revmux.errors import UserError
+from revmux.estimate.flops import relative_cost
+from revmux.features.base import Features
+from revmux.features.key import backbone_digest
+from revmux.features.online import OnlineFeatures
+from revmux.features.store import open_features
+from revmux.methods import BackboneShape, Method, build_method
+from revmux.model import MultiplexedClassifier
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import check_length, load_pretrained
+from revmux.pretrained.pretrained import Pretrained
+from revmux.training.config import Recipe
+from revmux.training.evaluation import Evaluation, evaluate
+from revmux.training.trainer import Trainer, load_weights
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start.
+
+    Attributes:
+        recipe: what was asked for.
+        pretrained: the backbone.
+        task: the data.
+        model: backbone and method.
+        train: features of each split.
+        selection: chooses.
+        test: is reported.
+    """
+
+    recipe: Recipe
+    pretrained: Pretrained
+    task: TaskData
+    model: MultiplexedClassifier
+    train: Features
+    selection: Features
+    test: Features
+
+    def trainer(self, **arguments: Any) -> Trainer:
+        """The trainer of this run; keyword arguments as :class:`Trainer` takes them."""
+        return Trainer(self.model, self.train, self.selection, self.recipe.optim, self.recipe.loss, **arguments)
+
+    def evaluate_test(self) -> Evaluation:
+        """The figure that is reported: the test split, over shuffles."""
+        return evaluate(self.model, self.test, shuffles=self.recipe.shuffles, seed=self.recipe.optim.seed)
+
+    def cost(self) -> float:
+        """Counted operations an input relative to SISO, at the mean length of the test split."""
+        return relative_cost_at(self.model, self.test)
+
+    def adapter_config(self, metrics: dict[str, float]) -> AdapterConfig:
+        """The artifact's config, with the figures measured."""
+        training = {"seed": self.recipe.optim.seed, "optim": vars(self.recipe.optim), "loss": vars(self.recipe.loss)}
+        return describe_adapter(
+            self.model, self.pretrained, self.recipe.backbone.max_length, self.task.identity, training, metrics
+        )
+
+
+def relative_cost_at(model: MultiplexedClassifier, features: Features) -> float:
+    """Counted operations an input relative to SISO, at the mean length of a split."""
+    length = max(1, round(float(features.lengths.double().mean())))
+    return relative_cost(model.backbone, model.method, model.prefill_layers, length)
+
+
+def check(recipe: Recipe, shape: BackboneShape, workers: int = 1, longest: int | None = None) -> None:
+    """Refuse what cannot be trained, from shapes alone: before weights are loaded or a cluster starts.
+
+    Args:
+        recipe: the run.
+        shape: of its backbone.
+        workers: that share a step.
+        longest: tokens that the backbone reads at most, where known.
+
+    Raises:
+        UserError: an unknown method or option, l out of range, d not divisible by N, a batch that cannot be
+            cut into groups, texts that leave no room for the tokens that the method adds.
+    """
+    method = recipe.method
+    if recipe.shuffles < 1:
+        raise UserError(f"shuffles is {recipe.shuffles}; choose 1 or more")
+    with torch.device("meta"):
+        built = build_method(method.name, shape, method.num_inputs, method.options)
+    built.check_prefill(method.prefill_layers)
+    recipe.optim.check_groups(method.num_inputs, workers)
+    if longest is not None:
+        check_room(recipe.backbone, built, longest)
+
+
+def check_room(config: BackboneConfig, method: Method, longest: int) -> None:
+    """Refuse texts that leave no room for the tokens that a method adds to them.
+
+    Raises:
+        UserError: naming all three lengths and the one that fits.
+    """
+    added = method.added_tokens
+    if added and config.max_length + added > longest:
+        raise UserError(
+            f"max_length is {config.max_length} and {method.name} adds {added} tokens to every text, but {config.model} "
+            f"reads at most {longest}; choose max_length {longest - added} or fewer"
+        )
+
+
+def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") -> Prepared:
+    """Load the backbone, compute or open what it says of each input, and build the method.
+
+    Args:
+        recipe: the run.
+        task: loaded by :func:`revmux.data.task.load_task`.
+        device: where the model runs.
+
+    Raises:
+        UserError: anything in the recipe that does not fit the backbone or the data.
+    """
+    method_config = recipe.method
+    torch.manual_seed(recipe.optim.seed)  # a fresh head
+    pretrained = load_backbone(recipe, task.label_names)
+    check_labels(pretrained, task)
+    backbone = pretrained.backbone.freeze().to(device)
+    backbone.gradient_checkpointing = recipe.optim.gradient_checkpointing
+    torch.manual_seed(recipe.optim.seed)  # the same adapters whatever was drawn before
+    method = build_method(
+        method_config.name, BackboneShape.of(backbone), method_config.num_inputs, method_config.options
+    ).to(device)
+    check_room(recipe.backbone, method, backbone.max_length)
+    model = MultiplexedClassifier(backbone, method, method_config.prefill_layers)
+    splits = [
+        pretrained.tokenize(split, recipe.backbone.max_length) for split in (task.train, task.selection, task.test)
+    ]
+    features: list[Features]
+    layers = stored_layers(method, method_config.prefill_layers)
+    if layers is None:
+        features = [OnlineFeatures(split, backbone, with_teacher=False) for split in splits]
+    else:
+        weights = backbone_digest(backbone)
+        stores = [open_features(pretrained, split, layers, recipe.store, weights=weights) for split in splits]
+        features = [store.at(layers[0]) if layers else store.with_tokens() for store in stores]
+    if method.tunes_backbone:
+        method.unfreeze(backbone, method_config.prefill_layers)
+        check_length(recipe.backbone, backbone)  # a soft prompt takes room
+    return Prepared(recipe, pretrained, task, model, *features)
+
+
+def stored_layers(method: Method, prefill_layers: int) -> list[int] | None:
+    """Depths whose stored states a run reads, beside the teacher.
+
+    Args:
+        method: the run's.
+        prefill_layers: l.
+
+    Returns:
+        l, or none where the method changes what is below it; None where it reads no store at all.
+    """
+    if method.name == "siso" and method.tunes_backbone:
+        return None
+    return [] if method.tunes_backbone or method.prepares_tokens else [prefill_layers]
+
+
+def layers_read(recipe: Recipe, shape: BackboneShape) -> list[int] | None:
+    """As :func:`stored_layers`, from shapes alone."""
+    method = recipe.method
+    with torch.device("meta"):
+        built = build_method(method.name, shape, method.num_inputs, method.options)
+    return stored_layers(built, method.prefill_layers)
+
+
+def load_backbone(recipe: Recipe, label_names: list[str]) -> Pretrained:
+    """The backbone of a run; a head or words are made for classes only where the run says so.
+
+    Args:
+        recipe: the run.
+        label_names: the task's classes.
+    """
+    return load_pretrained(recipe.backbone, label_names if makes_head(recipe) or recipe.backbone.prompt else None)
+
+
+def makes_head(recipe: Recipe) -> bool:
+    """Whether a backbone without a head gets one: where a task model is tuned."""
+    return recipe.method.name == "siso" and bool(recipe.method.options.get("tune_backbone"))
+
+
+def check_labels(pretrained: Pretrained, task: TaskData) -> None:
+    """Refuse a task model with other classes than the data.
+
+    Raises:
+        UserError: naming both.
+    """
+    names = pretrained.backbone.label_names
+    if names != task.label_names:
+        raise UserError(
+            f"{pretrained.identity['name']} has the labels {', '.join(names)}, the data has {', '.join(task.label_names)}; "
+            "tune a task model on this data, or name the data that it was tuned on"
+        )
+
+
+def fill_store(recipe: Recipe, split: Dataset, layers: Sequence[int], device: torch.device | str = "cpu") -> None:
+    """Compute in one pass what several runs will read of a split: the teacher, and the prefilled states at some layers.
+
+    On a cluster :mod:`ray_jobs.features` does the same by many workers.
+
+    Args:
+        recipe: of any of the runs; its backbone and store count.
+        split: of their data.
+        layers: depths that the runs prefill to.
+        device: where the backbone runs.
+    """
+    pretrained = load_pretrained(recipe.backbone)
+    pretrained.backbone.freeze().to(device)
+    open_features(pretrained, pretrained.tokenize(split, recipe.backbone.max_length), layers, recipe.store)
+
+
+def train_here(prepared: Prepared) -> Evaluation:
+    """Train in this process, keep the best epoch's weights, and evaluate on the test split."""
+    trainer = prepared.trainer()
+    for _ in trainer.run():
+        pass
+    load_weights(prepared.model, trainer.best)
+    return prepared.evaluate_test()
