@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from revmux import BackboneShape, HiddenState, MultiplexedClassifier, UserError, build_method, cut
-from revmux.backbone import Backbone, TokenBatch, registry, supported_model_types
+from revmux.backbone import Backbone, TokenBatch, supported_model_types
 
 LAYERS, WIDTH, VOCABULARY, LENGTH, LABELS = 4, 32, 50, 14, 3
 BERT_LIKE: dict[str, Any] = {
@@ -410,7 +410,7 @@ def test_unsupported_architecture_is_refused_with_the_list() -> None:
 
 @torch.no_grad()
 def test_the_documented_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))  # the example registers itself here alone
+    monkeypatch.setattr(BACKBONES, "_entries", dict(BACKBONES._entries))  # the example registers itself here alone
     page = Path(__file__).parents[1] / "docs" / "add-a-backbone.md"
     source = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert len(source) == 1

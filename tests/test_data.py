@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from revmux import UserError
 from revmux.data.config import DataConfig
+from revmux.data.sources import SOURCES, source_of
 from revmux.data.sources import docstrings as docstrings_module
 from revmux.data.sources.docstrings import (
     LIBRARIES,
@@ -145,11 +146,11 @@ def test_a_wrong_column_lists_those_there_are(tmp_path: Path) -> None:
     file = write(tmp_path, "own.csv", table(10, "a{row},{label}", "words,stars"))
     with pytest.raises(UserError, match=r"unknown text_column 'body'; columns of .*: words, stars"):
         load(file, text_column="body")
-    with pytest.raises(UserError, match=r"no text_column by a usual name .* its columns: words, stars; .*--data"):
+    with pytest.raises(UserError, match=r"no text_column with a usual name .* its columns: words, stars; .*--data"):
         load(file)
-    with pytest.raises(UserError, match="no label_column by a usual name"):
+    with pytest.raises(UserError, match="no label_column with a usual name"):
         load(file, text_column="words")
-    with pytest.raises(UserError, match="a column of its own"):
+    with pytest.raises(UserError, match="a different column for each role"):
         load(file, text_column="words", label_column="words")
 
 
@@ -381,9 +382,37 @@ def test_the_seed_alone_fixes_the_task(toy_libraries: None) -> None:
 def test_the_embedded_task_loads_with_the_versions_that_fix_it(
     docstrings: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("revmux.data.task.build_docstring_task", lambda seed, per_class: docstrings)
+    monkeypatch.setattr("revmux.data.sources.docstrings.build_docstring_task", lambda seed, per_class: docstrings)
     task = load_task(DataConfig(per_class=60))
     assert task.label_names == sorted(LIBRARIES)
     assert texts(task, "test") == list(docstrings["test"]["text"])
     assert task.identity["libraries"] == library_versions()
     assert task.identity["source"] == "docstrings"
+
+
+def test_the_documented_source_works(monkeypatch: pytest.MonkeyPatch, tiny_rows: list[dict[str, str]]) -> None:
+    """The example of docs/add-a-data-source.md, as a user would copy it."""
+    page = (Path(__file__).parents[1] / "docs" / "add-a-data-source.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.setattr(SOURCES, "_entries", dict(SOURCES._entries))
+    names: dict[str, Any] = {"__name__": "my_package.memory_source"}
+    exec(code, names)
+    names["MemorySource"].tables["reviews"] = tiny_rows
+    task = load_task(DataConfig(source="memory:reviews"))
+    assert task.label_names == ["bad", "good"]
+    assert sum(len(split) for split in (task.train, task.selection, task.test)) == len(tiny_rows)
+    assert task.identity["source"] == "memory:reviews"
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("docstrings", "DocstringSource"),
+        ("missing.csv", "FileSource"),
+        ("./missing", "FileSource"),
+        (str(Path(__file__).parent), "FolderSource"),
+        ("nyu-mll/glue", "HubSource"),
+    ],
+)
+def test_each_kind_of_source_claims_its_own_names(source: str, kind: str) -> None:
+    assert type(source_of(DataConfig(source=source))).__name__ == kind

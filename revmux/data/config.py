@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from revmux.errors import UserError
 
 EMBEDDED_TASK = "docstrings"
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
+"""Of the files that :mod:`revmux.data.sources.files` reads."""
 
 
 @dataclass(frozen=True)

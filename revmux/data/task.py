@@ -1,35 +1,20 @@
-"""Text with labels from anywhere: the embedded task, a user's files, a GLUE-layout folder, the hub."""
+"""A task: labelled text, read from its source, checked and split."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset
 
-from revmux.data.config import EMBEDDED_TASK, DataConfig
-from revmux.data.sources.docstrings import build_docstring_task, library_versions
+from revmux.data.columns import find_columns
+from revmux.data.config import DataConfig
+from revmux.data.sources import source_of
 from revmux.errors import UserError
 
-TEXT_COLUMNS = ("text", "sentence", "sentence1", "#1 String", "question", "question1", "premise", "review", "content")
-PAIRS = (
-    ("text", "text_pair"),
-    ("sentence1", "sentence2"),
-    ("question", "sentence"),
-    ("question", "passage"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("#1 String", "#2 String"),
-)
-LABEL_COLUMNS = ("label", "Quality", "labels", "category", "class", "target", "intent")
 MAX_SELECTION = 2000  # examples that choose between checkpoints; more would only cost time
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -66,115 +51,18 @@ def load_task(config: DataConfig, label_names: list[str] | None = None) -> TaskD
     Raises:
         UserError: an unknown source, column or label, or an empty text.
     """
-    raw = _read(config)
-    columns = _columns(raw, config)
+    source = source_of(config)
+    raw = source.read(config)
+    columns = find_columns(next(iter(raw.values())).column_names, config)
     splits = _split({name: _rename(split, columns) for name, split in raw.items()}, config)
     names = label_names or _label_names([splits["train"], splits["selection"]], columns["label"])
     if config.limit is not None and config.limit < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(seed=config.seed).select(range(config.limit))
     encoded = {name: _encode(split, names, name) for name, split in splits.items()}
-    identity = {"source": _source_name(config), "sha256": _content_hash(encoded), "labels": len(names)}
+    identity = {"source": source.name(config), "sha256": _content_hash(encoded), "labels": len(names)}
     identity |= {name: len(split) for name, split in encoded.items()}
-    if config.source == EMBEDDED_TASK:
-        identity["libraries"] = library_versions()
+    identity |= source.identity()
     return TaskData(encoded["train"], encoded["selection"], encoded["test"], names, identity)
-
-
-def _source_name(config: DataConfig) -> str:
-    path = Path(config.source).expanduser()
-    return path.absolute().name if path.exists() else "/".join(filter(None, [config.source, config.subset]))
-
-
-def _read(config: DataConfig) -> dict[str, Dataset]:
-    if config.source == EMBEDDED_TASK:
-        return dict(build_docstring_task(config.seed, config.per_class))
-    path = Path(config.source).expanduser()
-    if path.is_dir():
-        return _read_folder(path)
-    if path.is_file():
-        return {"all": _read_file(path)}
-    if path.suffix in SUFFIXES or path.is_absolute() or config.source.startswith((".", "~")):
-        raise UserError(
-            f"no file or folder {config.source!r}; name an existing one, '{EMBEDDED_TASK}', or a hub data set"
-        )
-    try:
-        loaded = load_dataset(config.source, config.subset)
-    except Exception as error:
-        raise UserError(
-            f"unknown data {config.source!r} ({type(error).__name__}: {str(error).splitlines()[0]}); name "
-            f"'{EMBEDDED_TASK}', a file ({', '.join(SUFFIXES)}), a folder with train and dev files, or a hub data set"
-        ) from None
-    return dict(loaded) if isinstance(loaded, DatasetDict) else {"all": loaded}
-
-
-def _read_folder(folder: Path) -> dict[str, Dataset]:
-    found = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES}
-    if "train" not in found or not {"dev", "validation", "test"} & set(found):
-        raise UserError(
-            f"folder {str(folder)!r} holds {sorted(found) or 'no data files'}; it needs train and dev (or test) as one of "
-            f"{', '.join(SUFFIXES)}"
-        )
-    return {name: _read_file(found[name]) for name in ("train", "dev", "validation", "test") if name in found}
-
-
-def _read_file(file: Path) -> Dataset:
-    if file.suffix not in SUFFIXES:
-        raise UserError(
-            f"{str(file)!r} ends in {file.suffix!r}; known: {', '.join(SUFFIXES)}; convert it to one of these"
-        )
-    try:
-        if file.suffix in (".csv", ".tsv"):
-            # In a TSV quotes are text, as GLUE has it; a byte-order mark is not.
-            dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
-            with warnings.catch_warnings():
-                # Rows longer than the header: columns would shift, or values be lost.
-                warnings.simplefilter("error", pd.errors.ParserWarning)
-                frame = pd.read_csv(
-                    file, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig", **dialect
-                )
-            return Dataset.from_pandas(frame, preserve_index=False)
-        if file.suffix == ".parquet":
-            return Dataset.from_parquet(str(file))
-        if file.suffix == ".arrow":
-            return Dataset.from_file(str(file))
-        return Dataset.from_json(str(file))
-    except Exception as error:
-        raise UserError(f"cannot read {str(file)!r}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
-
-
-def _columns(raw: dict[str, Dataset], config: DataConfig) -> dict[str, str]:
-    """The columns in the roles ``text``, ``text_pair`` (pairs only) and ``label``."""
-    present = next(iter(raw.values())).column_names
-    for kind in ("text_column", "pair_column", "label_column"):
-        given = getattr(config, kind)
-        if given is not None and given not in present:
-            raise UserError(
-                f"unknown {kind} {given!r}; columns of {config.source}: {', '.join(present)}; name one of these"
-            )
-
-    def usual(names: tuple[str, ...], kind: str) -> str:
-        match = next((name for name in names if name in present and name != pair), None)
-        if match is None:
-            raise UserError(
-                f"{config.source} has no {kind} by a usual name ({', '.join(names)}); its columns: {', '.join(present)}; "
-                f"name one with --data.{kind}"
-            )
-        return match
-
-    text, pair = config.text_column, config.pair_column
-    for first, second in PAIRS:
-        if {first, second} <= set(present) and text in (None, first) and pair in (None, second):
-            text, pair = first, second
-            break
-    columns = {
-        "text": text or usual(TEXT_COLUMNS, "text_column"),
-        "text_pair": pair,
-        "label": config.label_column or usual(LABEL_COLUMNS, "label_column"),
-    }
-    chosen = {role: name for role, name in columns.items() if name is not None}
-    if len(set(chosen.values())) < len(chosen):
-        raise UserError(f"columns {', '.join(chosen.values())} of {config.source}: give every role a column of its own")
-    return chosen
 
 
 def _rename(split: Dataset, columns: dict[str, str]) -> Dataset:

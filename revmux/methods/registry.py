@@ -1,44 +1,37 @@
-"""Methods, found by name; a user's own package registers its methods the same way."""
+"""Methods, found by name. A package of your own registers its methods the same way."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from revmux.errors import UserError, one_of
+from revmux.errors import UserError
 from revmux.methods.base import BackboneShape, Method
-from revmux.utils.plugins import load_plugins
+from revmux.utils.registry import Registry
 from revmux.utils.type_check import check_types
 
-ENTRY_POINTS = "revmux.methods"
-"""Group of entry points by which a package names the modules of its methods."""
-
-_METHODS: dict[str, type[Method]] = {}
+METHODS: Registry[type[Method]] = Registry("method", "revmux.methods", "docs/add-a-method.md shows how to add one")
 MethodClass = TypeVar("MethodClass", bound=type[Method])
 
 
 def register_method(method: MethodClass) -> MethodClass:
     """Class decorator: make the method available under its ``name``."""
-    _METHODS[method.name] = method
+    METHODS.register(method.name)(method)
     return method
 
 
 def method_names() -> list[str]:
-    """Every registered method, those of installed packages too."""
-    load_plugins(ENTRY_POINTS)
-    return sorted(_METHODS)
+    """The names of all registered methods, including those of installed packages."""
+    return METHODS.names()
 
 
 def method_class(name: str) -> type[Method]:
     """The class registered under ``name``.
 
     Raises:
-        UserError: no such method, with the list of known ones.
+        UserError: no such method; the message lists the registered names.
     """
-    load_plugins(ENTRY_POINTS)
-    if name not in _METHODS:
-        raise one_of("method", name, method_names(), "docs/add-a-method.md shows how to add one")
-    return _METHODS[name]
+    return METHODS[name]
 
 
 def build_method(name: str, shape: BackboneShape, num_inputs: int, options: Mapping[str, Any] | None = None) -> Method:
@@ -51,7 +44,8 @@ def build_method(name: str, shape: BackboneShape, num_inputs: int, options: Mapp
         options: settings of the method by name; missing ones take their defaults.
 
     Raises:
-        UserError: an unknown name or option, an option of another type, or an N that the method or the width cannot serve.
+        UserError: an unknown name or option, an option of the wrong type, or an N that the method or the hidden size
+            does not allow.
     """
     cls = method_class(name)
     try:

@@ -12,7 +12,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from revmux.backbone import supported_model_types
+from revmux.backbone.registry import BACKBONES, unsupported
 from revmux.errors import UserError
 from revmux.pretrained import hub
 from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_PACKAGE, EMBEDDED_SHA256, BackboneConfig
@@ -117,8 +117,5 @@ def load_model_config(location: str, config: BackboneConfig) -> Any:
 
 
 def _check_architecture(model: str, model_type: str) -> None:
-    if model_type not in supported_model_types():
-        raise UserError(
-            f"{model}: unsupported architecture {model_type!r}; supported: "
-            f"{', '.join(supported_model_types())}; docs/add-a-backbone.md shows how to add one"
-        )
+    if model_type not in BACKBONES:
+        raise unsupported(model_type, model)

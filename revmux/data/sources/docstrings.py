@@ -16,9 +16,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from revmux.data.config import EMBEDDED_TASK, DataConfig
+from revmux.data.sources.base import SOURCES, Source
 from revmux.errors import UserError
 
 LIBRARIES: dict[str, tuple[str, str]] = {
@@ -41,6 +44,23 @@ class DocstringSentence:
     text: str
     label: str
     module: str
+
+
+@SOURCES.register(EMBEDDED_TASK)
+class DocstringSource(Source):
+    """The embedded task, built from the libraries that are installed with the platform."""
+
+    def claims(self, source: str) -> bool:
+        """The name of the task."""
+        return source == EMBEDDED_TASK
+
+    def read(self, config: DataConfig) -> dict[str, Dataset]:
+        """The splits train, selection and test."""
+        return dict(build_docstring_task(config.seed, config.per_class))
+
+    def identity(self) -> dict[str, Any]:
+        """The versions of the libraries, which determine the text."""
+        return {"libraries": library_versions()}
 
 
 def library_versions() -> dict[str, str]:

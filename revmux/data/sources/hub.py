@@ -1,0 +1,35 @@
+"""Data sets on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+from revmux.data.config import EMBEDDED_TASK, SUFFIXES, DataConfig
+from revmux.data.sources.base import SOURCES, Source
+from revmux.errors import UserError
+
+
+@SOURCES.register("hub")
+class HubSource(Source):
+    """A data set on the hub, with ``--data.subset`` as its configuration."""
+
+    is_last_resort = True
+
+    def claims(self, source: str) -> bool:
+        """Any name."""
+        return True
+
+    def read(self, config: DataConfig) -> dict[str, Dataset]:
+        """The splits as the hub names them."""
+        try:
+            loaded = load_dataset(config.source, config.subset)
+        except Exception as error:
+            raise UserError(
+                f"unknown data {config.source!r} ({type(error).__name__}: {str(error).splitlines()[0]}); name "
+                f"'{EMBEDDED_TASK}', a file ({', '.join(SUFFIXES)}), a folder with train and dev files, or a hub data set"
+            ) from None
+        return dict(loaded) if isinstance(loaded, DatasetDict) else {"all": loaded}
+
+    def name(self, config: DataConfig) -> str:
+        """The id, with the subset."""
+        return "/".join(filter(None, [config.source, config.subset]))
