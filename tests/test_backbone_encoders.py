@@ -26,6 +26,7 @@ from transformers import (
 
 from revmux import BackboneShape, HiddenState, MultiplexedClassifier, UserError, build_method, cut
 from revmux.backbone import Backbone, TokenBatch, supported_model_types
+from revmux.backbone.registry import BACKBONES
 
 LAYERS, WIDTH, VOCABULARY, LENGTH, LABELS = 4, 32, 50, 14, 3
 BERT_LIKE: dict[str, Any] = {
