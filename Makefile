@@ -1,18 +1,19 @@
-# Each target makes the environment that it needs; PYTHON chooses the interpreter (3.11 or later).
+# Each target sets up the environment that it needs. PYTHON chooses the interpreter (3.11 to 3.13).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs/quickstart
+PORT ?= 5000
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-all lint ui clean
+.PHONY: help quickstart test test-all check lint docs dist ui clean
 
-help:  ## what there is to make
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
+help:  ## list these targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
-# The exact versions of constraints.txt. torch comes first and by its pin, so that no newer build is taken.
+# The exact versions of constraints.txt. torch is installed first, by its pin, so that pip takes no newer build.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; name one of these: make PYTHON=python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -21,19 +22,36 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)  ## the whole path: task model, adapters, sweep, server, report (minutes on two cores)
 	$(BIN)/python -m ray_jobs.quickstart --storage $(STORAGE) $(ARGS)
 
-test: $(READY)  ## the tests
+test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest
 
-test-all: $(READY)  ## the tests, the long ones too
+test-all: $(READY)  ## run the tests, the long ones too
 	$(BIN)/python -m pytest -m ''
 
-lint: $(READY)  ## format, rules and types
+check: $(READY)  ## check format, lint, types, import layers, spelling and workflow files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/mypy
 
-ui: $(READY)  ## MLflow's pages on the runs of STORAGE, on this machine only
-	$(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(STORAGE))/mlflow.db --host 127.0.0.1 --port 5000
+lint: check  ## the same as check
 
-clean:  ## remove the environment and all runs
-	rm -rf $(VENV) runs
+docs: $(READY)  ## build the documentation in docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+dist: $(READY)  ## build the wheel and the sdist in dist/ and check them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+ui: $(READY)  ## show the runs of STORAGE in MLflow on http://127.0.0.1:PORT
+	$(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(STORAGE))/mlflow.db --host 127.0.0.1 --port $(PORT)
+
+clean:  ## remove the environment, the runs and everything built
+	rm -rf $(VENV) runs build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -4,8 +4,8 @@ from revmux.backbone import Backbone, HiddenState, cut
 from revmux.errors import UserError
 from revmux.methods import BackboneShape, Method, build_method
 from revmux.model import MultiplexedClassifier
+from revmux.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "Backbone",
     "BackboneShape",
@@ -13,6 +13,7 @@ __all__ = [
     "Method",
     "MultiplexedClassifier",
     "UserError",
+    "__version__",
     "build_method",
     "cut",
 ]

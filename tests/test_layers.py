@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from revmux.utils.extras import require
 
 PACKAGE = Path(revmux.__file__).parent
 OUTER = ("ray", "mlflow", "fastapi", "starlette")
-OWN_OUTER = ("ray_jobs", "serve_app", "tune_spaces", "benchmarks")
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -35,22 +33,6 @@ def test_every_module_imports_without_the_outer_packages() -> None:
     assert done.returncode == 0, done.stderr
     modules = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py"]
     assert int(done.stdout.splitlines()[-1]) == len(modules)
-
-
-def imported(path: Path) -> set[str]:
-    """First names of all that a file imports, at any depth of its code."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module.partition(".")[0])
-    return found
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_file_imports_an_outer_layer(path: Path) -> None:
-    assert not imported(path) & {*OUTER, *OWN_OUTER}
 
 
 def test_a_missing_extra_names_the_command_that_brings_it() -> None:

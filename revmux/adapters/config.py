@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import torch
 
-import revmux
 from revmux.data.prompt import Prompt
 from revmux.errors import UserError
 from revmux.pretrained import hub
 from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig, Dtype
 from revmux.utils.type_check import check_types
+from revmux.version import __version__
 
 FORMAT_VERSION = 1
 
@@ -130,7 +130,7 @@ def load_adapter_config(adapter: str | Path, revision: str | None = None) -> Ada
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version} (revmux {raw.get('library_version')}), this is revmux "
-            f"{revmux.__version__} that reads up to {FORMAT_VERSION}; run: pip install --upgrade revmux"
+            f"{__version__} that reads up to {FORMAT_VERSION}; run: pip install --upgrade revmux"
         )
     known = {item.name for item in fields(AdapterConfig)}
     if odd := sorted(raw.keys() - known):

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import revmux
 from revmux.adapters.card import model_card
 from revmux.adapters.compatibility import check_base
 from revmux.adapters.config import (
@@ -30,6 +29,7 @@ from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained.pretrained import Pretrained
 from revmux.utils.files import atomic_folder
+from revmux.version import __version__
 
 
 def describe_adapter(
@@ -55,7 +55,7 @@ def describe_adapter(
         prompt=None if pretrained.prompt is None else pretrained.prompt.to_dict(),
         dtype=dtype_name(pretrained.backbone.dtype),
         tunable_parameters=model.method.tunable_parameters(),
-        library_version=revmux.__version__,
+        library_version=__version__,
     )
 
 
