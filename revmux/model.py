@@ -5,6 +5,7 @@ Data flows one way: text → tokens → prefill state → mixed state → answer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,13 @@ from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.errors import UserError
 from revmux.grouping import consecutive_groups, gather_rows
 from revmux.methods import Method
+
+OnStage = Callable[[str], None]
+"""Called with the name of each stage of the chain once it has run: prefill, multiplex, upper, head."""
+
+
+def _ignore(stage: str) -> None:
+    """Nothing to do after a stage."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +77,24 @@ class MultiplexedClassifier(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.tunes_backbone):
             return self.backbone.run(self.backbone.embed(tokens), self.prefill_layers)
 
-    def run_groups(self, prefilled: HiddenState, groups: Tensor) -> GroupOutput:
-        """Mix prefilled inputs, run the upper layers once a group, restore and classify.
+    def run_groups(self, prefilled: HiddenState, groups: Tensor, on_stage: OnStage = _ignore) -> GroupOutput:
+        """Mix prefilled inputs, run the upper layers once per group, restore and classify.
+
+        Training, evaluation, serving and the operation counter all run this chain.
 
         Args:
             prefilled: B inputs at depth l.
             groups: (G, N) long, the rows of ``prefilled`` in each group; a row may fill several slots.
+            on_stage: called after each stage with its name: ``multiplex``, ``upper`` and ``head``.
         """
         own = self.backbone.own_answers(prefilled)[groups]  # (G, N, d)
-        mixed = self.multiplex(prefilled, groups)
-        return self.answer(self.upper_in_training(mixed) if self.training else self.upper(mixed), own)
+        mixed = self.multiplex(prefilled, groups)  # (G, S', d)
+        on_stage("multiplex")
+        upper = self.upper_in_training(mixed) if self.training else self.upper(mixed)  # (G, S', d) or (G, A, d)
+        on_stage("upper")
+        output = self.answer(upper, own)
+        on_stage("head")
+        return output
 
     def multiplex(self, prefilled: HiddenState, groups: Tensor) -> HiddenState:
         """B prefilled inputs to G shared sequences (G, S', d) at the same depth; ``groups`` is (G, N)."""
@@ -146,15 +162,31 @@ class MultiplexedClassifier(nn.Module):
         flat = {name: tensor.flatten(0, 1) for name, tensor in grouped.items()}  # (G·N, S')
         return flat, torch.arange(groups.numel(), device=groups.device).view_as(groups)
 
-    def run_tokens(self, tokens: TokenBatch, groups: Tensor) -> GroupOutput:
-        """:meth:`prefill` and :meth:`run_groups` in one, for methods whose tokens depend on the slot too.
+    def run_tokens(self, tokens: TokenBatch, groups: Tensor, on_stage: OnStage = _ignore) -> GroupOutput:
+        """:meth:`prefill` and :meth:`run_groups` in one, also for methods whose tokens depend on the slot.
 
         Args:
             tokens: each (B, S).
             groups: (G, N) long, rows of ``tokens``.
+            on_stage: called after each stage with its name, ``prefill`` first.
         """
         tokens, groups = self.slot_tokens(tokens, groups)
-        return self.run_groups(self.prefill(tokens), groups)
+        prefilled = self.prefill(tokens)
+        on_stage("prefill")
+        return self.run_groups(prefilled, groups, on_stage)
+
+    def run_batch(self, tokens: TokenBatch | None, prefilled: HiddenState | None, groups: Tensor) -> GroupOutput:
+        """A batch of features: from its prefilled states where it has them, otherwise from its tokens.
+
+        Args:
+            tokens: each (B, S).
+            prefilled: the same B inputs at depth l.
+            groups: (G, N) long, rows of the batch.
+        """
+        if prefilled is not None:
+            return self.run_groups(prefilled, groups)
+        assert tokens is not None
+        return self.run_tokens(tokens, groups)
 
     def forward(self, tokens: TokenBatch, groups: Tensor | None = None) -> Tensor:
         """Label scores of plain inputs.

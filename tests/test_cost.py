@@ -222,13 +222,50 @@ def test_siso_costs_one_and_an_exit_head_its_share(bert_base):
     assert relative_cost(bert_base, exit_head, 0, 128) == pytest.approx(3 / 12, rel=0.01)
 
 
-def test_stages_add_up_and_leave_no_hook_behind():
+def test_stages_add_up():
     backbone = tiny("bert")
     method = build_method("revmux", BackboneShape.of(backbone), 2)
     cost = count_flops(backbone, method, 1, LENGTH)
     assert cost.per_input == cost.prefill + cost.multiplex + cost.upper + cost.head
     assert cost.upper == pytest.approx(cost.prefill)  # one layer alone, two layers shared by two
-    assert not any(module._forward_hooks for module in [*backbone.modules(), *method.modules()])
+
+
+@pytest.mark.parametrize("family", sorted({*supported_model_types()} - {"deberta-v2"}))  # which has one kernel only
+def test_the_attention_kernel_does_not_change_the_count(family):
+    backbone = tiny(family)
+    method = build_method("revmux", BackboneShape.of(backbone), 2)
+    counted = count_flops(backbone, method, 1, LENGTH)
+    backbone.config._attn_implementation = "sdpa" if backbone.config._attn_implementation == "eager" else "eager"
+    assert count_flops(backbone, method, 1, LENGTH) == counted
+
+
+def test_matrix_products_outside_modules_are_counted(monkeypatch):
+    backbone = tiny("bert")
+    method = build_method("siso", BackboneShape.of(backbone), 1)
+    before = count_flops(backbone, method, 1, LENGTH)
+
+    monkeypatch.setattr(type(method), "demultiplex", lambda self, answers, own: answers @ torch.ones(64, 64))
+    after = count_flops(backbone, method, 1, LENGTH)
+    assert after.head == before.head + 2 * 64 * 64
+    assert (after.prefill, after.multiplex, after.upper) == (before.prefill, before.multiplex, before.upper)
+
+
+def test_counting_leaves_a_model_in_another_thread_alone(monkeypatch):
+    """A server counts an adapter's cost while its model answers, so no hook may reach modules that run elsewhere."""
+    from torch.nn.modules import module as modules
+
+    seen = []
+    run_tokens = MultiplexedClassifier.run_tokens
+
+    def watched(self, *arguments):
+        seen.append(len(modules._global_forward_hooks) + len(modules._global_forward_pre_hooks))
+        return run_tokens(self, *arguments)
+
+    monkeypatch.setattr(MultiplexedClassifier, "run_tokens", watched)
+    backbone = tiny("bert").train()
+    count_flops(backbone, build_method("revmux", BackboneShape.of(backbone), 2), 1, LENGTH)
+    assert seen == [0]
+    assert backbone.training
 
 
 @pytest.mark.parametrize(

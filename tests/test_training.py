@@ -223,15 +223,18 @@ def test_each_part_of_a_step_knows_whose_teachers_it_stands_against(
     running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=1, batch_size=24, accumulate=2))
     forward, twins = running.train_step.forward, []
 
-    def checked(batch: FeatureBatch, groups: Tensor, warmup: bool, candidates: ContrastSet) -> dict[str, Tensor]:
-        own, teachers = groups.numel(), running.train_step.teachers(batch, groups)
-        assert teachers is not None
+    def checked(
+        batch: FeatureBatch, groups: Tensor, teachers: Tensor, warmup: bool, candidates: ContrastSet
+    ) -> dict[str, Tensor]:
+        own = groups.numel()
+        assert batch.teacher_vectors is not None
+        assert torch.equal(teachers, batch.teacher_vectors[groups].float())
         assert candidates.rows is not None
         assert torch.equal(candidates.vectors[candidates.first :][:own], teachers.flatten(0, 1))
         everything = running.train_data.batch(candidates.rows).teacher_vectors
         torch.testing.assert_close(candidates.vectors, everything)
         twins.append(len(candidates.rows) - len(candidates.rows.unique()))
-        return forward(batch, groups, warmup, candidates)
+        return forward(batch, groups, teachers, warmup, candidates)
 
     monkeypatch.setattr(running.train_step, "forward", checked)
     list(running.run())

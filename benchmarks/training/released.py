@@ -55,16 +55,16 @@ class ReleasedTraining:
         self.model, self.split, self.loss = model, split, loss
         self.optimizer = torch.optim.AdamW(model.method.parameters(), lr=learning_rate, fused=True)
 
-    def epoch(self, plan: Tensor) -> float:
+    def epoch(self, schedule: Tensor) -> float:
         """One pass; returns its seconds.
 
         Args:
-            plan: (steps, G, N) long, rows of the split.
+            schedule: (steps, G, N) long, rows of the split.
         """
         backbone = self.model.backbone
         self.model.method.train()
         started = time.perf_counter()
-        for groups in plan:
+        for groups in schedule:
             rows, inside = local_rows(groups)
             prefilled = self.model.prefill(self.split.batch(rows))
             output = self.model.run_groups(prefilled, inside)

@@ -18,15 +18,17 @@ Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class _AssumeTrue(TorchDispatchMode):
-    """Questions about values are answered yes: «no padding?», «positions in order?», as for full-length inputs."""
+VALUE_QUESTIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+"""Operations that ask for values, such as «no padding?» or «positions in order?»."""
 
-    questions = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+class _AssumeTrue(TorchDispatchMode):
+    """Questions about values are answered yes, as for full-length inputs."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in self.questions:
+        if function in VALUE_QUESTIONS:
             return True
         return function(*args, **(kwargs or {}))
 

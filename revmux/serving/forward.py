@@ -131,13 +131,9 @@ def _multiplexed(
         else:
             prefilled = shared = model.prefill(tokens) if shared is None else shared
         clock.mark("prefill")
-        own = backbone.own_answers(prefilled)[own_slots]  # (G, N, d)
-        mixed = model.multiplex(prefilled, own_slots)
-        clock.mark("multiplex")
-        upper = model.upper(mixed)
-        clock.mark("upper")
+        output = model.run_groups(prefilled, own_slots, clock.mark)
         # Zero for the rows of other widths, and the mean for a row that fills several slots.
-        found = gather_rows(model.answer(upper, own).scores, slots, rows).float()  # (R, C)
+        found = gather_rows(output.scores, slots, rows).float()  # (R, C)
         scores += found
         if width in thresholds:
             members = torch.zeros_like(fell_back).index_fill(0, slots.flatten(), True)

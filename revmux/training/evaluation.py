@@ -13,6 +13,7 @@ from revmux.backbone.base import evaluating
 from revmux.features.base import Features
 from revmux.grouping import gather_rows, local_rows, shuffled_groups
 from revmux.model import MultiplexedClassifier
+from revmux.training.distributed import rank_and_world
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def predict(model: MultiplexedClassifier, features: Features, groups: Tensor, ba
         groups: (G, N) long; every input at least once.
         batch_size: inputs a forward pass.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     longest = features.lengths[groups].amax(dim=1)  # (G,)
     ordered = groups[longest.argsort(descending=True)][rank::world]  # groups of like length share a batch
     labels = torch.full((len(features),), -1, dtype=torch.long)
@@ -109,11 +110,7 @@ def predict(model: MultiplexedClassifier, features: Features, groups: Tensor, ba
         rows, inside = local_rows(chunk)
         batch = features.batch(rows)
         inside = inside.to(batch.labels.device)
-        if batch.prefilled is not None:
-            output = model.run_groups(batch.prefilled, inside)
-        else:
-            assert batch.tokens is not None
-            output = model.run_tokens(batch.tokens, inside)
+        output = model.run_batch(batch.tokens, batch.prefilled, inside)
         scores[rows] = gather_rows(output.scores, inside, len(rows)).cpu()
         labels[rows] = scores[rows].argmax(-1)
         if batch.teacher_scores is not None:

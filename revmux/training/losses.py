@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revmux.training.config import LossConfig
+from revmux.training.distributed import rank_and_world
 
 
 class ContrastSet(NamedTuple):
@@ -77,16 +78,17 @@ def gather_from_workers(rows: Tensor) -> tuple[Tensor, int]:
     Returns:
         (W·P, d) and this worker's offset in it; the rows themselves where there is one worker.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    rank, world = rank_and_world()
+    if world == 1:
         return rows, 0
     if rows.requires_grad:
         from torch.distributed.nn.functional import all_gather
 
         gathered = list(all_gather(rows.contiguous()))
     else:
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        gathered = [torch.empty_like(rows) for _ in range(world)]
         dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered), dist.get_rank() * len(rows)
+    return torch.cat(gathered), rank * len(rows)
 
 
 def training_loss(

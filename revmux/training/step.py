@@ -31,6 +31,7 @@ class TrainStep(nn.Module):
         self,
         batch: FeatureBatch,
         groups: Tensor,
+        teachers: Tensor | None = None,
         warmup: bool = False,
         candidates: ContrastSet | None = None,
     ) -> dict[str, Tensor]:
@@ -39,21 +40,18 @@ class TrainStep(nn.Module):
         Args:
             batch: B inputs.
             groups: (G, N) long, rows of the batch.
+            teachers: (G, N, r), as :meth:`teachers` gives them.
             warmup: whether the method's auxiliary loss alone counts.
             candidates: see :func:`revmux.training.losses.infonce`.
         """
         method = self.model.method
         with torch.autocast(groups.device.type, torch.bfloat16, enabled=self.half_width):
-            if batch.prefilled is not None:
-                output = self.model.run_groups(batch.prefilled, groups)
-            else:
-                assert batch.tokens is not None
-                output = self.model.run_tokens(batch.tokens, groups)
+            output = self.model.run_batch(batch.tokens, batch.prefilled, groups)
         losses = training_loss(
             output.scores,
             output.vectors,
             batch.labels[groups],
-            self.teachers(batch, groups),
+            teachers,
             None if batch.teacher_scores is None else batch.teacher_scores[groups].float(),
             self.loss,
             candidates,

@@ -197,33 +197,33 @@ class Trainer:
         """The rest of the epoch under way; returns its mean losses, and the rates of the steps taken here."""
         self.model.train()
         state = self.state
-        plan = epoch_groups(
+        schedule = epoch_groups(
             self.train_data.lengths, self.model.num_inputs, self.groups_per_step, self.optim.seed, state.epoch
         )
-        tokens = self.train_data.lengths[plan].sum(dim=(1, 2)).tolist()  # of each step
+        tokens = self.train_data.lengths[schedule].sum(dim=(1, 2)).tolist()  # of each step
         share = self.groups_per_step // self.world
-        own = plan[:, self.rank * share : (self.rank + 1) * share]  # (steps, G, N) of this worker
+        own = schedule[:, self.rank * share : (self.rank + 1) * share]  # (steps, G, N) of this worker
         totals: dict[str, Tensor] = {}
         first, started = state.epoch_step, time.perf_counter()
-        for index in range(first, len(plan)):
-            losses = self._step(own[index], plan[index])
+        for index in range(first, len(schedule)):
+            losses = self._step(own[index], schedule[index])
             state.step += 1
             state.epoch_step += 1
             for name, value in losses.items():
                 totals[name] = totals[name] + value if name in totals else value
             if self.on_step is not None:
                 self.on_step(state.step, self.total_steps, {"loss": losses["loss"], "tokens": tokens[index]})
-            is_last = state.epoch_step == len(plan)
+            is_last = state.epoch_step == len(schedule)
             if is_last or (self.checkpoint_steps and state.step % self.checkpoint_steps == 0):
                 self._add_up(totals)
                 totals = {}
                 if not is_last:
                     self._save()
-        seconds, steps = time.perf_counter() - started, len(plan) - first
-        means = {f"train_{name}": total / len(plan) for name, total in state.sums.items()}
+        seconds, steps = time.perf_counter() - started, len(schedule) - first
+        means = {f"train_{name}": total / len(schedule) for name, total in state.sums.items()}
         return means | {
             "steps_per_second": steps / seconds,
-            "inputs_per_second": steps * plan[0].numel() / seconds,
+            "inputs_per_second": steps * schedule[0].numel() / seconds,
             "tokens_per_second": sum(tokens[first:]) / seconds,
         }
 
@@ -235,17 +235,17 @@ class Trainer:
         for part in groups.chunk(self.optim.accumulate):
             rows, inside = local_rows(part)
             batch = self.train_data.batch(rows)
-            parts.append((batch, inside.to(batch.labels.device)))
-        teachers = [self.train_step.teachers(batch, inside) for batch, inside in parts]
-        among = self._candidates(teachers, whole)
+            inside = inside.to(batch.labels.device)
+            parts.append((batch, inside, self.train_step.teachers(batch, inside)))
+        among = self._candidates([teachers for _, _, teachers in parts], whole)
         means: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        for index, (batch, inside) in enumerate(parts):
+        for index, (batch, inside, teachers) in enumerate(parts):
             candidates = None if among is None else among._replace(first=among.first + index * inside.numel())
             warmup = self.state.step < self.model.method.warmup_steps
             is_last = index == len(parts) - 1
             with nullcontext() if is_last or self.world == 1 else self.step.no_sync():  # type: ignore[operator]
-                losses = self.step(batch, inside, warmup, candidates)
+                losses = self.step(batch, inside, teachers, warmup, candidates)
                 (losses["loss"] / len(parts)).backward()
             for name, value in losses.items():
                 mean = value.detach() / len(parts)
