@@ -452,7 +452,7 @@ def test_wrong_heads_are_refused_with_a_remedy() -> None:
         cut(BartForCausalLM(BartConfig(**BART)), WORDS)
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
     encoder = BertForSequenceClassification(BertConfig(vocab_size=9, **sizes))
-    with pytest.raises(UserError, match=r"bert generates no text.*choose from bart, gpt2, llama"):
+    with pytest.raises(UserError, match=r"bert is not a language model.*choose from bart, gpt2, llama"):
         cut(encoder, WORDS)
     with pytest.raises(UserError, match=r"answer_prefix \[5\] is for encoder-decoders"):
         cut(whole("gpt2-words"), replace(WORDS, answer_prefix=(5,)))

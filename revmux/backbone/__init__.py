@@ -1,4 +1,4 @@
-"""A frozen backbone cut at layer l, one file a family."""
+"""A frozen backbone cut at layer l, one file per family."""
 
 from revmux.backbone import bart as bart
 from revmux.backbone import bert as bert

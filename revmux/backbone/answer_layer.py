@@ -1,8 +1,8 @@
-"""The last layer of an encoder for its answer positions alone: the states of the other tokens there, nobody reads.
+"""The last layer of an encoder for its answer positions only, since nothing reads the other tokens' states there.
 
-Keys and values still come from every token; queries, the attention's output and the feed-forward part, about five sixths
-of a layer's work, are left to the answers. It is the same function, rounded differently: training uses it, inference
-runs the model's own layers.
+Keys and values still come from every token. Queries, the attention output and the feed-forward part, about five sixths
+of a layer's work, are computed for the answers only. It is the same function with different rounding: training uses
+it, and inference runs the model's own layers.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from revmux.backbone.state import HiddenState
 
 
 def gather_tokens(hidden: Tensor, places: Tensor) -> Tensor:
-    """The states at some places: (B, S, d) at (B, A) to (B, A, d)."""
+    """The states at the given positions: (B, S, d) at (B, A) to (B, A, d)."""
     return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def attend_from(
     places: Tensor, hidden: Tensor, query: nn.Module, key: nn.Module, value: nn.Module, heads: int, mask: Tensor | None
 ) -> Tensor:
-    """Self-attention of some tokens to all, before the output's linear layer.
+    """Self-attention from some tokens to all tokens, before the output projection.
 
     Args:
-        places: (B, A) long, the tokens that ask.
-        hidden: (B, S, d), what the layer gets.
-        query: the layer's linear map, as are ``key`` and ``value``.
-        key: see ``query``.
-        value: see ``query``.
-        heads: H.
-        mask: (B or 1, 1, S or 1, S), bool or additive, or None where all may read all.
+        places: (B, A) long, positions of the queries.
+        hidden: (B, S, d), input of the layer.
+        query: query projection of the layer.
+        key: key projection.
+        value: value projection.
+        heads: number of heads, H.
+        mask: (B or 1, 1, S or 1, S), bool or additive, or None if every token attends to every token.
 
     Returns:
         (B, A, d).
@@ -51,16 +51,16 @@ def attend_from(
 
 
 def takes_dense_masks(config: Any) -> bool:
-    """Whether the model's attention is one whose masks :func:`attend_from` understands."""
+    """Whether the model uses an attention implementation whose masks :func:`attend_from` supports."""
     return config._attn_implementation in ("sdpa", "eager")
 
 
 def answers_only(hidden: Tensor, depth: int) -> HiddenState:
-    """A state whose tokens are the answers.
+    """A state whose only tokens are the answers.
 
     Args:
         hidden: (B, A, d), the answers.
-        depth: theirs.
+        depth: depth of the answers.
     """
     places = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])  # (B, A)
     return HiddenState(hidden=hidden, mask=torch.ones_like(places, dtype=torch.bool), answer=places, depth=depth)

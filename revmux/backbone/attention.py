@@ -1,4 +1,4 @@
-"""Attention masks of decoders: causal, sliding, side by side, and across to an encoder's memory."""
+"""Attention masks of decoders: causal, sliding window, concatenated inputs, and cross-attention to an encoder's memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from revmux.backbone.state import HiddenState
 
 
 def causal_mask(config: Any, state: HiddenState, window: int | None = None) -> Tensor | None:
-    """What each token of a decoder may read: itself and what came before it in its own input.
+    """The tokens that each decoder token attends to: itself and the earlier tokens of its own input.
 
     Args:
-        config: of the module that attends; names the attention implementation and its sliding window.
+        config: configuration of the attending module, with its attention implementation and sliding window.
         state: (B, S, d).
-        window: the sliding window in positions, or None.
+        window: size of the sliding window in positions, or None.
 
     Returns:
-        (B, 1, S, S) as the implementation takes it; None where its own causal rule is enough.
+        (B, 1, S, S) in the form that the implementation expects; None if its built-in causal mask is enough.
     """
     if state.segments is None:
         make = create_causal_mask if window is None else create_sliding_window_causal_mask
@@ -40,21 +40,21 @@ def causal_mask(config: Any, state: HiddenState, window: int | None = None) -> T
     seen = ((rows == columns) & (columns > 0)).tril()  # (B, S, S)
     if window is not None and state.positions is not None:
         seen &= state.positions.unsqueeze(2) - state.positions.unsqueeze(1) < window
-    # Padding reads itself, so that no softmax is over an empty set.
+    # Padding attends to itself, so that no softmax is over an empty set.
     seen |= torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
     return as_attention_mask(seen, state.hidden.dtype, config._attn_implementation)
 
 
 def cross_mask(config: Any, stream: HiddenState, memory: HiddenState) -> Tensor | None:
-    """What each token of the decoder's stream may read of the encoder's memory.
+    """The tokens of the encoder's memory that each decoder token attends to.
 
     Args:
-        config: of the decoder.
+        config: configuration of the decoder.
         stream: (B, T, d).
-        memory: (B, S, d); where both have segments, a token reads its own input alone.
+        memory: (B, S, d); if both have segments, a token attends to its own input only.
 
     Returns:
-        (B, 1, T, S) as the implementation takes it; None where all may read all.
+        (B, 1, T, S) in the form that the implementation expects; None if every token attends to the whole memory.
     """
     if stream.segments is None or memory.segments is None:
         return create_bidirectional_mask(
@@ -65,5 +65,5 @@ def cross_mask(config: Any, stream: HiddenState, memory: HiddenState) -> Tensor 
         )
     rows, columns = stream.segments.unsqueeze(2), memory.segments.unsqueeze(1)  # (B, T, 1), (B, 1, S)
     seen = (rows == columns) & (columns > 0)  # (B, T, S)
-    seen |= ~seen.any(dim=-1, keepdim=True)  # padding of the stream reads anything rather than nothing
+    seen |= ~seen.any(dim=-1, keepdim=True)  # padding of the stream attends to everything rather than nothing
     return as_attention_mask(seen, stream.hidden.dtype, config._attn_implementation)

@@ -1,8 +1,8 @@
 """A frozen pretrained model, cut between any two layers.
 
-A family (one file beside this one) says how its model embeds tokens, runs a range of layers, and reads
-the answer. Everything else in revmux speaks to this interface alone. The cut model and the whole model
-share every weight: nothing is copied.
+Each family has one file beside this one. It defines how its model embeds tokens, runs a range of layers, and reads
+the answer. The rest of revmux uses this interface only. The cut model and the whole model share every weight:
+nothing is copied.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from revmux.backbone.answer_layer import answers_only
 from revmux.backbone.state import HiddenState, TokenBatch
 from revmux.errors import UserError
 
-_EMBEDDING_WORDS = ("embed", "wte", "wpe", "shared.", "soft_prompt")  # how families call what stands before layer 1
+_EMBEDDING_WORDS = ("embed", "wte", "wpe", "shared.", "soft_prompt")  # parameter names of what comes before layer 1
 
 
 class Backbone(nn.Module, ABC):
-    """A Hugging Face model as: embed, run layers ``depth+1..to``, read answers, classify.
+    """A Hugging Face model in four steps: embed, run layers ``depth+1..to``, read answers, classify.
 
     ``embed → run(L) → answers → classify`` is the model's own forward pass, operation by operation.
 
@@ -34,8 +34,8 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         model_types: the ``config.model_type`` values that this family serves.
-        shared_answer: True where every input's answer stands at the same position (CLS, a decoder step),
-            so that a shared sequence is read once; False where each input has its own (last token).
+        shared_answer: True if the answers of all inputs are at the same position (CLS, a decoder step), so that a
+            shared sequence is read once; False if each input has its own position (its last token).
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -53,17 +53,17 @@ class Backbone(nn.Module, ABC):
 
     @property
     def num_layers(self) -> int:
-        """L, the layers that can be cut between."""
+        """L, the number of layers. The model can be cut between any two."""
         return int(self.config.num_hidden_layers)
 
     @property
     def hidden_size(self) -> int:
-        """d, the width of a hidden state."""
+        """d, the size of a hidden state."""
         return int(self.config.hidden_size)
 
     @property
     def num_labels(self) -> int:
-        """C, the classes that the head scores."""
+        """C, the number of classes that the head scores."""
         return int(self.config.num_labels)
 
     @property
@@ -78,40 +78,40 @@ class Backbone(nn.Module, ABC):
 
     @property
     def max_length(self) -> int:
-        """The most tokens that an input may have."""
+        """The largest number of tokens in an input."""
         return int(self.config.max_position_embeddings)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Data type of the weights."""
         return next(self.model.parameters()).dtype
 
     def freeze(self) -> Backbone:
-        """No gradients, no dropout: what this model says to an input alone never changes again."""
+        """Disable gradients and dropout, so that the model's output for an input alone never changes again."""
         self.requires_grad_(False)
         return self.eval()
 
     def add_soft_prompt(self, length: int) -> nn.Module:
-        """Begin every input with trainable vectors, where the family can.
+        """Put trainable vectors in front of every input, if the family supports it.
 
         Args:
-            length: vectors.
+            length: number of vectors.
 
         Raises:
-            UserError: it cannot.
+            UserError: the family does not support soft prompts.
         """
         raise UserError(
-            f"soft_prompt is {length}, but a {self.config.model_type} takes no soft prompt; choose a language model, such "
-            "as t5 or llama, or leave it out"
+            f"soft_prompt is {length}, but {self.config.model_type} does not support soft prompts; choose a language model, "
+            "such as t5 or llama, or leave soft_prompt out"
         )
 
     def unfreeze_above(self, depth: int) -> Backbone:
-        """Train the layers above ``depth`` and the head; the embeddings too where ``depth`` is 0."""
+        """Train the layers above ``depth`` and the head, and the embeddings too if ``depth`` is 0."""
         self.requires_grad_(True)
         if depth > 0:
             for name, parameter in self.named_parameters():
@@ -131,30 +131,31 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
-        """What every layer takes beside the hidden states: masks, rotary or relative positions.
+        """The arguments of every layer besides the hidden states: masks, rotary or relative positions.
 
-        Computed once a call of :meth:`run`; returns a function from a layer's index to its arguments.
+        Computed once per call of :meth:`run`. Returns a function from a layer's index to its arguments.
         """
 
     def answer_layer(self, index: int, hidden: Tensor, places: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        """Layer ``index`` for the answers alone, without dropout, where a family knows how.
+        """Layer ``index`` for the answer positions only, without dropout, if the family supports it.
 
         Args:
             index: 0-based.
-            hidden: (B, S, d), what the layer gets.
-            places: (B, A) long, where the answers stand.
-            arguments: as :meth:`layer_arguments` has them.
+            hidden: (B, S, d), input of the layer.
+            places: (B, A) long, positions of the answers.
+            arguments: as returned by :meth:`layer_arguments`.
 
         Returns:
-            (B, A, d), or None: the whole layer is to be run.
+            (B, A, d), or None if the whole layer must run.
         """
         return None
 
     def run_to_answers(self, state: HiddenState, to: int) -> HiddenState:
-        """:meth:`run` for a caller that reads the answers alone, and may differ from it by rounding.
+        """:meth:`run` for a caller that reads only the answers. The result may differ from :meth:`run` by rounding.
 
         Returns:
-            Where the family can, a state at depth ``to`` whose only tokens are the answers, (B, A, d); else all, (B, S, d).
+            A state at depth ``to`` whose only tokens are the answers, (B, A, d), if the family supports it; otherwise all
+            tokens, (B, S, d).
 
         Raises:
             UserError: ``to`` is not in ``state.depth..L``.
@@ -176,7 +177,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             state: (B, S, d) at any depth.
-            to: the depth wanted, from ``state.depth`` to L.
+            to: target depth, from ``state.depth`` to L.
 
         Returns:
             The state at depth ``to``, same shape.
@@ -214,7 +215,7 @@ class Backbone(nn.Module, ABC):
         return forward(hidden)
 
     def answers(self, state: HiddenState) -> Tensor:
-        """The answer states of a state that has left the layers: (B, A, d).
+        """The answer states of a state that has passed the layers: (B, A, d).
 
         Families with a final norm or a decoder apply it here.
         """
@@ -243,17 +244,17 @@ class Backbone(nn.Module, ABC):
 
 
 def padding_mask(tokens: TokenBatch) -> Tensor:
-    """(B, S) bool, True where there is a token."""
+    """(B, S) bool, True for tokens and False for padding."""
     mask = tokens.get("attention_mask")
     return torch.ones_like(tokens["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def visibility(state: HiddenState, dtype: torch.dtype, implementation: str) -> Tensor | None:
-    """The block-diagonal attention mask of inputs that lie side by side, or None where there are no segments.
+    """The block-diagonal attention mask of inputs concatenated in one sequence, or None without segments.
 
     Returns:
-        (B, 1, S, S): bool for SDPA, additive in ``dtype`` for eager attention. A row that may read nothing
-        (padding) reads itself, so that no softmax is over an empty set.
+        (B, 1, S, S): bool for SDPA, additive in ``dtype`` for eager attention. A row that may
+        attend to nothing (padding) attends to itself, so that no softmax is over an empty set.
     """
     if state.segments is None:
         return None
@@ -264,7 +265,7 @@ def visibility(state: HiddenState, dtype: torch.dtype, implementation: str) -> T
 
 
 def as_attention_mask(seen: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
-    """(B, S, S) bool, True where a row reads a column, to the 4-D form that HF attention takes."""
+    """(B, S, S) bool, True where a row attends to a column, in the 4-D form that Hugging Face attention expects."""
     seen = seen.unsqueeze(1)  # (B, 1, S, S)
     if implementation == "sdpa":
         return seen
@@ -273,7 +274,7 @@ def as_attention_mask(seen: Tensor, dtype: torch.dtype, implementation: str) -> 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the former mode after."""
+    """Eval mode inside the context, the former mode after it."""
     former = module.training
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: relative positions in every layer, and in some a convolution after the first one."""
+"""DeBERTa-v2 and v3: relative positions in every layer, and in some models a convolution after the first layer."""
 
 from __future__ import annotations
 

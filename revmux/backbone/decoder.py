@@ -1,4 +1,4 @@
-"""Decoder-only models: causal layers, each input's answer at its own last token, a final norm above layer L."""
+"""Decoder-only models: causal layers, each input's answer at its own last token, a final norm after layer L."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from revmux.errors import UserError
 
 
 class DecoderBackbone(GenerativeBackbone):
-    """A causal language model, or a classifier on one, cut at any layer.
+    """A causal language model, or a classifier built on one, cut at any layer.
 
-    Padding may stand on either side: positions count from each input's first token.
+    Padding may be on either side: positions are counted from each input's first token.
     """
 
     shared_answer = False
@@ -43,7 +43,7 @@ class DecoderBackbone(GenerativeBackbone):
         """The norm between layer L and the head."""
 
     def window(self, index: int) -> int | None:
-        """The sliding window of layer ``index`` in tokens, or None where it reads everything before it."""
+        """The sliding window of layer ``index`` in tokens, or None if it attends to everything before."""
         return None
 
     def embed(self, tokens: TokenBatch) -> HiddenState:
@@ -60,14 +60,14 @@ class DecoderBackbone(GenerativeBackbone):
         mask = padding_mask(tokens)
         padding = self.core.config.pad_token_id
         if self.verbalizer is None and padding is not None:
-            # Classification heads are tuned on the last token that is not the padding token, even where a
-            # text's own end is marked with that token.
+            # Classification heads are tuned on the last token that is not the padding token, even if a text
+            # itself ends with that token.
             text = mask & (tokens["input_ids"] != padding)
             mask = text | (mask & ~text.any(dim=1, keepdim=True))
         return last_token(mask)  # (B, 1)
 
     def layer_masks(self, state: HiddenState) -> Callable[[int], Tensor | None]:
-        """A layer's index to its attention mask; layers with the same window share one."""
+        """A function from a layer's index to its attention mask. Layers with the same window share one mask."""
         windows = [self.window(index) for index in range(self.num_layers)]
         masks = {window: causal_mask(self.core.config, state, window) for window in set(windows[state.depth :])}
         return lambda index: masks[windows[index]]

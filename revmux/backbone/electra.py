@@ -1,4 +1,4 @@
-"""ELECTRA: BERT's layers on embeddings projected to their width; CLS through a gelu head of its own."""
+"""ELECTRA: BERT's layers on embeddings projected to the hidden size; CLS through its own GELU head."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Encoder-decoders: the encoder's layers are cut between; the decoder runs once a sequence, above layer L.
+"""Encoder-decoders: the cut is between encoder layers, and the decoder runs once per sequence, after layer L.
 
-With a verbalizer the decoder reads its start token alone, so one answer step serves a whole group. With a
-classification head the decoder reads the text itself, shifted by one: its embeddings travel beside the
-encoder's states as ``HiddenState.decoder``, are mixed like them, and each input has its own answer there.
+With a verbalizer the decoder reads only its start token, so one decoder step serves a whole group. With a
+classification head the decoder reads the text itself, shifted by one. Its embeddings accompany the encoder's states
+as ``HiddenState.decoder`` and are mixed in the same way, and each input has its own answer position there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class EncoderDecoderBackbone(GenerativeBackbone):
     Attributes:
         shared_answer: True with a verbalizer (one decoder step), False with a classification head (each
             input's own end-of-sequence token).
-        layers_read_positions: whether every layer needs the token positions, or the embeddings alone.
+        layers_read_positions: whether every layer needs the token positions, or only the embeddings.
     """
 
     layers_read_positions: ClassVar[bool]
@@ -42,7 +42,7 @@ class EncoderDecoderBackbone(GenerativeBackbone):
                 "or ...ForSequenceClassification"
             )
         self.shared_answer = verbalizer is not None
-        self._start_token()  # an incomplete configuration shows here, not in the first batch
+        self._start_token()  # fail on an incomplete configuration here rather than in the first batch
 
     @property
     @abstractmethod
@@ -64,11 +64,11 @@ class EncoderDecoderBackbone(GenerativeBackbone):
 
     @abstractmethod
     def finish(self, stack: Any, hidden: Tensor) -> Tensor:
-        """What a stack does after its last layer."""
+        """The operations of a stack after its last layer."""
 
     @abstractmethod
     def decoder_arguments(self, stream: HiddenState, memory: HiddenState) -> dict[str, Any]:
-        """What every decoder layer takes beside its hidden states and the memory."""
+        """The arguments of every decoder layer besides its hidden states and the memory."""
 
     @property
     def word_embeddings(self) -> nn.Module:
@@ -83,7 +83,7 @@ class EncoderDecoderBackbone(GenerativeBackbone):
         return replace(self._begin(self.encoder, words, mask, answer + shift, positions), decoder=decoder)
 
     def _begin(self, stack: Any, words: Tensor, mask: Tensor, answer: Tensor, positions: Tensor) -> HiddenState:
-        """The state that a stack starts from, at depth 0."""
+        """The input state of a stack, at depth 0."""
         return HiddenState(
             hidden=self.place(stack, words, positions),  # (B, S, d)
             mask=mask,
@@ -93,11 +93,11 @@ class EncoderDecoderBackbone(GenerativeBackbone):
         )
 
     def _end_of_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The place of each input's last end-of-sequence token: (B, 1)."""
+        """The index of each input's last end-of-sequence token: (B, 1)."""
         ends = mask & (ids == self.config.eos_token_id)  # (B, S)
         if not bool(ends.any(dim=1).all()):
             raise UserError(
-                f"an input has no end-of-sequence token ({self.config.eos_token_id}), where {self.config.model_type} "
+                f"an input has no end-of-sequence token ({self.config.eos_token_id}), at which {self.config.model_type} "
                 "reads its answer; tokenize with special tokens"
             )
         return last_token(ends)
@@ -109,7 +109,7 @@ class EncoderDecoderBackbone(GenerativeBackbone):
         return self._begin(self.decoder, self.decoder.embed_tokens(shifted), mask, answer, token_positions(mask))
 
     def _answer_steps(self, memory: HiddenState) -> HiddenState:
-        """The decoder's stream for a verbalizer: start token and prefix, once for every input side by side."""
+        """The decoder's stream for a verbalizer: start token and prefix, once per concatenated input."""
         prefix = () if self.verbalizer is None else self.verbalizer.answer_prefix
         steps = len(prefix) + 1
         copies = 1 if memory.segments is None else memory.answer.shape[1]  # A
@@ -158,7 +158,7 @@ class EncoderDecoderBackbone(GenerativeBackbone):
         return forward(hidden, memory)
 
     def stream_masks(self, stream: HiddenState, memory: HiddenState) -> dict[str, Any]:
-        """The decoder's two masks: causal over its own stream, and across to the memory."""
+        """The decoder's two masks: causal over its own stream, and cross-attention to the memory."""
         return {
             "attention_mask": causal_mask(self.decoder.config, stream),
             "encoder_attention_mask": cross_mask(self.decoder.config, stream, memory),

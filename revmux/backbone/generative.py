@@ -1,4 +1,4 @@
-"""What encoder-decoders and decoders share: two kinds of head, a soft prompt, padding on either side."""
+"""What encoder-decoders and decoders have in common: two kinds of head, a soft prompt, padding on either side."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from revmux.errors import UserError
 
 
 class GenerativeBackbone(Backbone):
-    """A model that classifies by a head of its own, or by label words through its output embedding.
+    """A model that classifies with its own head, or by label words through its output embedding.
 
     Args:
-        model: ``...ForSequenceClassification``, or a language model where a verbalizer is given.
-        verbalizer: the tokens of each class; None takes the model's own classification head.
+        model: ``...ForSequenceClassification``, or a language model if a verbalizer is given.
+        verbalizer: the tokens of each class; None uses the model's own classification head.
 
     Attributes:
         verbalizer: as given.
         soft_prompt: trainable vectors before every input, or None; see :meth:`add_soft_prompt`.
 
     Raises:
-        UserError: the model has not the head that is asked for.
+        UserError: the model does not have the required head.
     """
 
     def __init__(self, model: nn.Module, verbalizer: Verbalizer | None = None) -> None:
@@ -63,7 +63,7 @@ class GenerativeBackbone(Backbone):
 
     @property
     def position_limit(self) -> int:
-        """The most positions that the model reads, a soft prompt's included."""
+        """The largest number of positions of the model, including those of a soft prompt."""
         return int(self.config.max_position_embeddings)
 
     @property
@@ -73,20 +73,20 @@ class GenerativeBackbone(Backbone):
     @property
     @abstractmethod
     def word_embeddings(self) -> nn.Module:
-        """Token ids to the embeddings that layer 1's input begins with."""
+        """The module that maps token ids to word embeddings."""
 
     @property
     def output_bias(self) -> Tensor | None:
-        """(V,) what is added to the vocabulary's scores, or None."""
+        """(V,) bias of the vocabulary scores, or None."""
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     def add_soft_prompt(self, length: int) -> SoftPrompt:
-        """Begin every input with trainable vectors, started at the embeddings of random words.
+        """Put trainable vectors in front of every input, initialised with the embeddings of random words.
 
         The vectors belong to the backbone: its ``state_dict`` holds them and :meth:`freeze` freezes them.
 
         Args:
-            length: P, vectors; inputs may have P tokens less.
+            length: P, number of vectors. The maximum length of inputs shrinks by P tokens.
 
         Raises:
             UserError: ``length`` leaves no room for an input.
@@ -98,7 +98,7 @@ class GenerativeBackbone(Backbone):
         return self.soft_prompt
 
     def embed_words(self, tokens: TokenBatch) -> tuple[Tensor, Tensor, int]:
-        """Word embeddings behind the soft prompt.
+        """Word embeddings after the soft prompt.
 
         Returns:
             (B, P + S, d), its mask (B, P + S), and P.
@@ -109,24 +109,24 @@ class GenerativeBackbone(Backbone):
         return *self.soft_prompt(hidden, mask), len(self.soft_prompt)
 
     def score_words(self, vector: Tensor) -> Tensor:
-        """A readout vector (..., d) to label scores (..., C) by the verbalizer's rows of the output embedding."""
+        """Label scores (..., C) of a readout vector (..., d) from the verbalizer's rows of the output embedding."""
         head: Any = self.label_rows
         return head(vector, self.model.get_output_embeddings().weight, self.output_bias)
 
 
 def language_model_class(config: Any) -> Any:
-    """The transformers class that makes a language model of a configuration."""
+    """The transformers class that builds a language model from a configuration."""
     return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def token_positions(mask: Tensor) -> Tensor:
-    """Positions 0, 1, ... from each input's first token on, wherever the padding is.
+    """Positions 0, 1, ... counted from each input's first token, on whichever side the padding is.
 
     Args:
         mask: (B, S) bool.
 
     Returns:
-        (B, S) long; 0 in padding on the left, counting on in padding on the right.
+        (B, S) long; 0 for padding on the left, and counting on through padding on the right.
     """
     place = torch.arange(mask.shape[1], device=mask.device)
     behind = (place - last_token(mask)).clamp(min=0)  # (B, S)
@@ -134,5 +134,5 @@ def token_positions(mask: Tensor) -> Tensor:
 
 
 def last_token(mask: Tensor) -> Tensor:
-    """The place of the last True of each row: (B, S) bool to (B, 1) long."""
+    """The index of the last True in each row: (B, S) bool to (B, 1) long."""
     return mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""LLaMA and its kin (Mistral, Qwen2, Qwen3): rotary positions in every layer, sliding windows in some."""
+"""LLaMA and related models (Mistral, Qwen2, Qwen3): rotary positions in every layer, sliding windows in some."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from revmux.backbone.state import HiddenState
 
 @register_backbone
 class LlamaBackbone(DecoderBackbone):
-    """``LlamaForCausalLM`` or ``LlamaForSequenceClassification`` cut at any layer; likewise its kin."""
+    """``LlamaForCausalLM`` or ``LlamaForSequenceClassification`` cut at any layer, and the same classes of related models."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -24,7 +24,7 @@ class ModernBertBackbone(Backbone):
 
     @property
     def pools_mean(self) -> bool:
-        """Whether the head reads the mean over tokens in place of CLS."""
+        """Whether the head reads the mean over tokens instead of CLS."""
         return bool(self.config.classifier_pooling == "mean")
 
     @property
@@ -58,7 +58,7 @@ class ModernBertBackbone(Backbone):
         }
 
     def _masks(self, state: HiddenState, positions: Tensor) -> dict[str, Tensor | None]:
-        """The mask of each layer type; the window is over positions, not over places in the sequence."""
+        """The mask of each layer type. The window is over positions, not over indices in the sequence."""
         implementation, dtype = self.config._attn_implementation, state.hidden.dtype
         if state.segments is None and in_order(positions):
             arguments = {"config": self.config, "inputs_embeds": state.hidden, "attention_mask": state.mask}

@@ -1,4 +1,4 @@
-"""Token positions, for families whose every layer reads them (rotary, relative)."""
+"""Token positions, for families that use them in every layer (rotary, relative)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def count_positions(hidden: Tensor) -> Tensor:
 
 
 def in_order(positions: Tensor) -> bool:
-    """Whether every row of (B, S) is 0..S-1, so that the family's own index arithmetic holds.
+    """Whether every row of (B, S) is 0..S-1, so that the family's own position arithmetic applies.
 
-    False once tokens were dropped, pooled or laid side by side.
+    False after tokens were dropped, pooled or concatenated from several inputs.
     """
     return torch.equal(positions, torch.arange(positions.shape[1], device=positions.device).expand_as(positions))
 

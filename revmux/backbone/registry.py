@@ -38,11 +38,11 @@ def cut(model: nn.Module, verbalizer: Verbalizer | None = None) -> Backbone:
     """Wrap a Hugging Face model so that it can be run in parts; its weights are shared, not copied.
 
     Args:
-        model: a sequence classifier, or a language model where a verbalizer is given.
-        verbalizer: the tokens that stand for each class, to score them through the output embedding.
+        model: a sequence classifier, or a language model if a verbalizer is given.
+        verbalizer: the tokens of each class, which are scored through the output embedding.
 
     Raises:
-        UserError: no family serves the model's ``model_type``, or the model has not the head asked for.
+        UserError: no family serves the model's ``model_type``, or the model does not have the required head.
     """
     model_type = getattr(model.config, "model_type", type(model).__name__)
     if model_type not in BACKBONES:
@@ -52,7 +52,7 @@ def cut(model: nn.Module, verbalizer: Verbalizer | None = None) -> Backbone:
         return family(model)
     if not issubclass(family, GenerativeBackbone):
         raise UserError(
-            f"{model_type} generates no text, so a verbalizer cannot score it; leave the verbalizer out, "
+            f"{model_type} is not a language model, so a verbalizer cannot score its words; leave the verbalizer out, "
             f"or choose from {', '.join(generative_model_types())}"
         )
     return family(model, verbalizer)
@@ -62,7 +62,7 @@ def unsupported(model_type: str, model: str = "") -> UserError:
     """The error for an architecture that no family serves.
 
     Args:
-        model_type: as the configuration has it.
+        model_type: from the model's configuration.
         model: name of the model, for the message.
     """
     return UserError(

@@ -1,4 +1,4 @@
-"""RoBERTa: BERT's layers; positions counted past padding; CLS through a head of its own."""
+"""RoBERTa: BERT's layers; positions counted after the padding index; CLS through its own head."""
 
 from __future__ import annotations
 

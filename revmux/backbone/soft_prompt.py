@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class SoftPrompt(nn.Module):
-    """P vectors that every input begins with.
+    """P vectors in front of every input.
 
     Args:
-        vectors: (P, d) start values; kept in float32 whatever the backbone's type, so that small steps count.
+        vectors: (P, d) initial values, kept in float32 whatever the backbone's data type, so that small updates are not lost.
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -21,7 +21,7 @@ class SoftPrompt(nn.Module):
         return len(self.vectors)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the vectors directly before each input's first token, behind its padding on the left.
+        """Insert the vectors directly before each input's first token, after any padding on the left.
 
         Args:
             hidden: (B, S, d) word embeddings.

@@ -1,7 +1,7 @@
-"""What flows through a cut backbone: tokens, then hidden states that know how deep they are.
+"""What flows through a cut backbone: tokens, then hidden states that carry their depth.
 
 Shape legend, used in every file:
-    B: inputs              G: groups            N: inputs a group
+    B: inputs              G: groups            N: inputs per group
     S: tokens              d: hidden size       C: classes
     L: layers              l: prefill layers    A: answer positions in a sequence
 """
@@ -15,27 +15,27 @@ import torch
 from torch import Tensor
 
 TokenBatch = dict[str, Tensor]
-"""What a tokenizer gives: ``input_ids`` and ``attention_mask``, each (B, S), and what else the family reads."""
+"""Output of a tokenizer: ``input_ids`` and ``attention_mask``, each (B, S), and whatever else the family reads."""
 
 
 @dataclass(frozen=True)
 class HiddenState:
-    """Hidden sequences at one depth of the backbone, with all that the next layers need.
+    """Hidden sequences at one depth of the backbone, with everything that the next layers need.
 
-    The same type describes B plain inputs and G shared sequences, so the upper layers need not
-    know whether they run multiplexed.
+    The same type describes B plain inputs and G shared sequences, so the upper layers do not need
+    to know whether their input is multiplexed.
 
     Attributes:
         hidden: (B, S, d) states after ``depth`` layers.
-        mask: (B, S) bool, True where there is a token.
-        answer: (B, A) long, the places where answers are read: one for a plain input, and one or N
-            in a shared sequence.
-        depth: layers that these states have passed, 0 (embeddings) to L.
+        mask: (B, S) bool, True for tokens and False for padding.
+        answer: (B, A) long, positions at which answers are read: one for a plain input, and one or N in a shared
+            sequence.
+        depth: number of layers that these states have passed, from 0 (embeddings) to L.
         positions: (B, S) long, token positions for families that use them in every layer (rotary,
-            relative); None elsewhere.
-        segments: (B, S) long, 0 for padding and k for tokens of the k-th input, when inputs lie side by
-            side in one sequence and may not read each other; None when all tokens may.
-        spans: (B, A, S) bool, the tokens of each answer, for heads that pool over tokens; None elsewhere.
+            relative); None for other families.
+        segments: (B, S) long, 0 for padding and k for tokens of the k-th input, when inputs are
+            concatenated in one sequence and must not attend to each other; None when all tokens may.
+        spans: (B, A, S) bool, the tokens of each answer, for heads that pool over tokens; None for other heads.
         decoder: the decoder's own input stream, for encoder-decoders whose decoder reads the text too.
     """
 
@@ -69,7 +69,7 @@ class HiddenState:
         )
 
     def take(self, rows: Tensor) -> HiddenState:
-        """Rows by index; an index tensor (G, N) gives every tensor a leading (G, N).
+        """Rows by index. An index tensor (G, N) gives every tensor the leading shape (G, N).
 
         Args:
             rows: long tensor of any shape, values in 0..B-1.
@@ -81,7 +81,7 @@ class HiddenState:
         return self.map(lambda tensor: tensor.to(device))
 
     def cast(self, dtype: torch.dtype) -> HiddenState:
-        """The same state with hidden states, and only these, in another precision."""
+        """The same state with its hidden states in another precision; nothing else is cast."""
         decoder = None if self.decoder is None else self.decoder.cast(dtype)
         return replace(self, hidden=self.hidden.to(dtype), decoder=decoder)
 

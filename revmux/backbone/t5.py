@@ -1,4 +1,4 @@
-"""T5: relative positions that block 0 keeps for all blocks, a final norm on either stack."""
+"""T5: relative positions that block 0 computes for all blocks, a final norm on both stacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from revmux.backbone.positions import count_positions, distances, in_order
 from revmux.backbone.registry import register_backbone
 from revmux.backbone.state import HiddenState
 
-TRAINED_LENGTH = 512  # tokens that T5 was trained on; relative positions themselves have no end
+TRAINED_LENGTH = 512  # tokens; relative positions themselves are unbounded
 
 
 @register_backbone
@@ -65,7 +65,7 @@ class T5Backbone(EncoderDecoderBackbone):
         return {
             **self.stream_masks(stream, memory),
             "position_bias": bias,
-            # Cross-attention knows no positions.
+            # Cross-attention has no position bias.
             "encoder_decoder_position_bias": bias.new_zeros(
                 1, bias.shape[1], stream.hidden.shape[1], memory.hidden.shape[1]
             ),

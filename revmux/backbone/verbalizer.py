@@ -1,4 +1,4 @@
-"""Label words in place of a classification head: a class scores by its tokens' rows of the output embedding."""
+"""Label words in place of a classification head: a class is scored by its tokens' rows of the output embedding."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Verbalizer:
 
     Args:
         label_names: class names in the order of the scores.
-        token_ids: the tokens of each class; a class scores by the mean over its tokens.
-        answer_prefix: tokens that an encoder-decoder's decoder is given after its start token and before it
-            answers; empty reads the answer at the start token (step 0). A decoder-only model takes such
-            tokens from the end of the prompt instead.
+        token_ids: the tokens of each class. The score of a class is the mean over its tokens.
+        answer_prefix: tokens that the decoder of an encoder-decoder receives after its start token, before the answer
+            is read. If empty, the answer is read at the start token (step 0). For a decoder-only model, put such
+            tokens at the end of the prompt instead.
 
     Raises:
         UserError: a class without tokens, or two classes with the same first token.
@@ -32,8 +32,8 @@ class Verbalizer:
     def __post_init__(self) -> None:
         if len(self.label_names) != len(self.token_ids):
             raise UserError(
-                f"the verbalizer names {len(self.label_names)} classes and the tokens of {len(self.token_ids)}; "
-                "give every class its tokens"
+                f"the verbalizer has {len(self.label_names)} class names but tokens for {len(self.token_ids)} classes; "
+                "give tokens for every class"
             )
         owners: dict[int, str] = {}
         for name, ids in zip(self.label_names, self.token_ids, strict=True):
@@ -48,11 +48,11 @@ class Verbalizer:
 
 
 class VerbalizerHead(nn.Module):
-    """Label scores from a few rows of a model's output embedding; it has no weights of its own.
+    """Label scores from a few rows of a model's output embedding, without weights of its own.
 
     Args:
         verbalizer: the tokens of each class.
-        vocab_size: rows of the output embedding.
+        vocab_size: number of rows of the output embedding.
 
     Raises:
         UserError: a token id outside the vocabulary.
@@ -68,7 +68,7 @@ class VerbalizerHead(nn.Module):
             if not 0 <= token < vocab_size:
                 raise UserError(
                     f"token id {token} of the verbalizer is outside the vocabulary 0..{vocab_size - 1}; "
-                    "make the verbalizer with this model's own tokenizer"
+                    "build the verbalizer with this model's tokenizer"
                 )
         average = torch.zeros(len(verbalizer.token_ids), len(tokens))
         start = 0
@@ -80,7 +80,7 @@ class VerbalizerHead(nn.Module):
         self.register_buffer("average", average, persistent=False)  # (C, K)
 
     def forward(self, vector: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Scores of the classes alone, never of the whole vocabulary.
+        """Scores of the classes only, never of the whole vocabulary.
 
         Args:
             vector: (..., d).
