@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_tiny_model
+from numeric import assert_close
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def test_a_round_trip_keeps_the_scores(
     model = adapter(tiny_pretrained, name, num_inputs, options)
     config = describe_adapter(model, tiny_pretrained, 16, {"source": "toy.csv"}, {"seed": 0}, {"accuracy_mean": 0.75})
     loaded = load_adapter(save_adapter(model, config, tmp_path / "adapter"), tiny_pretrained)
-    torch.testing.assert_close(scores(loaded, tiny_pretrained), scores(model, tiny_pretrained), rtol=0, atol=1e-6)
+    assert_close(scores(loaded, tiny_pretrained), scores(model, tiny_pretrained))
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert load_adapter_config(tmp_path / "adapter") == config
@@ -105,7 +106,7 @@ def test_a_tuned_backbone_comes_with_its_adapter_and_leaves_the_given_one_alone(
     plain = adapter(other, "siso", 1)
     before = scores(plain, other)
     loaded = load_adapter(folder, other)
-    torch.testing.assert_close(scores(loaded, other), scores(model, own), rtol=0, atol=1e-6)
+    assert_close(scores(loaded, other), scores(model, own))
     assert torch.equal(scores(plain, other), before), "other adapters of this backbone still find it as it was"
 
 
@@ -240,7 +241,7 @@ def test_the_same_weights_under_another_name_are_the_same_backbone(
     moved.backbone.freeze()
     loaded = load_adapter(saved, moved)
     expected = scores(load_adapter(saved, tiny_pretrained), tiny_pretrained)
-    torch.testing.assert_close(scores(loaded, moved), expected, rtol=0, atol=1e-6)
+    assert_close(scores(loaded, moved), expected)
 
 
 @pytest.mark.parametrize("key", ["revision", "name"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from numeric import assert_close
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -182,7 +183,7 @@ def test_cut_at_any_layer_is_the_whole_model(family: str, implementation: str, d
     whole = backbone.model(**tokens).logits
     lower = backbone.run(backbone.embed(tokens), depth)
     assert lower.depth == depth
-    torch.testing.assert_close(answer(backbone, lower)[:, 0], whole, rtol=0, atol=1e-5)
+    assert_close(answer(backbone, lower)[:, 0], whole)
     assert torch.equal(backbone(tokens), whole)
 
 
@@ -274,7 +275,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
     backbone.gradient_checkpointing = True
     hook = backbone.layer(LAYERS - 1).register_forward_pre_hook(count)
     try:
-        torch.testing.assert_close(gradient(), plain, rtol=0, atol=1e-6)
+        assert_close(gradient(), plain)
     finally:
         backbone.gradient_checkpointing = False
         hook.remove()
@@ -298,7 +299,7 @@ def test_a_last_layer_for_the_answers_alone_is_the_same_function(family: str, im
             scores.square().sum().backward()
             assert hidden.grad is not None
             found.append((scores.detach(), hidden.grad))
-        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        assert_close(found[1], found[0])
         assert (upper.hidden.shape[1] == lower.answer.shape[1]) == (backbone.config.model_type in ANSWERS_ALONE)
         assert upper.depth == LAYERS
 
@@ -314,7 +315,7 @@ def test_dropout_needs_the_whole_last_layer() -> None:
 def test_padding_columns_change_nothing(family: str, implementation: str) -> None:
     backbone = frozen(family, implementation)
     tokens = token_batch(backbone, [LENGTH, 9, 2])
-    torch.testing.assert_close(backbone(pad(backbone, tokens, 7)), backbone(tokens), rtol=0, atol=1e-5)
+    assert_close(backbone(pad(backbone, tokens, 7)), backbone(tokens))
 
 
 @pytest.mark.parametrize("depth", [0, 2])
@@ -325,8 +326,8 @@ def test_inputs_side_by_side_answer_as_alone(family: str, implementation: str, d
     first = backbone.run(backbone.embed(token_batch(backbone, [LENGTH, 5], seed=1)), depth)
     second = backbone.run(backbone.embed(token_batch(backbone, [3, 10], seed=2)), depth)
     together = answer(backbone, side_by_side(first, second))  # (2, 2, C)
-    torch.testing.assert_close(together[:, :1], answer(backbone, first), rtol=0, atol=1e-5)
-    torch.testing.assert_close(together[:, 1:], answer(backbone, second), rtol=0, atol=1e-5)
+    assert_close(together[:, :1], answer(backbone, first))
+    assert_close(together[:, 1:], answer(backbone, second))
 
 
 @pytest.mark.parametrize(("family", "implementation"), [row for row in IMPLEMENTATIONS if row[0] in EXPLICIT_POSITIONS])
@@ -350,9 +351,9 @@ def test_dropped_tokens_leave_the_others_in_place(family: str, implementation: s
         positions=whole.positions[rows, kept],
         spans=None if whole.spans is None else whole.spans[rows, 0, kept].unsqueeze(1),
     )
-    torch.testing.assert_close(answer(backbone, short)[:, 0], expected, rtol=1e-5, atol=1e-5)
+    assert_close(answer(backbone, short)[:, 0], expected)
     together = answer(backbone, side_by_side(short, short))
-    torch.testing.assert_close(together, torch.stack([expected, expected], dim=1), rtol=1e-5, atol=1e-5)
+    assert_close(together, torch.stack([expected, expected], dim=1))
 
 
 @pytest.mark.parametrize(("family", "implementation"), [row for row in IMPLEMENTATIONS if row[0] in EXPLICIT_POSITIONS])
@@ -363,7 +364,7 @@ def test_segments_hold_when_positions_run_on(family: str, implementation: str) -
     first, second = (backbone.embed(token_batch(backbone, [LENGTH, LENGTH], seed=seed)) for seed in (1, 2))
     restarted = side_by_side(first, second)
     running = replace(restarted, positions=torch.arange(2 * LENGTH).expand(2, -1))
-    torch.testing.assert_close(answer(backbone, running), answer(backbone, restarted), rtol=0, atol=1e-5)
+    assert_close(answer(backbone, running), answer(backbone, restarted))
 
 
 @pytest.mark.parametrize("prefill_layers", [0, 2])
@@ -377,7 +378,7 @@ def test_multiplexed_answers_do_not_depend_on_padding(family: str, prefill_layer
     tokens = token_batch(backbone, [LENGTH, 4, 9, 9])
     scores = model(tokens)
     assert scores.shape == (4, LABELS)
-    torch.testing.assert_close(model(pad(backbone, tokens, 5)), scores, rtol=0, atol=1e-5)
+    assert_close(model(pad(backbone, tokens, 5)), scores)
 
 
 @torch.no_grad()
@@ -391,8 +392,8 @@ def test_mean_pooling_reads_each_input_over_its_own_tokens() -> None:
     upper = backbone.run(mixed, LAYERS)
     normed = backbone.model.model.final_norm(upper.hidden)
     own = torch.stack([normed[0].mean(dim=0), normed[0, :4].mean(dim=0)])  # (2, d)
-    torch.testing.assert_close(backbone.answers(upper)[0], own)
-    torch.testing.assert_close(backbone.own_answers(prefilled)[1], prefilled.hidden[1, :4].mean(dim=0))
+    assert_close(backbone.answers(upper)[0], own)
+    assert_close(backbone.own_answers(prefilled)[1], prefilled.hidden[1, :4].mean(dim=0))
 
 
 def test_unsupported_architecture_is_refused_with_the_list() -> None:
@@ -421,8 +422,8 @@ def test_the_documented_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = token_batch(backbone, [LENGTH, 9])
     for depth in range(LAYERS + 1):
         lower = backbone.run(backbone.embed(tokens), depth)
-        torch.testing.assert_close(answer(backbone, lower)[:, 0], backbone.model(**tokens).logits, rtol=0, atol=1e-5)
+        assert_close(answer(backbone, lower)[:, 0], backbone.model(**tokens).logits)
     first = backbone.embed(token_batch(backbone, [LENGTH], seed=1))
     second = backbone.embed(token_batch(backbone, [6], seed=2))
     together = answer(backbone, side_by_side(first, second))
-    torch.testing.assert_close(together[:, 1:], answer(backbone, second), rtol=0, atol=1e-5)
+    assert_close(together[:, 1:], answer(backbone, second))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from numeric import assert_close
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -217,7 +218,7 @@ def test_every_cut_is_the_whole_model(name: str, attention: str, padding: str) -
             lower = backbone.run(backbone.embed(tokens), depth)
             assert lower.depth == depth
             scores = backbone.classify(backbone.answers(backbone.run(lower, LAYERS))[:, 0])
-            torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+            assert_close(scores, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if is_decoder(name)])
@@ -230,7 +231,7 @@ def test_decoder_on_left_padding_is_the_whole_model_given_positions(name: str) -
             if name.endswith("-words")
             else whole(name)(**tokens, position_ids=positions).logits
         )
-        torch.testing.assert_close(backbone_of(name)(tokens), expected, atol=1e-5, rtol=1e-5)
+        assert_close(backbone_of(name)(tokens), expected)
 
 
 def test_classifier_reads_where_the_model_reads_when_texts_end_with_the_padding_token() -> None:
@@ -239,7 +240,7 @@ def test_classifier_reads_where_the_model_reads_when_texts_end_with_the_padding_
     tokens = {**tokens, "input_ids": ids}
     with torch.no_grad():
         expected = whole("llama-head")(**tokens).logits
-        torch.testing.assert_close(backbone_of("llama-head")(tokens), expected, atol=1e-5, rtol=1e-5)
+        assert_close(backbone_of("llama-head")(tokens), expected)
 
 
 @WITH_WORDS
@@ -254,7 +255,7 @@ def test_verbalizer_scores_are_columns_of_the_vocabulary_scores(name: str, monke
             raise AssertionError("the whole vocabulary was scored")
 
         monkeypatch.setattr(whole(name).lm_head, "forward", refuse)
-        torch.testing.assert_close(backbone(tokens), expected, atol=1e-5, rtol=1e-5)
+        assert_close(backbone(tokens), expected)
     assert backbone.num_labels == 2
     assert backbone.label_names == ["no", "yes"]
 
@@ -268,7 +269,7 @@ def test_inputs_side_by_side_answer_as_alone(name: str, attention: str) -> None:
             lower = backbone.run(backbone.embed(batch()), depth)
             alone = backbone.answers(backbone.run(lower, LAYERS))[:, 0]
             shared = backbone.answers(backbone.run(side_by_side(lower), LAYERS))[0]
-            torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
+            assert_close(shared, alone)
 
 
 def test_sliding_window_of_segments_counts_positions_not_places() -> None:
@@ -282,7 +283,7 @@ def test_sliding_window_of_segments_counts_positions_not_places() -> None:
             backbone.run(sparse.map(lambda tensor, place=place: tensor[:, place : place + 1]), LAYERS).hidden
             for place in range(state.mask.shape[1])
         ]
-        torch.testing.assert_close(backbone.run(sparse, LAYERS).hidden, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
+        assert_close(backbone.run(sparse, LAYERS).hidden, torch.cat(alone, dim=1))
     assert not torch.allclose(near, torch.cat(alone, dim=1), atol=1e-2)
 
 
@@ -307,7 +308,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
         model = multiplexer(backbone, 1)
         model(batch()).square().sum().backward()
         found.append([parameter.grad for parameter in model.method.parameters()])
-    torch.testing.assert_close(found[1], found[0])
+    assert_close(found[1], found[0])
 
 
 @ALL
@@ -316,9 +317,9 @@ def test_multiplexed_answers_do_not_depend_on_padding(name: str, side: str) -> N
     model = multiplexer(backbone_of(name), 1)
     with torch.no_grad():
         plain = model(batch(side))
-        torch.testing.assert_close(model(batch(side, extra=5)), plain, atol=1e-5, rtol=1e-5)
+        assert_close(model(batch(side, extra=5)), plain)
         for junk in (17, END):
-            torch.testing.assert_close(model(batch(side, junk=junk)), plain, atol=1e-5, rtol=1e-5)
+            assert_close(model(batch(side, junk=junk)), plain)
     assert plain.std(dim=0).min() > 1e-3
 
 
@@ -358,9 +359,9 @@ def test_answer_prefix_moves_the_answer_to_a_later_step(name: str) -> None:
     with torch.no_grad():
         full = whole(name)(**tokens, decoder_input_ids=steps).logits[:, -1]
         backbone = backbone_of(name, verbalizer=later)
-        torch.testing.assert_close(backbone(tokens), full[:, [11, 25, 40]], atol=1e-5, rtol=1e-5)
+        assert_close(backbone(tokens), full[:, [11, 25, 40]])
         shared = backbone.answers(backbone.run(side_by_side(backbone.embed(tokens)), LAYERS))[0]
-        torch.testing.assert_close(backbone.classify(shared), full[:, [11, 25, 40]], atol=1e-5, rtol=1e-5)
+        assert_close(backbone.classify(shared), full[:, [11, 25, 40]])
 
 
 @WITH_WORDS
@@ -383,7 +384,7 @@ def test_soft_prompt_is_the_model_on_longer_embeddings(name: str, side: str) -> 
         for depth in range(LAYERS + 1):
             lower = backbone.run(backbone.embed(batch(side)), depth)
             scores = backbone.classify(backbone.answers(backbone.run(lower, LAYERS))[:, 0])
-            torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+            assert_close(scores, expected)
     assert not torch.allclose(expected, without, atol=1e-2)
 
 
@@ -399,7 +400,7 @@ def test_soft_prompt_alone_is_tuned_and_frozen_with_the_backbone(name: str) -> N
     assert not prompt.vectors.requires_grad
     with torch.no_grad():
         plain = multiplexer(backbone, 1)(batch())
-        torch.testing.assert_close(multiplexer(backbone, 1)(batch("right", extra=3)), plain, atol=1e-5, rtol=1e-5)
+        assert_close(multiplexer(backbone, 1)(batch("right", extra=3)), plain)
 
 
 @ALL
@@ -410,7 +411,7 @@ def test_own_answer_is_the_last_token(name: str, side: str) -> None:
     with torch.no_grad():
         state = backbone.embed(batch(side))
         expected = torch.stack([row[mask][-1] for row, mask in zip(state.hidden, state.mask, strict=True)])
-        torch.testing.assert_close(backbone.own_answers(state), expected)
+        assert_close(backbone.own_answers(state), expected)
     assert (state.positions is None) == (name.split("-")[0] in ("bart", "gpt2"))
 
 
@@ -422,9 +423,9 @@ def test_token_split_does_not_depend_on_padding_or_neighbours(name: str, side: s
     model = MultiplexedClassifier(backbone, build_method("token-split", BackboneShape.of(backbone), 2), 1).eval()
     with torch.no_grad():
         plain = model(batch(side))
-        torch.testing.assert_close(model(batch(side, extra=6, junk=17)), plain, atol=1e-5, rtol=1e-5)
+        assert_close(model(batch(side, extra=6, junk=17)), plain)
         turned = model(batch(side), torch.tensor([[2, 0], [3, 1]]))
-        torch.testing.assert_close(turned, plain, atol=1e-5, rtol=1e-5)
+        assert_close(turned, plain)
     assert plain.std(dim=0).min() > 1e-2
 
 

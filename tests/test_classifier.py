@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numeric import assert_close
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.adapters.classifier import TextClassifier
@@ -50,7 +51,7 @@ def test_texts_of_like_length_share_a_group_and_the_last_one_is_filled(
     options = {"tune_backbone": False} if name == "datamux" else {}
     model = build(tiny_pretrained, name, num_inputs, **options)
     found = TextClassifier(model, tiny_pretrained, 16).scores(TEXTS, batch_size=batch_size)
-    torch.testing.assert_close(found, expected(model, tiny_pretrained, groups), rtol=0, atol=1e-6)
+    assert_close(found, expected(model, tiny_pretrained, groups))
 
 
 def test_labels_come_with_their_scores_best_first(tiny_pretrained: Pretrained) -> None:
@@ -67,13 +68,13 @@ def test_pairs_are_read_as_in_training(tiny_pretrained: Pretrained) -> None:
     found = TextClassifier(model, tiny_pretrained, 16).scores([("w1 w2", "w3"), ("w4", "w5 w6")])
     tokens = dict(tiny_pretrained.tokenizer(["w1 w2", "w4"], ["w3", "w5 w6"], padding=True, return_tensors="pt"))
     with torch.no_grad():
-        torch.testing.assert_close(found, model(tokens), rtol=0, atol=1e-6)
+        assert_close(found, model(tokens))
 
 
 def test_long_texts_are_cut_unless_that_is_refused(tiny_pretrained: Pretrained) -> None:
     classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 5)
     cut = classifier.scores(["w1 w2 w3 w4 w5", "w6"])
-    torch.testing.assert_close(cut, classifier.scores(["w1 w2 w3", "w6"]), rtol=0, atol=1e-6)
+    assert_close(cut, classifier.scores(["w1 w2 w3", "w6"]))
     with pytest.raises(UserError, match="7 tokens, at most 5 are allowed"):
         classifier.scores(["w1 w2 w3 w4 w5"], truncate=False)
 
@@ -107,7 +108,7 @@ def test_an_adapter_is_loaded_with_a_backbone_given_in_any_way(
     for backbone in ways:
         classifier = TextClassifier.from_pretrained(folder, backbone)
         assert classifier.max_length == 12
-        torch.testing.assert_close(classifier.scores(TEXTS), wanted, rtol=0, atol=1e-6)
+        assert_close(classifier.scores(TEXTS), wanted)
 
 
 def test_the_backbone_has_the_dtype_of_training_unless_the_caller_chooses(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from numeric import assert_close
 from serving_models import CUT, WORDS, load, plain_scores, text, write_adapter, write_model
 
 from revmux.errors import EmptyText, TextError, UserError
@@ -270,7 +271,7 @@ def test_a_long_text_is_cut_only_on_request_and_says_so(
     assert not fits.truncated
     expected = pretrained.tokenizer([long], truncation=True, max_length=64, return_tensors="pt")
     with torch.inference_mode():
-        torch.testing.assert_close(cut.scores, pretrained.backbone(dict(expected))[0])
+        assert_close(cut.scores, pretrained.backbone(dict(expected))[0])
 
 
 def test_a_pair_is_one_input(make_engine: Callable[..., Engine], pretrained: Pretrained) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from numeric import assert_close
 from serving_models import CUT, load, plain_scores, text, write_adapter, write_model
 
 from revmux.adapters.config import load_adapter_config
@@ -60,10 +61,8 @@ def unsure_model(pretrained: Pretrained, num_inputs: int = 2) -> MultiplexedClas
 
 def test_confidence_is_the_probability_of_the_likeliest_class() -> None:
     scores = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(confidence(scores), torch.tensor([0.66524096, 1 / 3]))
-    torch.testing.assert_close(
-        confidence(torch.tensor([[-2.0], [2.0], [0.0]])), torch.tensor([0.880797, 0.880797, 0.5])
-    )
+    assert_close(confidence(scores), torch.tensor([0.66524096, 1 / 3]))
+    assert_close(confidence(torch.tensor([[-2.0], [2.0], [0.0]])), torch.tensor([0.880797, 0.880797, 0.5]))
 
 
 @pytest.mark.parametrize("layers", [0, 1, 4])
@@ -107,7 +106,7 @@ def test_thresholds_lie_between_the_adapter_and_the_plain_model(
         unsure = scores.softmax(-1).max(-1).values < 0.6
         correct += (torch.where(unsure, teacher, labels) == features.labels).double() / 3
         share += float(unsure.double().mean()) / 3
-    torch.testing.assert_close(some.correct, correct)
+    assert_close(some.correct, correct)
     assert some.share == pytest.approx(share)
     assert some.accuracy_mean == pytest.approx(float(correct.mean()))
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
+from numeric import assert_close
 from pyarrow.fs import FileSystem, LocalFileSystem, SubTreeFileSystem
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -156,8 +157,8 @@ def expect_equal(store: Any, backbone: Backbone, tokens: TokenizedSplit, layer: 
         assert difference <= tolerance * max(float(state.hidden[state.mask].abs().max()), 1.0)
         assert not got.prefilled.hidden[~state.mask].any()
         assert torch.equal(got.labels, expected.labels)
-        torch.testing.assert_close(got.teacher_vectors, expected.teacher_vectors, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(got.teacher_scores, expected.teacher_scores, atol=1e-5, rtol=1e-5)
+        assert_close(got.teacher_vectors, expected.teacher_vectors)
+        assert_close(got.teacher_scores, expected.teacher_scores)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3), ("bfloat16", 8e-3)])
@@ -190,7 +191,7 @@ def test_upper_layers_go_on_from_the_store(config: StoreConfig) -> None:
     assert batch.prefilled is not None
     with torch.no_grad():
         scores = backbone.classify(backbone.answers(backbone.run(batch.prefilled, LAYERS))[:, 0])
-    torch.testing.assert_close(scores, batch.teacher_scores, atol=1e-5, rtol=1e-5)
+    assert_close(scores, batch.teacher_scores)
 
 
 def test_reopening_writes_nothing_and_a_further_layer_only_itself(config: StoreConfig) -> None:
@@ -377,7 +378,7 @@ def test_over_budget_only_the_teacher_is_stored(config: StoreConfig, caplog: pyt
     assert batch.tokens is not None
     assert expected.tokens is not None
     assert all(torch.equal(batch.tokens[name], expected.tokens[name]) for name in expected.tokens)
-    torch.testing.assert_close(batch.teacher_vectors, expected.teacher_vectors, atol=1e-5, rtol=1e-5)
+    assert_close(batch.teacher_vectors, expected.teacher_vectors)
 
 
 def test_the_budget_counts_what_is_stored_already(config: StoreConfig) -> None:
@@ -405,7 +406,7 @@ def test_decoders_that_read_the_text_are_not_stored(config: StoreConfig, caplog:
     assert store.stored_layers == ()
     batch, expected = store.at(1).batch([4, 0, 9]), OnlineFeatures(tokens, backbone).batch([4, 0, 9])
     assert batch.tokens is not None
-    torch.testing.assert_close(batch.teacher_scores, expected.teacher_scores, atol=1e-5, rtol=1e-5)
+    assert_close(batch.teacher_scores, expected.teacher_scores)
 
 
 def test_a_type_too_narrow_is_refused(config: StoreConfig) -> None:

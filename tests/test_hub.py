@@ -14,6 +14,7 @@ import torch
 from conftest import write_tiny_model
 from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
+from numeric import assert_close
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.adapters.classifier import TextClassifier
@@ -118,14 +119,14 @@ def test_an_adapter_alone_brings_its_backbone_at_the_revision_it_was_trained_on(
     push_to_hub(folder, "me/adapter")
     moved = hub.add("org/tiny", write_tiny_model(tmp_path / "moved", seed=1))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another machine"))
-    torch.testing.assert_close(scores("me/adapter"), expected, rtol=0, atol=1e-6)
+    assert_close(scores("me/adapter"), expected)
     with pytest.raises(UserError, match=r"trained on org/tiny \(sha256 .* is org/tiny \(sha256"):
         scores("me/adapter", backbone="org/tiny")
-    torch.testing.assert_close(scores("me/adapter", backbone=tiny_model_folder), expected, rtol=0, atol=1e-6)
+    assert_close(scores("me/adapter", backbone=tiny_model_folder), expected)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    torch.testing.assert_close(scores("me/adapter"), expected, rtol=0, atol=1e-6)
+    assert_close(scores("me/adapter"), expected)
     assert hub.requests == []
     assert moved != commit
 
@@ -145,7 +146,7 @@ def test_a_local_backbone_is_recorded_under_its_id_on_the_hub(
     identity = {"name": "me/tiny", "revision": commit, "sha256": tiny_pretrained.identity["sha256"]}
     assert load_adapter_config("me/adapter").base_model == identity
     assert load_adapter_config(folder).base_model == tiny_pretrained.identity, "the folder stays as it was"
-    torch.testing.assert_close(scores("me/adapter"), scores(folder, backbone=tiny_pretrained), rtol=0, atol=1e-6)
+    assert_close(scores("me/adapter"), scores(folder, backbone=tiny_pretrained))
 
 
 def test_a_model_is_the_same_one_before_and_after_its_weights_are_downloaded(hub: Hub, tiny_model_folder: Path) -> None:
@@ -262,4 +263,4 @@ def test_pushed_from_one_machine_and_loaded_on_another_the_scores_are_the_same(
     told = python("one", "-m", "revmux", "push", str(folder), "me/adapter", "--base_model", "me/tiny")
     assert told == f"pushed: me/adapter at {hub.repositories['me/adapter'].branches['main']}"
     found = torch.tensor(json.loads(python("another", "-c", OTHER_MACHINE, "me/adapter", json.dumps(TEXTS))))
-    torch.testing.assert_close(found, scores(folder, backbone=tiny_pretrained), rtol=0, atol=1e-6)
+    assert_close(found, scores(folder, backbone=tiny_pretrained))

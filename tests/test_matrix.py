@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numeric import assert_close
 from test_backbone_encoders import frozen
 from test_backbone_seq2seq_decoder import backbone_of
 from test_methods import groups_of, randomised, with_padding
@@ -127,16 +128,16 @@ def test_files_and_padding_change_no_answer(family, name, options, num_inputs, t
         garbage = 1 if family == "roberta" else 9
         padded = model.run_tokens(with_padding(tokens, 3, garbage), groups).scores
         assert scores.std() > 1e-4  # answers that are all alike would hide a mix-up
-        torch.testing.assert_close(padded, scores, rtol=1e-4, atol=2e-5)
+        assert_close(padded, scores)
         if family in DECODERS:
             left = model.run_tokens(padded_left(tokens, 0), groups).scores
             wider = model.run_tokens(padded_left(tokens, 3), groups).scores
-            torch.testing.assert_close(wider, left, rtol=1e-4, atol=2e-5)
+            assert_close(wider, left)
         identity = {"name": family, "revision": None, "sha256": "0" * 64}
         pretrained = Pretrained(backbone(family), None, identity, True)
         folder = save_adapter(model, describe_adapter(model, pretrained, LENGTH, {}), tmp_path / "adapter")
         loaded = load_adapter(folder, pretrained)
-        torch.testing.assert_close(loaded.run_tokens(tokens, groups).scores, scores, rtol=0, atol=1e-6)
+        assert_close(loaded.run_tokens(tokens, groups).scores, scores)
 
 
 @pytest.mark.parametrize("name", ["revmux", "only-multiplexer-reversible"])
@@ -151,4 +152,4 @@ def test_the_multiplexer_is_inverted_from_its_own_output(family, name, num_input
         slots = model.method.chain.reverse(list(mixed.hidden.chunk(num_inputs, dim=-1)))
         present = prefilled.take(groups)
         down = model.method.down(present.hidden) * present.mask.unsqueeze(-1)  # (G, N, S, d/N)
-    torch.testing.assert_close(torch.stack(slots, dim=1), down, rtol=1e-4, atol=1e-4)
+    assert_close(torch.stack(slots, dim=1), down)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numeric import assert_close
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
@@ -137,8 +138,8 @@ def test_training_reads_what_inference_reads(bert, name, options):
     prefilled = model.prefill(tokens)
     mixed, own = model.multiplex(prefilled, groups), bert.own_answers(prefilled)[groups]
     whole, trained = (model.answer(upper(mixed), own) for upper in (model.upper, model.upper_in_training))
-    torch.testing.assert_close(trained.scores, whole.scores, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(trained.answers, whole.answers, rtol=1e-5, atol=1e-5)
+    assert_close(trained.scores, whole.scores)
+    assert_close(trained.answers, whole.answers)
 
 
 def test_tuned_methods_send_gradient_into_the_prefill():
@@ -158,7 +159,7 @@ def test_the_chain_is_exactly_invertible(name, num_inputs):
     slots = [torch.randn(5, 48 // num_inputs) for _ in range(num_inputs)]
     mixed = method.chain(slots)
     assert not torch.allclose(torch.stack(mixed), torch.stack(slots), atol=1e-2)
-    torch.testing.assert_close(torch.stack(method.chain.reverse(mixed)), torch.stack(slots), rtol=0, atol=1e-5)
+    assert_close(torch.stack(method.chain.reverse(mixed)), torch.stack(slots))
 
 
 def with_padding(tokens: TokenBatch, columns: int, garbage: int) -> TokenBatch:
@@ -176,7 +177,7 @@ def test_padding_changes_no_answer(bert, name, options, num_inputs):
     tokens, groups = texts(2 * num_inputs), groups_of(num_inputs)
     plain = model.run_tokens(tokens, groups).scores
     padded = model.run_tokens(with_padding(tokens, 4, garbage=17), groups).scores
-    torch.testing.assert_close(padded, plain, rtol=0, atol=2e-5)
+    assert_close(padded, plain)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -196,7 +197,7 @@ def test_padding_changes_no_answer_of_a_causal_backbone(llama, name, side):
         wider = {key: torch.cat([more, tensor], dim=1) for key, tensor in tokens.items()}
     else:
         wider = with_padding(tokens, 3, garbage=PADDING)
-    torch.testing.assert_close(model.run_tokens(wider, groups).scores, plain, rtol=0, atol=2e-5)
+    assert_close(model.run_tokens(wider, groups).scores, plain)
 
 
 @pytest.mark.parametrize("backbone", ["bert", "llama"])
@@ -205,7 +206,7 @@ def test_token_split_inputs_do_not_read_each_other(backbone, request):
     model = MultiplexedClassifier(cut_model, randomised(cut_model, "token-split", 2, {}), 1).eval()
     tokens = texts(3)
     scores = model.run_tokens(tokens, torch.tensor([[0, 1], [0, 2]])).scores
-    torch.testing.assert_close(scores[0, 0], scores[1, 0], rtol=0, atol=1e-5)
+    assert_close(scores[0, 0], scores[1, 0])
 
 
 @pytest.mark.parametrize("num_inputs", [2, 4, 8])
@@ -223,9 +224,9 @@ def test_token_split_starts_as_the_mean_of_neighbours(bert):
     tokens = {"input_ids": torch.randint(1, 50, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
     prefilled = model.prefill(tokens)
     shared = model.multiplex(prefilled, torch.arange(4).unsqueeze(0)).hidden.view(4, 3, 80)
-    torch.testing.assert_close(shared[:, 0], prefilled.hidden[:, 0])
-    torch.testing.assert_close(shared[:, 1], prefilled.hidden[:, 1:5].mean(dim=1))
-    torch.testing.assert_close(shared[:, 2], prefilled.hidden[:, 5:9].mean(dim=1))
+    assert_close(shared[:, 0], prefilled.hidden[:, 0])
+    assert_close(shared[:, 1], prefilled.hidden[:, 1:5].mean(dim=1))
+    assert_close(shared[:, 2], prefilled.hidden[:, 5:9].mean(dim=1))
 
 
 def test_token_split_is_refused_where_the_decoder_reads_the_text(bert):

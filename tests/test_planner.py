@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,10 +87,14 @@ def test_the_cheapest_is_chosen_and_written_with_its_reasons(plan: Plan) -> None
 
 
 def test_served_adapters_carry_their_thresholds_and_answer_as_verified(
-    plan: Plan, task: TaskData, tiny_pretrained: Pretrained
+    plan: Plan, recipes: list[Recipe], task: TaskData, tiny_pretrained: Pretrained, tmp_path: Path
 ) -> None:
+    folder = Path(shutil.copytree(plan.folder, tmp_path / "plan"))
+    # Counted costs: on a busy machine the plain model may measure fastest, and then no adapter is served.
+    counted = plan_here(recipes, task, Goal(allowance=100.0), folder, measure=COUNTED)
     features = OnlineFeatures(tiny_pretrained.tokenize(task.test, 16), tiny_pretrained.backbone)
-    for one in plan.served:
+    assert counted.served
+    for one in counted.served:
         assert one.folder is not None
         config = load_adapter_config(one.folder)
         assert config.fallback_threshold == one.judged.candidate.threshold

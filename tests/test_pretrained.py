@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_tiny_model
+from numeric import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
@@ -73,10 +74,10 @@ def test_cut_at_any_layer_it_goes_on_as_the_whole_model(depth: int, minilm: Pret
     backbone = minilm.backbone
     whole = backbone.model(**tokens, output_hidden_states=True)
     state = backbone.run(backbone.embed(tokens), depth)
-    torch.testing.assert_close(state.hidden, whole.hidden_states[depth], rtol=1e-5, atol=1e-5)
+    assert_close(state.hidden, whole.hidden_states[depth])
     apart = state.take(torch.tensor([2, 0, 1])).map(torch.clone)  # nothing of the batch but the state goes on
     scores = backbone.classify(backbone.answers(backbone.run(apart, 6))[:, 0])
-    torch.testing.assert_close(scores, whole.logits[[2, 0, 1]], rtol=1e-5, atol=1e-5)
+    assert_close(scores, whole.logits[[2, 0, 1]])
 
 
 def test_a_folder_is_loaded_with_its_head_labels_and_identity(tiny_model_folder: Path) -> None:

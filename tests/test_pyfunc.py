@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import LABELS
 from mlflow.exceptions import MlflowException
+from numeric import assert_close
 from torch import Tensor
 
 from ray_jobs.tracking.config import TrackingConfig
@@ -85,7 +86,7 @@ def tracked(registered: Registered, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def close(found: pd.DataFrame, expected: Tensor) -> None:
     assert list(found.columns) == LABELS
-    torch.testing.assert_close(torch.tensor(found.to_numpy()), expected.double(), rtol=0, atol=1e-6)
+    assert_close(torch.tensor(found.to_numpy()).float(), expected)
 
 
 def test_lists_and_frames_are_answered_as_in_training(tracked: Registered) -> None:
@@ -120,7 +121,7 @@ def test_another_process_elsewhere_finds_all_in_the_registry(registered: Registe
     )
     assert done.returncode == 0, done.stderr
     found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
-    torch.testing.assert_close(found, registered.expected, rtol=0, atol=1e-6)
+    assert_close(found, registered.expected)
 
 
 def test_a_model_is_signed_pinned_and_holds_no_pickle(tracked: Registered) -> None:

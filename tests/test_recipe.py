@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from numeric import assert_close
 
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
@@ -40,4 +41,4 @@ def test_gradient_checkpointing_runs_upper_layers_again_and_trains_the_same_weig
     assert passes[0] > 0
     assert passes[1] == 2 * passes[0], "once forward, once on the way back"
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6)
+        assert_close(weights[1][name], value, layers=50)  # one epoch of steps

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from numeric import assert_close
 from serving_http import listening
 from serving_models import CUT, load, plain_scores, text, write_adapter, write_model
 from torch import Tensor
@@ -83,7 +84,7 @@ def test_a_quiet_engine_is_exact_and_a_loaded_one_answers_by_the_head(
     loaded = [future.result(60) for future in futures]
     assert {(answer.width, answer.method) for answer in loaded} == {(1, "exit-head")}
     scores = torch.stack([answer.scores for answer in loaded])
-    torch.testing.assert_close(scores, head_scores(pretrained, head, TEXTS), atol=1e-4, rtol=0)
+    assert_close(scores, head_scores(pretrained, head, TEXTS))
     assert not torch.allclose(scores, plain_scores(pretrained, TEXTS), atol=0.1)
     quiet = engine.submit(TEXTS[:1])[0].result(60)
     assert (quiet.width, quiet.method) == (1, "siso")
@@ -147,7 +148,7 @@ def test_an_unsure_head_falls_back_to_the_plain_model(
     answers = [future.result(60) for future in futures]
     assert all(answer.fell_back and answer.method == "exit-head" for answer in answers)
     found = torch.stack([answer.scores for answer in answers])
-    torch.testing.assert_close(found, plain_scores(pretrained, TEXTS), atol=1e-4, rtol=0)
+    assert_close(found, plain_scores(pretrained, TEXTS))
 
 
 def test_heads_come_and_go(make_engine: Callable[..., Engine], pretrained: Pretrained, head: Path) -> None:

@@ -1,0 +1,73 @@
+"""Closeness of values that different kernels or shapes computed, whatever the processor.
+
+Two ways to compute the same numbers differ by rounding: another processor, another thread count or another shape
+sums in another order. The error grows with the precision of the type, with the size of the values and with the
+number of layers between the input and the value, so the tolerance here follows all three. Values that the same
+kernels computed on the same shapes are compared with ``torch.equal`` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+LAYERS = 4
+"""Layers of the tiny models of these tests."""
+
+STEPS_PER_LAYER = 256
+"""Rounding errors, in units of the type's precision, that one layer may add: the weights here are large."""
+
+
+def relative_tolerance(*tensors: Tensor, layers: int = LAYERS) -> float:
+    """The rounding error to expect of ``layers`` layers, relative to the largest value.
+
+    Args:
+        tensors: what is compared; the coarsest type counts.
+        layers: layers between the input and the values.
+    """
+    types = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    precision = max((torch.finfo(dtype).eps for dtype in types), default=0.0)
+    return STEPS_PER_LAYER * (layers + 1) * precision
+
+
+def assert_close(
+    actual: Tensor | Sequence[Tensor],
+    expected: Tensor | Sequence[Tensor],
+    *,
+    layers: int = LAYERS,
+    size: float = 0.0,
+    message: str | None = None,
+) -> None:
+    """Fail where two computations of the same values differ by more than rounding.
+
+    Args:
+        actual: a tensor, or a sequence of them that is compared item by item.
+        expected: of the same structure.
+        layers: layers between the input and the values.
+        size: largest intermediate value, where the values compared are small differences of large ones.
+        message: shown in place of the report of the differences.
+    """
+    if not isinstance(actual, Tensor):
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(one, other, layers=layers, size=size, message=message)
+        return
+    assert isinstance(expected, Tensor)
+    relative = relative_tolerance(actual, expected, layers=layers)
+    largest = max([size, *(float(tensor.detach().abs().max()) for tensor in (actual, expected) if tensor.numel())])
+    torch.testing.assert_close(actual, expected, rtol=relative, atol=relative * largest, msg=message)
+
+
+def differ(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two results of one shape differ by far more than rounding: by ten times the tolerance."""
+    relative = relative_tolerance(actual, expected)
+    return float((actual - expected).abs().max()) > 10 * relative * float(expected.abs().max())
+
+
+def approx(expected: float | Sequence[float], layers: int = LAYERS) -> object:
+    """``pytest.approx`` for numbers of Python that float32 computed."""
+    relative = relative_tolerance(torch.empty(0), layers=layers)
+    numbers = [expected] if isinstance(expected, int | float) else expected
+    return pytest.approx(expected, rel=relative, abs=relative * max(map(abs, numbers), default=0.0))
