@@ -24,7 +24,9 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 
-torch.set_num_threads(1)  # models this small gain nothing from threads that wait for each other
+# Models this small gain nothing from threads that wait for each other; other numbers test that none changes a result.
+THREADS = int(os.environ.get("REVMUX_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)
 WORDS = [f"w{index}" for index in range(40)]
 LABELS = ["bad", "good"]
 
@@ -143,7 +145,7 @@ def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[
 
 
 def _worker(rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     try:
         torch.save(function(*arguments), folder / f"{rank}.pt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +12,7 @@ import psutil
 import pytest
 import ray
 import torch
+from polling import wait_until
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from ray_jobs.cluster import ClusterConfig, connected
@@ -80,14 +80,18 @@ def write_five(builder: StoreBuilder) -> None:
 
 def kill_a_worker(recipe: Recipe, after: int, jobs: list[Future[None]]) -> int:
     """Kill one as soon as more than ``after`` shards are there; returns how many there were."""
-    while True:
+
+    def killed() -> int:
         there = len(shards(recipe))
-        if there > after and (workers := shard_workers()):
-            workers[0].send_signal(signal.SIGKILL)
-            return there
-        if any(job.done() for job in jobs):
-            pytest.fail(f"the pass was over before a worker was killed: {jobs}")
-        time.sleep(0.001)
+        if there <= after or not (workers := shard_workers()):
+            return 0
+        workers[0].send_signal(signal.SIGKILL)
+        return there
+
+    def over() -> str | None:
+        return f"the pass ended before a worker was killed: {jobs}" if any(job.done() for job in jobs) else None
+
+    return wait_until(killed, every=0.001, failure=over)
 
 
 def test_a_pass_is_completed_by_workers_that_may_die(

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import requests
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from polling import wait_until
 
 from ray_jobs.paths import absolute_path
 from revmux import UserError
@@ -249,8 +249,7 @@ def test_what_a_plan_wrote_is_deployed_from_the_registry(head: Head, tiny_csv: P
     assert deployed.returncode == 0, deployed.stdout
     url = f"http://127.0.0.1:{port}"
     try:
-        while status(f"{url}/health") != 200:
-            time.sleep(0.1)
+        wait_until(lambda: status(f"{url}/health") == 200, 300)
         told = requests.get(f"{url}/info", timeout=60).text
         assert all(f'"num_inputs":{width}' in told.replace(" ", "") for width in widths)
         alone = requests.post(f"{url}/predict", json={"inputs": "w1 w5"}, timeout=60)

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import requests
 from mlflow import MlflowClient
 from mlflow.entities import Param
 from mlflow.exceptions import MlflowException, RestException
+from polling import wait_until
 
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.outbox import LOCAL, is_refusal
@@ -45,17 +45,21 @@ def server(folder: Path, port: int) -> Iterator[str]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        while True:
-            assert process.poll() is None, (folder / "server.log").read_text()
-            try:
-                if requests.get(f"{url}/health", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(0.1)
+        wait_until(
+            lambda: healthy(url),
+            failure=lambda: None if process.poll() is None else (folder / "server.log").read_text(),
+        )
         yield url
     finally:
         process.terminate()
         process.wait()
+
+
+def healthy(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/health", timeout=5).ok
+    except requests.ConnectionError:
+        return False
 
 
 def free_port() -> int:

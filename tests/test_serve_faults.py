@@ -20,6 +20,7 @@ import httpx
 import pytest
 import torch
 import yaml
+from polling import wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from serving_http import HOSTILE, connected, free_port, read_reply, talk
 from serving_models import WORDS, load, plain_scores, text, write_adapter, write_model
@@ -67,14 +68,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             tasks = {"default": {"model": str(model), "adapters": [adapters[width] for width in live]}}
             application["deployments"] = [{"name": "classifier", "user_config": {"tasks": tasks}}]
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(page))
-        _until(lambda: serve.status().applications[APPLICATION].status == "RUNNING")
+        wait_until(lambda: serve.status().applications[APPLICATION].status == "RUNNING")
 
     ray.init(address="local", include_dashboard=False, logging_level="warning", num_cpus=4)
     try:
         serve.start(proxy_location="HeadOnly", http_options=page["http_options"])
         deploy()
         url = f"http://127.0.0.1:{page['http_options']['port']}"
-        _until(lambda: _answers(url))
+        wait_until(lambda: _answers(url))
         pretrained = load(model)
         texts = _distinct([text(index) for index in range(150)], pretrained)
         expected = dict(zip(texts, plain_scores(pretrained, texts)))
@@ -96,13 +97,6 @@ def _distinct(texts: list[str], pretrained: Any) -> list[str]:
             rows.append(row)
     assert len(kept) > 50
     return kept
-
-
-def _until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it has not come true"
-        time.sleep(0.1)
 
 
 def _answers(url: str) -> bool:
@@ -159,7 +153,7 @@ class Load:
     def wait_for(self, texts: int) -> None:
         """Until so many more texts are answered."""
         goal = self.answered + texts
-        _until(lambda: self.answered >= goal)
+        wait_until(lambda: self.answered >= goal)
 
     def check(self) -> None:
         assert not self.swapped
@@ -224,7 +218,7 @@ def _kill(prefix: str) -> None:
 
 
 def test_a_scrape_shows_all_replicas_whichever_answers(cluster: Cluster) -> None:
-    _until(lambda: len(_replicas(cluster.url)) == 2)
+    wait_until(lambda: len(_replicas(cluster.url)) == 2)
     assert all(_replicas(cluster.url) == _replicas(cluster.url) for _ in range(4))
 
 
@@ -234,14 +228,14 @@ def test_a_killed_replica_costs_no_answer(cluster: Cluster) -> None:
         clients.wait_for(100)
         _kill(f"SERVE_REPLICA::{APPLICATION}#classifier#")
         clients.wait_for(200)
-        _until(lambda: len(_replicas(cluster.url)) == 2 and _replicas(cluster.url) != before)
+        wait_until(lambda: len(_replicas(cluster.url)) == 2 and _replicas(cluster.url) != before)
         clients.wait_for(100)
     clients.check()
     assert "broken" not in clients.statuses
 
 
 def test_requests_that_die_with_their_replica_are_told_to_come_back(cluster: Cluster) -> None:
-    _until(lambda: len(_replicas(cluster.url)) == 2)
+    wait_until(lambda: len(_replicas(cluster.url)) == 2)
     own = next(iter(cluster.expected))
     body = json.dumps({"inputs": own}).encode()
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: " + str(len(body)).encode() + b"\r\n\r\n"
@@ -267,15 +261,15 @@ def test_a_killed_proxy_comes_back(cluster: Cluster) -> None:
     with Load(cluster) as clients:
         clients.wait_for(100)
         _kill("SERVE_PROXY_ACTOR")
-        _until(lambda: clients.statuses["broken"] > 0)
+        wait_until(lambda: clients.statuses["broken"] > 0)
         clients.wait_for(200)
     clients.check()
 
 
 def test_an_overload_is_refused_cleanly_and_passes(cluster: Cluster) -> None:
-    _until(lambda: len(_replicas(cluster.url)) == 2)
+    wait_until(lambda: len(_replicas(cluster.url)) == 2)
     with Load(cluster, clients=24, texts_a_request=32) as clients:  # several times what two queues hold
-        _until(lambda: clients.statuses[429] > 5)
+        wait_until(lambda: clients.statuses[429] > 5)
         clients.wait_for(500)
     clients.check()
     with Load(cluster, clients=1) as calm:
@@ -290,7 +284,7 @@ def test_a_change_of_adapters_restarts_nothing_and_loses_nothing(cluster: Cluste
         clients.wait_for(50)
         for live, widths in (((2, 4), [1, 2, 4]), ((4,), [1, 4])):
             cluster.deploy(live=live)
-            _until(lambda wanted=widths: _widths(cluster.url) == wanted)
+            wait_until(lambda wanted=widths: _widths(cluster.url) == wanted)
             clients.wait_for(100)
     clients.check()
     assert set(clients.statuses) == {200}
@@ -308,7 +302,7 @@ def test_a_rolling_update_loses_nothing(cluster: Cluster) -> None:
     with Load(cluster) as clients:
         clients.wait_for(50)
         cluster.deploy(max_texts=48)
-        _until(lambda: len(_replicas(cluster.url)) == 2 and not _replicas(cluster.url) & before)
+        wait_until(lambda: len(_replicas(cluster.url)) == 2 and not _replicas(cluster.url) & before)
         clients.wait_for(100)
     clients.check()
     assert set(clients.statuses) == {200}
@@ -346,13 +340,13 @@ def test_what_the_proxy_itself_refuses_is_json_too(cluster: Cluster) -> None:
 def test_replicas_follow_the_queue_up_and_down_and_lose_nothing(cluster: Cluster) -> None:
     scale = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}
     cluster.deploy(autoscaling={**scale, "upscale_delay_s": 0, "downscale_delay_s": 0})
-    _until(lambda: len(_replicas(cluster.url)) == 1)
+    wait_until(lambda: len(_replicas(cluster.url)) == 1)
     with Load(cluster, clients=8) as clients:
-        _until(lambda: len(_replicas(cluster.url)) == 2)
+        wait_until(lambda: len(_replicas(cluster.url)) == 2)
         clients.wait_for(100)
     clients.check()
     with Load(cluster, clients=1, texts_a_request=1) as few:
-        _until(lambda: len(_replicas(cluster.url)) == 1)
+        wait_until(lambda: len(_replicas(cluster.url)) == 1)
     few.check()
     assert set(clients.statuses) == set(few.statuses) == {200}
     cluster.deploy(autoscaling=None)

@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import ray
 from mlflow import MlflowClient
+from polling import wait_until
 
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.sweep.comparison import ENDS
@@ -180,10 +180,12 @@ def test_a_process_takes_trial_after_trial_stopped_ones_too_and_a_lost_one_is_ma
     words = command(TWO_RATES | {"epochs": 60}, stopping__deviations=0.1)
     with log.open("w") as out:
         driver = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
-        while not list(runs.glob("sweeps/sweep/checkpoints/*/step-*")) or not (found := trial_process(driver.pid)):
-            assert driver.poll() is None, log.read_text()
-            time.sleep(0.005)
-        found.kill()
+        found = wait_until(
+            lambda: list(runs.glob("sweeps/sweep/checkpoints/*/step-*")) and trial_process(driver.pid),
+            every=0.005,
+            failure=lambda: None if driver.poll() is None else log.read_text(),
+        )
+        found.kill()  # type: ignore[union-attr]
         assert driver.wait() == 0, log.read_text()
 
     text = log.read_text()
@@ -218,9 +220,11 @@ def test_a_killed_sweep_goes_on_with_each_trial_once(command: Callable[..., list
     rows = tmp_path / "runs" / "sweeps" / "sweep" / "rows"
 
     first = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(rows.glob("*.json")):
-        assert first.poll() is None, first.stdout.read().decode()  # type: ignore[union-attr]
-        time.sleep(0.05)
+    wait_until(
+        lambda: list(rows.glob("*.json")),
+        300,
+        failure=lambda: None if first.poll() is None else first.stdout.read().decode(),  # type: ignore[union-attr]
+    )
     first.send_signal(signal.SIGKILL)
     first.wait()
     kept = {file.name: file.read_text() for file in rows.glob("*.json")}

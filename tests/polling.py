@@ -1,0 +1,38 @@
+"""Waiting for a condition, with a deadline: no test waits for a fixed time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+_NEVER = threading.Event()
+
+
+def wait_until(
+    condition: Callable[[], T],
+    seconds: float = 120,
+    *,
+    every: float = 0.05,
+    failure: Callable[[], str | None] = lambda: None,
+) -> T:
+    """What ``condition`` gives as soon as it is true.
+
+    Args:
+        condition: called until it gives something true.
+        seconds: fails the test after this long.
+        every: seconds between two calls.
+        failure: fails the test at once where it gives a message.
+    """
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if message := failure():
+            pytest.fail(message)
+        if time.monotonic() > deadline:
+            pytest.fail(f"{getattr(condition, '__name__', condition)} was not true within {seconds:g} s")
+        _NEVER.wait(every)
+    return found
