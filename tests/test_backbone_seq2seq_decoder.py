@@ -464,7 +464,7 @@ def test_wrong_verbalizers_are_refused_with_a_remedy() -> None:
         Verbalizer(("no", "yes"), ((1,), ()))
     with pytest.raises(UserError, match="'no' and 'yes' of the verbalizer have the same first token 1"):
         Verbalizer(("no", "yes"), ((1, 2), (1, 3)))
-    with pytest.raises(UserError, match="names 2 classes and the tokens of 1"):
+    with pytest.raises(UserError, match="has 2 class names but tokens for 1 classes"):
         Verbalizer(("no", "yes"), ((1,),))
     with pytest.raises(UserError, match=r"token id 60 of the verbalizer is outside the vocabulary 0..59"):
         cut(whole("t5-words"), Verbalizer(("no", "yes"), ((1,), (60,))))

@@ -465,5 +465,7 @@ def test_cost_and_memory_are_told_of_prompts(
 
 def test_an_encoder_takes_no_soft_prompt(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
     running = soft_prompt_recipe(tiny_model_folder, tiny_csv, tmp_path)
-    with pytest.raises(UserError, match="soft_prompt is 4, but bert does not support soft prompts; choose a language model"):
+    with pytest.raises(
+        UserError, match="soft_prompt is 4, but bert does not support soft prompts; choose a language model"
+    ):
         prepared(replace(running, backbone=backbone(tiny_model_folder, None)))
