@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from ray_jobs.ray_internals import in_submitted_job
 from revmux.errors import UserError
 
 
@@ -21,7 +21,7 @@ def absolute_path(path: str, setting: str) -> Path:
     if "://" in path:
         raise UserError(f"{setting} {path!r} is a URI; mount what it names and give the folder, such as /mnt/revmux")
     place = Path(path).expanduser()
-    if not place.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if not place.is_absolute() and in_submitted_job():
         raise UserError(
             f"{setting} {path!r} is relative, but a submitted job runs in a copy that is thrown away; name an absolute "
             "folder that every node reaches, such as --storage /mnt/revmux"

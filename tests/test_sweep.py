@@ -11,12 +11,9 @@ import pytest
 import ray
 import ray.tune
 from optuna.trial import TrialState
-from ray.air.execution._internal.actor_manager import RayActorManager
-from ray.exceptions import OutOfMemoryError, RayActorError
 
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.early_stopping import FrontScheduler
-from ray_jobs.sweep.memory_monitor import trials_may_be_ended
 from ray_jobs.sweep.run import prepare_sweep
 from ray_jobs.sweep.search import FrontSearch
 from ray_jobs.sweep.trial_process import fitting_trials, run_trial
@@ -216,19 +213,6 @@ def test_rows_are_read_back_and_make_a_front(tmp_path: Path) -> None:
         "good": True,
         "bad": False,
     }
-
-
-def test_a_process_that_the_memory_monitor_ended_is_lost_like_any_other() -> None:
-    told: list[Exception] = []
-    manager = RayActorManager.__new__(RayActorManager)
-    manager._failed_actor_ids = set()
-    manager._cleanup_actor = lambda tracked_actor: None
-    actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: told.append(error))
-    task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
-    with trials_may_be_ended():
-        manager._actor_task_failed(tracked_actor_task=task, exception=OutOfMemoryError("too large"))
-    assert [type(error) for error in told] == [RayActorError]
-    assert "too large" in str(told[0])
 
 
 def test_a_trial_whose_process_was_lost_after_its_row_is_not_trained_again(

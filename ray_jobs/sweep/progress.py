@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ray.tune import Callback
 
+from ray_jobs.ray_internals import ended_by_memory_monitor, last_error, process_was_lost
 from ray_jobs.sweep.comparison import ENDS
 from ray_jobs.sweep.trials import SweepFolder, Trial, TrialRow, front_rows, reason_of, row_of
 from ray_jobs.tracking.tracker import Tracker
@@ -143,10 +144,10 @@ class SweepProgress(Callback):
 
 def last_failure(trial: Any) -> str:
     """Why a trial of Tune failed the last time, in a line."""
-    text = Path(trial.error_file).read_text().rpartition("Failure #")[2] if trial.error_file else ""
-    if "node running low on memory" in text:
+    error = last_error(Path(trial.error_file).read_text()) if trial.error_file else ""
+    if ended_by_memory_monitor(error):
         return "Ray ended its process, since the machine ran out of memory; choose fewer --concurrent_trials"
-    return "its process was lost" if "The actor died" in text else reason_of(text)
+    return "its process was lost" if process_was_lost(error) else reason_of(error)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, float]:

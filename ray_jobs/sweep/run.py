@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ray_jobs.ray_internals import out_of_memory_trials_are_retried
 from ray_jobs.sweep.comparison import record_comparison
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.trial_process import fitting_trials, run_trial, trains_itself, trial_resources
@@ -98,7 +99,6 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
     from ray import tune
 
     from ray_jobs.sweep.early_stopping import FrontScheduler
-    from ray_jobs.sweep.memory_monitor import trials_may_be_ended
     from ray_jobs.sweep.progress import SweepProgress
     from ray_jobs.sweep.search import FrontSearch
 
@@ -167,7 +167,7 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
                 failure_config=tune.FailureConfig(job.cluster.max_failures if trains_itself(job.cluster) else 0),
             ),
         )
-        with trials_may_be_ended():
+        with out_of_memory_trials_are_retried():
             tuner.fit()
     found = folder.read(sweep.trials)
     return [found[trial.name] for trial in sweep.trials if trial.name in found]

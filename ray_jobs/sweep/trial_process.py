@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ray_jobs.cluster import ClusterConfig
+from ray_jobs.ray_internals import trial_stop_check
 from ray_jobs.sweep.trials import FAILED, SweepFolder, Trial, reason_of, row_of
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
@@ -71,7 +72,6 @@ def run_trial(
             checkpoint. Of one of several workers, whatever Ray Train gave up on.
     """
     from ray import tune
-    from ray.train._internal.session import get_session
     from ray.tune.integration.ray_train import TuneReportCallback
 
     trial: Trial = point["trial"]
@@ -90,7 +90,7 @@ def run_trial(
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "3600"
     reports: dict[str, Any] = {"report": tune.report}
     if not inside:
-        reports = {"callbacks": [TuneReportCallback()], "stopping": get_session().stop_event.is_set}
+        reports = {"callbacks": [TuneReportCallback()], "stopping": trial_stop_check()}
     try:
         trained = launch(trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, **reports)
     except Exception as error:

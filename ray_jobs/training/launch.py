@@ -96,7 +96,7 @@ def launch(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ray_jobs.training.waiting import Waiting
+    from ray_jobs.training.waiting import Waiting, start_timeout
     from ray_jobs.training.worker import RESULT_NAME, WorkerConfig, train_worker
     from ray_jobs.training.worker_errors import StopOnMistake, as_told
 
@@ -125,6 +125,7 @@ def launch(
             progress=sys.stderr.isatty(),
             report=report or ray.train.report,
         )
+        waiting = Waiting(name, cluster.wait_minutes)
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": worker},
@@ -138,12 +139,13 @@ def launch(
                 name=run_folder.name,
                 storage_path=str(run_folder.parent),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
-                callbacks=[*(callbacks or []), StopOnMistake(name), Waiting(name, cluster.wait_minutes)],
+                callbacks=[*(callbacks or []), StopOnMistake(name), waiting],
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         try:
-            metrics: dict[str, float] = trainer.fit().return_value
+            with start_timeout(waiting.patience.interval):
+                metrics: dict[str, float] = trainer.fit().return_value
         except Exception as error:
             if stopping():
                 raise SystemExit(0) from error

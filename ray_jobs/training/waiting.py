@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.train import ControllerError, ScalingConfig
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
-from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import RunningState
 from ray.util import placement_group, remove_placement_group
 
+from ray_jobs.ray_internals import ControllerCallback, workers_are_running
 from revmux.errors import UserError
 
 TELL_SECONDS = 30.0
-"""How often a run that waits says so; Ray Train asks the cluster for its workers anew as often."""
+"""How often a run that waits says so; Ray Train asks the cluster for its workers again as often."""
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Ray Train's setting; it passes the driver's value on to the controller of a run."""
 
 
 class Patience:
@@ -98,6 +99,23 @@ def wait_for_a_place(title: str, each: Mapping[str, float], minutes: float) -> N
         remove_placement_group(place)
 
 
+@contextmanager
+def start_timeout(seconds: float) -> Iterator[None]:
+    """Within, Ray Train asks the cluster for the workers of a run again after so long, unless the user chose a time.
+
+    Args:
+        seconds: between two attempts.
+    """
+    if START_TIMEOUT in os.environ:
+        yield
+        return
+    os.environ[START_TIMEOUT] = str(seconds)
+    try:
+        yield
+    finally:
+        del os.environ[START_TIMEOUT]
+
+
 class Waiting(ControllerCallback):
     """:class:`Patience` for the workers of a Ray Train run.
 
@@ -110,8 +128,7 @@ class Waiting(ControllerCallback):
         self.patience = Patience(title, minutes)
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Ray Train calls this on its controller, which reads both settings later, from its environment."""
-        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(self.patience.interval))
+        """Ray Train calls this on its controller, which reads the setting later from its environment."""
         # A worker that waits for one that failed cannot leave their group; it is ended after so long. By default 30 s.
         os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, "5")
 
@@ -129,7 +146,7 @@ class Waiting(ControllerCallback):
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Ray Train calls this at each turn of a run."""
-        if isinstance(current_state, RunningState):
+        if workers_are_running(current_state):
             self.patience.found()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
-from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError, WorkerHealthCheckFailedError
 
+from ray_jobs.ray_internals import is_cluster_too_small, unwrap_health_check
 from revmux.errors import UserError
 
 
@@ -75,8 +75,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def in_words(error: Exception) -> str:
     """An error in one line."""
-    if isinstance(error, WorkerHealthCheckFailedError):
-        error = error.health_check_failure
+    error = unwrap_health_check(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
 
@@ -96,6 +95,6 @@ def as_told(failed: TrainingFailedError) -> Exception:
     cause = failed.controller_failure if isinstance(failed, ControllerError) else failed
     if isinstance(cause, UserError):
         return UserError(str(cause))
-    if isinstance(cause, InsufficientClusterResourcesError):
+    if is_cluster_too_small(cause):
         return UserError(" ".join(str(cause).split()))
     return failed
