@@ -76,5 +76,9 @@ class BearerAuth:
 
 
 def _is_open(scope: Scope) -> bool:
+    # ASGI's path includes the prefix under which the application is mounted, such as Serve's route_prefix.
     path: str = scope["path"]
+    root = str(scope.get("root_path", "")).rstrip("/")
+    if root and path.startswith(f"{root}/"):
+        path = path.removeprefix(root)
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or (path == "/" and scope["method"] == "GET")

@@ -174,6 +174,15 @@ class AppConfig(_TaskSettings):
             raise ValueError("model and tasks are both given; write the model under tasks too, or leave tasks out")
         return self
 
+    @model_validator(mode="after")
+    def _requests_fit_the_queue(self) -> AppConfig:
+        if self.max_texts > self.max_queue:
+            raise ValueError(
+                f"max_texts ({self.max_texts}) exceeds max_queue ({self.max_queue}), so the largest requests would never "
+                "find room; lower max_texts or raise max_queue"
+            )
+        return self
+
     @field_validator("token_file")
     @classmethod
     def _absolute_file(cls, value: str | None) -> str | None:

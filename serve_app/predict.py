@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from revmux.errors import TextError
 from revmux.pretrained.encoder import Text
-from revmux.serving import Answer
+from revmux.serving import Answer, Task
 from serve_app import examples
 from serve_app.body import read_body
 from serve_app.errors import TooLarge
@@ -34,10 +34,11 @@ def predict_routes(service: Service) -> APIRouter:
         asked = parse(await _body(service, request), PredictRequest)
         if task is not None and asked.task not in (None, task):
             raise TextError(f"the path names task {task!r} and the body {asked.task!r}; name one task")
-        name = task or asked.task
+        # Resolved once: tasks may come, go and change their names before the answer.
+        resolved = service.engine.task(task or asked.task)
         texts = asked.texts
-        answers = await classify(service, name, texts, asked)
-        content = asked.reply(answers, service.engine.task(name).label_names)
+        answers = await classify(service, resolved, texts, asked)
+        content = asked.reply(answers, resolved.label_names)
         return _reply(service, content, texts, answers, started)
 
     @router.post("/predict", **described)
@@ -97,17 +98,17 @@ def open_inference_routes(service: Service) -> APIRouter:
     async def infer(task: str, request: Request) -> JSONResponse:
         """Classify a tensor of texts, or of sentence pairs."""
         started = perf_counter()
-        label_names = service.engine.task(task).label_names
+        resolved = service.engine.task(task)
         asked = parse(await _body(service, request), InferRequest)
         texts = asked.inputs[0].texts
-        answers = await classify(service, task, texts, asked.parameters)
-        return _reply(service, asked.reply(task, answers, label_names), texts, answers, started)
+        answers = await classify(service, resolved, texts, asked.parameters)
+        return _reply(service, asked.reply(task, answers, resolved.label_names), texts, answers, started)
 
     return router
 
 
-async def classify(service: Service, task: str | None, texts: list[Text], asked: Asked) -> list[Answer]:
-    """The answers to all texts.
+async def classify(service: Service, task: Task, texts: list[Text], asked: Asked) -> list[Answer]:
+    """The answers of one task to all texts.
 
     Raises:
         TooLarge: more texts than one request may hold; and as :meth:`revmux.serving.Engine.answer`.

@@ -137,12 +137,18 @@ class Service:
                 own[width] = source
 
     def update(self, user_config: Any) -> None:
-        """:meth:`serve` what is configured now; a mistake is only noted, for a replica that answers is worth more."""
+        """:meth:`serve` what is configured now. An error is logged and kept in ``update_error``, never raised.
+
+        Ray stops a replica that fails to reconfigure, and every replica gets the same configuration.
+        """
         try:
             self.serve(live_tasks(user_config))
         except UserError as error:
             self.update_error = str(error)
             logger.error("the tasks stay as they are: %s", error)
+        except Exception as error:
+            self.update_error = f"{type(error).__name__}: {error}"
+            logger.exception("the tasks stay as they are: the update failed")
         else:
             self.update_error = None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +249,126 @@ def test_scores_that_are_not_finite_are_no_answer(
         with pytest.raises(InferenceFailed, match="not finite"):
             engine.probe().result(60)
     assert engine.probe().result(60).width == 1
+
+
+def _break_rows(monkeypatch: pytest.MonkeyPatch, engine: Engine, mark: int) -> None:
+    """Let the states of every input that contains one token become infinite."""
+    backbone = engine.task().backbone
+    embed = backbone.embed
+
+    def broken(tokens: dict[str, torch.Tensor]) -> Any:
+        state = embed(tokens)
+        bad = (tokens["input_ids"] == mark).any(dim=1)
+        return replace(state, hidden=state.hidden.masked_fill(bad[:, None, None], float("inf")))
+
+    monkeypatch.setattr(backbone, "embed", broken)
+
+
+def test_a_row_that_is_not_finite_fails_only_its_own_input(
+    make_engine: Callable[..., Engine], pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    texts = ["w1 w2", "w3 w59", "w4 w5", "w6"]
+    expected = plain_scores(pretrained, texts)
+    _break_rows(monkeypatch, engine, pretrained.tokenizer.convert_tokens_to_ids("w59"))
+    futures = engine.submit(texts, max_multiplex=1)
+    engine.start()
+    for place in (0, 2, 3):
+        assert torch.equal(futures[place].result(60).scores, expected[place])
+    with pytest.raises(InferenceFailed, match="not finite"):
+        futures[1].result(60)
+    stats = engine.stats()
+    assert (stats["failed"], stats["inputs"], stats["groups"], stats["passes"]) == (1, {1: 3}, {1: 3}, 1)
+
+
+def test_partners_of_a_row_that_is_not_finite_run_again_alone(
+    make_engine: Callable[..., Engine], pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(plain_load=0)
+    texts = [*(text(19) for _ in range(8)), "w59 " + text(16)]
+    _break_rows(monkeypatch, engine, pretrained.tokenizer.convert_tokens_to_ids("w59"))
+    futures = engine.submit(texts[:3] + texts[8:] + texts[3:7])
+    engine.start()
+    answers = [None if place == 3 else future.result(60) for place, future in enumerate(futures)]
+    with pytest.raises(InferenceFailed, match="not finite"):
+        futures[3].result(60)
+    widths = [answer.width for answer in answers if answer is not None]
+    assert sorted(widths) == [1, 1, 1, 4, 4, 4, 4]
+    for answer in answers:
+        if answer is not None and answer.width == 1:
+            torch.testing.assert_close(answer.scores, plain_scores(pretrained, [text(19)])[0])
+            assert answer.method == "siso"
+    stats = engine.stats()
+    assert (stats["failed"], stats["inputs"], stats["groups"], stats["passes"]) == (1, {4: 4, 1: 3}, {4: 1, 1: 3}, 2)
+    assert stats["tokens"] == sum(len(part.split()) + 2 for part in texts[:7] + texts[8:] + texts[:3] + texts[8:])
+
+
+def test_a_pass_that_runs_out_of_memory_is_halved_down_to_one_group(
+    make_engine: Callable[..., Engine], pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine([])
+    backbone = engine.task().backbone
+    embed, sizes = backbone.embed, []
+    huge = pretrained.tokenizer.convert_tokens_to_ids("w59")
+
+    def small(tokens: dict[str, torch.Tensor]) -> Any:
+        sizes.append(len(tokens["input_ids"]))
+        if sizes[-1] > 3 or (tokens["input_ids"] == huge).any():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return embed(tokens)
+
+    texts = ["w1", "w2", "w3 ", "w4", "w5", "w59", "w6", "w7"]
+    expected = plain_scores(pretrained, texts)
+    monkeypatch.setattr(backbone, "embed", small)
+    futures = engine.submit(texts)
+    engine.start()
+    for place, future in enumerate(futures):
+        if place == 5:
+            with pytest.raises(InferenceFailed, match="OutOfMemoryError"):
+                future.result(60)
+        else:
+            torch.testing.assert_close(future.result(60).scores, expected[place])
+    assert sizes == [8, 4, 2, 2, 4, 2, 1, 1, 2]
+    stats = engine.stats()
+    assert (stats["failed"], stats["inputs"], stats["passes"]) == (1, {1: 7}, 4)
+
+
+def test_a_failed_pass_leaves_none_of_its_tensors_behind(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine([])
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(state: Any, *_: object) -> None:
+        kept.append(weakref.ref(state.hidden))
+        raise RuntimeError("a failed kernel")
+
+    monkeypatch.setattr(engine.task().backbone, "run", fail)
+    engine.start()
+    failure = engine.submit(["w1"])[0].exception(60)
+    assert isinstance(failure, InferenceFailed)
+    with pytest.raises(InferenceFailed, match="a failed kernel"):
+        engine.submit(["w2"])[0].result(60)  # the model is busy with something else now
+    assert kept[0]() is None
+
+
+def test_answers_keep_their_dtype_while_another_model_loads(
+    make_engine: Callable[..., Engine], pretrained: Pretrained
+) -> None:
+    engine = make_engine()
+    texts = [text(index) for index in range(16)]
+    engine.start()
+    expected = [future.result(60) for future in engine.submit(texts)]
+    torch.set_default_dtype(torch.bfloat16)  # process-wide, as transformers does while it loads a model in bfloat16
+    try:
+        found = [future.result(60) for future in engine.submit(texts)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert max(answer.width for answer in found) == 4
+    for one, other in zip(found, expected):
+        assert one.scores.dtype == torch.float32
+        if (one.width, other.width) == (4, 4):
+            assert torch.equal(one.scores, other.scores)
 
 
 @pytest.mark.parametrize("bad", ["", ("w1", ""), 7, ("a", "b", "c"), "bad \ud800", "w1 " * 63])

@@ -139,6 +139,8 @@ def test_priorities_order_requests_and_are_bounded(engine: Engine) -> None:
         small.submit(["w1"], priority=priority)[0].add_done_callback(lambda future, name=name: order.append(name))
     with pytest.raises(UserError, match=r"priority is 11; choose -10\.\.10"):
         small.submit(["w1"], priority=11)
+    with pytest.raises(UserError, match="priority is nan"):
+        small.submit(["w1"], priority=float("nan"))
     small.start()
     small.close()
     assert order == ["high", "usual", "low"]

@@ -14,6 +14,7 @@ from revmux import MultiplexedClassifier
 from revmux.adapters.folder import describe_adapter, load_adapter, save_adapter
 from revmux.backbone import Backbone, TokenBatch, supported_model_types
 from revmux.backbone.encoder_decoder import EncoderDecoderBackbone
+from revmux.fallback import confidence, resume
 from revmux.methods import method_names
 from revmux.pretrained.pretrained import Pretrained
 
@@ -174,3 +175,30 @@ def test_the_multiplexer_is_inverted_from_its_own_output(family, name, num_input
         present = prefilled.take(groups)
         down = model.method.down(present.hidden) * present.mask.unsqueeze(-1)  # (G, N, S, d/N)
     assert_close(torch.stack(slots, dim=1), down)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "options", "num_inputs"),
+    [
+        *((family, "revmux", {"skip": True}, 2) for family in FAMILIES),
+        *(("bert", name, options, 4) for name, options in METHODS),
+        *(("bert", name, options, 1) for name, options in ALONE),
+    ],
+)
+def test_a_pass_does_not_depend_on_the_process_wide_default_dtype(family, name, options, num_inputs):
+    model, tokens = system(family, name, options, num_inputs), texts(2 * num_inputs)
+
+    def answers() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            prefilled = model.backbone.run(model.backbone.embed(tokens), CUT)
+            return [model(tokens), model.backbone(tokens), confidence(model(tokens)), resume(model.backbone, prefilled)]
+
+    expected = answers()
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does while it loads a model in bfloat16
+    try:
+        found = answers()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+import torch
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,7 +26,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving_http import HOSTILE, TOPICS, listening, talk, write_tasks
+from serving_http import HOSTILE, TOPICS, listening, talk, wait_until, write_tasks
 from serving_models import load, plain_scores, text, write_adapter
 
 from revmux.errors import UserError
@@ -271,6 +273,65 @@ def test_open_inference_tells_health_and_metadata(url: str) -> None:
     assert [output["shape"] for output in described["outputs"]] == [[-1, 3], [-1, 3]]
 
 
+@pytest.mark.parametrize("name", ["path", "field", "open inference", "unnamed"])
+def test_a_request_in_flight_keeps_its_task_whatever_becomes_of_it(
+    tasks: dict[str, Any], held: tuple[Service, threading.Event], name: str
+) -> None:
+    service, go_on = held  # serves mood under the name default
+    body: dict[str, Any] = {"inputs": "w1 w2"}
+    path = "/predict"
+    if name == "path":
+        path = "/tasks/default/predict"
+    elif name == "field":
+        body["task"] = "default"
+    elif name == "open inference":
+        path = "/v2/models/default/infer"
+        body = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["w1 w2"]}]}
+    mood, topic = (TaskConfig.model_validate(tasks[task]) for task in ("mood", "topic"))
+    labels = set(service.engine.task().label_names)
+    with listening(create_app(service)) as url, ThreadPoolExecutor(1) as client:
+        reply = client.submit(post, url + path, body)
+        wait_until(lambda: service.engine.stats()["waiting"] == 1)
+        if name == "unnamed":
+            service.update(_live({"default": mood, "second": topic}))
+        else:
+            service.update(_live({"renamed": topic}))
+        assert service.update_error is None
+        go_on.set()
+        found = reply.result(60)
+    assert found.status_code == 200, found.text
+    content = found.json()
+    given = content["outputs"][0]["data"] if name == "open inference" else [item["label"] for item in content]
+    assert set(given) == labels
+    assert labels.isdisjoint(TOPICS)
+
+
+@pytest.mark.parametrize("error", [OSError("disk gone"), torch.OutOfMemoryError("CUDA out of memory."), KeyError("x")])
+def test_an_update_that_fails_in_any_way_is_reported_and_the_server_goes_on(
+    tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    mood, topic = (TaskConfig.model_validate(tasks[task]) for task in ("mood", "topic"))
+    config = AppConfig.model_validate(tasks["mood"])
+    service = Service(config)
+    service.serve(config.served)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("serve_app.service.load_pretrained", fail)
+            service.update(_live({"default": mood, "second": topic}))
+        assert type(error).__name__ in str(service.info()["update_error"])
+        assert list(service.engine.tasks) == ["default"]
+        assert service.engine.submit(["w1"])[0].result(60)
+        service.update(_live({"default": mood, "second": topic}))
+        assert service.update_error is None
+        assert list(service.engine.tasks) == ["default", "second"]
+    finally:
+        service.close()
+
+
 def test_metrics_count_requests_groups_and_stages(url: str) -> None:
     before = _figures(url)
     batch = [[text(index)] for index in range(8)]
@@ -380,6 +441,26 @@ def test_other_clients_are_refused(guarded: str, given: str | None) -> None:
 def test_health_and_pages_need_no_token(guarded: str, path: str) -> None:
     assert httpx.get(guarded + path, timeout=60).status_code == 200
     assert httpx.post(f"{guarded}/", json={"inputs": "w1"}, timeout=60).status_code == 401
+
+
+def test_health_needs_no_token_below_a_route_prefix_and_the_rest_does(tasks: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("secret\n")
+    config = AppConfig.model_validate({**tasks["mood"], "token_file": str(tmp_path / "tokens")})
+    service = Service(config)
+    service.serve(config.served)
+    outer = FastAPI()
+    outer.mount("/api", create_app(service))
+    try:
+        with listening(outer) as url:
+            assert httpx.get(f"{url}/api/health", timeout=60).status_code == 200
+            assert httpx.get(f"{url}/api/", timeout=60).status_code == 200
+            for path in ("/api/info", "/api/api/health", "/api/healthy"):
+                assert httpx.get(url + path, timeout=60).status_code == 401
+            assert post(f"{url}/api/predict", {"inputs": "w1"}).status_code == 401
+            reply = post(f"{url}/api/predict", {"inputs": "w1"}, headers={"Authorization": "Bearer secret"})
+            assert reply.status_code == 200
+    finally:
+        service.close()
 
 
 def test_a_server_that_should_be_closed_never_opens(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.launch import Trained, launch
 from ray_jobs.training.waiting import missing
-from ray_jobs.training.worker_errors import WorkerError, as_told, first_error, is_out_of_memory
+from ray_jobs.training.worker_errors import WorkerError, as_told, first_error
 from revmux import UserError
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
@@ -32,6 +32,7 @@ from revmux.features.config import StoreConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from revmux.training.trainer import Trainer
+from revmux.utils.out_of_memory import is_out_of_memory
 
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ray_jobs.tracking.system_metrics import system_metrics
 from ray_jobs.training.progress import TrainProgress
-from ray_jobs.training.worker_errors import in_words, is_out_of_memory, lost_a_peer
+from ray_jobs.training.worker_errors import in_words, lost_a_peer
 from revmux.adapters.folder import save_adapter
 from revmux.data.task import TaskData
 from revmux.errors import UserError
@@ -30,6 +30,7 @@ from revmux.training.distributed import rank_and_world, together
 from revmux.training.recipe import Prepared, prepare
 from revmux.training.trainer import load_weights
 from revmux.utils.files import atomic_folder
+from revmux.utils.out_of_memory import is_out_of_memory
 
 RESULT_NAME = "result"
 PEER_SECONDS = 10.0

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
@@ -64,13 +63,6 @@ def lost_a_peer(error: BaseException) -> bool:
         return True
     words = r"\bgloo\b|connection (closed|reset|refused)"
     return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or this machine, has not the memory that was asked for."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
-    )
 
 
 def in_words(error: Exception) -> str:

@@ -70,7 +70,7 @@ class VerbalizerHead(nn.Module):
                     f"token id {token} of the verbalizer is outside the vocabulary 0..{vocab_size - 1}; "
                     "build the verbalizer with this model's tokenizer"
                 )
-        average = torch.zeros(len(verbalizer.token_ids), len(tokens))
+        average = torch.zeros(len(verbalizer.token_ids), len(tokens), dtype=torch.float32)
         start = 0
         for label, ids in enumerate(verbalizer.token_ids):
             average[label, start : start + len(ids)] = 1 / len(ids)

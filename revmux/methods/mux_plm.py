@@ -73,7 +73,7 @@ class RSADemultiplexer(nn.Module):
 
     def __init__(self, num_inputs: int, hidden: int, layers: int) -> None:
         super().__init__()
-        self.keys = nn.Parameter(torch.randn(num_inputs, hidden))
+        self.keys = nn.Parameter(torch.randn(num_inputs, hidden, dtype=torch.float32))
         self.dense = nn.ModuleList(nn.Linear((2 if m == 0 else 1) * hidden, hidden) for m in range(layers))
         self.norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(layers))
         self.last = nn.Linear(hidden, hidden)

@@ -40,7 +40,7 @@ def sample_questions(token_ids: Tensor, mask: Tensor, fraction: float) -> Retrie
     slots = torch.randint(num_inputs, (groups, length), device=token_ids.device)
     labels = token_ids.gather(1, slots.unsqueeze(1)).squeeze(1)  # (G, S)
     present = mask.gather(1, slots.unsqueeze(1)).squeeze(1) != 0  # (G, S)
-    asked = (torch.rand(groups, length, device=token_ids.device) < fraction) & present
+    asked = (torch.rand(groups, length, dtype=torch.float32, device=token_ids.device) < fraction) & present
     rows, places = asked.nonzero(as_tuple=True)
     return RetrievalQuestions(rows, places, slots[rows, places], labels[rows, places])
 

@@ -26,7 +26,7 @@ class GaussianKeys(nn.Module):
 
     def __init__(self, num_inputs: int, hidden: int, norm: float | None, learn: bool) -> None:
         super().__init__()
-        keys = nn.functional.normalize(torch.randn(num_inputs, hidden), dim=-1)
+        keys = nn.functional.normalize(torch.randn(num_inputs, hidden, dtype=torch.float32), dim=-1)
         self.keys = nn.Parameter(keys * (hidden**0.5 if norm is None else norm), requires_grad=learn)
 
     def forward(self, slots: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class NeighbourPooling(nn.Module):
         self.inner = nn.Linear(num_neighbours * hidden, width) if width else None
         self.outer = nn.Linear(width, hidden) if width else None
         with torch.no_grad():
-            self.linear.weight.copy_(torch.eye(hidden).repeat(1, num_neighbours) / num_neighbours)
+            self.linear.weight.copy_(torch.eye(hidden, dtype=torch.float32).repeat(1, num_neighbours) / num_neighbours)
             self.linear.bias.zero_()
         if self.outer is not None:
             nn.init.zeros_(self.outer.weight)
@@ -74,7 +74,8 @@ class NeighbourPooling(nn.Module):
         Returns:
             (..., d).
         """
-        count = present.sum(dim=-1, keepdim=True).clamp(min=1)  # (..., 1)
+        # A quotient of integers would have the process's default dtype, which loading a model changes for a while.
+        count = present.sum(dim=-1, keepdim=True).clamp(min=1).to(torch.float32)  # (..., 1)
         weight = present * (self.num_neighbours / count)  # (..., N)
         block = (tokens * weight.unsqueeze(-1).to(tokens.dtype)).flatten(-2)  # (..., N·d)
         pooled = self.linear(block)

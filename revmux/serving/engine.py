@@ -105,7 +105,7 @@ class Engine:
         return dict(self._tasks)
 
     def task(self, name: str | None = None) -> Task:
-        """A task by name; None is the only one.
+        """The task with this name; None is the only task.
 
         Raises:
             UnknownTask: no such task, or no name where there are several.
@@ -194,7 +194,7 @@ class Engine:
         truncate: bool = False,
         max_multiplex: int | None = None,
         *,
-        task: str | None = None,
+        task: Task | str | None = None,
         priority: float = 0,
         timeout: float | None = None,
     ) -> list[Future[Answer]]:
@@ -204,7 +204,8 @@ class Engine:
             texts: strings, or pairs of strings.
             truncate: cut texts to the task's ``max_length`` tokens; otherwise longer ones are refused.
             max_multiplex: widest group that these texts may ride in; 1 is the plain model, no exit head either.
-            task: name; None where there is one only.
+            task: the task or its name; None is the only task. A task that was looked up before answers even if it has
+                been removed or another one has taken its name.
             priority: higher comes earlier, -10..10, see ``Limits.priority_seconds``.
             timeout: seconds from now by which the model must have started, else :class:`Expired` is the answer.
 
@@ -229,7 +230,7 @@ class Engine:
         truncate: bool = False,
         max_multiplex: int | None = None,
         *,
-        task: str | None = None,
+        task: Task | str | None = None,
         priority: float = 0,
         timeout: float | None = None,
     ) -> list[Answer]:
@@ -255,15 +256,15 @@ class Engine:
         texts: Sequence[Text],
         truncate: bool,
         max_multiplex: int | None,
-        name: str | None,
+        asked: Task | str | None,
         priority: float,
         timeout: float | None,
     ) -> Iterator[Callable[[], list[Ticket]]]:
         """Check a request, keep room for it, and give what tokenizes it."""
-        task = self.task(name)
+        task = asked if isinstance(asked, Task) else self.task(asked)
         if max_multiplex is not None and max_multiplex < 1:
             raise UserError(f"max_multiplex is {max_multiplex}; choose 1 (the plain model) or more")
-        if abs(priority) > HIGHEST_PRIORITY:
+        if not abs(priority) <= HIGHEST_PRIORITY:  # NaN too, which has no place in an order
             raise UserError(
                 f"priority is {priority}; choose -{HIGHEST_PRIORITY}..{HIGHEST_PRIORITY}, 0 is the usual one"
             )

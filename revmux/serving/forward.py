@@ -27,12 +27,14 @@ class Outcome:
 
     Attributes:
         scores: (R, C) float32 on the CPU, in the order of the groups' members.
+        finite: R, whether all scores of each input are finite.
         fell_back: R, whether each input resumed alone.
         padded_tokens: R times the longest input.
         stages: seconds by stage.
     """
 
     scores: Tensor
+    finite: list[bool]
     fell_back: list[bool]
     padded_tokens: int
     stages: dict[str, float]
@@ -90,9 +92,6 @@ def run_pass(
         padder: the backbone's tokenizer.
         groups: of one stem, see :class:`revmux.serving.scheduling.Route`; the plain model's have one member each.
         inputs: R token lists, group by group in the order of the members.
-
-    Raises:
-        ArithmeticError: scores that are not finite.
     """
     clock = StageClock(backbone.device)
     tokens = pad(inputs, padder, backbone.device)  # (R, S) each
@@ -105,9 +104,8 @@ def run_pass(
         scores = _multiplexed(backbone, models, thresholds, tokens, groups, fell_back, clock)
     scores, fell = scores.cpu(), fell_back.cpu()
     clock.mark("reply")
-    if not bool(scores.isfinite().all()):
-        raise ArithmeticError("scores are not finite")
-    return Outcome(scores, fell.tolist(), tokens["input_ids"].numel(), clock.seconds())
+    finite = scores.isfinite().all(dim=1)  # (R,)
+    return Outcome(scores, finite.tolist(), fell.tolist(), tokens["input_ids"].numel(), clock.seconds())
 
 
 def _multiplexed(
@@ -121,7 +119,7 @@ def _multiplexed(
 ) -> Tensor:
     """Scores (R, C) of groups with adapters; marks in ``fell_back`` (R,) which inputs resumed alone."""
     rows = len(fell_back)
-    scores = torch.zeros(rows, backbone.num_labels, device=backbone.device)
+    scores = torch.zeros(rows, backbone.num_labels, dtype=torch.float32, device=backbone.device)
     shared: HiddenState | None = None
     for width, slots in slots_by_width(groups, backbone.device).items():
         model = models[width]

@@ -22,15 +22,15 @@ COUNTED = (
 
 @dataclass(frozen=True)
 class PassReport:
-    """One forward pass that has run, for histograms; sequences have an entry an input.
+    """One forward pass that has run, for histograms; sequences have one entry per input that it answered.
 
     Attributes:
         task: its name.
         widths: N of the group that each input rode in.
-        groups: N of each group.
+        groups: N of each group that was answered.
         methods: that each input rode with; ``siso`` is the plain model.
         fell_back: which inputs resumed alone.
-        tokens: of all inputs.
+        tokens: of all inputs that were computed.
         padded_tokens: that the layers below the cut really got.
         tokenize_seconds: from text to tokens.
         queue_seconds: from being queued to the start of the pass.

@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
 
 from revmux.serving.answer import Answer
 from revmux.serving.errors import InferenceFailed
-from revmux.serving.forward import run_pass
+from revmux.serving.forward import Outcome, run_pass
 from revmux.serving.limits import Limits
 from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.queue import PullQueue, Ticket, Window
-from revmux.serving.scheduling import Group, next_pass
+from revmux.serving.scheduling import PLAIN, Group, Route, next_pass
 from revmux.serving.task import Lineup, Task
+from revmux.utils.out_of_memory import is_out_of_memory, release_memory
 
 logger = logging.getLogger(__name__)
+
+Share = tuple[Route, list[Ticket]]
+"""One group's way through the model, and its 1..N distinct members."""
 
 
 class ModelThread:
@@ -99,55 +104,102 @@ class ModelThread:
             self._fail(self.queue.claim(tickets), error)
             return
         claimed = set(self.queue.claim([tickets[index] for group in forward.groups for index in group.members]))
-        groups: list[Group] = []
-        rows: list[Ticket] = []
+        shares: list[Share] = []
         for group in forward.groups:  # a group that lost a cancelled member is filled by those that are left
             members = [tickets[index] for index in group.members if tickets[index] in claimed]
             if members:
-                groups.append(Group(group.route, tuple(range(len(rows), len(rows) + len(members)))))
-                rows += members
-        if rows:
-            self._run(task, lineup, groups, rows)
+                shares.append((group.route, members))
+        if shares:
+            self._run(task, lineup, shares)
 
-    def _run(self, task: Task, lineup: Lineup, groups: Sequence[Group], rows: Sequence[Ticket]) -> None:
-        started = self.queue.clock()
+    def _run(self, task: Task, lineup: Lineup, shares: Sequence[Share]) -> None:
+        """Run groups in one pass and answer them, in smaller passes where the memory is too small for one."""
+        self._progress = started = self.queue.clock()
+        groups, rows = _lay_out(shares)
         inputs = [ticket.tokens for ticket in rows]
         try:
             outcome = run_pass(task.backbone, lineup.models, lineup.thresholds, task.padder, groups, inputs)
         except Exception as error:
-            self._fail(rows, error)
+            if len(shares) == 1 or not is_out_of_memory(error):
+                self._fail(rows, error)
+                return
+            traceback.clear_frames(error.__traceback__)  # their tensors would take memory from the smaller passes
+            logger.warning(
+                "a pass of %d groups of task %s ran out of memory and is retried as two; lower max_batch or "
+                "max_batch_tokens",
+                len(shares),
+                task.name,
+            )
+        else:
+            self._answer(task, lineup, shares, outcome, started)
             return
+        release_memory(task.backbone.device)
+        half = len(shares) // 2
+        self._run(task, lineup, shares[:half])
+        self._run(task, lineup, shares[half:])
+
+    def _answer(
+        self, task: Task, lineup: Lineup, shares: Sequence[Share], outcome: Outcome, started: float
+    ) -> None:
+        """Answer the groups whose scores are finite; the members of the others run again, alone."""
+        places: list[int] = []  # rows of the pass that are answered
+        answered: list[Share] = []
+        again: list[Ticket] = []
+        broken: list[Ticket] = []
+        first = 0
+        for route, members in shares:
+            own = range(first, first + len(members))
+            first += len(members)
+            if all(outcome.finite[place] for place in own):
+                places += own
+                answered.append((route, members))
+            elif route == PLAIN:
+                broken += members
+            else:
+                # What is not finite in one member may have reached the others, even those with finite scores.
+                again += members
+        rows = [ticket for _, members in shares for ticket in members]
         report = PassReport(
             task=task.name,
-            widths=tuple(group.width for group in groups for _ in group.members),
-            groups=tuple(group.width for group in groups),
-            methods=tuple(group.route.method for group in groups for _ in group.members),
-            fell_back=tuple(outcome.fell_back),
+            widths=tuple(route.width for route, members in answered for _ in members),
+            groups=tuple(route.width for route, _ in answered),
+            methods=tuple(route.method for route, members in answered for _ in members),
+            fell_back=tuple(outcome.fell_back[place] for place in places),
             tokens=sum(ticket.length for ticket in rows),
             padded_tokens=outcome.padded_tokens,
-            tokenize_seconds=tuple(ticket.tokenize_seconds for ticket in rows),
-            queue_seconds=tuple(started - ticket.queued for ticket in rows),
+            tokenize_seconds=tuple(rows[place].tokenize_seconds for place in places),
+            queue_seconds=tuple(started - rows[place].queued for place in places),
             stages=outcome.stages,
             seconds=self.queue.clock() - started,
         )
         self.metrics.record(report)
-        numbers = [number for group, number in zip(groups, self._group_numbers) for _ in group.members]
-        for place, ticket in enumerate(rows):
+        numbers = [number for (_, members), number in zip(answered, self._group_numbers) for _ in members]
+        for index, place in enumerate(places):
+            ticket = rows[place]
             ticket.future.set_result(
                 Answer(
                     scores=outcome.scores[place],
-                    width=report.widths[place],
-                    method=report.methods[place],
-                    queue_seconds=report.queue_seconds[place],
+                    width=report.widths[index],
+                    method=report.methods[index],
+                    queue_seconds=report.queue_seconds[index],
                     inference_seconds=report.seconds,
                     truncated=ticket.truncated,
-                    fell_back=report.fell_back[place],
+                    fell_back=report.fell_back[index],
                     tokenize_seconds=ticket.tokenize_seconds,
                     tokens=ticket.length,
-                    group=numbers[place],
+                    group=numbers[index],
                 )
             )
         self._tell(report)
+        if broken:
+            self._fail(broken, ArithmeticError("the scores of this input are not finite"))
+        if again:
+            logger.warning(
+                "%d inputs of task %s share groups with scores that are not finite; each runs again alone",
+                len(again),
+                task.name,
+            )
+            self._run(task, lineup, [(PLAIN, [ticket]) for ticket in again])
 
     def _tell(self, report: PassReport) -> None:
         if self.on_pass is None:
@@ -158,9 +210,21 @@ class ModelThread:
             logger.exception("on_pass failed; the answers of the pass were given")
 
     def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
-        logger.error("a batch of %d inputs failed", len(tickets), exc_info=error)
+        logger.error("%d inputs failed", len(tickets), exc_info=error)
+        # Clients keep the error for a while, and its frames would keep all tensors of the pass.
+        traceback.clear_frames(error.__traceback__)
         for ticket in tickets:
             self.metrics.count(ticket.task.name, "failed")
-            failure = InferenceFailed(f"the model failed on this batch: {type(error).__name__}: {error}")
+            failure = InferenceFailed(f"the model failed on this input: {type(error).__name__}: {error}")
             failure.__cause__ = error
             ticket.future.set_exception(failure)
+
+
+def _lay_out(shares: Sequence[Share]) -> tuple[list[Group], list[Ticket]]:
+    """Groups whose members lie one after the other in the rows of a pass, and these rows."""
+    groups: list[Group] = []
+    rows: list[Ticket] = []
+    for route, members in shares:
+        groups.append(Group(route, tuple(range(len(rows), len(rows) + len(members)))))
+        rows += members
+    return groups, rows
