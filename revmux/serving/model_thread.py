@@ -138,9 +138,7 @@ class ModelThread:
         self._run(task, lineup, shares[:half])
         self._run(task, lineup, shares[half:])
 
-    def _answer(
-        self, task: Task, lineup: Lineup, shares: Sequence[Share], outcome: Outcome, started: float
-    ) -> None:
+    def _answer(self, task: Task, lineup: Lineup, shares: Sequence[Share], outcome: Outcome, started: float) -> None:
         """Answer the groups whose scores are finite; the members of the others run again, alone."""
         places: list[int] = []  # rows of the pass that are answered
         answered: list[Share] = []
