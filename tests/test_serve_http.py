@@ -19,6 +19,7 @@ import schemathesis
 import torch
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
+from polling import wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import (
@@ -26,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving_http import HOSTILE, TOPICS, listening, talk, wait_until, write_tasks
+from serving_http import HOSTILE, TOPICS, listening, talk, write_tasks
 from serving_models import load, plain_scores, text, write_adapter
 
 from revmux.errors import UserError
