@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from ray_jobs.ray_log import ray_messages_in
 from revmux.errors import UserError
 from revmux.utils.environment import compute_environment
 from revmux.utils.extras import require
@@ -105,8 +108,12 @@ class ClusterConfig:
 
 
 @contextmanager
-def connected(config: ClusterConfig) -> Iterator[None]:
+def connected(config: ClusterConfig, storage: Path | None = None) -> Iterator[None]:
     """A connection to the cluster; a local one starts here and ends here.
+
+    Args:
+        config: which cluster.
+        storage: folder of the job, whose ``logs/ray.log`` takes Ray's own messages; None shows them.
 
     Raises:
         UserError: no cluster at the address, or one without the CPUs or GPUs asked for.
@@ -118,23 +125,34 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         check_resources(config)
         yield
         return
+    with ExitStack() as stack:
+        if storage is not None:
+            log = storage / "logs" / "ray.log"
+            stack.enter_context(ray_messages_in(log))
+            print(f"Ray's own messages: {log}", flush=True)
+        stack.callback(ray.shutdown)
+        _connect(config)
+        check_resources(config)
+        yield
+
+
+def _connect(config: ClusterConfig) -> None:
+    import ray
+
     address = config.resolved_address
     environment = None
     if address == "local":
         variables = compute_environment() | LOCAL_ENVIRONMENT
         os.environ.update(variables)
         environment = {"env_vars": variables}
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     try:
         ray.init(address=address, runtime_env=environment, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise UserError(
             f"no Ray cluster at {address!r} ({error}); start one with 'ray start --head', or use local"
         ) from None
-    try:
-        check_resources(config)
-        yield
-    finally:
-        ray.shutdown()
 
 
 def check_resources(config: ClusterConfig) -> None:

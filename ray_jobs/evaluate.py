@@ -93,7 +93,7 @@ def main(job: EvaluateJob) -> dict[str, float]:
         name, {"adapter": job.adapter, "method": config.method, "num_inputs": config.num_inputs}
     ) as run_id:
         tracker.log_data(run_id, task.identity)
-        with connected(job.cluster):
+        with connected(job.cluster, storage):
             import ray
 
             remote = ray.remote(num_cpus=job.cluster.cpus_per_worker, num_gpus=job.cluster.gpus_per_worker)(

@@ -78,7 +78,7 @@ def main(job: FinetuneJob) -> Trained:
     job.cluster.check_training()
     task = load_checked(job.recipe(), job.cluster.workers)
     tracker = Tracker(job.tracking, storage)
-    with connected(job.cluster):
+    with connected(job.cluster, storage):
         return tune_model(job, task, tracker, storage)
 
 

@@ -87,7 +87,7 @@ def main(job: PlanJob) -> Plan:
     choosing = for_choosing(task, job.choosing, job.data.seed)
     check_server(job, [], "http://localhost")
     tracker = Tracker(job.tracking, storage)
-    with connected(job.cluster):
+    with connected(job.cluster, storage):
         if own_labels is None:
             job = replace(job, backbone=replace(job.backbone, model=str(tuned_model(job, choosing, tracker, storage))))
         sweep = prepare_sweep(job, storage, choosing)

@@ -127,7 +127,7 @@ def main(job: QuickstartJob) -> None:
         )
         for row in task.train.select(range(3)):
             print(f"   {task.label_names[row['label']]:>14}  {row['text'][:90]}")
-    with connected(job.cluster):
+    with connected(job.cluster, storage):
         model = job.backbone.model
         if own_labels is None:
             with steps.step(

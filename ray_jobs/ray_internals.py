@@ -6,9 +6,9 @@ Ray may change any of them without notice. When Ray's version changes, run those
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -117,3 +117,33 @@ def ended_by_memory_monitor(error: str) -> bool:
 def process_was_lost(error: str) -> bool:
     """Whether an error's text says that an actor's process ended without an exception of its own."""
     return _DEAD_ACTOR_TEXT in error
+
+
+@contextmanager
+def worker_lines_filtered(is_hidden: Callable[[Mapping[str, Any], str], bool], log: IO[str]) -> Iterator[None]:
+    """Within, some of the lines that processes of the cluster print go to a file and not to this process's output.
+
+    Ray can show all such lines or none.
+
+    Args:
+        is_hidden: takes the process (``pid``, ``actor_name``) and a line; whether the line goes to the file.
+        log: the file.
+    """
+    from ray._private import worker
+
+    original = worker.print_worker_logs
+
+    def split(data: dict[str, Any], print_file: Any, ignore_prefix: bool = False) -> None:
+        lines: list[str] = data.get("lines", [])
+        hidden = [line for line in lines if is_hidden(data, line)]
+        for line in hidden:
+            print(f"({data.get('actor_name') or ''} pid={data.get('pid')}) {line}", file=log)
+        shown = [line for line in lines if line not in hidden]
+        if shown:
+            original(data | {"lines": shown}, print_file, ignore_prefix)
+
+    worker.print_worker_logs = split
+    try:
+        yield
+    finally:
+        worker.print_worker_logs = original

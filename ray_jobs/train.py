@@ -115,7 +115,7 @@ def main(job: TrainJob) -> list[Trained]:
     job.cluster.check_training()
     tasks = {name: load_checked(recipe, job.cluster.workers) for name, recipe in job.recipes().items()}
     tracker = Tracker(job.tracking, storage)
-    with connected(job.cluster):
+    with connected(job.cluster, storage):
         return train_adapters(job, tasks, tracker, storage)
 
 

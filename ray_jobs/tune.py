@@ -21,7 +21,7 @@ def main(job: TuneJob) -> list[TrialRow]:
     storage = absolute_storage(job.storage)
     sweep = prepare_sweep(job, storage)
     tracker = Tracker(job.tracking, storage)
-    with connected(job.cluster):
+    with connected(job.cluster, storage):
         rows, _ = run_sweep(sweep, tracker)
     done = sum(row.status == "done" for row in rows)
     print(f"sweep: {done} of {len(rows)} trials done: {sweep.folder.path / 'sweep.json'}")

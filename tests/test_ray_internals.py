@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import pickle
@@ -216,3 +217,19 @@ def test_the_memory_monitor_still_writes_the_text_that_is_looked_for() -> None:
         pytest.skip("Ray's raylet is elsewhere on this platform")
     assert ray_internals._MEMORY_MONITOR_TEXT.encode() in raylet.read_bytes()
     assert ray_internals.ended_by_memory_monitor(f"Task was killed due to the {ray_internals._MEMORY_MONITOR_TEXT}.")
+
+
+def test_lines_of_the_clusters_processes_pass_the_filter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray._private import worker
+
+    monkeypatch.setenv("RAY_COLOR_PREFIX", "0")
+    assert list(inspect.signature(worker.print_worker_logs).parameters) == ["data", "print_file", "ignore_prefix"]
+    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages), "which the raylet's lines take"
+    log = io.StringIO()
+    data = {"pid": 7, "actor_name": "Worker", "ip": "a", "localhost": "a", "is_err": False, "lines": ["mine", "Ray's"]}
+    with ray_internals.worker_lines_filtered(lambda origin, line: line == "Ray's", log):
+        worker.print_to_stdstream(data, ignore_prefix=False)
+    assert capsys.readouterr().out == "(Worker pid=7) mine\n"
+    assert log.getvalue() == "(Worker pid=7) Ray's\n"

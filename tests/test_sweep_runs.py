@@ -111,7 +111,7 @@ def table_of(runs: Path) -> list[dict[str, Any]]:
 def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_goes_on(
     job: Callable[..., TuneJob], tmp_path: Path
 ) -> None:
-    options = {"token-split": {"pooling_width": 10**13}}
+    options = {"token-split": {"pooling_width": 10**12}}
     points = {"methods": ["token-split", "exit-head"], "exit_layers": [1], "epochs": 1, "options": options}
     rows = {row.method: row for row in main(job(points))}
     assert (rows["exit-head"].status, rows["token-split"].status) == ("done", "failed")

@@ -1,0 +1,89 @@
+"""Ray's own messages in a file, so that the terminal shows what the job prints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.ray_internals import worker_lines_filtered
+
+RAY_LINE = re.compile(
+    r"\[\d{4}-\d\d-\d\d [\d:,.]+ [A-Z] "  # Ray's C++ code
+    r"|\d{4}-\d\d-\d\d [\d:,.]+\s+[A-Z]+ \S+\.py:\d+ -- "  # Ray's Python code
+    r"|(DEBUG|INFO) \d{4}-\d\d-\d\d [\d:,.]+ .* -- "  # Ray Serve
+)
+RAY_ACTORS = ("ServeController", "ProxyActor")
+
+
+def is_from_ray(origin: Mapping[str, Any], line: str) -> bool:
+    """Whether Ray wrote a line that a process of the cluster printed.
+
+    Args:
+        origin: ``pid`` and ``actor_name`` of the process.
+        line: without its newline.
+    """
+    if origin.get("pid") == "raylet" or origin.get("actor_name") in RAY_ACTORS:
+        return True
+    return RAY_LINE.match(line) is not None
+
+
+@contextmanager
+def ray_messages_in(file: Path) -> Iterator[None]:
+    """Within, Ray's messages are appended to a file, and everything else is still shown.
+
+    This covers Ray's loggers, the lines of Ray's own processes, and what native code of this process writes to the
+    standard error. Python's ``sys.stderr`` still reaches the terminal.
+
+    Args:
+        file: made with its folder where it is missing.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        log = stack.enter_context(file.open("a", buffering=1, encoding="utf-8"))
+        stack.enter_context(_logger_in("ray", log))
+        stack.enter_context(worker_lines_filtered(is_from_ray, log))
+        stack.enter_context(_native_errors_in(log.fileno()))
+        yield
+
+
+@contextmanager
+def _logger_in(name: str, log: Any) -> Iterator[None]:
+    logger, handler = logging.getLogger(name), logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s -- %(message)s"))
+    before, logger.handlers = logger.handlers, [handler]
+    try:
+        yield
+    finally:
+        logger.handlers = before
+
+
+@contextmanager
+def _native_errors_in(descriptor: int) -> Iterator[None]:
+    sys.stderr.flush()
+    terminal, before = os.dup(2), sys.stderr
+    own = open(terminal, "w", buffering=1, encoding=before.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    try:
+        os.dup2(descriptor, 2)
+        if _descriptor_of(before) == 2:  # pytest, notebooks and the like have put something else in its place
+            sys.stderr = own
+        yield
+    finally:
+        own.flush()
+        sys.stderr = before
+        os.dup2(terminal, 2)
+        own.close()
+        os.close(terminal)
+
+
+def _descriptor_of(stream: Any) -> int | None:
+    try:
+        number: int = stream.fileno()
+    except (OSError, AttributeError, ValueError):
+        return None
+    return number
