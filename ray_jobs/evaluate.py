@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.paths import absolute_path, absolute_storage
+from ray_jobs.paths import absolute_path, absolute_storage, store_in
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 from revmux.adapters.compatibility import check_prompt
@@ -22,11 +23,14 @@ from revmux.data.config import DataConfig
 from revmux.data.prompt import Prompt
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
+from revmux.features.base import Features
+from revmux.features.config import StoreConfig
 from revmux.features.online import OnlineFeatures
+from revmux.features.store import open_features
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import check_answers, inspect, load_pretrained
 from revmux.training.evaluation import evaluate
-from revmux.training.recipe import relative_cost_at
+from revmux.training.recipe import relative_cost_at, stored_layers
 from revmux.utils.files import write_json
 
 
@@ -38,17 +42,20 @@ class EvaluateJob:
         adapter: adapter folder, on a disk that the worker reaches.
         backbone: the task model that the adapter was trained on.
         data: the task; its test split is evaluated.
+        store: where the task model's features of the test split are kept. Each input then passes the lower layers once,
+            whatever the number of shuffles, and not at all where training stored them.
         shuffles: groupings that the accuracy is a mean of.
         seed: of the first grouping.
         cluster: one worker's resources are used.
         tracking: MLflow.
-        storage: folder of the default MLflow store.
+        storage: folder of the features and the default MLflow store.
         output: JSON file of the figures; by default ``evaluate-`` and the adapter folder's name, in storage.
     """
 
     adapter: str
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     shuffles: int = 10
     seed: int = 0
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -69,14 +76,43 @@ def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
     pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
     model = load_adapter(job.adapter, pretrained)
     split = pretrained.tokenize(task.test, job.backbone.max_length)
-    features = OnlineFeatures(split, pretrained.backbone)
-    figures = evaluate(model, features, job.shuffles, job.seed).metrics()
+    layers = stored_layers(model.method, model.prefill_layers)
+    features: Features
+    if layers is None:
+        features = OnlineFeatures(split, pretrained.backbone)
+    else:
+        print(f"evaluate: features of {len(split):,} inputs, stored in {job.store.root}", flush=True)
+        store = open_features(pretrained, split, layers, job.store)
+        features = store.at(layers[0]) if layers else store.with_tokens()
+    figures = evaluate(model, features, job.shuffles, job.seed, on_shuffle=ShuffleProgress()).metrics()
     return figures | {"cost_counted": relative_cost_at(model, features)}
+
+
+class ShuffleProgress:
+    """Prints how far an evaluation is, at most once in ``interval`` seconds and at the end.
+
+    Args:
+        interval: seconds.
+    """
+
+    def __init__(self, interval: float = 5.0) -> None:
+        self.interval = interval
+        self.started = self.printed = time.perf_counter()
+
+    def __call__(self, done: int, total: int, accuracy: float) -> None:
+        """After each shuffle; see :func:`revmux.training.evaluation.evaluate`."""
+        now = time.perf_counter()
+        if done < total and now - self.printed < self.interval:
+            return
+        self.printed = now
+        left = (now - self.started) / done * (total - done)
+        print(f"evaluate: shuffle {done} of {total}, mean accuracy {accuracy:.1%}, {left:.0f} s left", flush=True)
 
 
 def main(job: EvaluateJob) -> dict[str, float]:
     """Check, evaluate on a worker, record."""
     storage = absolute_storage(job.storage)
+    job = replace(job, store=store_in(storage, job.store))
     name = f"evaluate-{Path(job.adapter).name}"
     output = absolute_path(job.output, "output") if job.output else storage / f"{name}.json"
     config = load_adapter_config(job.adapter)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.paths import absolute_path
+from ray_jobs.paths import absolute_storage, store_in
+from ray_jobs.ray_internals import in_submitted_job
 from ray_jobs.training.feature_pass import fill_stores
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
@@ -33,6 +35,7 @@ class FeaturesJob:
         layers: depths whose states are stored, with the teacher: every l that will be trained.
         store: where they go. On several machines, a root that all of them reach: a shared folder or a URI.
         cluster: workers of the pass.
+        storage: folder that holds the stores unless ``store.root`` names another place.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -40,21 +43,30 @@ class FeaturesJob:
     layers: list[int] = field(default_factory=lambda: [2])
     store: StoreConfig = field(default_factory=StoreConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    storage: str = "runs"
 
 
 def main(job: FeaturesJob) -> None:
     """Check, read the data, fill the stores."""
-    if "://" not in job.store.root:
-        absolute_path(job.store.root, "--store.root")
+    storage = storage_of(job)
+    if storage is not None:
+        job = replace(job, store=store_in(storage, job.store))
     job.cluster.check_here()
     check_answers(job.backbone)
     shape, own_labels = inspect(job.backbone)
     check_layers(job.layers, shape)
     task = load_task(job.data, own_labels)
     recipe = Recipe(job.backbone, job.data, store=job.store)
-    with connected(job.cluster):
+    with connected(job.cluster, storage):
         fill_stores(recipe, job.layers, task, job.cluster)
     print(f"features: complete in {job.store.root}; python -m revmux cache ls --root {job.store.root}")
+
+
+def storage_of(job: FeaturesJob) -> Path | None:
+    """The storage folder; None for a submitted job that names its store only, and needs no other folder."""
+    if job.store.root is not None and in_submitted_job() and job.storage == FeaturesJob.storage:
+        return None
+    return absolute_storage(job.storage)
 
 
 def check_layers(layers: Sequence[int], shape: BackboneShape) -> None:

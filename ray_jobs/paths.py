@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray_jobs.ray_internals import in_submitted_job
 from revmux.errors import UserError
+
+if TYPE_CHECKING:
+    from revmux.features.config import StoreConfig
 
 
 def absolute_path(path: str, setting: str) -> Path:
@@ -43,3 +48,20 @@ def absolute_storage(storage: str) -> Path:
     except OSError as error:
         raise UserError(f"storage {storage!r} cannot be written ({error}); name a folder that can") from None
     return folder
+
+
+def store_in(storage: Path, store: StoreConfig) -> StoreConfig:
+    """A job's feature store with its root spelled out, since workers run in folders of their own.
+
+    By default the store is in the storage folder, which every node reaches, so that the machines of a cluster share
+    what each of them computed. The user's cache is on one machine only.
+
+    Args:
+        storage: of the job, absolute.
+        store: as given.
+
+    Raises:
+        UserError: as :func:`absolute_path`, for a relative root.
+    """
+    root = store.root or str(storage / "features")
+    return replace(store, root=root if "://" in root else str(absolute_path(root, "--store.root")))

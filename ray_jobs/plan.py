@@ -18,7 +18,7 @@ import yaml
 
 from ray_jobs import cli, finetune
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_storage
+from ray_jobs.paths import absolute_storage, store_in
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.run import base_recipe, prepare_sweep, run_sweep
 from ray_jobs.sweep.trials import TrialRow
@@ -81,6 +81,7 @@ def main(job: PlanJob) -> Plan:
         UserError: the goal cannot be met, or the promise did not hold on the test split; all is written down by then.
     """
     storage = absolute_storage(job.storage)
+    job = replace(job, store=store_in(storage, job.store))
     job.cluster.check_training()
     backbone, own_labels = outline(job.backbone)
     task = load_task(job.data, own_labels)

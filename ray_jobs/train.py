@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ray_jobs import cli
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.paths import absolute_path, absolute_storage
+from ray_jobs.paths import absolute_path, absolute_storage, store_in
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.feature_pass import fill_for
@@ -39,7 +39,7 @@ class TrainJob:
         shuffles: groupings that the reported accuracy is a mean of.
         cluster: workers.
         tracking: MLflow.
-        storage: folder of checkpoints and of the default MLflow store; absolute, or relative to where the job runs.
+        storage: folder of checkpoints, features and the default MLflow store; absolute, or relative to where the job runs.
         register: name of a registered model in MLflow; each adapter becomes a version of it, with its N, l, cost and
             accuracy as tags, which the server and ``mlflow.pyfunc.load_model`` load as ``models:/NAME/VERSION``.
         register_backbone: let each version bring a copy of a local task model, so that it predicts wherever MLflow
@@ -85,6 +85,7 @@ def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, 
     """The job on a connected cluster, with its data read, one run after the other."""
     output = absolute_path(job.output, "output") if job.output else storage / "adapters"
     recipes, done = job.recipes(), []
+    print(f"features: stored in {job.store.root}", flush=True)
     if job.cluster.workers > 1:  # else the one worker fills the store as well by itself
         fill_for(list(recipes.values()), next(iter(tasks.values())), job.cluster)
     for name, recipe in recipes.items():
@@ -112,6 +113,7 @@ def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, 
 def main(job: TrainJob) -> list[Trained]:
     """Train, evaluate and record one adapter for each N."""
     storage = absolute_storage(job.storage)
+    job = replace(job, store=store_in(storage, job.store))
     job.cluster.check_training()
     tasks = {name: load_checked(recipe, job.cluster.workers) for name, recipe in job.recipes().items()}
     tracker = Tracker(job.tracking, storage)

@@ -134,3 +134,13 @@ def test_workers_divide_the_groups_and_agree(run_workers: Callable, tiny_model_f
         assert accuracies == expected[0]
         assert agreement == expected[1]
         assert torch.equal(predicted, expected[2])
+
+
+def test_progress_is_reported_after_each_shuffle(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+    seen: list[tuple[int, int, float]] = []
+    found = evaluate(
+        multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows), 3, on_shuffle=lambda *at: seen.append(at)
+    )
+    assert [at[:2] for at in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert seen[0][2] == found.accuracies[0]
+    assert seen[-1][2] == pytest.approx(found.accuracy_mean)

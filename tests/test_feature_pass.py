@@ -121,7 +121,7 @@ def test_a_pass_is_completed_by_workers_that_may_die(
     assert {path: filled[path] for path in before} == before
     assert capsys.readouterr().out.count("layer 2 in bfloat16: states lose") == 1, "one of the jobs did the work"
 
-    main(FeaturesJob(recipe.backbone, data, LAYERS, recipe.store, cluster))
+    main(FeaturesJob(recipe.backbone, data, LAYERS, recipe.store, cluster, str(tmp_path)))
     assert "features: complete in" in capsys.readouterr().out
     prepared = prepare(replace(recipe, method=MethodConfig(prefill_layers=2)), task)
     assert shards(recipe) == filled, "neither a further job nor a run that reads writes anything"
@@ -162,7 +162,7 @@ def test_a_mistake_that_a_worker_finds_is_told_in_one_line(
         fill_for([replace(large, method=MethodConfig(prefill_layers=1))], task, cluster)
 
 
-def test_layers_are_checked_before_a_cluster_starts(recipe: Recipe, data: DataConfig) -> None:
-    job = FeaturesJob(recipe.backbone, data, [9], recipe.store)
+def test_layers_are_checked_before_a_cluster_starts(recipe: Recipe, data: DataConfig, tmp_path: Path) -> None:
+    job = FeaturesJob(recipe.backbone, data, [9], recipe.store, storage=str(tmp_path))
     with pytest.raises(UserError, match=r"layers has 9, but the backbone has 3; choose 0..3"):
         main(job)

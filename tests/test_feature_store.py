@@ -37,7 +37,7 @@ from revmux.backbone.llama import LlamaBackbone
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.data.tokens import TokenizedSplit
 from revmux.features.cache_cli import format_stores, list_stores, remove_stores
-from revmux.features.config import StoreConfig
+from revmux.features.config import StoreConfig, default_root
 from revmux.features.key import backbone_digest, tokens_digest
 from revmux.features.lease import Lease
 from revmux.features.online import OnlineFeatures
@@ -710,9 +710,9 @@ def test_settings_are_checked(settings: dict[str, Any], problem: str) -> None:
 
 def test_the_default_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert StoreConfig().root == "/somewhere/revmux/features"
+    assert default_root() == "/somewhere/revmux/features"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert StoreConfig().root == "~/.cache/revmux/features"
+    assert default_root() == "~/.cache/revmux/features"
 
 
 def test_wrong_requests_are_refused(config: StoreConfig) -> None:

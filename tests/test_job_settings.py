@@ -12,6 +12,8 @@ from conftest import write_tiny_model
 
 from ray_jobs import cli, evaluate, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig
+from ray_jobs.features import FeaturesJob, storage_of
+from ray_jobs.paths import store_in
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.run import base_recipe
 from ray_jobs.training.launch import fingerprint
@@ -150,7 +152,24 @@ def test_a_relative_model_folder_is_named_from_the_root_for_trials_and_replicas(
     assert cli.run(seen.append, TuneJob, None, flags) == 0
     recipe = base_recipe(seen[0])
     assert recipe.backbone.model == str(tiny_model_folder)
-    assert recipe.store.root == str(tiny_model_folder.parent / "features")
+    assert store_in(Path("/runs"), recipe.store).root == str(tiny_model_folder.parent / "features")
     for other in ("all-MiniLM-L6-v2", "someone/classifier"):
         cli.run(seen.append, TuneJob, None, ["--backbone.model", other])
         assert seen[-1].backbone.model == other
+
+
+def test_features_are_in_the_storage_folder_unless_another_place_is_named(tmp_path: Path) -> None:
+    assert store_in(tmp_path, StoreConfig()).root == str(tmp_path / "features")
+    assert store_in(tmp_path, StoreConfig(root="s3://bucket/features")).root == "s3://bucket/features"
+    assert store_in(tmp_path, StoreConfig(root="/mnt/features")).root == "/mnt/features"
+
+
+def test_a_submitted_feature_job_needs_a_storage_folder_only_for_the_default_store(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert storage_of(FeaturesJob(store=StoreConfig(root="s3://bucket/features"))) is None
+    assert storage_of(FeaturesJob(storage=str(tmp_path / "runs"))) == tmp_path / "runs"
+    with pytest.raises(UserError, match="storage 'runs' is relative"):
+        storage_of(FeaturesJob())

@@ -53,9 +53,11 @@ def test_rates_count_what_was_done_here(
     assert capsys.readouterr().out == "", "not yet time for a line"
     clock.seconds += 0.5
     progress.step(6, 10, {"loss": torch.tensor(0.25), "tokens": 60})
-    assert capsys.readouterr().out == "adapter: step 6/10, loss 0.250, 2.0 steps/s, 100 tokens/s, 2 s left\n"
+    assert (
+        capsys.readouterr().out == "adapter: step 6/10, loss of this step 0.250, 2.0 steps/s, 100 tokens/s, 2 s left\n"
+    )
     progress.epoch(EpochReport(1, 6, METRICS, is_best=True, stop=False))
-    line = "adapter: epoch 1/2, step 6/10, loss 0.500, selection accuracy 75.0%, 2.0 steps/s, 100 tokens/s, 2 s left\n"
+    line = "adapter: epoch 1/2, step 6/10, mean loss of the epoch 0.500, selection accuracy 75.0%, 2.0 steps/s, 100 tokens/s, 2 s left\n"
     assert capsys.readouterr().out == line
     assert [point.value for point in store.get_metric_history(run_id, "live/seconds_left")] == [2.0, 2.0]
     assert store.get_run(run_id).data.metrics["live/tokens_per_second"] == 100

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ray_jobs.paths import store_in
 from ray_jobs.ray_internals import out_of_memory_trials_are_retried
 from ray_jobs.sweep.comparison import record_comparison
 from ray_jobs.sweep.config import TuneJob
@@ -45,10 +46,8 @@ class Sweep:
 
 
 def base_recipe(job: TuneJob) -> Recipe:
-    """What the space does not say; a trial runs in a folder of its own, so the store is named from the root."""
-    root = job.store.root
-    store = job.store if "://" in root else replace(job.store, root=str(Path(root).expanduser().absolute()))
-    return Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=store, shuffles=job.shuffles)
+    """What the space does not say."""
+    return Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=job.store, shuffles=job.shuffles)
 
 
 def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> Sweep:
@@ -63,6 +62,7 @@ def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> 
         UserError: a space without a legal point, a model without a head, unreadable data, or a sweep folder of another
             task.
     """
+    job = replace(job, store=store_in(storage, job.store))
     space = load_space(job.space)
     if job.trials is not None:
         space = replace(space, trials=job.trials)

@@ -59,7 +59,7 @@ class TrainProgress:
         if time.perf_counter() - self.told >= self.interval:
             loss = float(metrics["loss"])
             if self.bar is None:
-                self.tell(f"step {step}/{total}, loss {loss:.3f}, {self._rates_in_words(step)}")
+                self.tell(f"step {step}/{total}, loss of this step {loss:.3f}, {self._rates_in_words(step)}")
             self._record_live(step, loss)
 
     def epoch(self, report: EpochReport) -> None:
@@ -67,7 +67,7 @@ class TrainProgress:
         metrics, trainer = report.metrics, self.trainer
         self.tell(
             f"epoch {report.epoch}/{trainer.optim.epochs}, step {report.step}/{trainer.total_steps}, "
-            f"loss {metrics['train_loss']:.3f}, selection accuracy {metrics['selection_accuracy']:.1%}, "
+            f"mean loss of the epoch {metrics['train_loss']:.3f}, selection accuracy {metrics['selection_accuracy']:.1%}, "
             f"{self._rates_in_words(report.step)}"
         )
         self._record(metrics, report.epoch)

@@ -23,7 +23,9 @@ class StoreConfig:
     """Where and how features are stored.
 
     Args:
-        root: folder of all stores: a local path, or a URI that pyarrow opens, such as ``s3://bucket/features``.
+        root: folder of all stores: a local path, or a URI that pyarrow opens, such as ``s3://bucket/features``. On
+            several machines, all of them must reach it. By default ``features`` in the storage folder of the job, and
+            ``revmux/features`` in the user's cache for programs that have no storage folder.
         copies: local folder that shards of a URI's store are copied to when they are read, to be memory-mapped from
             there; by default the user's cache.
         dtype: type of the states on disk; what it loses is measured and noted in the store.
@@ -33,7 +35,7 @@ class StoreConfig:
         shard_inputs: most inputs in a file.
     """
 
-    root: str = field(default_factory=default_root)
+    root: str | None = None
     copies: str = field(default_factory=default_root)
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     budget_gb: float = 10.0
@@ -42,7 +44,7 @@ class StoreConfig:
 
     def __post_init__(self) -> None:
         for name in ("root", "copies"):
-            if not getattr(self, name):
+            if getattr(self, name) == "":
                 raise UserError(f"{name} of the feature store is empty; name a folder")
         if "://" in self.copies:
             raise UserError(f"copies is {self.copies!r}; name a folder of this machine: files are mapped from there")

@@ -16,7 +16,7 @@ from revmux.backbone.base import evaluating
 from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
 from revmux.features.budget import GIGABYTE, predict_size
-from revmux.features.config import DTYPES, StoreConfig
+from revmux.features.config import DTYPES, StoreConfig, default_root
 from revmux.features.key import backbone_digest, combine, tokens_digest
 from revmux.features.place import Place
 from revmux.features.precision import Precision, noted_precision
@@ -187,7 +187,7 @@ class StoreBuilder:
             "shard_inputs": self.config.shard_inputs,
         }
         self.key = combine(self.ingredients)
-        self.root = Place.open(self.config.root, filesystem)
+        self.root = Place.open(self.config.root or default_root(), filesystem)
         self.place = self.root.child(self.key)
         self.copies = None if self.root.local else Place.open(self.config.copies).child(self.key)
         self.teacher = self._shards("teacher")

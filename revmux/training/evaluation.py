@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -42,7 +43,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: MultiplexedClassifier, features: Features, shuffles: int = 10, seed: int = 0, batch_size: int = 128
+    model: MultiplexedClassifier,
+    features: Features,
+    shuffles: int = 10,
+    seed: int = 0,
+    batch_size: int = 128,
+    on_shuffle: Callable[[int, int, float], None] | None = None,
 ) -> Evaluation:
     """Evaluate over shuffles of the inputs; under torch.distributed every worker takes its share of the groups.
 
@@ -52,7 +58,8 @@ def evaluate(
         shuffles: how often the inputs are grouped anew. A method without groups (N = 1) is asked once, since
             every shuffle answers the same.
         seed: of the first shuffle.
-        batch_size: inputs a forward pass.
+        batch_size: inputs per forward pass.
+        on_shuffle: called after each shuffle with the shuffles done, their total and the mean accuracy so far.
     """
     shuffles = 1 if model.num_inputs == 1 else shuffles
     total = len(features)
@@ -66,6 +73,8 @@ def evaluate(
             if teacher is not None:
                 agreed.append(float((predicted == teacher).double().mean()))
                 teacher_correct = float((teacher == features.labels).double().mean())
+            if on_shuffle is not None:
+                on_shuffle(shuffle + 1, shuffles, sum(correct) / len(correct))
     accuracies = torch.tensor(correct, dtype=torch.float64)
     return Evaluation(
         accuracy_mean=float(accuracies.mean()),
