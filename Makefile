@@ -6,7 +6,7 @@ STORAGE ?= runs/quickstart
 PORT ?= 5000
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-all check lint docs dist ui clean
+.PHONY: help quickstart test test-numeric test-processors test-all check lint docs dist ui clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -24,6 +24,12 @@ quickstart: $(READY)  ## the whole path: task model, adapters, sweep, server, re
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest
+
+test-numeric: $(READY)  ## run the tests that compute with models, without Ray
+	$(BIN)/python -m pytest -m 'numeric and not long'
+
+test-processors: $(READY)  ## run the numeric tests as other processors would compute (nightly)
+	PYTHON=$(BIN)/python .ci/processors
 
 test-all: $(READY)  ## run the tests, the long ones too
 	$(BIN)/python -m pytest -m ''

@@ -34,7 +34,7 @@ def parse(config_class: type[Config], description: str | None, argv: Sequence[st
     parser.add_class_arguments(config_class, as_group=True)
     namespace = parser.parse_args(argv)
     del namespace["config"]
-    return config_class(**parser.instantiate_classes(namespace).as_dict())
+    return config_class(**parser.instantiate(namespace).as_dict())
 
 
 def at_its_place(config: Config) -> Config:

@@ -17,8 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from tiny_models import LABELS, WORDS, write_tiny_model
 
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
@@ -27,8 +26,12 @@ from revmux.pretrained.pretrained import Pretrained
 # Models this small gain nothing from threads that wait for each other; other numbers test that none changes a result.
 THREADS = int(os.environ.get("REVMUX_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
-WORDS = [f"w{index}" for index in range(40)]
-LABELS = ["bad", "good"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each file's tests stay in one process, so that what they share is made once."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,41 +41,6 @@ def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     yield
     datasets.config.HF_DATASETS_CACHE = former
-
-
-def write_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """A random BERT classifier (d = 32, L = 3) and a tokenizer of 40 words, as save_pretrained writes them."""
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        initializer_range=0.2,  # inputs must differ in what a random model makes of them
-        id2label=dict(enumerate(LABELS)),
-        label2id={name: index for index, name in enumerate(LABELS)},
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
-    core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, "[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

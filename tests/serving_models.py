@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import tiny_config
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertForSequenceClassification, BertTokenizerFast
 
 from revmux.adapters.folder import describe_adapter, save_adapter
 from revmux.methods import BackboneShape, build_method
@@ -28,11 +29,10 @@ def write_model(folder: Path) -> Path:
     """
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ok", *WORDS]))
     torch.manual_seed(0)
-    config = BertConfig(
+    config = tiny_config(
+        "bert",
         vocab_size=66,
-        hidden_size=32,
         num_hidden_layers=4,
-        num_attention_heads=4,
         intermediate_size=128,
         max_position_embeddings=64,
         num_labels=3,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_tiny_model
 from numeric import assert_close
 from safetensors.torch import load_file, save_file
+from tiny_models import write_tiny_model
 from torch import Tensor
 
 import revmux
@@ -27,6 +27,8 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import LossConfig, OptimConfig
+
+pytestmark = pytest.mark.numeric
 
 TEXTS = ["w1 w5 w6", "w2 w9", "w7", "w30 w1 w2 w3", "w11 w12"]
 

@@ -13,32 +13,23 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_close
+from tiny_models import tiny_config
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    ElectraConfig,
-    ModernBertConfig,
-    MPNetConfig,
-    RobertaConfig,
 )
 
 from revmux import BackboneShape, HiddenState, MultiplexedClassifier, UserError, build_method, cut
 from revmux.backbone import Backbone, TokenBatch, supported_model_types
 from revmux.backbone.registry import BACKBONES
 
+pytestmark = pytest.mark.numeric
+
 LAYERS, WIDTH, VOCABULARY, LENGTH, LABELS = 4, 32, 50, 14, 3
+SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS, "num_labels": LABELS}
 BERT_LIKE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
+    **SHAPE,
     "type_vocab_size": 2,
-    "num_labels": LABELS,
 }
 DEBERTA = {
     **BERT_LIKE,
@@ -52,13 +43,7 @@ DEBERTA = {
     "pooler_dropout": 0.1,
 }
 MODERNBERT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
-    "num_labels": LABELS,
+    **SHAPE,
     "local_attention": 6,  # shorter than the inputs
     "attention_dropout": 0.1,
     "embedding_dropout": 0.1,
@@ -71,27 +56,22 @@ MODERNBERT: dict[str, Any] = {
     "sep_token_id": 3,
 }
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "bert": lambda: BertConfig(**BERT_LIKE),
-    "roberta": lambda: RobertaConfig(**BERT_LIKE),
-    "distilbert": lambda: DistilBertConfig(
-        vocab_size=VOCABULARY,
-        dim=WIDTH,
-        n_layers=LAYERS,
-        n_heads=4,
-        hidden_dim=48,
-        max_position_embeddings=40,
-        num_labels=LABELS,
+    "bert": lambda: tiny_config("bert", **BERT_LIKE),
+    "roberta": lambda: tiny_config("roberta", **BERT_LIKE),
+    "distilbert": lambda: tiny_config("distilbert", **SHAPE),
+    "electra": lambda: tiny_config("electra", **BERT_LIKE, embedding_size=16),
+    "electra-unprojected": lambda: tiny_config("electra", **BERT_LIKE, embedding_size=WIDTH),
+    "deberta-v2": lambda: tiny_config("deberta-v2", **DEBERTA),
+    "deberta-v2-convolution": lambda: tiny_config(
+        "deberta-v2",
+        **{**DEBERTA, "share_att_key": False, "position_biased_input": True},
+        conv_kernel_size=3,
+        conv_act="gelu",
     ),
-    "electra": lambda: ElectraConfig(**BERT_LIKE, embedding_size=16),
-    "electra-unprojected": lambda: ElectraConfig(**BERT_LIKE, embedding_size=WIDTH),
-    "deberta-v2": lambda: DebertaV2Config(**DEBERTA),
-    "deberta-v2-convolution": lambda: DebertaV2Config(
-        **{**DEBERTA, "share_att_key": False, "position_biased_input": True}, conv_kernel_size=3, conv_act="gelu"
-    ),
-    "deberta-v2-absolute": lambda: DebertaV2Config(**BERT_LIKE),
-    "modernbert": lambda: ModernBertConfig(**MODERNBERT),
-    "modernbert-mean": lambda: ModernBertConfig(**MODERNBERT, classifier_pooling="mean"),
-    "modernbert-global": lambda: ModernBertConfig(**MODERNBERT, layer_types=["full_attention"] * LAYERS),
+    "deberta-v2-absolute": lambda: tiny_config("deberta-v2", **BERT_LIKE),
+    "modernbert": lambda: tiny_config("modernbert", **MODERNBERT),
+    "modernbert-mean": lambda: tiny_config("modernbert", **MODERNBERT, classifier_pooling="mean"),
+    "modernbert-global": lambda: tiny_config("modernbert", **MODERNBERT, layer_types=["full_attention"] * LAYERS),
 }
 IMPLEMENTATIONS = [
     (family, implementation)
@@ -417,7 +397,7 @@ def test_the_documented_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
     source = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert len(source) == 1
     exec(compile(source[0], str(page), "exec"), {"__name__": "documented_example"})
-    config = MPNetConfig(**{name: value for name, value in BERT_LIKE.items() if name != "type_vocab_size"})
+    config = tiny_config("mpnet", **SHAPE)
     backbone = cut(build(config, "eager")).freeze()
     tokens = token_batch(backbone, [LENGTH, 9])
     for depth in range(LAYERS + 1):

@@ -10,28 +10,22 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_close
+from tiny_models import tiny_config
 from torch import Tensor, nn
 from transformers import (
-    BartConfig,
     BartForCausalLM,
     BartForConditionalGeneration,
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
-    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
-    MistralConfig,
     MistralForCausalLM,
-    Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
     Qwen3ForSequenceClassification,
-    T5Config,
     T5ForConditionalGeneration,
     T5ForSequenceClassification,
 )
@@ -40,78 +34,49 @@ from revmux import BackboneShape, HiddenState, MultiplexedClassifier, UserError,
 from revmux.backbone import TokenBatch, Verbalizer
 from revmux.backbone.generative import GenerativeBackbone, token_positions
 
+pytestmark = pytest.mark.numeric
+
 LAYERS, WIDTH, VOCABULARY, LABELS = 3, 32, 60, 3
 PAD, END, START = 1, 2, 3
 LENGTHS = (9, 4, 7, 6)
 WORDS = Verbalizer(("no", "maybe", "yes"), ((11,), (25,), (40,)))
 TWO_TOKENS = Verbalizer(("no", "yes"), ((11, 12, 13), (40,)))
 SPECIAL: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": END, "bos_token_id": START, "num_labels": LABELS}
-ROTARY: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    **SPECIAL,
-}
+SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **SPECIAL}
+ROTARY: dict[str, Any] = {**SHAPE, "num_key_value_heads": 2, "head_dim": 8}
 T5: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "d_model": WIDTH,
+    **SHAPE,
     "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": LAYERS,
     "num_decoder_layers": 2,
-    "num_heads": 4,
     "relative_attention_num_buckets": 8,  # fewer than tokens, so that logarithmic buckets are used
     "relative_attention_max_distance": 12,
     "decoder_start_token_id": START,
-    "n_positions": 64,
-    **SPECIAL,
 }
 BART: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "d_model": WIDTH,
-    "encoder_layers": LAYERS,
+    **SHAPE,
     "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 64,
     "scale_embedding": True,
     "decoder_start_token_id": START,
     "forced_eos_token_id": None,
-    **SPECIAL,
-}
-GPT2: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "n_embd": WIDTH,
-    "n_layer": LAYERS,
-    "n_head": 4,
-    "n_positions": 64,
-    **SPECIAL,
 }
 SLIDING = ["full_attention", "sliding_attention", "sliding_attention"]
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "t5-words": lambda: T5ForConditionalGeneration(T5Config(**T5)),
+    "t5-words": lambda: T5ForConditionalGeneration(tiny_config("t5", **T5)),
     "t5-gated-words": lambda: T5ForConditionalGeneration(
-        T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        tiny_config("t5", **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     ),
-    "t5-head": lambda: T5ForSequenceClassification(T5Config(**T5)),
-    "bart-words": lambda: BartForConditionalGeneration(BartConfig(**BART)),
-    "bart-head": lambda: BartForSequenceClassification(BartConfig(**BART)),
-    "llama-words": lambda: LlamaForCausalLM(LlamaConfig(**ROTARY)),
-    "llama-head": lambda: LlamaForSequenceClassification(LlamaConfig(**ROTARY)),
-    "mistral-words": lambda: MistralForCausalLM(MistralConfig(**ROTARY, sliding_window=3)),
+    "t5-head": lambda: T5ForSequenceClassification(tiny_config("t5", **T5)),
+    "bart-words": lambda: BartForConditionalGeneration(tiny_config("bart", **BART)),
+    "bart-head": lambda: BartForSequenceClassification(tiny_config("bart", **BART)),
+    "llama-words": lambda: LlamaForCausalLM(tiny_config("llama", **ROTARY)),
+    "llama-head": lambda: LlamaForSequenceClassification(tiny_config("llama", **ROTARY)),
+    "mistral-words": lambda: MistralForCausalLM(tiny_config("mistral", **ROTARY, sliding_window=3)),
     "qwen2-words": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**ROTARY, use_sliding_window=True, sliding_window=3, layer_types=SLIDING)
+        tiny_config("qwen2", **ROTARY, use_sliding_window=True, sliding_window=3, layer_types=SLIDING)
     ),
-    "qwen3-head": lambda: Qwen3ForSequenceClassification(Qwen3Config(**ROTARY)),
-    "gpt2-words": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
-    "gpt2-head": lambda: GPT2ForSequenceClassification(GPT2Config(**GPT2)),
+    "qwen3-head": lambda: Qwen3ForSequenceClassification(tiny_config("qwen3", **ROTARY)),
+    "gpt2-words": lambda: GPT2LMHeadModel(tiny_config("gpt2", **SHAPE)),
+    "gpt2-head": lambda: GPT2ForSequenceClassification(tiny_config("gpt2", **SHAPE)),
 }
 ALL = pytest.mark.parametrize("name", MODELS)
 WITH_WORDS = pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-words")])
@@ -446,11 +411,11 @@ def test_wrong_heads_are_refused_with_a_remedy() -> None:
     with pytest.raises(UserError, match=r"LlamaForCausalLM has no sequence classification head.*verbalizer"):
         cut(whole("llama-words"))
     with pytest.raises(UserError, match=r"LlamaForTokenClassification has no sequence classification head"):
-        cut(LlamaForTokenClassification(LlamaConfig(**ROTARY)))
+        cut(LlamaForTokenClassification(tiny_config("llama", **ROTARY)))
     with pytest.raises(UserError, match=r"BartForSequenceClassification scores no vocabulary"):
         cut(whole("bart-head"), WORDS)
     with pytest.raises(UserError, match=r"BartForCausalLM has no encoder"):
-        cut(BartForCausalLM(BartConfig(**BART)), WORDS)
+        cut(BartForCausalLM(tiny_config("bart", **BART)), WORDS)
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
     encoder = BertForSequenceClassification(BertConfig(vocab_size=9, **sizes))
     with pytest.raises(UserError, match=r"bert is not a language model.*choose from bart, gpt2, llama"):
@@ -478,7 +443,7 @@ def test_wrong_inputs_are_refused_with_a_remedy() -> None:
     with pytest.raises(UserError, match=r"soft prompt length is 64; choose 1..63"):
         backbone_of("t5-words").add_soft_prompt(64)
     settings = {key: value for key, value in T5.items() if key != "decoder_start_token_id"}
-    model = T5ForConditionalGeneration(T5Config(**settings))
+    model = T5ForConditionalGeneration(tiny_config("t5", **settings))
     model.generation_config = None
     with pytest.raises(UserError, match="no decoder_start_token_id"):
         cut(model, WORDS)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from numeric import assert_close
 from test_methods import groups_of, randomised, texts, tiny_bert
 
@@ -14,6 +15,8 @@ from revmux.data.config import DataConfig
 from revmux.data.task import load_task
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
+
+pytestmark = pytest.mark.numeric
 
 
 def test_the_released_step_gives_the_answers_and_adapter_gradients_of_ours():

@@ -17,6 +17,8 @@ from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import CheckpointConfig
 from revmux.training.distributed import from_first, rank_and_world, together
 
+pytestmark = pytest.mark.numeric
+
 
 def save(folder: CheckpointFolder, step: int, best_epoch: int = 0) -> None:
     folder.save(step, {"step": step, "weights": torch.arange(step)}, {"w": torch.tensor(best_epoch)}, best_epoch)

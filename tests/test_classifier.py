@@ -17,6 +17,8 @@ from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = ["w1 w5", "w2 w9 w3 w4 w8", "w7", "w30 w1 w2 w3", "w11 w12 w13"]
 BY_LENGTH = [1, 3, 4, 0, 2]
 

@@ -6,31 +6,14 @@ from dataclasses import fields
 
 import pytest
 import torch
+from tiny_models import tiny_classifier, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    BartConfig,
-    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    ElectraConfig,
-    ElectraForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    ModernBertConfig,
-    ModernBertForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
@@ -43,6 +26,8 @@ from revmux.estimate.flops import count_flops, relative_cost, rival_exit_layer, 
 from revmux.estimate.memory import estimate_memory
 from revmux.estimate.shapes import PRESETS, config_of, meta_backbone
 from revmux.methods import Method, method_class, method_names
+
+pytestmark = pytest.mark.numeric
 
 SYSTEMS = [
     ("siso", 1, {}),
@@ -69,72 +54,36 @@ BERT = {
 GROUPS, LENGTH = 2, 24
 
 
+TINY: dict[str, dict] = {
+    "bert": {},
+    "electra": {"embedding_size": 32},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 8,
+        "share_att_key": True,
+        "attn_implementation": None,  # it has no choice
+    },
+    "modernbert": {"cls_token_id": 1, "sep_token_id": 2},
+    "roberta": {"pad_token_id": 1},
+    "distilbert": {},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 24},
+    "qwen2": {"num_key_value_heads": 2, "head_dim": 24},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
+    "llama": {"num_key_value_heads": 2, "head_dim": 24},
+    "gpt2": {},
+    "bart": {"pad_token_id": 1},
+    "t5": {"d_kv": 24, "decoder_start_token_id": 0},
+}
+
+
 def tiny(family: str) -> Backbone:
+    settings = {**BERT, "attn_implementation": "eager", **TINY[family]}
+    if family != "t5":
+        return tiny_classifier(family, num_labels=2, **settings)
     torch.manual_seed(0)
-    if family == "bert":
-        return cut(BertForSequenceClassification(BertConfig(**BERT, attn_implementation="eager"))).freeze()
-    if family == "electra":
-        config = ElectraConfig(**BERT, embedding_size=32, attn_implementation="eager")
-        return cut(ElectraForSequenceClassification(config)).freeze()
-    if family == "deberta-v2":
-        config = DebertaV2Config(
-            **BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, share_att_key=True
-        )
-        return cut(DebertaV2ForSequenceClassification(config)).freeze()
-    if family == "modernbert":
-        config = ModernBertConfig(**BERT, attn_implementation="eager", cls_token_id=1, sep_token_id=2)
-        return cut(ModernBertForSequenceClassification(config)).freeze()
-    if family == "roberta":
-        config = RobertaConfig(**{**BERT, "pad_token_id": 1}, attn_implementation="eager")
-        return cut(RobertaForSequenceClassification(config)).freeze()
-    if family == "distilbert":
-        config = DistilBertConfig(
-            vocab_size=60,
-            dim=64,
-            n_layers=3,
-            n_heads=4,
-            hidden_dim=96,
-            max_position_embeddings=64,
-            attn_implementation="eager",
-        )
-        return cut(DistilBertForSequenceClassification(config)).freeze()
-    if family in ("mistral", "qwen2", "qwen3"):
-        config = AutoConfig.for_model(family, **BERT, num_key_value_heads=2, head_dim=24, attn_implementation="eager")
-        return cut(AutoModelForSequenceClassification.from_config(config)).freeze()
-    if family == "llama":
-        config = LlamaConfig(**BERT, num_key_value_heads=2, head_dim=24, attn_implementation="eager")
-        return cut(LlamaForSequenceClassification(config)).freeze()
-    if family == "gpt2":
-        config = GPT2Config(
-            vocab_size=60, n_embd=64, n_layer=3, n_head=4, n_positions=64, attn_implementation="eager", pad_token_id=0
-        )
-        return cut(GPT2ForSequenceClassification(config)).freeze()
-    if family == "bart":
-        config = BartConfig(
-            vocab_size=60,
-            d_model=64,
-            encoder_layers=3,
-            decoder_layers=3,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=96,
-            decoder_ffn_dim=96,
-            max_position_embeddings=64,
-            attn_implementation="eager",
-        )
-        return cut(BartForSequenceClassification(config)).freeze()
-    config = T5Config(
-        vocab_size=60,
-        d_model=64,
-        d_kv=24,
-        d_ff=96,
-        num_layers=3,
-        num_heads=4,
-        decoder_start_token_id=0,
-        attn_implementation="eager",
-    )
     words = Verbalizer(label_names=("no", "yes"), token_ids=((3,), (4,)))
-    return cut(T5ForConditionalGeneration(config), words).freeze()
+    return cut(T5ForConditionalGeneration(tiny_config("t5", **settings)), words).freeze()
 
 
 def counted_by_torch(model: MultiplexedClassifier, length: int, group_count: int = GROUPS) -> float:

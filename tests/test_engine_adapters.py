@@ -14,6 +14,8 @@ from revmux.errors import UserError
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Answer, Engine, Limits
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = [text(index) for index in range(48)]
 
 

@@ -13,11 +13,14 @@ import pytest
 import torch
 from numeric import assert_close
 from serving_models import CUT, WORDS, load, plain_scores, text, write_adapter, write_model
+from torch import Tensor
 
 from revmux.errors import EmptyText, TextError, UserError
 from revmux.labels import rank_labels
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Draining, Engine, InferenceFailed, Limits, Overloaded
+
+pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,33 @@ def test_plain_inputs_share_a_batch_that_is_bit_for_bit_the_plain_models(
     assert {future.result(60).width for future in grouped} == {4}
     assert {answer.width for answer in answers} == {1}
     assert torch.equal(torch.stack([answer.scores for answer in answers]), plain_scores(pretrained, texts))
+
+
+def test_plain_answers_are_bit_for_bit_those_of_the_hugging_face_model_on_the_batch_that_ran(
+    make_engine: Callable[..., Engine], pretrained: Pretrained
+) -> None:
+    """Texts of many lengths: the padded batch that the engine made is what the promise is exact against."""
+    batches: list[dict[str, Tensor]] = []
+    pretrained.backbone.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0]))
+    engine = make_engine()
+    texts = [text(index) for index in range(0, 40, 2)]
+    futures = engine.submit(texts, max_multiplex=1)
+    engine.start()
+    answers = [future.result(60) for future in futures]
+    expected: dict[tuple[int, ...], Tensor] = {}
+    with torch.inference_mode():
+        for tokens in batches:
+            for ids, mask, row in zip(
+                tokens["input_ids"], tokens["attention_mask"].bool(), pretrained.backbone.model(**tokens).logits
+            ):
+                expected[tuple(ids[mask].tolist())] = row
+    assert len(batches) < len(texts), "several texts share a batch"
+    assert len(expected) == len(texts)
+    for own, answer in zip(texts, answers):
+        assert answer.width == 1
+        assert torch.equal(answer.scores, expected[tuple(pretrained.tokenizer(own)["input_ids"])])
+        # Alone, the same text has another shape, and its scores may differ by rounding.
+        assert_close(answer.scores, plain_scores(pretrained, [own])[0])
 
 
 @pytest.mark.parametrize(("waiting", "width"), [(1, 1), (3, 1), (64, 4)])

@@ -14,6 +14,8 @@ from serving_models import known_texts, load, plain_scores, write_adapter, write
 
 from revmux.serving import Answer, Engine, Expired, Limits, Overloaded, PassReport
 
+pytestmark = pytest.mark.numeric
+
 CLIENTS = 4
 INPUTS = 10_000
 

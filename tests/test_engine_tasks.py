@@ -17,6 +17,8 @@ from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Draining, Engine, Expired, InferenceFailed, Limits, Overloaded, PassReport, UnknownTask
 from revmux.serving.sharing import share_weights
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = [text(index) for index in range(40)]
 
 

@@ -21,6 +21,8 @@ from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.evaluation import evaluate, predict
 
+pytestmark = pytest.mark.numeric
+
 
 def features(pretrained: Pretrained, rows: list[dict[str, str]], with_teacher: bool = True) -> OnlineFeatures:
     names = pretrained.backbone.label_names

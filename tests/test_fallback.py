@@ -27,6 +27,8 @@ from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Engine, Limits
 from revmux.training.evaluation import evaluate, predict
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = [text(index) for index in range(32)]
 
 

@@ -19,20 +19,16 @@ import torch
 from datasets import Dataset
 from numeric import assert_close
 from pyarrow.fs import FileSystem, LocalFileSystem, SubTreeFileSystem
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_models import WORDS, tiny_classifier, tiny_config, word_tokenizer
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BartConfig,
-    BertConfig,
-    LlamaConfig,
-    ModernBertConfig,
     PreTrainedTokenizerFast,
 )
 
 from revmux import UserError
 from revmux.__main__ import main
-from revmux.backbone import Backbone, HiddenState, cut
+from revmux.backbone import Backbone, HiddenState
 from revmux.backbone.llama import LlamaBackbone
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.data.tokens import TokenizedSplit
@@ -47,61 +43,44 @@ from revmux.features.shards import ShardSet, assign_shards
 from revmux.features.store import StoreBuilder, open_features
 from revmux.pretrained.pretrained import Pretrained
 
+pytestmark = pytest.mark.numeric
+
 LAYERS, WIDTH, INPUTS, SHARD = 3, 32, 23, 8
-WORDS = [f"w{index}" for index in range(40)]
 SHAPE: dict[str, Any] = {
     "vocab_size": len(WORDS) + 5,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
     "max_position_embeddings": 64,
     "num_labels": 3,
     "pad_token_id": 0,
     "bos_token_id": 2,
     "eos_token_id": 3,
 }
-BART = {
-    **{name: value for name, value in SHAPE.items() if name != "hidden_size"},
-    "d_model": WIDTH,
-    "encoder_layers": LAYERS,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "decoder_start_token_id": 3,
-}
 
 
 def bert(seed: int = 0) -> Backbone:
-    torch.manual_seed(seed)
-    return cut(AutoModelForSequenceClassification.from_config(BertConfig(**SHAPE))).freeze()
+    return tiny_classifier("bert", seed, **SHAPE)
 
 
 def modernbert() -> Backbone:
-    torch.manual_seed(0)
-    config = ModernBertConfig(**SHAPE, classifier_pooling="mean", local_attention=6, cls_token_id=2, sep_token_id=3)
-    return cut(AutoModelForSequenceClassification.from_config(config)).freeze()
+    return tiny_classifier(
+        "modernbert", **SHAPE, classifier_pooling="mean", local_attention=6, cls_token_id=2, sep_token_id=3
+    )
 
 
 def llama() -> Backbone:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, num_key_value_heads=4))
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", **SHAPE))
     backbone = LlamaBackbone(model, Verbalizer(("no", "yes"), ((7,), (9, 10))))
     backbone.add_soft_prompt(2)
     return backbone.freeze()
 
 
 def bart() -> Backbone:
-    torch.manual_seed(0)
-    return cut(AutoModelForSequenceClassification.from_config(BartConfig(**BART))).freeze()
+    return tiny_classifier("bart", **SHAPE, decoder_layers=1, decoder_start_token_id=3)
 
 
 def tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, "[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core = word_tokenizer(names)
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_model
 from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
 from numeric import assert_close
+from tiny_models import write_tiny_model
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.adapters.classifier import TextClassifier

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import write_tiny_model
+from tiny_models import write_tiny_model
 
 from ray_jobs import cli, evaluate, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig

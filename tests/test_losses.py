@@ -15,6 +15,8 @@ from revmux import UserError
 from revmux.training.config import LossConfig
 from revmux.training.losses import ContrastSet, gather_from_workers, infonce, training_loss
 
+pytestmark = pytest.mark.numeric
+
 ONE_APART = math.log(1 + math.exp(-1))  # −log softmax of 1 against 0
 
 

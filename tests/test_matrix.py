@@ -18,6 +18,8 @@ from revmux.fallback import confidence, resume
 from revmux.methods import method_names
 from revmux.pretrained.pretrained import Pretrained
 
+pytestmark = pytest.mark.numeric
+
 FAMILIES = {
     "bert": "bert",
     "roberta": "roberta",

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from revmux.backbone import HiddenState
 from revmux.methods import BackboneShape, build_method
 
+pytestmark = pytest.mark.numeric
+
 
 def shape(hidden: int, shared_answer: bool = True) -> BackboneShape:
     return BackboneShape(

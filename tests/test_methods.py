@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from numeric import assert_close
+from tiny_models import tiny_classifier
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method, cut
+from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.backbone import Backbone, TokenBatch
 from revmux.methods import Method, method_names
 from revmux.methods.registry import METHODS
 from revmux.methods.retrieval import sample_questions
+
+pytestmark = pytest.mark.numeric
 
 SYSTEMS = [
     ("revmux", {}),
@@ -34,33 +36,11 @@ LENGTH, PADDING = 9, 0
 
 
 def tiny_bert(hidden: int = 80) -> Backbone:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=60,
-        hidden_size=hidden,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=40,
-        num_labels=3,
-    )
-    return cut(BertForSequenceClassification(config)).freeze()
+    return tiny_classifier("bert", hidden_size=hidden, intermediate_size=96)
 
 
 def tiny_llama() -> Backbone:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        num_labels=3,
-        pad_token_id=PADDING,
-    )
-    return cut(LlamaForSequenceClassification(config)).freeze()
+    return tiny_classifier("llama", num_key_value_heads=2, pad_token_id=PADDING)
 
 
 @pytest.fixture(scope="module")

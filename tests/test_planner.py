@@ -25,6 +25,8 @@ from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from revmux.training.evaluation import evaluate
 
+pytestmark = pytest.mark.numeric
+
 COUNTED = MeasureConfig(shuffles=2, throughput_inputs=0, thresholds=(0.0, 0.6))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_model
 from numeric import assert_close
+from tiny_models import write_tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
@@ -18,6 +18,8 @@ from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_SHA256, BackboneCon
 from revmux.pretrained.identity import resolve, weights_sha256
 from revmux.pretrained.loading import inspect, load_pretrained
 from revmux.pretrained.pretrained import Pretrained
+
+pytestmark = pytest.mark.numeric
 
 TEXTS = ["A short one.", "Several inputs share one pass through the upper layers of a frozen model.", "Why?"]
 

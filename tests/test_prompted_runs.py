@@ -10,16 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, WORDS
 from datasets import Dataset
 from numeric import assert_close
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_models import LABELS, WORDS, write_language_model
 from torch import Tensor
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
@@ -46,48 +43,10 @@ from revmux.training.recipe import Prepared, prepare, train_here
 from serve_app.config import server_config
 from serve_app.service import Service
 
-TEMPLATE = ["Text:", "Is", "it", "bad", "or", "good?", "Answer:", "good", "no"]
+pytestmark = pytest.mark.numeric
+
 PROMPT = Prompt("mine", "Text: {text}\nIs it bad or good?\nAnswer:", {"bad": ("bad",), "good": ("good",)})
 FAMILIES = ("llama", "t5")
-
-
-def write_language_model(folder: Path, family: str) -> Path:
-    """A random language model (d = 32, L = 3) with a tokenizer that, as LLaMA's, begins or, as T5's, ends a text."""
-    torch.manual_seed(0)
-    names = ["<pad>", "</s>", "<unk>", "<s>", *TEMPLATE, *WORDS]
-    size = len(names)
-    core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    frame = "<s> $A" if family == "llama" else "$A </s>"
-    core.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("<s>", 3), ("</s>", 1)])
-    tokens = {"unk_token": "<unk>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if family == "t5" else {})
-    PreTrainedTokenizerFast(tokenizer_object=core, **tokens).save_pretrained(folder)
-    if family == "llama":
-        config = LlamaConfig(
-            vocab_size=size,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=48,
-            max_position_embeddings=40,
-            initializer_range=0.2,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
-    else:
-        shape = T5Config(
-            vocab_size=size,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=3,
-            num_heads=4,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-            n_positions=40,
-            initializer_factor=2.0,
-        )
-        T5ForConditionalGeneration(shape).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

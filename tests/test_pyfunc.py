@@ -15,9 +15,9 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
-from conftest import LABELS
 from mlflow.exceptions import MlflowException
 from numeric import assert_close
+from tiny_models import LABELS
 from torch import Tensor
 
 from ray_jobs.tracking.config import TrackingConfig
@@ -28,6 +28,8 @@ from revmux.adapters.classifier import TextClassifier
 from revmux.adapters.folder import describe_adapter, load_adapter, save_adapter
 from revmux.pretrained.pretrained import Pretrained
 from serve_app.sources import fetch_adapter
+
+pytestmark = pytest.mark.numeric
 
 TEXTS = ["w1 w5 w6", "w2 w9 w4", "w7 w3 w2", "w30 w1 w2", "w11 w12 w8"]  # of one length: grouped as they come
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from numeric import assert_close
 
@@ -13,6 +14,8 @@ from revmux.features.config import StoreConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from revmux.training.recipe import prepare, train_here
+
+pytestmark = pytest.mark.numeric
 
 
 def test_gradient_checkpointing_runs_upper_layers_again_and_trains_the_same_weights(

@@ -34,6 +34,8 @@ from serve_app.config import AppConfig
 from serve_app.service import Service
 from serve_app.web import create_app
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = [text(index) for index in range(24)]
 
 

@@ -12,7 +12,8 @@ import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from serving_http import listening
-from transformers import AutoTokenizer, BertConfig
+from tiny_models import tiny_config
+from transformers import AutoTokenizer
 
 from benchmarks.rows import kept_rows, ratio_row, unmeasured_row
 from benchmarks.serving.__main__ import main
@@ -145,8 +146,7 @@ def test_a_stage_is_kept_until_its_settings_change(tmp_path: Path) -> None:
 
 
 def test_the_model_alone_is_compared_at_every_n_and_l(tmp_path: Path) -> None:
-    config = BertConfig(vocab_size=66, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
-    config.save_pretrained(tmp_path)
+    tiny_config("bert", num_hidden_layers=4, max_position_embeddings=512).save_pretrained(tmp_path)
     backbone = random_backbone(str(tmp_path), torch.device("cpu"), torch.bfloat16)
     assert backbone.dtype == torch.bfloat16
     rows = list(compare("b", backbone, [random_tokens(backbone, 8)], 128, 1, 0.95))

@@ -12,8 +12,9 @@ import pytest
 import torch
 from datasets import Dataset
 from numeric import assert_close
+from tiny_models import tiny_config
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.backbone.llama import LlamaBackbone
@@ -33,6 +34,8 @@ from revmux.training.distributed import mean_over_workers
 from revmux.training.losses import ContrastSet
 from revmux.training.recipe import check, prepare
 from revmux.training.trainer import Trainer, load_weights
+
+pytestmark = pytest.mark.numeric
 
 FAST = OptimConfig(epochs=4, batch_size=16, learning_rate=5e-3)
 
@@ -326,8 +329,8 @@ def test_tuning_a_task_model_moves_what_stands_above_the_frozen_layers(
 
 def test_a_soft_prompt_stands_before_the_frozen_layers() -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, pad_token_id=0
+    config = tiny_config(
+        "llama", vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
     )
     backbone = LlamaBackbone(LlamaForCausalLM(config), Verbalizer(("no", "yes"), ((7,), (9,))))
     backbone.add_soft_prompt(2)

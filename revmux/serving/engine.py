@@ -38,6 +38,11 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Answers texts with frozen task models, plain or in groups.
 
+    An answer of width 1 from the plain model is exact against one thing: ``pretrained.backbone.model``, the Hugging
+    Face model, on the padded batch of token ids that the engine ran. On the same device, with the same data type,
+    number of threads and PyTorch build, the scores are equal bit for bit. A text that had a pass to itself is a
+    batch of one. The same text in a batch of another shape differs by rounding, as it does without this engine.
+
     Args:
         pretrained: the model of the first task, on the device where it is to run; the engine owns it from here on.
             None begins without a task.
