@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, default=KEPT, help="folder of the stages that were measured")
     parsed = parser.parse_args(argv)
     try:
-        chosen = parser.instantiate_classes(parsed).as_dict()
+        chosen = parser.instantiate(parsed).as_dict()
         result, keep = chosen.pop("result"), chosen.pop("keep")
         settings = Settings(**chosen)
         with TemporaryDirectory(prefix="revmux-serving-") as folder:
