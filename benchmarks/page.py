@@ -16,7 +16,7 @@ from benchmarks.precision import precision_words
 from benchmarks.serving.page import serving_words
 from benchmarks.systems.page import systems_words
 from benchmarks.training.page import training_words
-from revmux.plan.report import comparison_table
+from revmux.plan.report import comparison_table, row_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -30,12 +30,25 @@ def quickstart_words(result: dict[str, Any]) -> dict[str, str]:
     steps = ", ".join(f"{step.lower()} {value:.0f} s" for step, value in seconds.items())
     words = (
         f"{comparison_table(rows)}\n\n"
-        f"One seed; accuracy on {data['test']} test inputs after {data['train']} training examples, mean ± spread over 10 "
-        f"shuffles of who shares a group; {machine['cores']} cores, torch {meta['versions']['torch']}, "
-        f"commit `{(meta['commit'] or 'unknown')[:8]}`. Cost is counted at the mean length; throughput is the model alone, median "
-        f"of pairs against SISO.\n\nTime: {steps}; {sum(seconds.values()) / 60:.1f} minutes up to the report.\n"
+        f"One seed. Accuracy is measured on {data['test']} test inputs after training on {data['train']} examples: the mean ± the "
+        f"standard deviation over 10 shuffles of which inputs share a group. Cost is the number of operations per input relative "
+        f"to SISO, counted at the mean length. Throughput is that of the model alone relative to SISO: the median over pairs of "
+        f"runs. {machine['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`.\n\n"
+        f"Time per step: {steps}; {sum(seconds.values()) / 60:.1f} minutes up to the report.\n"
     )
-    return {"quickstart": words}
+    return {"quickstart": words, "gain": _gain_words(rows)}
+
+
+def _gain_words(rows: list[dict[str, Any]]) -> str:
+    """One line per system that was trained: what it gains in throughput, and what it loses in accuracy."""
+    siso = next(row["accuracy_mean"] for row in rows if row["method"] == "siso")
+    lines = [
+        f"- {row_name(row)}: {row['throughput_ratio']:.2f} times the plain model's throughput, "
+        f"{100 * (siso - row['accuracy_mean']):.1f} points of accuracy lost."
+        for row in sorted(rows, key=lambda row: -row["accuracy_mean"])
+        if row["method"] != "siso"
+    ]
+    return "\n".join(lines) + "\n"
 
 
 WRITERS = {
