@@ -130,7 +130,7 @@ def test_a_person_types_texts_and_sees_labels_and_who_shared_a_pass(
     texts = ["w1 w2", "w3", "<b>w4</b>", "w5 w6 w7"]
     browser.keys("\n".join(texts))
     browser.complaints.clear()  # the refusals before the token was known
-    browser.run("document.querySelector('#ask button').click()")
+    browser.run("document.querySelector('#ask button[type=submit]').click()")
     browser.wait("document.querySelectorAll('#answers tbody tr').length === 4")
     found = _answers(browser)
     assert [row[0] for row in found] == texts
@@ -158,17 +158,28 @@ def test_the_page_shows_throughput_and_width_while_there_is_load(browser: Browse
 
 def test_a_refusal_is_shown_in_words(browser: Browser, url: str) -> None:
     browser.run(f"document.getElementById('texts').value = {json.dumps('w ' * 500)}")
-    browser.run("document.querySelector('#ask button').click()")
+    browser.run("document.querySelector('#ask button[type=submit]').click()")
     browser.wait("document.getElementById('status').className === 'error'")
     assert "at most 64 are allowed" in browser.run("document.getElementById('status').textContent")
+
+
+def test_the_sample_texts_can_be_classified(browser: Browser, url: str) -> None:
+    browser.run("document.getElementById('sample').click()")
+    texts = browser.run("document.getElementById('texts').value").split("\n")
+    assert len(texts) > 1
+    browser.run("document.querySelector('#ask button[type=submit]').click()")
+    first = json.dumps(texts[0])
+    browser.wait(f"document.querySelector('#answers tbody td').innerText === {first}")
+    assert [row[0] for row in _answers(browser)] == texts
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_is_readable_in_light_and_dark(browser: Browser, url: str, scheme: str) -> None:
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     colours = browser.run(
-        "['body', '#hint', 'a', 'button'].map(name => { const style = getComputedStyle(document.querySelector(name));"
-        "const behind = name === 'button' ? style : getComputedStyle(document.body);"
+        "['body', '#hint', 'a', '#ask button[type=submit]'].map(name => {"
+        "const style = getComputedStyle(document.querySelector(name));"
+        "const behind = name.includes('button') ? style : getComputedStyle(document.body);"
         "return [style.color, behind.backgroundColor]; })"
     )
     for ink, paper in colours:

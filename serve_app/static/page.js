@@ -1,9 +1,10 @@
 "use strict";
-// The page of one server: asks /predict like any client, and reads /metrics once a second while it is looked at.
+// The web page of a server. It calls /predict like any client, and reads /metrics once per second while the page is visible.
 const at = (id) => document.getElementById(id);
-const history = [];  // of the last minute: {time, inputs, groups, waiting}
+const history = [];  // one entry per second of the last minute: {time, inputs, groups}
 const SECONDS = 60;
-const BEST = 3;  // scores that are shown at once
+const BEST = 3;  // scores that are shown before "more"
+const SAMPLES = ["Return the sum over an axis.", "Open a session.", "A gripping film from start to finish.", "The delivery came two days late."];
 
 async function ask(path, body) {
   const headers = { "Content-Type": "application/json" };
@@ -51,19 +52,19 @@ function show(texts, rankings, headers) {
     cell(row, rankings[index][0].label);
     cell(row, "").append(...scoreLines(rankings[index]));
     const head = widths[index] === "1" && methods[index] !== "siso" ? ` (${methods[index]})` : "";
-    cell(row, widths[index] + head + (alone[index] === "true" ? ", then alone" : ""));
+    cell(row, widths[index] + head + (alone[index] === "true" ? ", fell back" : ""));
     cell(row, groups[index]);
   });
   at("answers").hidden = false;
   const time = (name) => `${headers.get(`x-${name}-time`)} ms`;
-  at("status").textContent = `${texts.length} answered in ${time("total")}: queue ${time("queue")}, model ${time("inference")}`;
+  at("status").textContent = `${texts.length} answered in ${time("total")} (${time("queue")} in the queue, ${time("inference")} in the model)`;
 }
 
 async function classify(event) {
   event.preventDefault();
   const texts = at("texts").value.split("\n").map((line) => line.trim()).filter(Boolean);
   if (!texts.length) return;
-  const button = at("ask").querySelector("button");
+  const button = at("ask").querySelector("button[type=submit]");
   button.disabled = true;
   at("status").className = "";
   try {
@@ -80,7 +81,7 @@ async function classify(event) {
   }
 }
 
-// The sum of a metric over all replicas, and how many lines it had.
+// The sum of a metric over all replicas, and the number of its lines.
 function total(page, name) {
   let sum = 0, lines = 0;
   for (const line of page.split("\n")) {
@@ -141,13 +142,17 @@ async function describe() {
     at("task").replaceChildren(...tasks.map((name) => new Option(name, name, false, name === chosen)));
     at("task-choice").hidden = tasks.length < 2;
     const widths = new Set(Object.values(info.tasks).flatMap((task) => task.group_widths));
-    at("width").replaceChildren(new Option("as the server likes", ""), ...[...widths].sort((a, b) => a - b).map((width) => new Option(width, width)));
+    at("width").replaceChildren(new Option("automatic", ""), ...[...widths].sort((a, b) => a - b).map((width) => new Option(width, width)));
   } catch (failure) {
     at("status").textContent = failure.message;
   }
 }
 
 at("ask").addEventListener("submit", classify);
+at("sample").addEventListener("click", () => {
+  at("texts").value = SAMPLES.join("\n");
+  at("texts").focus();
+});
 at("texts").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit();
 });
