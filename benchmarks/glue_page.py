@@ -19,8 +19,8 @@ def glue_words(result: dict[str, Any]) -> dict[str, str]:
     seeds = max(row["seeds"] for row in rows)
     sizes = ", ".join(f"{name} {identity['train']:,} of {identity['available']:,}" for name, identity in data.items())
     how = (
-        f"Training sentences used: {sizes}; adapters {budget['epochs']} epochs, exit heads {3 * budget['epochs']}; {seeds} "
-        f"seeds × {budget['shuffles']} shuffles of dev, ± is the spread over seeds, and the checkpoint is chosen on a slice of "
-        f"train; {machine['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
+        f"Training sentences used: {sizes}. Adapters train for {budget['epochs']} epochs, exit heads for {3 * budget['epochs']}. {seeds} "
+        f"seeds × {budget['shuffles']} shuffles of dev; ± is the spread over seeds. The checkpoint is chosen on a slice of train. "
+        f"{machine['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
     )
     return {"glue": "\n".join(lines) + f"\n\n{how}\n"}

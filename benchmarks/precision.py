@@ -44,7 +44,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
 
 def precision_words(result: dict[str, Any]) -> dict[str, str]:
     """A table of both types, over all layers."""
-    lines = ["| type on disk | mean loss of a state's norm | largest | labels that change |", "|---|---|---|---|"]
+    lines = ["| type on disk | mean relative error of a state | largest | changed labels |", "|---|---|---|---|"]
     names = list(Precision.__dataclass_fields__)
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         whole = Precision.of(
@@ -57,7 +57,7 @@ def precision_words(result: dict[str, Any]) -> dict[str, str]:
     layers = max(row["layer"] for row in result["rows"])
     inputs = result["rows"][0]["inputs"]
     words = (
-        f"Layers 0 to {layers} of {result['meta']['backbone']['name']}, tuned to the embedded task, each on all {inputs} test "
+        f"Layers 0 to {layers} of {result['meta']['backbone']['name']}, tuned for the embedded task, each on all {inputs} test "
         "inputs."
     )
     return {"precision": "\n".join(lines) + f"\n\n{words}\n"}

@@ -15,7 +15,7 @@ def plan_words(result: Row) -> dict[str, str]:
     plans = [row for row in rows if "allowance" in row]
     timed = [row for row in rows if "allowance" not in row]
     lines = [
-        "| task | allowed | ships | N | falls back below | promised loss, at most | verified loss | cost, counted "
+        "| task | allowed | served system | N | falls back below | promised loss, upper bound | verified loss (interval) | cost, counted "
         "| throughput | inside the allowance |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_plan_line(row) for row in plans),
@@ -26,7 +26,7 @@ def plan_words(result: Row) -> dict[str, str]:
             for task, best in {row["task"]: row["multiplexed"] for row in plans}.items()
         ),
         "",
-        "| what | trials (stopped, by round) | target | median (min–max) | |",
+        "| ratio | trials (stopped, per round) | target | median (min–max) | result |",
         "|---|---|---|---|---|",
         *(_time_line(row) for row in timed),
     ]
@@ -35,7 +35,7 @@ def plan_words(result: Row) -> dict[str, str]:
     )
     machine = meta["machine"]
     how = (
-        f"Losses in points. Inputs that train / choose / verify: {sizes}; {machine['cores']} cores, "
+        f"Losses are in points. Inputs for training / choosing / verification: {sizes}. {machine['cores']} cores, "
         f"torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
     )
     return {"plan": "\n".join(lines) + f"\n\n{how}\n"}
@@ -50,7 +50,7 @@ def _plan_line(row: Row) -> str:
         f"| {row['task']} | {row['allowance']:g} | {system}{layer} | {', '.join(map(str, row['widths']))} | {threshold} "
         f"| {row['promised_loss']:.2f}, {row['promised_bound']:.2f} | {row['verified_loss']:.2f} "
         f"({row['verified_lower']:.2f} to {row['verified_upper']:.2f}) | {row['cost_counted']:.2f} | {speed} "
-        f"| {'surely' if row['proven'] else verdict(row)} |"
+        f"| {'met, with confidence' if row['proven'] else verdict(row)} |"
     )
 
 
@@ -59,8 +59,8 @@ def _multiplexed(best: Row | None) -> str:
     if best is None:
         return "no multiplexed system saves anything."
     return (
-        f"of the multiplexed systems that save something, {best['name']} is surest to lose little: {best['loss']:.2f} points "
-        f"on the inputs that choose, at most {best['loss_bound']:.2f}, at {1 / best['cost']:.2f} times SISO's throughput."
+        f"of the multiplexed systems that save anything, {best['name']} has the lowest upper bound of the loss: it loses "
+        f"{best['loss']:.2f} points on the choosing set, at most {best['loss_bound']:.2f}, at {1 / best['cost']:.2f} times SISO's throughput."
     )
 
 

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 def figures_table(rows: list[Row]) -> str:
     """A line a ratio."""
-    lines = ["| what | target | median (min–max) | measured speed-up | reached |", "|---|---|---|---|---|"]
+    lines = ["| ratio | target | median (min–max) | measured of counted speed-up | result |", "|---|---|---|---|---|"]
     for row in rows:
         sign = "≤" if row.get("bound") == "at most" else "≥"
         target = "–" if row["target"] is None else f"{sign} {row['target']:g}"
@@ -43,8 +43,8 @@ def serving_words(result: Row) -> dict[str, str]:
     ratios = [row for row in rows if "part" not in row]
     held = [verdict(row) for row in ratios if row["target"] is not None and row["ratio_median"] is not None]
     how = (
-        f"{held.count('met')} of {len(held)} targets met. {settings['pairs']} pairs a ratio; {machine['cores']} cores, of which "
-        f"each server's model has {settings['threads']}, the load on the same machine; torch {meta['versions']['torch']}, "
+        f"{held.count('met')} of {len(held)} targets met. {settings['pairs']} pairs of runs per ratio. {machine['cores']} cores, of which "
+        f"each server's model uses {settings['threads']}; the load generator runs on the same machine; torch {meta['versions']['torch']}, "
         f"ray {meta['versions']['ray']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
     )
     shares = shares_table([row for row in rows if "part" in row])

@@ -24,7 +24,7 @@ def task_table(rows: list[Row], published: list[Row]) -> str:
     siso = next(row["accuracy_mean"] for row in trained if row["method"] == "siso")
     base = next(row["accuracy"][-1] for row in published if row["title"] == "SISO")
     lines = [
-        "| system | N | l | trained weights | cost, counted | throughput | accuracy here | points lost here | published avg (BERT-base, GLUE) | points lost there |",
+        "| system | N | l | trained weights | cost, counted | throughput | accuracy here | points lost here | published average (BERT-base, GLUE) | points lost there |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in trained:
@@ -43,7 +43,7 @@ def task_table(rows: list[Row], published: list[Row]) -> str:
 def shape_table(rows: list[Row], published: list[Row]) -> str:
     """The paper's own backbones at N = 2: what each system trains and costs there, counted."""
     lines = [
-        "| backbone | system | N | l | trained weights | cost, counted | published avg |",
+        "| backbone | system | N | l | trained weights | cost, counted | published average |",
         "|---|---|---|---|---|---|---|",
     ]
     shapes = [row for row in rows if row.get("why", "").startswith("counted")]
@@ -84,9 +84,9 @@ def systems_words(result: Row) -> dict[str, str]:
     budget, data, machine = meta["budget"], meta["data"], meta["machine"]
     seeds = max(row.get("seeds", 0) for row in rows)
     how = (
-        f"{data['train']} training and {data['test']} test sentences, {budget['epochs']} epochs "
+        f"{data['train']} training and {data['test']} test sentences; {budget['epochs']} epochs "
         f"({budget['tuned_epochs']} where the backbone is tuned, {budget['exit_head_epochs']} for exit heads), batches of "
-        f"{budget['batch_size']}, {seeds} seeds × {budget['shuffles']} shuffles (± is the spread over the seeds of the adapters, on one task model); "
+        f"{budget['batch_size']}, {seeds} seeds × {budget['shuffles']} shuffles (± is the spread over the seeds of the adapters; there is one task model). "
         f"{machine['cores']} cores, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
     )
     return {

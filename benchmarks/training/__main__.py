@@ -20,9 +20,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, stage in stages.items():
         rows += kept_rows(KEPT, name, stage.SETTINGS, stage.measure)
-    why = "no GPU was at hand to write this part against"
+    why = "no GPU was available when this part was written"
     rows += [
-        unmeasured_row(f"examples a second and share of the peak matrix rate in bf16 on a GPU, SST-2: {name}", why)
+        unmeasured_row(f"examples per second and share of the peak matrix rate in bf16 on a GPU, SST-2: {name}", why)
         for name in ("all-MiniLM-L6-v2", "BERT-base shape")
     ]
     task = small_task()

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 def training_words(result: Row) -> dict[str, str]:
     """The words for the mark of the page."""
     meta = result["meta"]
-    lines = ["| what | backbone | N | target | median (min–max) | |", "|---|---|---|---|---|---|"]
+    lines = ["| ratio | backbone | N | target | median (min–max) | result |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         sign = "≤" if row.get("bound") == "at most" else "≥"
         target = "–" if row["target"] is None else f"{sign} {row['target']:g}"
@@ -20,7 +20,7 @@ def training_words(result: Row) -> dict[str, str]:
         if row["ratio_median"] is not None:
             found = f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
         if "waiting_median" in row:
-            found += f", {row['waiting_median']:.0%} of the time waiting"
+            found += f", {row['waiting_median']:.0%} of the time spent waiting"
         if "megabytes" in row:
             found += ", " + " against ".join(f"{size} MB" for size in reversed(row["megabytes"].values()))
         lines.append(

@@ -91,8 +91,8 @@ def measure() -> list[dict[str, Any]]:
         "waiting_of_one": [round(value, 3) for value in kept],
     }
     rows = [
-        about | ratio_row("inputs a second of two workers / of one, a thread each", against_one) | waiting,
-        about | ratio_row("inputs a second of two workers of a thread / of one of two threads", against_threads),
+        about | ratio_row("inputs per second: two workers / one worker, one thread each", against_one) | waiting,
+        about | ratio_row("inputs per second: two workers with one thread each / one worker with two threads", against_threads),
     ]
     print(*(f"{row['name']}: {row['ratio_median']}" for row in rows), sep="\n", flush=True)
     return rows
