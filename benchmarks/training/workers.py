@@ -92,7 +92,10 @@ def measure() -> list[dict[str, Any]]:
     }
     rows = [
         about | ratio_row("inputs per second: two workers / one worker, one thread each", against_one) | waiting,
-        about | ratio_row("inputs per second: two workers with one thread each / one worker with two threads", against_threads),
+        about
+        | ratio_row(
+            "inputs per second: two workers with one thread each / one worker with two threads", against_threads
+        ),
     ]
     print(*(f"{row['name']}: {row['ratio_median']}" for row in rows), sep="\n", flush=True)
     return rows
