@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from ray.serve.schema import ServeDeploySchema
 
+import revmux
 from ray_jobs import cli
 from ray_jobs.train import TrainJob
 from serve_app.config import AppConfig
@@ -39,7 +40,9 @@ def pins() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def image(pins: dict[str, str]) -> str:
     """The image of the pinned Ray and of the oldest Python, which the constraints are made for."""
-    python = "".join(re.findall(r"\d+", PROJECT["requires-python"]))
+    oldest = re.match(r">=(\d+)\.(\d+)", PROJECT["requires-python"])
+    assert oldest is not None
+    python = "".join(oldest.groups())
     return f"rayproject/ray:{pins['ray']}-py{python}"
 
 
@@ -103,7 +106,7 @@ def test_setup_installs_what_is_mounted(cluster: dict[str, Any]) -> None:
         requirement = Requirement(text)
         assert requirement.extras <= set(PROJECT["optional-dependencies"])
         assert requirement.url is not None
-        assert requirement.url.endswith(f"/revmux-{PROJECT['version']}-py3-none-any.whl")
+        assert requirement.url.endswith(f"/revmux-{revmux.__version__}-py3-none-any.whl")
     assert cluster["file_mounts"]["/home/ray/dist"] == "dist"  # a folder: a mounted file would stay as it was
     assert all("/home/ray/dist/revmux-" in command for command in cluster["setup_commands"])
 
