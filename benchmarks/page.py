@@ -17,6 +17,7 @@ from benchmarks.serving.page import serving_words
 from benchmarks.systems.page import systems_words
 from benchmarks.training.page import training_words
 from revmux.plan.report import comparison_table, row_name
+from revmux.utils.files import write_durably
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -89,7 +90,7 @@ def main() -> None:
             )
         filled = MARKS.sub(lambda match: match[1] + words[match["name"]] + match[3], text)
         if filled != text:
-            page.write_text(filled)
+            write_durably(page, filled)
 
 
 if __name__ == "__main__":

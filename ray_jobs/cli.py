@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from revmux.errors import UserError
 from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
+from revmux.utils.redact import without_passwords
 
 Config = TypeVar("Config")
 
@@ -59,6 +60,6 @@ def run(
     try:
         job(at_its_place(parse(config_class, description, argv)))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         return 2
     return 0

@@ -22,7 +22,7 @@ from ray_jobs.paths import absolute_storage, store_in
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.run import base_recipe, prepare_sweep, run_sweep
 from ray_jobs.sweep.trials import TrialRow
-from ray_jobs.tracking.command_line import command_line, without_passwords
+from ray_jobs.tracking.command_line import command_line
 from ray_jobs.tracking.model_registry import model_uris, register_plan
 from ray_jobs.tracking.outbox import is_refusal
 from ray_jobs.tracking.tracker import Tracker
@@ -36,7 +36,8 @@ from revmux.plan.measure import TrainedAdapter
 from revmux.pretrained.loading import outline
 from revmux.training.config import OptimConfig
 from revmux.training.recipe import load_backbone
-from revmux.utils.files import write_json
+from revmux.utils.files import write_durably, write_json
+from revmux.utils.redact import error_line, without_passwords
 from serve_app.config import server_config
 
 DEPLOY = (
@@ -105,10 +106,8 @@ def main(job: PlanJob) -> Plan:
         if is_refusal(error):
             raise
         raise UserError(
-            without_passwords(
-                f"the plan is made ({plan.folder / PAGE_NAME}), but MLflow at {tracker.uri} is away ({error}); give the same "
-                "command again when it is back, and it is registered"
-            )
+            f"the plan is made ({plan.folder / PAGE_NAME}), but MLflow at {without_passwords(tracker.uri)} is away "
+            f"({error_line(error)}); give the same command again when it is back, and it is registered"
         ) from None
     record(job, plan, versions, tracker, parent)
     print(summary(job, plan))
@@ -188,7 +187,7 @@ def record(job: PlanJob, plan: Plan, versions: dict[str, str], tracker: Tracker,
     serve.unlink(missing_ok=True)
     if plan.is_met:
         settings = check_server(job, model_uris(plan, job.register, versions), tracker.uri)
-        serve.write_text(yaml.safe_dump(settings, sort_keys=False))
+        write_durably(serve, yaml.safe_dump(settings, sort_keys=False))
         if without_passwords(tracker.uri) == tracker.uri:  # else whoever sees the run would see the password
             files.append(serve.name)
         last = plan.served[-1]

@@ -8,6 +8,7 @@ from typing import Any
 from revmux.adapters.config import CONFIG_NAME, local_adapter_folder
 from revmux.errors import UserError
 from revmux.utils.extras import require
+from revmux.utils.redact import error_line, without_passwords
 
 
 def is_mlflow(adapter: str) -> bool:
@@ -32,7 +33,8 @@ def fetch_adapter(adapter: str) -> Path:
         downloaded = Path(mlflow.artifacts.download_artifacts(_without_backbone(mlflow, adapter)))
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise UserError(
-            f"MLflow at {mlflow.get_tracking_uri()} has no {adapter!r} ({error}); check the name, and MLFLOW_TRACKING_URI"
+            f"MLflow at {without_passwords(mlflow.get_tracking_uri())} has no {adapter!r} ({error_line(error)}); check the "
+            "name, and MLFLOW_TRACKING_URI"
         ) from None
     found = sorted(path.parent for path in downloaded.rglob(CONFIG_NAME))
     if len(found) != 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import LossConfig, OptimConfig
+from revmux.utils import files
 
 pytestmark = pytest.mark.numeric
 
@@ -291,18 +291,18 @@ def test_a_rewrite_that_breaks_off_leaves_the_old_adapter(
     if breaks_at == "a file":
         monkeypatch.setattr(artifact, "model_card", fail)
     else:
-        replace_folder, moves = os.replace, []
-
-        def break_off(source: Path, target: Path) -> None:
-            moves.append(target)
-            if len(moves) == 2:  # the old folder is away, the new one not yet there
-                fail()
-            replace_folder(source, target)
-
-        monkeypatch.setattr(os, "replace", break_off)
+        monkeypatch.setattr(files, "_exchange", fail)
     with pytest.raises(OSError, match="no space"):
         save_adapter(model, describe_adapter(model, tiny_pretrained, 16, {"source": "t"}), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_an_adapter_whose_replacement_was_killed_is_found_again(saved: Path, tiny_pretrained: Pretrained) -> None:
+    files._move_aside(saved)  # as on a file system without an exchange, where the process was then killed
+    assert not saved.exists()
+    assert load_adapter_config(saved).method == "revmux"
+    load_adapter(saved, tiny_pretrained)
     assert list(saved.parent.iterdir()) == [saved]
 
 

@@ -477,7 +477,7 @@ def test_workers_that_copy_at_once_leave_each_other_s_files_alone(
 
     def open_before_renaming(source: str, target: str) -> None:
         if not opened and Path(target).name == "meta.json":
-            opened.append(target)
+            opened.append(str(target))
             opened.append(open_features(model, tokens, [1], remote, filesystem))
         rename(source, target)
 

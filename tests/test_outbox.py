@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 from mlflow import MlflowClient
 from mlflow.entities import Param
 from mlflow.exceptions import MlflowException, RestException
+from mlflow.protos.databricks_pb2 import (
+    BAD_REQUEST,
+    ENDPOINT_NOT_FOUND,
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    PERMISSION_DENIED,
+    REQUEST_LIMIT_EXCEEDED,
+    RESOURCE_ALREADY_EXISTS,
+    RESOURCE_DOES_NOT_EXIST,
+    TEMPORARILY_UNAVAILABLE,
+    UNAUTHENTICATED,
+    ErrorCode,
+)
 from polling import wait_until
 
+from ray_jobs.tracking import outbox as outbox_module
 from ray_jobs.tracking.config import TrackingConfig
-from ray_jobs.tracking.outbox import LOCAL, is_refusal
+from ray_jobs.tracking.outbox import LOCAL, Outbox, is_refusal
 from ray_jobs.tracking.tracker import Tracker
 from revmux import UserError
 
@@ -127,16 +146,261 @@ def test_what_a_store_refuses_is_told_at_once(tmp_path: Path) -> None:
         assert len(tracker.client.outbox) == 0
 
 
+class ObjectStoreError(Exception):
+    """As the libraries of object stores raise it, which MLflow hands on."""
+
+
+def coded(code: int, kind: type[MlflowException] = MlflowException) -> MlflowException:
+    """An error of MLflow with a code, raised by a store in this process or by a server."""
+    name = ErrorCode.Name(code)
+    return MlflowException("no", code) if kind is MlflowException else kind({"error_code": name, "message": "no"})
+
+
+@pytest.mark.parametrize("kind", [MlflowException, RestException])
+@pytest.mark.parametrize(
+    ("code", "refusal"),
+    [
+        (INVALID_PARAMETER_VALUE, True),
+        (RESOURCE_DOES_NOT_EXIST, True),
+        (RESOURCE_ALREADY_EXISTS, True),
+        (BAD_REQUEST, True),
+        (INTERNAL_ERROR, False),
+        (REQUEST_LIMIT_EXCEEDED, False),
+        (UNAUTHENTICATED, False),
+        (PERMISSION_DENIED, False),
+        (TEMPORARILY_UNAVAILABLE, False),
+        (ENDPOINT_NOT_FOUND, False),  # a proxy before a server that is away says so
+    ],
+)
+def test_only_what_mlflow_will_never_take_is_a_refusal(code: int, refusal: bool, kind: type[MlflowException]) -> None:
+    assert is_refusal(coded(code, kind)) is refusal
+
+
 @pytest.mark.parametrize(
     ("error", "refusal"),
     [
-        (RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}), True),
-        (RestException({"error_code": "INTERNAL_ERROR", "message": "oops"}), False),
         (MlflowException("API request failed with exception: connection refused"), False),
         (ConnectionResetError(), False),
         (requests.ConnectionError(), False),
+        (ObjectStoreError("SlowDown"), False),
         (TypeError("a mistake in our code"), True),
     ],
 )
 def test_a_refusal_is_told_from_an_absence(error: Exception, refusal: bool) -> None:
     assert is_refusal(error) is refusal
+
+
+class Faulty:
+    """MLflow's client of a real store, which fails where a test says so.
+
+    Attributes:
+        fault: gets the name of a call and its arguments; the error that it returns is raised.
+    """
+
+    def __init__(self, client: MlflowClient) -> None:
+        self.client = client
+        self.fault: Callable[..., Exception | None] = lambda call, *args: None
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            if error := self.fault(name, *args):
+                raise error
+            return getattr(self.client, name)(*args, **options)
+
+        return call
+
+
+@dataclass
+class Case:
+    """An outbox before a real store that fails on demand."""
+
+    store: MlflowClient
+    faulty: Faulty
+    outbox: Outbox
+    experiment: str
+
+    def make_run(self) -> str:
+        return str(self.store.create_run(self.experiment).info.run_id)
+
+    def log(self, run_id: str, value: float, step: int = 0, outbox: Outbox | None = None) -> None:
+        (outbox or self.outbox).send("batch", run_id, metrics=[["loss", repr(value), 0, step]], params=[])
+
+    def losses(self, run_id: str) -> list[float]:
+        return [point.value for point in self.store.get_metric_history(run_id, "loss")]
+
+    def names(self, folder: str = "") -> list[str]:
+        return [
+            json.loads(path.read_text())["call"] for path in sorted((self.outbox.folder / folder).glob("[0-9]*.json"))
+        ]
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr(outbox_module, "RETRY_SECONDS", 0.0)
+    store = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    faulty = Faulty(store)
+    location = (tmp_path / "artifacts").as_uri()
+    return Case(store, faulty, Outbox(tmp_path / "outbox", faulty), store.create_experiment("mine", location))
+
+
+def away(call: str, *_: Any) -> Exception:
+    return ConnectionError("the server is away")
+
+
+@pytest.mark.parametrize(
+    "error", [ObjectStoreError("SlowDown"), coded(REQUEST_LIMIT_EXCEEDED), coded(UNAUTHENTICATED, RestException)]
+)
+def test_artifacts_wait_while_their_store_fails_and_hold_back_nothing(
+    error: Exception, case: Case, tmp_path: Path
+) -> None:
+    run_id, adapter = case.make_run(), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "weights").write_text("as trained")
+    case.faulty.fault = lambda call, *_: error if call == "log_artifacts" else None
+    case.outbox.send("artifacts", run_id, path=str(adapter), artifact_path="adapter")
+    (adapter / "weights").write_text("changed later")
+    case.log(run_id, 0.5)
+    assert case.losses(run_id) == [0.5]
+    assert case.names() == ["artifacts"]
+    case.faulty.fault = lambda call, *_: None
+    assert case.outbox.flush() == 0
+    kept = case.store.download_artifacts(run_id, "adapter/weights", str(tmp_path))
+    assert Path(kept).read_text() == "as trained"
+    assert not list((case.outbox.folder / "files").iterdir())
+
+
+@pytest.mark.parametrize("error", [ObjectStoreError("SlowDown"), coded(UNAUTHENTICATED), coded(INTERNAL_ERROR)])
+def test_a_finished_training_does_not_fail_when_its_adapter_cannot_be_stored(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("as trained")
+    tracker = Tracker(TrackingConfig(), tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tracker.client.plain, "log_artifacts", fail)
+    with tracker.run("one", {}) as run_id:
+        tracker.log_folder(run_id, tmp_path / "adapter", "adapter")
+    assert tracker.client.get_run(run_id).info.status == "FINISHED"
+    assert len(tracker.client.outbox) == 1
+    again = Tracker(TrackingConfig(), tmp_path)  # the next job sends it
+    assert len(again.client.outbox) == 0
+    assert [item.path for item in again.client.list_artifacts(run_id)] == ["adapter"]
+
+
+def test_a_worker_whose_clock_is_behind_records_nothing_before_its_run_is_made(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.faulty.fault = away
+    run_id = f"{LOCAL}1"
+    case.outbox.send("create", run_id, experiment_id=case.experiment, start_time=0, tags={}, name="one")
+    worker, clock, precise = Outbox(case.outbox.folder, case.faulty), time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: clock() - 5)
+    monkeypatch.setattr(time, "time_ns", lambda: precise() - 5_000_000_000)
+    for step in range(12):  # two digits, which sort as numbers
+        case.log(run_id, float(step), step, worker)
+    case.faulty.fault = lambda call, *_: None
+    monkeypatch.undo()
+    assert case.outbox.flush() == 0
+    assert case.losses(case.outbox.resolve(run_id)) == [float(step) for step in range(12)]
+    assert not (case.outbox.folder / "quarantine").exists()
+
+
+def test_the_records_of_an_earlier_version_are_sent_first(case: Case) -> None:
+    run_id = case.make_run()
+    case.faulty.fault = away
+    case.log(run_id, 1.0, 1)
+    (record,) = case.outbox.folder.glob("[0-9]*.json")
+    record.rename(record.with_name(f"{time.time_ns():020d}-0123abcd.json"))
+    case.log(run_id, 2.0, 2)
+    sent: list[Any] = []
+    case.faulty.fault = lambda call, *args: sent.append(args[1][0].step) if call == "log_batch" else None
+    assert case.outbox.flush() == 0
+    assert sent == [1, 2]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"call": "batch"}', b"\xff\x00"])
+def test_a_damaged_record_goes_to_quarantine_and_what_follows_is_sent(
+    content: bytes, case: Case, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    tracker = Tracker(TrackingConfig(), tmp_path)
+    run_id = case.make_run()
+    case.faulty.fault = away
+    case.log(run_id, 1.0, 1)
+    (first,) = case.outbox.folder.glob("[0-9]*.json")
+    case.log(run_id, 2.0, 2)
+    first.write_bytes(content)
+    again = Tracker(TrackingConfig(tracker.uri), tmp_path)  # a later job on the same storage
+    assert len(again.client.outbox) == 0
+    assert case.losses(run_id) == [2.0]
+    assert (case.outbox.folder / "quarantine" / first.name).read_bytes() == content
+    assert "was moved to" in caplog.text
+
+
+def test_artifacts_whose_copy_is_missing_go_to_quarantine(case: Case, tmp_path: Path) -> None:
+    run_id = case.make_run()
+    (tmp_path / "plot.png").write_text("a plot")
+    case.faulty.fault = away
+    case.outbox.send("artifacts", run_id, path=str(tmp_path / "plot.png"), artifact_path=None)
+    case.log(run_id, 0.5)
+    shutil.rmtree(case.outbox.folder / "files")
+    case.faulty.fault = lambda call, *_: None
+    assert case.outbox.flush() == 0
+    assert case.losses(run_id) == [0.5]
+    assert case.names("quarantine") == ["artifacts"]
+
+
+def test_a_record_that_always_fails_holds_back_its_own_run_until_it_is_given_up(
+    case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outbox_module, "TRIES", 3)
+    poisoned, healthy = case.make_run(), case.make_run()
+    case.faulty.fault = lambda call, *args: (
+        coded(INTERNAL_ERROR, RestException) if call == "log_batch" and args[1][0].step == 1 else None
+    )
+    case.log(poisoned, 1.0, 1)
+    case.log(poisoned, 2.0, 2)
+    case.log(healthy, 3.0, 3)
+    for _ in range(5):
+        case.outbox.flush()
+    assert case.losses(healthy) == [3.0]
+    assert case.losses(poisoned) == []
+    assert len(case.outbox) == 2, "it is young: an outage of the server may be all that it met"
+    monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.0)
+    assert case.outbox.flush() == 0
+    assert case.losses(poisoned) == [2.0]
+    assert case.names("quarantine") == ["batch"]
+    assert "was moved to" in caplog.text
+
+
+def test_a_server_that_is_away_costs_no_record_its_tries(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "TRIES", 1)
+    monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.0)
+    run_id = case.make_run()
+    case.faulty.fault = away
+    case.log(run_id, 0.5)
+    for _ in range(3):
+        assert case.outbox.flush() == 1
+    case.faulty.fault = lambda call, *_: None
+    assert case.outbox.flush() == 0
+    assert case.losses(run_id) == [0.5]
+
+
+def test_records_of_a_run_that_was_never_made_do_not_wait_for_ever(case: Case) -> None:
+    case.faulty.fault = away
+    case.outbox.send("create", f"{LOCAL}1", experiment_id="no such", start_time=0, tags={}, name="one")
+    case.log(f"{LOCAL}1", 0.5)
+    case.faulty.fault = lambda call, *_: None
+    assert case.outbox.flush() == 0
+    assert case.names("quarantine") == ["create", "batch"]
+
+
+def test_damaged_ids_end_no_job(case: Case, tmp_path: Path) -> None:
+    case.faulty.fault = away
+    case.outbox.send("create", f"{LOCAL}1", experiment_id=case.experiment, start_time=0, tags={}, name="one")
+    (case.outbox.folder / "ids.json").write_text("")
+    case.faulty.fault = lambda call, *_: None
+    assert case.outbox.flush() == 0
+    assert not case.outbox.resolve(f"{LOCAL}1").startswith(LOCAL)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
-from ray_jobs.tracking.command_line import command_line, without_passwords
+from ray_jobs.tracking.command_line import command_line
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 
@@ -58,22 +58,6 @@ def test_a_run_records_the_command_that_a_person_would_give_again(
     assert command.endswith("pytest --name 'two words' --uri pg://me:***@db/runs")
     with tracker_of(tmp_path).run("one", {}) as run_id:
         assert found(tracker_of(tmp_path), run_id).data.tags["revmux.command"] == command
-
-
-@pytest.mark.parametrize(
-    ("uri", "told"),
-    [
-        ("postgresql+psycopg2://me:pa/s@s@host/db", "postgresql+psycopg2://me:***@host/db"),
-        ("postgresql://host/db?user=me&password=secret&ssl=on", "postgresql://host/db?user=me&password=***&ssl=on"),
-    ],
-)
-def test_passwords_are_not_told(uri: str, told: str) -> None:
-    assert without_passwords(f"a {uri} b") == f"a {told} b"
-
-
-@pytest.mark.parametrize("uri", ["sqlite:////mnt/runs/mlflow.db", "http://127.0.0.1:5000", "postgresql://me@db:5432/a"])
-def test_a_uri_without_a_password_is_left_as_it_is(uri: str) -> None:
-    assert without_passwords(uri) == uri
 
 
 def be_killed(storage: Path, parent: Connection) -> None:

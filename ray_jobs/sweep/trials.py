@@ -21,7 +21,8 @@ from revmux.estimate.flops import relative_cost
 from revmux.methods import BackboneShape, build_method
 from revmux.plan.front import FrontRow, mark_front
 from revmux.training.config import Recipe
-from revmux.utils.files import write_json
+from revmux.utils.files import write_durably, write_json
+from revmux.utils.redact import without_passwords
 
 COUNTED_LENGTH = 64
 """Tokens of the inputs at which points are compared before they run; relative costs hardly depend on it."""
@@ -170,11 +171,11 @@ class SweepFolder:
     def parent(self) -> str | None:
         """The MLflow run of the sweep, if it was begun."""
         file = self.path / "parent-run.txt"
-        return file.read_text().strip() if file.is_file() else None
+        return (file.read_text().strip() or None) if file.is_file() else None
 
     def set_parent(self, run_id: str) -> None:
         """Note the MLflow run of the sweep."""
-        (self.path / "parent-run.txt").write_text(run_id + "\n")
+        write_durably(self.path / "parent-run.txt", run_id + "\n")
 
 
 def front_rows(rows: Sequence[TrialRow]) -> list[FrontRow]:
@@ -204,4 +205,4 @@ def reason_of(error: str) -> str:
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     told = [line for line in lines if re.match(r"([\w.]+\.)?(UserError|\w*OutOfMemory\w*|FloatingPointError)\b", line)]
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Died)\b", line)]
-    return (told or named or lines or ["unknown"])[-1].removeprefix("revmux.errors.")[:400]
+    return without_passwords((told or named or lines or ["unknown"])[-1].removeprefix("revmux.errors."))[:400]

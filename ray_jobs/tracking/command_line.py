@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
+
+from revmux.utils.redact import without_passwords
 
 
 def command_line() -> str:
@@ -12,8 +13,3 @@ def command_line() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     start = ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else ["python", sys.argv[0]]
     return without_passwords(shlex.join([*start, *sys.argv[1:]]))
-
-
-def without_passwords(text: str) -> str:
-    """A text whose URIs name no password, such as ``postgresql://me:***@host``."""
-    return re.sub(r"(password=)[^\s&]+", r"\1***", re.sub(r"(://[^\s:/@]*:)\S*@", r"\1***@", text))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,5 +15,5 @@ class TrackingConfig:
         experiment: MLflow experiment.
     """
 
-    uri: str | None = None
+    uri: str | None = field(default=None, repr=False)  # it may have a password
     experiment: str = "revmux"

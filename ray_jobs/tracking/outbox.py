@@ -1,7 +1,9 @@
-"""What MLflow could not take is kept on disk and sent later, in order: a tracking server that goes away ends no job.
+"""What MLflow could not take is kept on disk and sent later: a tracking server that is away ends no job.
 
-Each record is a file of its own in the outbox, named by time, so that processes on several machines may write side by
-side. Whoever reaches the server next sends what waits there first.
+Each record is a file of its own in the outbox. Its name begins with a number one above the highest that waits, so the
+records of a run are sent in the order in which they were made, whatever the clocks of the machines say. The next process
+that reaches the server sends what waits. A record that cannot be sent is moved to the folder ``quarantine``, and those
+behind it are sent.
 """
 
 from __future__ import annotations
@@ -19,16 +21,38 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from revmux.utils.files import write_json
+from revmux.utils.files import atomic_folder, make_folder, write_json
+from revmux.utils.redact import error_line
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Param
 
 _log = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
+"""How long the server is left alone after it did not answer."""
+TRIES, PATIENCE_SECONDS = 10, 3600.0
+"""A record goes to quarantine after so many tries over so long a time, all of them while the server answered others."""
 LOCAL = "local-"
 """How ids of runs begin that were made while the server was away; when it is back they get ids of its own."""
-FILES, IDS = "files", "ids.json"
+FILES, IDS, QUARANTINE = "files", "ids.json", "quarantine"
+REFUSALS = frozenset(
+    {
+        "ALREADY_EXISTS",
+        "BAD_REQUEST",
+        "INVALID_PARAMETER_VALUE",
+        "INVALID_STATE",
+        "MALFORMED_REQUEST",
+        "NOT_FOUND",
+        "RESOURCE_ALREADY_EXISTS",
+        "RESOURCE_DOES_NOT_EXIST",
+    }
+)
+"""MLflow's codes for what it will never take. Others, such as ``UNAUTHENTICATED``, may pass."""
+_MISTAKES = (AssertionError, AttributeError, NameError, TypeError)
+
+
+class _Unsendable(Exception):
+    """A record that can never be sent; the message says why."""
 
 
 class Outbox:
@@ -41,7 +65,8 @@ class Outbox:
 
     def __init__(self, folder: Path, client: Any) -> None:
         self.folder, self.client = folder, client
-        self.away_since: float | None = None
+        self.is_away = False
+        self._retry_at = 0.0  # by the monotonic clock
 
     def __len__(self) -> int:
         return len(self._waiting())
@@ -50,66 +75,154 @@ class Outbox:
         return sorted(self.folder.glob("[0-9]*.json")) if self.folder.is_dir() else []
 
     def send(self, call: str, run_id: str, **values: Any) -> None:
-        """Send a record, after all that waits; keep it where the server is away."""
+        """Send a record, after all of its run that wait; keep it if MLflow does not take it now.
+
+        Raises:
+            MlflowException: MLflow refuses it, see :func:`is_refusal`.
+        """
         record = {"call": call, "run_id": run_id, "values": values}
-        if not self._waiting() and not run_id.startswith(LOCAL):
+        if self._can_be_sent_at_once(call, run_id):
             try:
                 self._deliver(record)
             except Exception as error:
                 if is_refusal(error):
                     raise
-                self._went_away(error)
+                self._note_failure(error)
             else:
                 return
         self._keep(record)
-        if self.away_since is None or time.monotonic() - self.away_since > RETRY_SECONDS:
+        if time.monotonic() >= self._retry_at:
             self.flush()
 
-    def _went_away(self, error: Exception) -> None:
-        if self.away_since is None:
-            reason = str(error).splitlines()[0][:200]
+    def _can_be_sent_at_once(self, call: str, run_id: str) -> bool:
+        if self.is_away and time.monotonic() < self._retry_at:
+            return False
+        if call == "create" or self.resolve(run_id).startswith(LOCAL):
+            return False
+        return not any(_run_of(file) in (run_id, None) for file in self._waiting())
+
+    def _note_failure(self, error: Exception) -> None:
+        if not self._server_answers():
+            self.went_away(error)
+            return
+        _log.warning(
+            "MLflow did not take a record (%s); it waits in %s and is sent again later", error_line(error), self.folder
+        )
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+
+    def went_away(self, error: Exception) -> None:
+        """Leave the server alone for a while; logged once, until it is back."""
+        if not self.is_away:
             _log.warning(
-                "MLflow took no record (%s); records wait in %s and are sent when it is back", reason, self.folder
+                "MLflow took no record (%s); records wait in %s and are sent when it is back",
+                error_line(error),
+                self.folder,
             )
-        self.away_since = time.monotonic()
+        self.is_away, self._retry_at = True, time.monotonic() + RETRY_SECONDS
 
     def _keep(self, record: dict[str, Any]) -> None:
-        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        if record["call"] == "artifacts":  # what is sent later must not have changed, or gone
-            source, target = Path(record["values"]["path"]), self.folder / FILES / name
-            target.mkdir(parents=True)
-            if source.is_dir():
-                shutil.copytree(source, target, dirs_exist_ok=True)
-            else:
-                target = Path(shutil.copy2(source, target))
+        number = 1 + max((int(file.name.partition("-")[0]) for file in self._waiting()), default=0)
+        name = f"{number:020d}-{uuid.uuid4().hex[:8]}-{record['run_id']}"
+        if record["call"] == "artifacts":  # the copy is sent later, since the original may change
+            source, target = Path(record["values"]["path"]), Path(FILES, name)
+            with atomic_folder(self.folder / target) as temporary:
+                if source.is_dir():
+                    shutil.copytree(source, temporary, dirs_exist_ok=True)
+                else:
+                    shutil.copy2(source, temporary)
+                    target /= source.name
             record["values"]["path"] = str(target)
         write_json(self.folder / f"{name}.json", record)
 
     def flush(self) -> int:
-        """Send what waits; returns how much still does."""
+        """Send what waits; returns how many records still do."""
         if not self._waiting():
             return 0
         try:
             with FileLock(str(self.folder / "lock"), timeout=0):
                 self._send_waiting()
-        except Timeout:  # another process is at it
+        except Timeout:  # another process sends them
             pass
+        except OSError as error:
+            _log.warning("cannot send the records in %s (%s)", self.folder, error_line(error))
         return len(self)
 
     def _send_waiting(self) -> None:
+        held: set[str] = set()  # runs of which an earlier record waits
+        failures = 0
         for file in self._waiting():
-            record = json.loads(file.read_text())
+            record: dict[str, Any] = {}
             try:
+                record = _read(file)
+                if self._is_held(record, held):
+                    continue
                 self._deliver(record)
             except Exception as error:
-                if not is_refusal(error):
-                    self._went_away(error)
+                if isinstance(error, _Unsendable) or is_refusal(error):
+                    self._quarantine(file, error)
+                elif not self._server_answers():
+                    self.went_away(error)
                     return
-                _log.warning("MLflow refused a record that had waited (%s); it is dropped", str(error).splitlines()[0])
-            file.unlink()
-            if record["call"] == "artifacts":
-                shutil.rmtree(self.folder / FILES / file.stem, ignore_errors=True)
-        self.away_since = None
+                elif self._is_given_up(file, record):
+                    self._quarantine(file, error)
+                else:
+                    failures += 1
+                    if record["call"] != "artifacts":  # nothing depends on those, and their store may be away for long
+                        held.add(record["run_id"])
+            else:
+                self._remove(file)
+        self.is_away = False
+        self._retry_at = time.monotonic() + RETRY_SECONDS if failures else 0.0
+
+    def _is_held(self, record: dict[str, Any], held: set[str]) -> bool:
+        """Whether a record waits for an earlier one of its run, or its run for that of the sweep.
+
+        Raises:
+            _Unsendable: its run was never made.
+        """
+        if record["call"] == "create":
+            tags = record["values"]["tags"].values()
+            waits = any(tag in held and self.resolve(tag).startswith(LOCAL) for tag in tags if isinstance(tag, str))
+        else:
+            waits = record["run_id"] in held
+            if not waits and self.resolve(record["run_id"]).startswith(LOCAL):
+                raise _Unsendable("the record that makes its run is missing")
+        if waits:
+            held.add(record["run_id"])
+        return waits
+
+    def _server_answers(self) -> bool:
+        try:
+            self.client.search_experiments(max_results=1)
+        except Exception:
+            return False
+        return True
+
+    def _is_given_up(self, file: Path, record: dict[str, Any]) -> bool:
+        now = time.time()
+        failed = record.setdefault("failed", {"tries": 0, "since": now})
+        failed["tries"] += 1
+        if failed["tries"] >= TRIES and now - failed["since"] >= PATIENCE_SECONDS:
+            return True
+        write_json(file, record)
+        return False
+
+    def _quarantine(self, file: Path, error: Exception) -> None:
+        folder = self.folder / QUARANTINE
+        make_folder(folder / FILES)
+        os.replace(file, folder / file.name)
+        copied = self.folder / FILES / file.stem
+        if copied.is_dir():
+            os.replace(copied, folder / FILES / file.stem)
+        _log.warning(
+            "a record in the outbox cannot be sent to MLflow (%s); it was moved to %s, and later records are sent",
+            error_line(error),
+            folder / file.name,
+        )
+
+    def _remove(self, file: Path) -> None:
+        file.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / FILES / file.stem, ignore_errors=True)
 
     def _deliver(self, record: dict[str, Any]) -> None:
         from mlflow.entities import Metric, Param
@@ -119,8 +232,7 @@ class Outbox:
             case "create":
                 tags = {key: self.resolve(value) for key, value in values["tags"].items()}
                 made = self.client.create_run(values["experiment_id"], values["start_time"], tags, values["name"])
-                ids = self._ids() | {record["run_id"]: made.info.run_id}
-                write_json(self.folder / IDS, ids)
+                write_json(self.folder / IDS, self._ids() | {record["run_id"]: made.info.run_id})
             case "batch":
                 metrics = [Metric(key, float(value), when, step) for key, value, when, step in values["metrics"]]
                 self.client.log_batch(run_id, metrics, [Param(key, value) for key, value in values["params"]])
@@ -134,17 +246,49 @@ class Outbox:
             case "input":
                 self.client.log_inputs(run_id, [dataset_input(values["dataset"], values["tags"])])
             case "artifacts":
-                path = Path(values["path"])
+                path = self.folder / values["path"]  # absolute if it is no copy
+                if not path.exists():
+                    raise _Unsendable(f"{path} is missing")
                 log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
                 log(run_id, str(path), values["artifact_path"])
+            case unknown:
+                raise _Unsendable(f"unknown kind {unknown!r}")
 
     def _ids(self) -> dict[str, str]:
         file = self.folder / IDS
-        return dict(json.loads(file.read_text())) if file.is_file() else {}
+        try:
+            return dict(json.loads(file.read_text()))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError) as error:
+            self._quarantine(file, error)
+            return {}
 
     def resolve(self, run_id: str) -> str:
         """The server's id of a run."""
         return self._ids().get(run_id, run_id) if run_id.startswith(LOCAL) else run_id
+
+
+def _run_of(file: Path) -> str | None:
+    """The run that a record's name tells; None if an older version named it."""
+    parts = file.stem.split("-", 2)
+    return parts[2] if len(parts) == 3 else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A record.
+
+    Raises:
+        _Unsendable: the file is damaged, or cannot be read.
+    """
+    try:
+        record = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _Unsendable(f"the file is damaged: {error}") from None
+    kinds = {"call": str, "run_id": str, "values": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise _Unsendable("the file is damaged: it holds no record")
+    return record
 
 
 class PatientClient:
@@ -175,11 +319,13 @@ class PatientClient:
         """A run; where the server is away one with an id of our own."""
         started = int(time.time() * 1000)
         self.outbox.flush()
+        known = {key: self.outbox.resolve(value) for key, value in tags.items()}
         try:
-            return self.plain.create_run(experiment_id, started, tags, run_name)
+            return self.plain.create_run(experiment_id, started, known, run_name)
         except Exception as error:
             if is_refusal(error):
                 raise
+            self.outbox.went_away(error)
             run_id = f"{LOCAL}{uuid.uuid4().hex}"
             self.outbox.send(
                 "create", run_id, experiment_id=experiment_id, start_time=started, tags=dict(tags), name=run_name
@@ -206,6 +352,8 @@ class PatientClient:
     def set_terminated(self, run_id: str, status: str) -> None:
         """The end of a run."""
         self.outbox.send("status", run_id, status=status, ended=int(time.time() * 1000))
+        if not self.outbox.is_away:
+            self.outbox.flush()  # this process may record nothing more
 
     def log_inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None:
         """The data sets that a run read."""
@@ -230,18 +378,12 @@ def dataset_input(dataset: dict[str, str], tags: dict[str, str]) -> DatasetInput
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the server answered and said no: to ask again would not help."""
-    from mlflow.exceptions import MlflowException, RestException
+    """Whether asking again would not help: MLflow said no, or a mistake in our own code, which waiting would hide.
 
-    if isinstance(error, RestException):
-        return bool(error.get_http_status_code() < 500)
+    All else may pass: a server or an object store that is away or overloaded, or that does not accept who asks.
+    """
+    from mlflow.exceptions import MlflowException
+
     if isinstance(error, MlflowException):
-        return error.error_code in (
-            "INVALID_PARAMETER_VALUE",
-            "RESOURCE_DOES_NOT_EXIST",
-            "BAD_REQUEST",
-            "INVALID_STATE",
-        )
-    return not isinstance(error, OSError) and not type(error).__module__.startswith(
-        ("requests", "sqlalchemy", "urllib3")
-    )
+        return error.error_code in REFUSALS
+    return isinstance(error, _MISTAKES)

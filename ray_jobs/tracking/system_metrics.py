@@ -7,6 +7,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from revmux.utils.redact import error_line, redact_logs
+
 _log = logging.getLogger(__name__)
 
 
@@ -33,13 +35,14 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells when it starts and stops
+    redact_logs("mlflow")  # its thread logs what the store answers
     try:
         monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)
         monitor.collect_metrics()
         monitor.publish_metrics(monitor.aggregate_metrics())
         monitor.start()
     except Exception as error:
-        _log.warning("system metrics are not recorded (%s); training goes on", error)
+        _log.warning("system metrics are not recorded (%s); training goes on", error_line(error))
         yield
         return
     try:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ray_jobs.tracking.command_line import command_line, without_passwords
+from ray_jobs.tracking.command_line import command_line
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.outbox import PatientClient, is_refusal
 from ray_jobs.tracking.pyfunc import MODEL_NAME, save_pyfunc
 from revmux.errors import UserError
 from revmux.utils.extras import require
+from revmux.utils.redact import error_line, redact_logs, without_passwords
 from revmux.utils.run_info import git_commit
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        redact_logs("mlflow")
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it shows the stack of what it raises
         self.command = command or command_line()
         self.uri = config.uri or f"sqlite:///{storage / 'mlflow.db'}"
@@ -61,10 +63,8 @@ class Tracker:
                 # Which driver a bare postgresql:// means depends on SQLAlchemy's version.
                 remedy = "run: pip install 'revmux[postgres]', and name its driver: postgresql+psycopg2://..."
             raise UserError(
-                without_passwords(
-                    f"cannot open the MLflow store {self.uri!r} "
-                    f"({type(error).__name__}: {str(error).splitlines()[0]}); {remedy}"
-                )
+                f"cannot open the MLflow store {without_passwords(self.uri)!r} "
+                f"({type(error).__name__}: {error_line(error)}); {remedy}"
             ) from None
         self.client.outbox.flush()
         self.end_abandoned()

@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from revmux.pretrained.identity import identify, identity_of, resolve
 from revmux.pretrained.loading import check_answers, outline
 from revmux.training.config import CheckpointConfig, MethodConfig, Recipe
 from revmux.training.recipe import check, makes_head
-from revmux.utils.files import atomic_folder
+from revmux.utils.files import atomic_folder, remove_folder, write_durably
 
 RUN_NOTE = "mlflow-run.txt"
 
@@ -158,17 +157,8 @@ def launch(
         final = {name: value for name, value in metrics.items() if name != "selection_accuracy"}
         tracker.log_metrics(run_id, final | {"best_selection_accuracy": best})
         tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
-        remove_whole(run_folder)
+        remove_folder(run_folder)
     return Trained(output, recipe.method, metrics, run_id)
-
-
-def remove_whole(folder: Path) -> None:
-    """Remove a folder such that whoever is killed midway leaves none that looks like it."""
-    going = folder.with_name(f".{folder.name}")
-    shutil.rmtree(going, ignore_errors=True)
-    with suppress(OSError):
-        folder.rename(going)
-        shutil.rmtree(going)
 
 
 def write_note(note: Path, run_id: str) -> None:
@@ -178,8 +168,7 @@ def write_note(note: Path, run_id: str) -> None:
         UserError: the folder cannot be made or written.
     """
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(run_id + "\n")
+        write_durably(note, run_id + "\n")
     except OSError as error:
         raise UserError(
             f"cannot write to {note.parent} ({error.strerror or error}); make room there, or name another storage folder"

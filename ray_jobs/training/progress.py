@@ -9,10 +9,10 @@ from typing import Any
 
 from ray.experimental import tqdm_ray
 
-from ray_jobs.tracking.command_line import without_passwords
 from ray_jobs.tracking.outbox import PatientClient
 from ray_jobs.tracking.tracker import log_metrics
 from revmux.training.trainer import EpochReport, Trainer
+from revmux.utils.redact import error_line, without_passwords
 
 _log = logging.getLogger(__name__)
 
@@ -123,4 +123,4 @@ class TrainProgress:
 
     def _warn(self, error: Exception) -> None:
         place = without_passwords(self.tracking_uri)
-        _log.warning("MLflow at %s did not take metrics (%s); training goes on", place, error)
+        _log.warning("MLflow at %s did not take metrics (%s); training goes on", place, error_line(error))

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class WorkerConfig:
     threads: int
     folder: Path
     checkpoint: CheckpointConfig
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)  # Ray keeps what this shows, and a URI may have a password
     outbox: Path
     run_id: str
     progress: bool

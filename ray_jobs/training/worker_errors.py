@@ -11,6 +11,7 @@ from ray.train import ControllerError, TrainingFailedError, UserCallback, Worker
 
 from ray_jobs.ray_internals import is_cluster_too_small, unwrap_health_check
 from revmux.errors import UserError
+from revmux.utils.redact import without_passwords
 
 
 class WorkerError(RuntimeError):
@@ -68,7 +69,7 @@ def lost_a_peer(error: BaseException) -> bool:
 def in_words(error: Exception) -> str:
     """An error in one line."""
     error = unwrap_health_check(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in without_passwords(str(error)).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
 
 

@@ -14,6 +14,7 @@ from revmux.data.prompt import Prompt
 from revmux.errors import UserError
 from revmux.pretrained import hub
 from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig, Dtype
+from revmux.utils.files import recover_folder
 from revmux.utils.type_check import check_types
 from revmux.version import __version__
 
@@ -96,6 +97,7 @@ def local_adapter_folder(adapter: str | Path, revision: str | None = None) -> Pa
         UserError: no such folder, and the hub has no such adapter either.
     """
     folder = Path(adapter).expanduser()
+    recover_folder(folder)
     name, _, inline = str(adapter).partition("@")
     if folder.exists() or not hub.is_repository(name):
         return folder

@@ -12,7 +12,7 @@ from revmux.features.budget import GIGABYTE
 from revmux.features.config import default_root
 from revmux.features.place import Place
 from revmux.features.precision import Precision, noted_precision
-from revmux.features.shards import read_json, read_notes
+from revmux.features.shards import read_notes, read_object
 from revmux.features.store import META
 
 
@@ -50,7 +50,7 @@ def list_stores(root: str | None = None, filesystem: FileSystem | None = None) -
     stores = []
     for key in place.folders():
         store = place.child(key)
-        meta = read_json(store, META)
+        meta = read_object(store, META)
         if meta:
             contents = tuple(store.folders())
             noted = ((name, noted_precision(read_notes(store.child(name)))) for name in contents)

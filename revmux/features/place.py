@@ -18,9 +18,9 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from revmux.errors import UserError
 from revmux.features.lease import Lease
+from revmux.utils.files import TEMPORARY, write_durably
 
 _log = logging.getLogger(__name__)
-_TEMPORARY = ".tmp"
 
 
 class Place:
@@ -124,10 +124,10 @@ class Place:
         Raises:
             UserError: it cannot be written, for want of space or of permission.
         """
-        temporary = self.file(f"{name}.{uuid.uuid4().hex}{_TEMPORARY}")
+        temporary = self.file(f"{name}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
             if self.local:
-                self._write_local(temporary, self.file(name), data)
+                write_durably(Path(self.file(name)), memoryview(data))
                 return
             with self.filesystem.open_output_stream(temporary) as stream:
                 stream.write(data)
@@ -139,18 +139,6 @@ class Place:
                 f"cannot write {self.file(name)} ({error}); free some space there or choose another root for features, "
                 "then start again: what is complete is kept"
             ) from None
-
-    def _write_local(self, temporary: str, path: str, data: bytes | pa.Buffer) -> None:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def copy(self, name: str, target: Place) -> None:
         """Copy a file to another place, whole or not at all.
@@ -167,7 +155,7 @@ class Place:
     def sweep(self) -> None:
         """Remove what interrupted writers left unfinished; for the holder of the lock."""
         for name in self.files():
-            if name.endswith(_TEMPORARY):
+            if name.endswith(TEMPORARY):
                 with suppress(FileNotFoundError):  # its writer has finished just now
                     self.remove_file(name)
 

@@ -189,7 +189,7 @@ def read_notes(place: Place) -> list[dict[str, Any]]:
     return notes
 
 
-def read_json(place: Place, name: str) -> dict[str, Any]:
+def read_object(place: Place, name: str) -> dict[str, Any]:
     """A JSON object; empty where there is none, or none that can be read."""
     data = place.read(name)
     try:
@@ -198,6 +198,6 @@ def read_json(place: Place, name: str) -> dict[str, Any]:
         return {}
 
 
-def write_json(place: Place, name: str, content: Mapping[str, Any]) -> None:
+def write_object(place: Place, name: str, content: Mapping[str, Any]) -> None:
     """Write a JSON object."""
     place.write(name, json.dumps(content, indent=2, sort_keys=True).encode())

@@ -21,7 +21,7 @@ from revmux.features.key import backbone_digest, combine, tokens_digest
 from revmux.features.place import Place
 from revmux.features.precision import Precision, noted_precision
 from revmux.features.reader import StoredFeatures, TeacherFeatures, TeacherReader
-from revmux.features.shards import FORMAT, ShardSet, assign_shards, read_json, read_notes, write_json
+from revmux.features.shards import FORMAT, ShardSet, assign_shards, read_notes, read_object, write_object
 from revmux.features.writer import FeaturePass
 from revmux.pretrained.pretrained import Pretrained
 
@@ -301,7 +301,7 @@ class StoreBuilder:
 
     def _describe(self, place: Place) -> None:
         place.create()
-        if not read_json(place, META):
+        if not read_object(place, META):
             content = {
                 "ingredients": self.ingredients,
                 "backbone": self.pretrained.identity,
@@ -309,7 +309,7 @@ class StoreBuilder:
                 "tokens": int(self.split.lengths.sum()),
                 "longest": int(self.split.lengths.max()),
             }
-            write_json(place, META, content)
+            write_object(place, META, content)
 
 
 def layer_folder(layer: int, dtype: str) -> str:

@@ -31,7 +31,7 @@ from revmux.plan.plots import plot_front_html, plot_front_png
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import Recipe
 from revmux.training.recipe import load_backbone, prepare, train_here
-from revmux.utils.files import atomic_folder, write_json
+from revmux.utils.files import atomic_folder, write_durably, write_json
 from revmux.utils.run_info import describe_run
 
 PLAN_NAME, PAGE_NAME = "plan.json", "plan.md"
@@ -223,7 +223,7 @@ def write_plan(plan: Plan, meta: dict[str, Any]) -> None:
     template = resources.files("revmux.plan").joinpath("plan.md.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(template).render(plan=plan, choice=plan.choice, meta=meta, describe=describe_system)
-    (plan.folder / PAGE_NAME).write_text(page)
+    write_durably(plan.folder / PAGE_NAME, page)
     title = f"{meta['data']['source']} on {meta['backbone']['name']}, on the inputs that choose"
     plot_front_png(plan.rows, plan.folder / "front.png", title)
     plot_front_html(plan.rows, plan.folder / "front.html", title)

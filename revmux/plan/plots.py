@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from revmux.errors import UserError
 from revmux.plan.front import FrontRow, front
 from revmux.utils.extras import require
+from revmux.utils.files import atomic_file
 
 MARKERS = {
     "siso": ("*", "star"),
@@ -73,11 +73,9 @@ def plot_front_png(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
     axes.margins(0.09)  # labels stay inside
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=130)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     pyplot.close(figure)
-    os.replace(temporary, path)
     return path
 
 
@@ -120,10 +118,8 @@ def plot_front_html(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
         yaxis_title="accuracy, %",
         template="plotly_white",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.write_html(temporary, include_plotlyjs=True, full_html=True)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        figure.write_html(temporary, include_plotlyjs=True, full_html=True)
     return path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revmux.utils.extras import require
+from revmux.utils.files import atomic_file
 
 Row = Mapping[str, Any]
 MARKERS = {"siso": "*", "exit-head": "s", "revmux": "o", "token-split": "^"}
@@ -79,7 +80,7 @@ def plot_front(rows: Sequence[Row], path: Path, title: str) -> Path:
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     pyplot.close(figure)
     return path

@@ -16,6 +16,7 @@ from revmux.backbone.registry import BACKBONES, unsupported
 from revmux.errors import UserError
 from revmux.pretrained import hub
 from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_PACKAGE, EMBEDDED_SHA256, BackboneConfig
+from revmux.utils.files import recover_folder
 
 _identities: dict[tuple[str, int, float], str] = {}
 
@@ -39,6 +40,7 @@ def resolve(model: str) -> str:
             )
         return str(folder)
     path = Path(model).expanduser()
+    recover_folder(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"folder {model!r} holds no config.json; name a folder that save_pretrained wrote")

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from revmux.errors import UserError
-from revmux.utils.files import write_durably
+from revmux.utils.files import write_durably, write_json
 
 _log = logging.getLogger(__name__)
 FORMAT = 1
@@ -112,7 +112,7 @@ class CheckpointFolder:
                 known = self._write(best_name, best)
             files[best_name] = known
             manifest = {"format": FORMAT, "step": step, "files": files}
-            write_durably(self._manifest(step), json.dumps(manifest, indent=2).encode())
+            write_json(self._manifest(step), manifest)
         except OSError as error:
             with suppress(OSError):
                 self._drop_unnamed()

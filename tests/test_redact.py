@@ -1,0 +1,188 @@
+"""Passwords of tracking URIs: in no message, log, page or record, whoever writes it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ray_jobs import cli
+from ray_jobs.sweep.trials import reason_of
+from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.outbox import PatientClient
+from ray_jobs.tracking.system_metrics import system_metrics
+from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.progress import TrainProgress
+from ray_jobs.training.worker import WorkerConfig
+from ray_jobs.training.worker_errors import in_words
+from revmux import UserError
+from revmux.training.trainer import TrainerState
+from revmux.utils.redact import error_line, redact_logs, without_passwords
+from serve_app.sources import fetch_adapter
+
+SECRET = "s3cret"
+
+
+@pytest.fixture(params=["http", "postgresql+psycopg2"])
+def uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A server with a password that cannot be reached."""
+    if request.param != "http":
+        pytest.importorskip("psycopg2", reason="no driver of PostgreSQL here; run: pip install 'revmux[postgres]'")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"{request.param}://me:{SECRET}@127.0.0.1:{probe.getsockname()[1]}/runs"
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("postgresql+psycopg2://me:pa/s@s@host/db", "postgresql+psycopg2://me:***@host/db"),
+        ("postgresql://host/db?user=me&password=secret&ssl=on", "postgresql://host/db?user=me&password=***&ssl=on"),
+        ("'mysql://me:p%40ss@host:3306/db'", "'mysql://me:***@host:3306/db'"),
+        ("redis://:secret@host", "redis://:***@host"),
+        ("https://store/x?sig=abc%2F&se=2030", "https://store/x?sig=***&se=2030"),
+        (
+            "https://s3/x?X-Amz-Security-Token=abc&X-Amz-Signature=def",
+            "https://s3/x?X-Amz-Security-Token=***&X-Amz-Signature=***",
+        ),
+        ("from http://me:one@a to http://me:two@b", "from http://me:***@a to http://me:***@b"),
+        ("two\nlines http://me:one@a\nend", "two\nlines http://me:***@a\nend"),
+    ],
+)
+def test_passwords_are_left_out_of_a_whole_message(text: str, clean: str) -> None:
+    assert without_passwords(f"cannot open {text} (refused)") == f"cannot open {clean} (refused)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sqlite:////mnt/runs/mlflow.db",
+        "http://127.0.0.1:5000",
+        "postgresql://me@db:5432/a",
+        "models:/reviews@champion",
+        "MLflow at http://db:5000 has no 'models:/reviews@champion'",
+        "batch_size=4, tokens=128",
+    ],
+)
+def test_a_text_without_a_password_is_left_as_it_is(text: str) -> None:
+    assert without_passwords(text) == text
+
+
+def test_an_error_is_one_line_even_without_a_message() -> None:
+    assert error_line(ValueError("no http://me:one@a\nmore")) == "no http://me:***@a"
+    assert error_line(ConnectionResetError()) == "ConnectionResetError"
+
+
+def clean(caplog: pytest.LogCaptureFixture, words: str) -> None:
+    assert re.search(words, caplog.text)
+    assert SECRET not in caplog.text
+
+
+def test_a_tracker_that_cannot_open_its_store(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot open the MLflow store '.*://me:\*\*\*@127") as raised:
+        Tracker(TrackingConfig(uri), tmp_path)
+    assert SECRET not in str(raised.value)
+
+
+def lose_connection(client: Any, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls fail as with a store that was open before; one that is a database is opened by the client."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError(f"cannot reach {uri}")
+
+    for name in ("log_batch", "get_metric_history", "search_experiments"):
+        monkeypatch.setattr(client, name, fail)
+
+
+def test_an_outbox_whose_server_is_away(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = PatientClient("http://127.0.0.1:1", tmp_path / "outbox")
+    lose_connection(client.plain, uri, monkeypatch)
+    client.log_batch("0" * 32)
+    clean(caplog, r"MLflow took no record .*me:\*\*\*@")
+
+
+def test_an_outbox_that_gives_a_record_up(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = PatientClient("http://127.0.0.1:1", tmp_path / "outbox")
+    lose_connection(client.plain, uri, monkeypatch)
+    client.log_batch("0" * 32)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TypeError(f"not for {uri}")
+
+    monkeypatch.setattr(client.plain, "log_batch", fail)
+    assert client.outbox.flush() == 0
+    clean(caplog, r"cannot be sent to MLflow \(not for .*me:\*\*\*@")
+
+
+def test_progress_whose_server_is_away(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not uri.startswith("http"):
+        pytest.skip("a database is opened before training starts")
+    state = TrainerState(epoch=1, step=2, history=[{"train_loss": 0.5}])
+    trainer: Any = SimpleNamespace(state=state, total_steps=10, optim=SimpleNamespace(epochs=2))
+    TrainProgress("one", trainer, uri, "0" * 32, tmp_path / "outbox", live=False)
+    clean(caplog, r"MLflow at http://me:\*\*\*@.* did not take metrics")
+
+
+def test_system_metrics_whose_server_is_away(
+    uri: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("psutil")
+    with system_metrics(uri, "0" * 32):
+        pass
+    assert SECRET not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_logs_of_mlflow_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    redact_logs("mlflow")
+    log = logging.getLogger("mlflow.some.module")
+    log.warning("Failed to get %s: %s.", "a run", "http://me:s3cret@host")
+    try:
+        raise ConnectionError("http://me:s3cret@host is away")
+    except ConnectionError:
+        log.exception("oops")
+    shown = capfd.readouterr().err
+    assert shown.count("me:***@host") == 2
+    assert SECRET not in shown
+
+
+def test_settings_that_ray_shows_on_its_dashboard(uri: str) -> None:
+    shown = {item.name: item.repr for item in fields(WorkerConfig)}
+    assert [name for name, is_shown in shown.items() if not is_shown] == ["tracking_uri"]
+    assert SECRET not in f"{TrackingConfig(uri)}"
+
+
+def test_reasons_of_failures(uri: str) -> None:
+    assert SECRET not in reason_of(f"Traceback\nmlflow.exceptions.MlflowException: {uri} is away")
+    assert SECRET not in in_words(RuntimeError(f"{uri} is away"))
+
+
+def test_the_error_that_ends_a_job(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: Any) -> None:
+        raise UserError(f"{uri} is away")
+
+    assert cli.run(fail, TrackingConfig, None, []) == 2
+    shown = capsys.readouterr().err
+    assert "me:***@" in shown
+    assert SECRET not in shown
+
+
+def test_a_server_that_cannot_fetch_its_adapter(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr("mlflow.get_tracking_uri", lambda: uri)
+    with pytest.raises(UserError, match=r"MLflow at .*://me:\*\*\*@127.* has no 'models:/reviews@champion'") as raised:
+        fetch_adapter("models:/reviews@champion")
+    assert SECRET not in str(raised.value)
