@@ -31,7 +31,7 @@ def fetch_adapter(adapter: str) -> Path:
     mlflow = require("mlflow", "mlflow")
     try:
         downloaded = Path(mlflow.artifacts.download_artifacts(_without_backbone(mlflow, adapter)))
-    except (mlflow.exceptions.MlflowException, OSError) as error:
+    except Exception as error:  # of MLflow, its database, or the library of an object store
         raise UserError(
             f"MLflow at {without_passwords(mlflow.get_tracking_uri())} has no {adapter!r} ({error_line(error)}); check the "
             "name, and MLFLOW_TRACKING_URI"

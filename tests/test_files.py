@@ -260,7 +260,7 @@ def test_a_file_stays_as_it_was_when_its_writer_fails(tmp_path: Path) -> None:
 
 
 def test_json_is_indented_and_readable(tmp_path: Path) -> None:
-    write_json(tmp_path / "one.json", {"b": "ä", "a": 1}, sort_keys=True)
+    write_json(tmp_path / "one.json", {"a": 1, "b": "ä"})
     assert (tmp_path / "one.json").read_text(encoding="utf-8") == '{\n  "a": 1,\n  "b": "ä"\n}\n'
 
 

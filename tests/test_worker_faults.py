@@ -18,6 +18,7 @@ import torch.distributed as dist
 from mlflow import MlflowClient
 from ray.train import ControllerError, WorkerGroupError
 
+import ray_jobs.training.launch
 import ray_jobs.training.worker
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.tracking.config import TrackingConfig
@@ -178,6 +179,31 @@ def test_another_error_of_one_worker_is_tried_again_and_told(
 def test_a_lost_worker_is_told_not_its_peers_broken_connection(start: Start) -> None:
     with pytest.raises(WorkerError, match=r"^worker 1 failed, .*died"):
         start(kill_oneself, max_failures=0)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are found in /proc")
+def test_checkpoints_are_removed_once_the_adapter_is_on_the_disk(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, remove, flushed, before = os.fsync, ray_jobs.training.launch.remove_folder, [], []
+
+    def note(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        flush(descriptor)
+
+    def note_and_remove(folder: Path) -> None:
+        before.extend(flushed)
+        remove(folder)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(ray_jobs.training.launch, "remove_folder", note_and_remove)
+    start(kill_oneself, workers=1)
+    names = [path.name for path in before]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names)
+    assert tmp_path in before[names.index("adapter_model.safetensors") :], "the adapter's own name"
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.cluster

@@ -53,9 +53,9 @@ def write_durably(path: Path, content: bytes | memoryview | str) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: Path, content: Any, sort_keys: bool = False) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write indented JSON through :func:`atomic_file`."""
-    write_durably(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+    write_durably(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
