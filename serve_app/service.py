@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from prometheus_client.core import Metric
 
@@ -19,6 +22,7 @@ from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
 from revmux.serving.scheduling import admits
 from revmux.serving.task import Task
+from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, TaskConfig, live_tasks
 from serve_app.errors import Unhealthy
@@ -31,6 +35,13 @@ PROBE_SECONDS = 15.0
 """How long a question about the model's health waits for an answer; a pass that runs is finished first."""
 
 _FIXED = ("model", "revision", "dtype", "prompt", "max_length", "threshold")
+
+
+class _Fetched(NamedTuple):
+    """An adapter as the operator names it, and its local folder."""
+
+    source: str
+    folder: Path
 
 
 class Service:
@@ -78,8 +89,8 @@ class Service:
         Raises:
             UserError: a model or adapter that does not fit, or another model under a name that is served.
         """
-        with self._changing:
-            wanted = {name: self._by_width(task) for name, task in tasks.items()}
+        with self._changing, TemporaryDirectory(prefix="revmux-adapters-") as downloads:
+            wanted = {name: self._by_width(task, Path(downloads)) for name, task in tasks.items()}
             for name, task in tasks.items():
                 if name in self._served:
                     self._check_same(name, task)
@@ -97,16 +108,19 @@ class Service:
                     self.engine.retire(width, name)
                     del self._adapters[name][width]
 
-    def _by_width(self, task: TaskConfig) -> dict[int, str]:
+    def _by_width(self, task: TaskConfig, downloads: Path) -> dict[int, _Fetched]:
         """The adapters that may run, by their N."""
-        found: dict[int, str] = {}
+        found: dict[int, _Fetched] = {}
         most = self.config.max_multiplex
         for source in task.adapters:
-            width = load_adapter_config(fetch_adapter(source)).num_inputs
+            folder = fetch_adapter(source, downloads)
+            width = load_adapter_config(folder).num_inputs
             if width in found:
-                raise UserError(f"adapters {found[width]!r} and {source!r} both serve N = {width}; name one for each N")
+                raise UserError(
+                    f"adapters {found[width].source!r} and {source!r} both serve N = {width}; name one for each N"
+                )
             if admits(most, width):
-                found[width] = source
+                found[width] = _Fetched(source, folder)
         return found
 
     def _check_same(self, name: str, task: TaskConfig) -> None:
@@ -118,23 +132,23 @@ class Service:
                     "or deploy new replicas"
                 )
 
-    def _add(self, name: str, task: TaskConfig, adapters: dict[int, str]) -> None:
+    def _add(self, name: str, task: TaskConfig, adapters: dict[int, _Fetched]) -> None:
         # Only inputs are cut to max_length, by the engine; loading just wants a legal one.
-        folders = [fetch_adapter(source) for source in adapters.values()]
+        folders = [adapter.folder for adapter in adapters.values()]
         prompt = task.prompt or recorded_prompt(folders)
         dtype = task.dtype or (recorded_dtype(load_adapter_config(folders[0])) if folders else "float32")
         backbone = BackboneConfig(task.model, task.revision, task.max_length or 2, dtype, prompt=prompt)
         pretrained = load_pretrained(backbone)
         pretrained.backbone.to("cuda" if self.config.num_gpus else "cpu")
         self.engine.add_task(name, pretrained, folders, task.max_length, task.threshold)
-        self._adapters[name] = dict(adapters)
+        self._adapters[name] = {width: adapter.source for width, adapter in adapters.items()}
 
-    def _load(self, name: str, adapters: dict[int, str]) -> None:
+    def _load(self, name: str, adapters: dict[int, _Fetched]) -> None:
         own = self._adapters[name]
-        for width, source in adapters.items():
-            if own.get(width) != source:
-                self.engine.load(fetch_adapter(source), name)
-                own[width] = source
+        for width, adapter in adapters.items():
+            if own.get(width) != adapter.source:
+                self.engine.load(adapter.folder, name)
+                own[width] = adapter.source
 
     def update(self, user_config: Any) -> None:
         """:meth:`serve` what is configured now. An error is logged and kept in ``update_error``, never raised.
@@ -144,11 +158,12 @@ class Service:
         try:
             self.serve(live_tasks(user_config))
         except UserError as error:
-            self.update_error = str(error)
-            logger.error("the tasks stay as they are: %s", error)
+            self.update_error = without_passwords(str(error))
+            logger.error("the tasks stay as they are: %s", self.update_error)
         except Exception as error:
-            self.update_error = f"{type(error).__name__}: {error}"
-            logger.exception("the tasks stay as they are: the update failed")
+            self.update_error = without_passwords(f"{type(error).__name__}: {error}")
+            stack = without_passwords(traceback.format_exc())
+            logger.error("the tasks stay as they are: the update failed\n%s", stack)
         else:
             self.update_error = None
 

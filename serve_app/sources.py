@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,12 +17,16 @@ def is_mlflow(adapter: str) -> bool:
     return adapter.startswith(("models:/", "runs:/"))
 
 
-def fetch_adapter(adapter: str) -> Path:
+def fetch_adapter(adapter: str, downloads: Path) -> Path:
     """The local folder of an adapter; those of the hub and of MLflow are downloaded.
+
+    The hub's library keeps what it downloads in its cache. MLflow keeps nothing, so its downloads go to a folder of the
+    caller's, who removes it once the adapter is loaded.
 
     Args:
         adapter: a folder, ``user/name`` or ``user/name@revision`` on the hub, ``models:/name@alias``,
             ``models:/name/version`` or ``runs:/id/path``.
+        downloads: an existing folder for what MLflow downloads.
 
     Raises:
         UserError: the hub or MLflow cannot find it, or it holds no adapter, or several.
@@ -30,7 +35,8 @@ def fetch_adapter(adapter: str) -> Path:
         return local_adapter_folder(adapter)
     mlflow = require("mlflow", "mlflow")
     try:
-        downloaded = Path(mlflow.artifacts.download_artifacts(_without_backbone(mlflow, adapter)))
+        target = tempfile.mkdtemp(dir=downloads)
+        downloaded = Path(mlflow.artifacts.download_artifacts(_without_backbone(mlflow, adapter), dst_path=target))
     except Exception as error:  # of MLflow, its database, or the library of an object store
         raise UserError(
             f"MLflow at {without_passwords(mlflow.get_tracking_uri())} has no {adapter!r} ({error_line(error)}); check the "

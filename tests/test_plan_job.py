@@ -75,7 +75,7 @@ def test_a_plan_ends_with_a_server_of_the_promised_widths(job: PlanJob, ray_here
     assert champion.tags["system"].endswith(written["chosen"])
     on_front = {row.name for row in found.rows if row.on_front and row.method != "siso"}
     assert on_front <= {version.tags["system"].rpartition("/")[2] for version in versions.values()}
-    threshold = load_adapter_config(fetch_adapter("models:/reviews@champion")).fallback_threshold
+    threshold = load_adapter_config(fetch_adapter("models:/reviews@champion", folder)).fallback_threshold
     assert champion.tags["fallback_threshold"] == ("none" if threshold is None else f"{threshold:g}")
     experiment = client.get_experiment_by_name("revmux")
     assert experiment is not None

@@ -140,9 +140,9 @@ def test_a_model_is_signed_pinned_and_holds_no_pickle(tracked: Registered) -> No
     assert kinds == {"", ".json", ".md", ".py", ".safetensors", ".txt", ".yaml"}
 
 
-def test_the_server_loads_what_was_registered(tracked: Registered, adapter: Path) -> None:
+def test_the_server_loads_what_was_registered(tracked: Registered, adapter: Path, tmp_path: Path) -> None:
     for uri in ("models:/toy@champion", "models:/toy/1", f"runs:/{tracked.run_id}/adapter"):
-        folder = fetch_adapter(uri)
+        folder = fetch_adapter(uri, tmp_path)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
             path.name: path.read_bytes() for path in adapter.iterdir()
         }

@@ -180,9 +180,9 @@ def test_the_error_that_ends_a_job(uri: str, capsys: pytest.CaptureFixture[str])
     assert SECRET not in shown
 
 
-def test_a_server_that_cannot_fetch_its_adapter(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_fetch_its_adapter(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setattr("mlflow.get_tracking_uri", lambda: uri)
     with pytest.raises(UserError, match=r"MLflow at .*://me:\*\*\*@127.* has no 'models:/reviews@champion'") as raised:
-        fetch_adapter("models:/reviews@champion")
+        fetch_adapter("models:/reviews@champion", tmp_path)
     assert SECRET not in str(raised.value)

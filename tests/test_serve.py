@@ -416,6 +416,6 @@ def test_adapters_come_from_mlflow_by_run_and_by_alias(
     client.set_registered_model_alias("toy", "champion", version.version)
     weights = (folders[1][0] / "adapter_model.safetensors").read_bytes()
     for uri in (f"runs:/{run.info.run_id}/adapter", "models:/toy@champion"):
-        assert (fetch_adapter(uri) / "adapter_model.safetensors").read_bytes() == weights
+        assert (fetch_adapter(uri, tmp_path) / "adapter_model.safetensors").read_bytes() == weights
     with pytest.raises(UserError, match="models:/toy@nobody"):
-        fetch_adapter("models:/toy@nobody")
+        fetch_adapter("models:/toy@nobody", tmp_path)

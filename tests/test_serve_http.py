@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -205,6 +206,67 @@ def test_the_model_has_the_dtype_that_its_adapters_were_trained_with(
         with told:
             service.serve(config.served)
         assert service.info()["model_dtype"] == found
+    finally:
+        service.close()
+
+
+def test_what_mlflow_downloads_is_removed_after_loading(
+    tasks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(downloads))
+    # As with an artifact store elsewhere: files are downloaded, not read where they are.
+    monkeypatch.setattr(LocalArtifactRepository, "download_artifacts", ArtifactRepository.download_artifacts)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient()
+    run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts")))
+    client.log_artifacts(run.info.run_id, tasks["topic"]["adapters"][0], "adapter")
+    adapter = f"runs:/{run.info.run_id}/adapter"
+    config = AppConfig.model_validate({"model": tasks["topic"]["model"], "adapters": [adapter]})
+    service = Service(config)
+    try:
+        service.serve(config.served)
+        assert [item["source"] for item in service.info()["adapters"]] == [adapter]
+        assert list(downloads.iterdir()) == []
+        both = {
+            "mood": {**tasks["topic"], "adapters": [adapter]},
+            "missing": {**tasks["topic"], "adapters": ["runs:/1/no"]},
+        }
+        service.update({"tasks": both})
+        assert "runs:/1/no" in str(service.update_error)
+        assert list(downloads.iterdir()) == []
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize("kind", ["an error of the registry", "another error"])
+def test_info_and_logs_show_no_password_of_the_registry(
+    kind: str, tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("mlflow")
+    registry = "http://me:s3cret@127.0.0.1:1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("mlflow.get_tracking_uri", lambda: registry)
+    if kind == "another error":
+
+        def fail(*_: object) -> Path:
+            raise MemoryError(f"{registry} sent too much")
+
+        monkeypatch.setattr("serve_app.service.fetch_adapter", fail)
+    config = AppConfig.model_validate(tasks["topic"])
+    service = Service(config)
+    try:
+        service.update({"tasks": {"topic": {**tasks["topic"], "adapters": ["models:/reviews@champion"]}}})
+        with listening(create_app(service)) as url:
+            shown = httpx.get(f"{url}/info", timeout=60)
+        assert "http://me:***@127.0.0.1:1" in shown.json()["update_error"]
+        assert "s3cret" not in shown.text + caplog.text
     finally:
         service.close()
 
