@@ -290,6 +290,15 @@ def test_a_finished_training_does_not_fail_when_its_adapter_cannot_be_stored(
     assert [item.path for item in again.client.list_artifacts(run_id)] == ["adapter"]
 
 
+def test_artifacts_may_be_named_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plot.png").write_text("a plot")
+    tracker = Tracker(TrackingConfig(), Path("runs").absolute())
+    with tracker.run("one", {}) as run_id:
+        tracker.client.log_artifact(run_id, "plot.png")
+    assert [item.path for item in tracker.client.list_artifacts(run_id)] == ["plot.png"]
+
+
 def test_a_worker_whose_clock_is_behind_records_nothing_before_its_run_is_made(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

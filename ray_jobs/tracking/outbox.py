@@ -246,7 +246,7 @@ class Outbox:
             case "input":
                 self.client.log_inputs(run_id, [dataset_input(values["dataset"], values["tags"])])
             case "artifacts":
-                path = self.folder / values["path"]  # absolute if it is no copy
+                path = self.folder / values["path"]  # absolute, or a copy in this folder
                 if not path.exists():
                     raise _Unsendable(f"{path} is missing")
                 log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
@@ -363,11 +363,11 @@ class PatientClient:
 
     def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
         """A folder."""
-        self.outbox.send("artifacts", run_id, path=local_dir, artifact_path=artifact_path)
+        self.outbox.send("artifacts", run_id, path=os.path.abspath(local_dir), artifact_path=artifact_path)
 
     def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
         """A file."""
-        self.outbox.send("artifacts", run_id, path=local_path, artifact_path=artifact_path)
+        self.outbox.send("artifacts", run_id, path=os.path.abspath(local_path), artifact_path=artifact_path)
 
 
 def dataset_input(dataset: dict[str, str], tags: dict[str, str]) -> DatasetInput:
