@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trained import Run, over_seeds, siso_row, train_missing, tuned_task_model
+from benchmarks.trained import Run, fill_store, over_seeds, siso_row, train_missing, tuned_task_model
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
+from revmux.methods import method_class
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
-from revmux.training.recipe import fill_store
+from revmux.training.recipe import exit_head_config
 from revmux.utils.files import write_json
 from revmux.utils.run_info import describe_run
 
@@ -26,8 +27,8 @@ TASKS = ("SST-2", "MRPC", "RTE")
 SYSTEMS = (
     ("RevMUX", MethodConfig("revmux", 2, 3, {"skip": True})),
     ("RevMUX", MethodConfig("revmux", 4, 3, {"skip": True})),
-    ("Exit head, layer 3", MethodConfig("exit-head", 1, 3, {"layer": 3})),
-    ("Exit head, layer 4", MethodConfig("exit-head", 1, 4, {"layer": 4})),
+    ("Exit head, layer 3", exit_head_config(3)),
+    ("Exit head, layer 4", exit_head_config(4)),
 )
 
 
@@ -64,7 +65,7 @@ def measure_task(folder: Path, name: str, budget: Budget) -> tuple[list[dict[str
     store, runs = StoreConfig(root=str(kept / "features")), []
     for seed in range(budget.seeds):
         for title, method in SYSTEMS:
-            epochs = budget.epochs * (3 if method.name == "exit-head" else 1)
+            epochs = budget.epochs * (1 if method_class(method.name).multiplexes() else 3)
             optim = OptimConfig(epochs, 16, 1e-3, seed=seed)
             recipe = Recipe(backbone, data, method, optim, LossConfig(distillation_weight=1.0), store, budget.shuffles)
             runs.append(Run.named(title, recipe, task, kept / "runs"))

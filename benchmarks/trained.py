@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from benchmarks.rows import digest
 from revmux.data.config import DataConfig
 from revmux.data.task import TaskData
+from revmux.features.store import open_features
+from revmux.methods import Siso
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.identity import weights_sha256
+from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.task_model import save_task_model
 from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
 from revmux.training.recipe import prepare, train_here
@@ -68,7 +72,7 @@ def tuned_task_model(
         frozen_layers: lowest layers that keep their weights.
         parent: folder that it is put into, under a name that tells its settings apart.
     """
-    method = MethodConfig("siso", 1, frozen_layers, {"tune_backbone": True})
+    method = MethodConfig(Siso.name, 1, frozen_layers, {"tune_backbone": True})
     recipe = Recipe(backbone, data, method, optim, LossConfig(infonce_weight=0.0), shuffles=1)
     output = parent / f"task-model-{digest(recipe, task.identity['sha256'])}"
     if output.is_dir():
@@ -149,7 +153,7 @@ def siso_row(accuracy: float) -> dict[str, Any]:
     """The plain model, which every run knows as its teacher."""
     return {
         "title": "SISO",
-        "method": "siso",
+        "method": Siso.name,
         "num_inputs": 1,
         "prefill_layers": 0,
         "fallback": 0,
@@ -163,3 +167,19 @@ def siso_row(accuracy: float) -> dict[str, Any]:
         "cost_counted": 1.0,
         "throughput_ratio": 1.0,
     }
+
+
+def fill_store(recipe: Recipe, split: Dataset, layers: Sequence[int], device: torch.device | str = "cpu") -> None:
+    """Compute in one pass what several runs will read of a split: the teacher, and the prefilled states at some layers.
+
+    On a cluster :mod:`ray_jobs.features` does the same by many workers.
+
+    Args:
+        recipe: of any of the runs; its backbone and store count.
+        split: of their data.
+        layers: depths that the runs prefill to.
+        device: where the backbone runs.
+    """
+    pretrained = load_pretrained(recipe.backbone)
+    pretrained.backbone.freeze().to(device)
+    open_features(pretrained, pretrained.tokenize(split, recipe.backbone.max_length), layers, recipe.store)

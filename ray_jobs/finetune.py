@@ -18,6 +18,7 @@ from ray_jobs.training.launch import Trained, launch, load_checked
 from revmux.data.config import DataConfig
 from revmux.data.task import TaskData
 from revmux.errors import UserError
+from revmux.methods import Siso
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import CheckpointConfig, LossConfig, MethodConfig, OptimConfig, Recipe
 
@@ -56,7 +57,7 @@ class FinetuneJob:
     def recipe(self) -> Recipe:
         """The job as a recipe: SISO with the backbone or a soft prompt tuned."""
         tuned = {"soft_prompt": self.soft_prompt} if self.soft_prompt else {"tune_backbone": True}
-        method = MethodConfig("siso", 1, self.frozen_layers, tuned)
+        method = MethodConfig(Siso.name, 1, self.frozen_layers, tuned)
         return Recipe(self.backbone, self.data, method, self.optim, LossConfig(infonce_weight=0.0), shuffles=1)
 
 

@@ -30,14 +30,15 @@ from revmux.data.task import TaskData, load_task
 from revmux.estimate.flops import rival_exit_layer
 from revmux.estimate.throughput import like_length_batches, paired_throughput
 from revmux.features.config import StoreConfig
-from revmux.methods import BackboneShape, build_method
-from revmux.model import MultiplexedClassifier
-from revmux.plan.report import comparison_table, plot_front, row_name
+from revmux.methods import BackboneShape, Siso, build_method
+from revmux.model import MultiplexedClassifier, plain_classifier
+from revmux.plan.plots import plot_front_png
+from revmux.plan.report import comparison_table, front_row, row_name
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import inspect, load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
-from revmux.training.recipe import prepare, train_here
+from revmux.training.recipe import exit_head_config, prepare, train_here
 from revmux.utils.files import write_json
 from revmux.utils.run_info import describe_run
 from serve_app.config import server_config
@@ -198,7 +199,11 @@ def main(job: QuickstartJob) -> None:
         measure_throughput(rows, pretrained, task, job, folders)
         meta = describe_run(command_line(), task.identity, pretrained.identity)
         write_json(results, {"meta": meta | {"seconds": steps.seconds}, "rows": rows})
-        plot_front(rows, plot, f"{task.identity['source']} on {job.backbone.model.rpartition('/')[2]}")
+        plot_front_png(
+            [front_row(row) for row in rows],
+            plot,
+            f"{task.identity['source']} on {job.backbone.model.rpartition('/')[2]}",
+        )
     print(f"\n{comparison_table(rows)}\n")
     print(f"Results {results}\nPlot    {plot}\nTotal   {sum(steps.seconds.values()):.0f} s\n")
     print(next_commands(job, storage, model, folders))
@@ -216,11 +221,11 @@ def train_exit_head(
     job: QuickstartJob, base: Recipe, layer: int, task: TaskData, tracker: Tracker, pretrained: Pretrained
 ) -> dict[str, Any]:
     """A head at one layer, trained in this process: with stored states it takes seconds."""
-    method = MethodConfig("exit-head", 1, layer, {"layer": layer})
+    method = exit_head_config(layer)
     optim = replace(base.optim, epochs=3 * base.optim.epochs, learning_rate=1e-3)
     recipe = replace(base, method=method, optim=optim, loss=replace(base.loss, infonce_weight=0.0), shuffles=1)
     params = run_params(recipe, replace(job.cluster, workers=1))
-    with tracker.run(f"exit-head-{layer}", params) as run_id:
+    with tracker.run(f"{method.name}-{layer}", params) as run_id:
         prepared = prepare(recipe, task)
         figures = train_here(prepared).metrics()
         figures |= {
@@ -259,7 +264,7 @@ def siso_row(pretrained: Pretrained, task: TaskData, rows: list[dict[str, Any]])
         "accuracy_std": 0.0,
     }
     figures |= {"siso_agreement": 1.0, "cost_counted": 1.0, "tunable_params": 0.0}
-    return result_row(pretrained, task, MethodConfig("siso", 1, 0), figures)
+    return result_row(pretrained, task, MethodConfig(Siso.name, 1, 0), figures)
 
 
 def measure_throughput(
@@ -267,12 +272,13 @@ def measure_throughput(
 ) -> None:
     """Fill in the measured columns."""
     shape = BackboneShape.of(pretrained.backbone)
-    siso = MultiplexedClassifier(pretrained.backbone, build_method("siso", shape, 1), 0)
+    siso = plain_classifier(pretrained.backbone)
     rivals = {row_name(rows[index + 1]): load_adapter(folder, pretrained) for index, folder in enumerate(folders)}
     for row in rows:
-        if row["method"] == "exit-head":
-            head = build_method("exit-head", shape, 1, {"layer": row["prefill_layers"]})
-            rivals[row_name(row)] = MultiplexedClassifier(pretrained.backbone, head, row["prefill_layers"])
+        method = exit_head_config(row["prefill_layers"])
+        if row["method"] == method.name:  # its weights were not kept, and speed does not depend on them
+            head = build_method(method.name, shape, 1, method.options)
+            rivals[row_name(row)] = MultiplexedClassifier(pretrained.backbone, head, method.prefill_layers)
     split = pretrained.tokenize(task.test, job.backbone.max_length)
     batches = like_length_batches(split, inputs=64, batch_size=32)
     ratios = {name: paired_throughput(siso, rival, batches) for name, rival in rivals.items()}

@@ -20,6 +20,7 @@ from revmux.data.config import DataConfig
 from revmux.data.task import TaskData
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig
+from revmux.methods import method_class
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import CheckpointConfig, LossConfig, MethodConfig, OptimConfig, Recipe
 
@@ -65,9 +66,9 @@ class TrainJob:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if self.method.name == "siso":
+        if method_class(self.method.name).is_plain:
             raise UserError(
-                "method.name is siso, which has no adapters to train; tune a task model: python -m ray_jobs.finetune "
+                f"method.name is {self.method.name}, which has no adapters to train; tune a task model: python -m ray_jobs.finetune "
                 f"--backbone.model {self.backbone.model}, or choose another method, such as revmux"
             )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.errors import UserError
 from revmux.grouping import consecutive_groups, gather_rows
-from revmux.methods import Method
+from revmux.methods import BackboneShape, Method, Siso
 
 OnStage = Callable[[str], None]
 """Called with the name of each stage of the chain once it has run: prefill, multiplex, upper, head."""
@@ -202,3 +202,8 @@ class MultiplexedClassifier(nn.Module):
         if groups is None:
             groups = consecutive_groups(rows, self.num_inputs).to(tokens["input_ids"].device)
         return gather_rows(self.run_tokens(tokens, groups).scores, groups, rows)
+
+
+def plain_classifier(backbone: Backbone) -> MultiplexedClassifier:
+    """SISO: the plain model in the form that adapters have."""
+    return MultiplexedClassifier(backbone, Siso(BackboneShape.of(backbone)), 0)

@@ -196,11 +196,6 @@ class AppConfig(_TaskSettings):
         own = {name: getattr(self, name) for name in _TaskSettings.model_fields}
         return {ONLY_TASK: TaskConfig(model=self.model, **own)}
 
-    @property
-    def most_replicas(self) -> int:
-        """Copies of the model at most."""
-        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas
-
     def limits(self) -> Limits:
         """The engine's part of the bounds."""
         return Limits(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from revmux import UserError
+from revmux.methods import method_class, method_names
 from revmux.plan.front import FrontRow
 from revmux.plan.plots import label_of, plot_front_html, plot_front_png
 
@@ -38,6 +39,17 @@ def test_the_page_shows_every_row_and_loads_nothing(tmp_path: Path) -> None:
 
 def test_labels_say_what_a_point_is() -> None:
     assert [label_of(row) for row in ROWS] == ["SISO", "N=2 l=3", "N=4 l=3, 12% fall back", "layer 2"]
+
+
+def test_every_method_names_itself_in_tables_and_sentences() -> None:
+    named = {name: method_class(name).system_name(2, 3) for name in method_names()}
+    assert len(set(named.values())) == len(named)
+    assert (named["siso"], named["exit-head"]) == ("SISO (the plain model)", "exit head at layer 3")
+    assert named["revmux"] == "revmux N=2 l=3"
+    assert method_class("exit-head").in_words(1, 3) == "an exit head at layer 3"
+    assert method_class("siso").in_words(1, 0) == "the plain model (SISO)"
+    assert [name for name in method_names() if method_class(name).is_plain] == ["siso"]
+    assert [name for name in method_names() if not method_class(name).multiplexes()] == ["exit-head", "siso"]
 
 
 def test_nothing_to_plot_is_said(tmp_path: Path) -> None:

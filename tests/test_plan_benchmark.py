@@ -57,7 +57,11 @@ def test_allowances_are_choices_among_the_same_adapters(planned: Planned) -> Non
     timed = sweep.rows_of(rounds, "quick")
     assert [row["ratio_median"] for row in timed] == [3.5, 1.75, 2.0]
     meta = {"data": {"tiny": found["task"]}, "machine": {"cores": 2}, "versions": {"torch": "2"}, "commit": None}
-    rows = [*found["rows"], *timed, unmeasured_row(allowances.row_name(1.0, "SST-2"), "no GLUE folder was named", 1.0)]
+    rows = [
+        *found["rows"],
+        *timed,
+        unmeasured_row(allowances.ratio_name(1.0, "SST-2"), "no GLUE folder was named", 1.0),
+    ]
     words = plan_words({"meta": meta, "rows": rows})["plan"]
     assert "| tiny | 0.5 | siso | 1 | – | 0.00, 0.00 | 0.00 (0.00 to 0.00) |" in words
     assert "| 10 (6, 6) | ≥ 3 | 3.50 (3.00–4.00); sweep 20 s, whole 40 s, online 70 s, stored 35 s | met |" in words

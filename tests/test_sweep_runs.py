@@ -20,6 +20,7 @@ import ray
 from mlflow import MlflowClient
 from polling import wait_until
 
+from benchmarks.trained import fill_store
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.sweep.comparison import ENDS
 from ray_jobs.sweep.config import StoppingConfig, TuneJob
@@ -30,7 +31,6 @@ from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import OptimConfig, Recipe
-from revmux.training.recipe import fill_store
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}

@@ -14,12 +14,11 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from revmux.errors import UserError, one_of
-from revmux.methods import BackboneShape
+from revmux.methods import BackboneShape, method_class
 from revmux.training.config import Recipe
 from revmux.training.recipe import check
 
 KNOBS = ("methods", "num_inputs", "prefill_layers", "infonce_weight")
-EXIT_HEAD = "exit-head"
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,9 @@ class SearchSpace:
         for name, rate in itertools.product(self.methods, rates):
             options = self.options.get(name, {})
             optim = replace(recipe.optim, learning_rate=rate, epochs=self.epochs or recipe.optim.epochs)
-            if name == EXIT_HEAD:
-                knobs = [(1, layer, 0.0, {**options, "layer": layer}) for layer in exits]
+            exit_option = method_class(name).exit_option
+            if exit_option is not None:
+                knobs = [(1, layer, 0.0, {**options, exit_option: layer}) for layer in exits]
             else:
                 knobs = [
                     (inputs, layers, weight, options)

@@ -61,7 +61,7 @@ def main() -> None:
         _, found[SST2] = measure_allowances(SST2, DataConfig(source=str(glue / SST2), limit=SST2_LIMIT), KEPT)
     else:
         missing = [
-            unmeasured_row(allowances.row_name(points, SST2), "no GLUE folder was named", 1.0)
+            unmeasured_row(allowances.ratio_name(points, SST2), "no GLUE folder was named", 1.0)
             for points in allowances.ALLOWANCES
         ]
     rows = [row for one in found.values() for row in one["rows"]] + missing + measure_sweep(planned, KEPT)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.plan.tasks import Planned
+from benchmarks.trained import fill_store
 from revmux.plan.build import Plan, describe_system, train_recipes, unrounded, verify_widths
-from revmux.plan.choose import SISO_NAME, Choice, Judged, choose
+from revmux.plan.choose import Choice, Judged, choose
 from revmux.plan.config import Goal, MeasureConfig
 from revmux.plan.front import mark_front
 from revmux.plan.measure import Bench
-from revmux.training.recipe import fill_store, load_backbone
+from revmux.training.recipe import load_backbone
 
 ALLOWANCES = (0.5, 1.0, 3.0)
 """Points of accuracy that may be lost."""
@@ -48,7 +49,7 @@ def measure(planned: Planned, measuring: MeasureConfig, allowances: Sequence[flo
     return {"rows": rows, "task": identity, "backbone": dict(pretrained.identity)}
 
 
-def row_name(allowance: float, task: str) -> str:
+def ratio_name(allowance: float, task: str) -> str:
     """What a row divides by what."""
     return f"verified loss / allowance of {allowance:g} points, {task}"
 
@@ -58,7 +59,7 @@ def _row(name: str, plan: Plan, allowance: float) -> dict[str, Any]:
     promise = plan.served[-1]  # an allowance alone is always met: by the plain model, if by nothing else
     system, seen = promise.judged.candidate, promise.verification
     return {
-        "name": row_name(allowance, name),
+        "name": ratio_name(allowance, name),
         "target": 1.0,
         "bound": "at most",
         "ratio_median": round(seen.loss / allowance, 3),
@@ -96,10 +97,10 @@ def outcome(plan: Plan) -> str:
     """What is shipped, in plain words; where the promise was not kept, by how much."""
     if not plan.is_met:
         return f"ships nothing: {plan.why_not()}"
-    method = plan.served[-1].judged.candidate.method
-    if method == SISO_NAME:
+    kind = plan.served[-1].judged.candidate.kind
+    if kind.is_plain:
         return "ships the plain model (SISO): nothing else is surely inside the allowance and cheaper"
-    what = "an exit head, no multiplexing" if method == "exit-head" else "multiplexing"
+    what = "multiplexing" if kind.multiplexes() else "an exit head, no multiplexing"
     return f"ships {what}: {describe_system(plan.served[-1].judged)}"
 
 

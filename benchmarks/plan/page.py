@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.rows import verdict
+from revmux.methods import method_class
 
 Row = dict[str, Any]
 
@@ -45,7 +46,7 @@ def _plan_line(row: Row) -> str:
     threshold = "–" if row["threshold"] is None else f"{row['threshold']:g} ({row['fallback']:.0%} of answers)"
     speed = "–" if row["throughput_ratio"] is None else f"{row['throughput_ratio']:.2f}×"
     system = row["method"] if row["kept"] else f"nothing (chosen: {row['method']})"
-    layer = f" l={row['prefill_layers']}" if row["method"] != "siso" else ""
+    layer = f" l={row['prefill_layers']}" if not method_class(row["method"]).is_plain else ""
     return (
         f"| {row['task']} | {row['allowance']:g} | {system}{layer} | {', '.join(map(str, row['widths']))} | {threshold} "
         f"| {row['promised_loss']:.2f}, {row['promised_bound']:.2f} | {row['verified_loss']:.2f} "

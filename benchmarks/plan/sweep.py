@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.rows import ratio_row
+from benchmarks.trained import fill_store
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.run import prepare_sweep
 from revmux.data.task import TaskData
@@ -35,7 +36,7 @@ from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.training.config import Recipe
 from revmux.training.evaluation import Evaluation
-from revmux.training.recipe import Prepared, fill_store, load_backbone, prepare, train_here
+from revmux.training.recipe import Prepared, load_backbone, prepare, train_here
 
 
 def train_online(recipe: Recipe, task: TaskData) -> Evaluation:

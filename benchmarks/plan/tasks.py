@@ -14,6 +14,7 @@ from revmux.plan.build import for_choosing
 from revmux.plan.config import SplitConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
+from revmux.training.recipe import exit_head_config
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def plan_task(
 
 def _recipes(backbone: BackboneConfig, data: DataConfig, store: StoreConfig, budget: Budget) -> Iterator[Recipe]:
     for layer in budget.exit_layers:
-        head = MethodConfig("exit-head", 1, layer, {"layer": layer})
+        head = exit_head_config(layer)
         optim = OptimConfig(3 * budget.epochs, 16, 1e-3)
         yield Recipe(backbone, data, head, optim, LossConfig(infonce_weight=0.0, distillation_weight=1.0), store, 1)
     for layer in budget.prefill_layers:

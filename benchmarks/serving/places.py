@@ -18,7 +18,7 @@ from revmux.backbone import Backbone, TokenBatch
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
 from revmux.estimate.flops import relative_cost
-from revmux.methods import BackboneShape, build_method
+from revmux.methods import BackboneShape, Siso, build_method
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
 from revmux.pretrained.identity import resolve
@@ -94,7 +94,7 @@ class Place:
 def random_revmux(backbone: Backbone, num_inputs: int, cut: int) -> MultiplexedClassifier:
     """RevMUX with random weights on a backbone, which is frozen; N = 1 is the plain model."""
     torch.manual_seed(num_inputs)
-    name = "siso" if num_inputs == 1 else "revmux"
+    name = Siso.name if num_inputs == 1 else "revmux"
     method = build_method(name, BackboneShape.of(backbone), num_inputs).to(backbone.device)
     return MultiplexedClassifier(backbone.freeze(), method, cut).eval()
 

@@ -10,15 +10,14 @@ from typing import Any
 from benchmarks.rows import kept_rows
 from benchmarks.systems.families import measure_backbone
 from benchmarks.systems.grid import SYSTEMS, exit_head
-from benchmarks.trained import Run, over_seeds, siso_row, train_missing, tuned_task_model
+from benchmarks.trained import Run, fill_store, over_seeds, siso_row, train_missing, tuned_task_model
 from revmux.data.config import DataConfig
 from revmux.data.task import TaskData, load_task
 from revmux.estimate.throughput import like_length_batches
 from revmux.features.config import StoreConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
-from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
-from revmux.training.recipe import fill_store
+from revmux.training.config import LossConfig, OptimConfig, Recipe
 
 MAX_LENGTH, TIMED_INPUTS, BATCH = 64, 96, 32
 
@@ -61,8 +60,7 @@ def all_runs(budget: Budget, task: TaskData, model: Path, num_layers: int, folde
                 method, epochs = system.config(num_inputs, num_layers), budget.epochs
                 if system.tuned:
                     epochs = budget.tuned_epochs
-                if system.method == "exit-head":
-                    method = MethodConfig("exit-head", 1, system.options["layer"], system.options)
+                if system.exit_layer is not None:
                     epochs = budget.exit_head_epochs
                 rate = budget.tuned_learning_rate if system.tuned else budget.learning_rate
                 batch_size = round(budget.batch_size / num_inputs) * num_inputs  # of whole groups

@@ -18,7 +18,7 @@ from revmux.estimate.flops import relative_cost
 from revmux.estimate.shapes import GENERATIVE_TYPES, PRESETS, meta_backbone
 from revmux.estimate.throughput import paired_throughput
 from revmux.methods import BackboneShape, build_method
-from revmux.model import MultiplexedClassifier
+from revmux.model import MultiplexedClassifier, plain_classifier
 
 LAYERS, WIDTH, HEADS, INNER, VOCABULARY, LENGTH, INPUTS = 6, 384, 6, 1536, 2000, 16, 16
 PUBLISHED_LENGTH = 128
@@ -108,7 +108,7 @@ def comparisons(backbone: Backbone, exit_layers: Iterable[int]) -> Iterator[Comp
             options = dict(system.options)
             if system.method == "datamux" and shape.encoder_decoder:
                 options["demultiplexer"] = "mlp"  # index tokens are read in the encoder, the answer in the decoder
-            layer = options.get("layer", system.config(num_inputs, backbone.num_layers).prefill_layers)
+            layer = system.config(num_inputs, backbone.num_layers).prefill_layers
             method = build_method(system.method, shape, num_inputs, options).to(backbone.device)
             yield Comparison(system, num_inputs, MultiplexedClassifier(backbone, method, layer).eval())
 
@@ -130,14 +130,9 @@ def against_siso(
     }
 
 
-def plain(backbone: Backbone) -> MultiplexedClassifier:
-    """SISO on a backbone."""
-    return MultiplexedClassifier(backbone, build_method("siso", BackboneShape.of(backbone), 1), 0).eval()
-
-
 def measure_backbone(backbone: Backbone, batches: Sequence[TokenBatch], pairs: int) -> dict[str, dict[str, Any]]:
     """The measured columns of every system on one backbone, by ``TITLE N=N``; speed does not read adapter weights."""
-    siso = plain(backbone)
+    siso = plain_classifier(backbone)
     return {
         f"{rival.system.title} N={rival.num_inputs}": against_siso(siso, rival, batches, pairs)
         for rival in comparisons(backbone, range(1, backbone.num_layers))
@@ -147,7 +142,7 @@ def measure_backbone(backbone: Backbone, batches: Sequence[TokenBatch], pairs: i
 def measure_family(family: str, pairs: int) -> list[dict[str, Any]]:
     """Rows of one family with the throughput of each system, timed in turn with SISO."""
     backbone = small_backbone(family)
-    siso = plain(backbone)
+    siso = plain_classifier(backbone)
     torch.manual_seed(1)
     tokens: TokenBatch = {
         "input_ids": torch.randint(20, VOCABULARY - 50, (INPUTS, LENGTH)),

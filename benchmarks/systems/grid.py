@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from revmux.methods import ExitHead, method_class
 from revmux.training.config import MethodConfig
+from revmux.training.recipe import exit_head_config
 
 WIDTHS = (2, 4, 8, 16)
 WARMUP = 60  # steps on retrieval alone, for the systems that are published with it
@@ -33,7 +35,15 @@ class System:
 
     def config(self, num_inputs: int, num_layers: int) -> MethodConfig:
         """The system at one N on a backbone of ``num_layers`` layers."""
-        return MethodConfig(self.method, num_inputs, 0 if self.from_embeddings else num_layers // 2, self.options)
+        shared_above = 0 if self.from_embeddings else num_layers // 2
+        layers = shared_above if self.exit_layer is None else self.exit_layer
+        return MethodConfig(self.method, num_inputs, layers, self.options)
+
+    @property
+    def exit_layer(self) -> int | None:
+        """Layer of an exit head; None for all other systems."""
+        option = method_class(self.method).exit_option
+        return None if option is None else int(self.options[option])
 
 
 SYSTEMS = (
@@ -56,4 +66,4 @@ SYSTEMS = (
 
 def exit_head(layer: int) -> System:
     """The rival of all of them: a trained head at one layer of the frozen backbone."""
-    return System(f"Exit head, layer {layer}", "exit-head", {"layer": layer}, widths=(1,))
+    return System(f"Exit head, layer {layer}", ExitHead.name, exit_head_config(layer).options, widths=(1,))

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from revmux.methods import method_class
+
 Row = dict[str, Any]
 PUBLISHED = Path(__file__).resolve().parent.parent / "published.json"
 
@@ -21,7 +23,7 @@ def _find(rows: list[Row], **wanted: object) -> Row | None:
 def task_table(rows: list[Row], published: list[Row]) -> str:
     """Every system at every N: accuracy here, and what it loses against SISO here and in the paper."""
     trained = [row for row in rows if row["accuracy_mean"] is not None]
-    siso = next(row["accuracy_mean"] for row in trained if row["method"] == "siso")
+    siso = next(row["accuracy_mean"] for row in trained if method_class(row["method"]).is_plain)
     base = next(row["accuracy"][-1] for row in published if row["title"] == "SISO")
     lines = [
         "| system | N | l | trained weights | cost, counted | throughput | accuracy here | points lost here | published average (BERT-base, GLUE) | points lost there |",

@@ -136,7 +136,7 @@ class SweepProgress(Callback):
         if self.seconds:
             each = sum(self.seconds) / len(self.seconds)
             words += f", about {each * (left + running / 2) / self.concurrent:.0f} s to go"
-        best = [row for row in front(front_rows(ended)) if row.method != "siso"]
+        best = [row for row in front(front_rows(ended)) if not row.kind.is_plain]
         if best:
             words += "; best " + ", ".join(f"{row.accuracy:.1%} at cost {row.cost:.2f}" for row in best)
         return words

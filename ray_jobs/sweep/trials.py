@@ -18,7 +18,7 @@ from revmux.backbone import Backbone
 from revmux.data.task import TaskData
 from revmux.errors import UserError
 from revmux.estimate.flops import relative_cost
-from revmux.methods import BackboneShape, build_method
+from revmux.methods import BackboneShape, Siso, build_method
 from revmux.plan.front import FrontRow, mark_front
 from revmux.training.config import Recipe
 from revmux.utils.files import write_durably, write_json
@@ -191,12 +191,13 @@ def front_rows(rows: Sequence[TrialRow]) -> list[FrontRow]:
             accuracy=row.metrics["accuracy_mean"],
             siso_accuracy=row.metrics.get("siso_accuracy", math.nan),
             cost_counted=row.cost_counted,
+            accuracy_std=row.metrics.get("accuracy_std", 0.0),
         )
         for row in done
     ]
     known = [row.siso_accuracy for row in made if not math.isnan(row.siso_accuracy)]
     if known:
-        made.insert(0, FrontRow("siso", "siso", 1, 0, math.nan, known[0], known[0], 1.0))
+        made.insert(0, FrontRow(Siso.name, Siso.name, 1, 0, math.nan, known[0], known[0], 1.0))
     return mark_front(made)
 
 

@@ -18,7 +18,7 @@ from ray_jobs.tracking.tracker import Tracker
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig
-from revmux.methods import BackboneShape
+from revmux.methods import BackboneShape, method_class
 from revmux.pretrained.identity import identify, identity_of, resolve
 from revmux.pretrained.loading import check_answers, outline
 from revmux.training.config import CheckpointConfig, MethodConfig, Recipe
@@ -156,7 +156,7 @@ def launch(
         best = metrics.get("selection_accuracy", math.nan)  # a point of this name would be on the curve of the epochs
         final = {name: value for name, value in metrics.items() if name != "selection_accuracy"}
         tracker.log_metrics(run_id, final | {"best_selection_accuracy": best})
-        tracker.log_folder(run_id, output, "adapter" if recipe.method.name != "siso" else "task-model")
+        tracker.log_folder(run_id, output, "task-model" if method_class(recipe.method.name).is_plain else "adapter")
         remove_folder(run_folder)
     return Trained(output, recipe.method, metrics, run_id)
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revmux.backbone import Backbone
 from revmux.estimate.fake import VALUE_QUESTIONS, weightless
-from revmux.methods import BackboneShape, Method, build_method
+from revmux.methods import BackboneShape, Method, Siso
 from revmux.model import MultiplexedClassifier
 
 GROUPS = 2**16
@@ -73,20 +73,21 @@ def count_flops(backbone: Backbone, method: Method, prefill_layers: int, length:
     return Cost(**{stage: operations / rows for stage, operations in done.items()})
 
 
+def plain_cost(backbone: Backbone, length: int, prefill_layers: int = 0) -> Cost:
+    """Operations per input of the plain model (SISO); layers 1..l count as its prefill."""
+    return count_flops(backbone, Siso(BackboneShape.of(backbone)), prefill_layers, length)
+
+
 def relative_cost(backbone: Backbone, method: Method, prefill_layers: int, length: int) -> float:
     """Cost per input over the cost of the same input alone (SISO) on the same backbone; 0.5 is twice as fast."""
-    alone = count_flops(backbone, _siso(backbone), 0, length).per_input
+    alone = plain_cost(backbone, length).per_input
     return count_flops(backbone, method, prefill_layers, length).per_input / alone
 
 
 def resume_cost(backbone: Backbone, prefill_layers: int, length: int) -> float:
     """Cost of an input that resumes alone after layer l, relative to SISO: layers l+1..L, a decoder, the model's head."""
-    alone = count_flops(backbone, _siso(backbone), prefill_layers, length)
+    alone = plain_cost(backbone, length, prefill_layers)
     return (alone.per_input - alone.prefill) / alone.per_input
-
-
-def _siso(backbone: Backbone) -> Method:
-    return build_method("siso", BackboneShape.of(backbone), 1)
 
 
 def rival_exit_layer(backbone: Backbone, method: Method, prefill_layers: int, length: int) -> int:

@@ -9,6 +9,17 @@ from revmux.methods import siso as siso
 from revmux.methods import token_split as token_split
 from revmux.methods import vanilla_adapter as vanilla_adapter
 from revmux.methods.base import BackboneShape, Method
+from revmux.methods.exit_head import ExitHead
 from revmux.methods.registry import build_method, method_class, method_names, register_method
+from revmux.methods.siso import Siso
 
-__all__ = ["BackboneShape", "Method", "build_method", "method_class", "method_names", "register_method"]
+__all__ = [
+    "BackboneShape",
+    "ExitHead",
+    "Method",
+    "Siso",
+    "build_method",
+    "method_class",
+    "method_names",
+    "register_method",
+]

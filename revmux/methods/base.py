@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.errors import UserError
+from revmux.methods.naming import MethodNaming
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class NoOptions:
     """A method without settings of its own."""
 
 
-class Method(nn.Module, ABC):
+class Method(MethodNaming, nn.Module, ABC):
     """One way for N inputs to share the upper layers of a backbone.
 
     Args:
@@ -70,9 +71,8 @@ class Method(nn.Module, ABC):
         options: an instance of the method's ``Options``.
 
     Attributes:
-        name: the name in configurations, tables and artifacts.
+        name: the name in configurations, tables and artifacts; :class:`MethodNaming` has the words derived from it.
         Options: dataclass of the method's own settings.
-        fixed_num_inputs: the only N that makes sense, or None.
         tunes_backbone: whether the backbone is trained too (then nothing that it says can be stored).
         prepares_tokens: whether :meth:`prepare` changes the tokens, so that the prefill depends on the slot.
         added_tokens: how many tokens :meth:`prepare` adds to every input; texts are cut that much earlier.
@@ -82,9 +82,7 @@ class Method(nn.Module, ABC):
         training_only: names of the parts that the auxiliary loss alone needs; no artifact holds them.
     """
 
-    name: ClassVar[str]
     Options: ClassVar[type] = NoOptions
-    fixed_num_inputs: ClassVar[int | None] = None
     tunes_backbone: bool = False
     prepares_tokens: bool = False
     added_tokens: int = 0

@@ -36,6 +36,9 @@ class ExitHead(Method):
     """A head of its own on [answer state ; mean state] at layer e."""
 
     name: ClassVar[str] = "exit-head"
+    title: ClassVar[str] = "exit head"
+    marks: ClassVar[tuple[str, str]] = ("s", "square")
+    exit_option: ClassVar[str | None] = "layer"
     Options: ClassVar[type] = ExitHeadOptions
     fixed_num_inputs: ClassVar[int | None] = 1
     matches_teacher: ClassVar[bool] = False
@@ -48,6 +51,18 @@ class ExitHead(Method):
         self.dense = nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(self.options.dropout)
         self.classifier = nn.Linear(width, shape.num_labels)
+
+    @classmethod
+    def point_name(cls, num_inputs: int, prefill_layers: int) -> str:
+        return f"layer {prefill_layers}"
+
+    @classmethod
+    def system_name(cls, num_inputs: int, prefill_layers: int) -> str:
+        return f"{cls.title} at layer {prefill_layers}"
+
+    @classmethod
+    def in_words(cls, num_inputs: int, prefill_layers: int) -> str:
+        return f"an exit head at layer {prefill_layers}"
 
     def exit_layer(self) -> int:
         return int(self.options.layer)

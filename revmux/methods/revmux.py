@@ -109,6 +109,7 @@ class RevMUX(Method):
     """The paper's system: only these adapters are trained."""
 
     name: ClassVar[str] = "revmux"
+    marks: ClassVar[tuple[str, str]] = ("o", "circle")
     Options: ClassVar[type] = RevMUXOptions
 
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:

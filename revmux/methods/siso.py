@@ -31,6 +31,9 @@ class Siso(Method):
     """Every input alone through all layers; no adapters."""
 
     name: ClassVar[str] = "siso"
+    title: ClassVar[str] = "SISO (the plain model)"
+    marks: ClassVar[tuple[str, str]] = ("*", "star")
+    is_plain: ClassVar[bool] = True
     Options: ClassVar[type] = SisoOptions
     fixed_num_inputs: ClassVar[int | None] = 1
 
@@ -43,6 +46,18 @@ class Siso(Method):
         if self.options.tune_backbone and self.options.soft_prompt:
             raise UserError("siso: a soft prompt is tuned on a frozen model; set soft_prompt, or tune_backbone")
         self.tunes_backbone = self.options.tune_backbone or self.options.soft_prompt > 0
+
+    @classmethod
+    def point_name(cls, num_inputs: int, prefill_layers: int) -> str:
+        return "SISO"
+
+    @classmethod
+    def system_name(cls, num_inputs: int, prefill_layers: int) -> str:
+        return cls.title
+
+    @classmethod
+    def in_words(cls, num_inputs: int, prefill_layers: int) -> str:
+        return "the plain model (SISO)"
 
     @property
     def tunes_prefill(self) -> bool:

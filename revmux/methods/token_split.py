@@ -89,6 +89,7 @@ class TokenSplit(Method):
     """Pooled inputs side by side in one shared sequence."""
 
     name: ClassVar[str] = "token-split"
+    marks: ClassVar[tuple[str, str]] = ("^", "triangle-up")
     Options: ClassVar[type] = TokenSplitOptions
 
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:

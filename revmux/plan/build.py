@@ -23,7 +23,7 @@ from revmux.adapters.folder import save_adapter
 from revmux.data.task import TaskData
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig
-from revmux.plan.choose import SISO_NAME, Choice, Judged, Verification, choose, verify
+from revmux.plan.choose import Choice, Judged, Verification, choose, verify
 from revmux.plan.config import Goal, MeasureConfig, SplitConfig
 from revmux.plan.front import FrontRow, mark_front
 from revmux.plan.measure import Bench, TrainedAdapter, no_words
@@ -105,13 +105,9 @@ class Plan:
 def describe_system(one: Judged) -> str:
     """A system in words: what it is, what it costs, what it loses."""
     system = one.candidate
-    if system.method == SISO_NAME:
-        return "the plain model (SISO), which loses nothing and saves nothing"
-    what = (
-        f"an exit head at layer {system.prefill_layers}"
-        if system.method == "exit-head"
-        else f"{system.method} with N = {system.num_inputs} inputs a pass after l = {system.prefill_layers} layers alone"
-    )
+    what = system.kind.in_words(system.num_inputs, system.prefill_layers)
+    if system.kind.is_plain:
+        return f"{what}, which loses nothing and saves nothing"
     if system.threshold is not None:
         what += f", falling back where it is less than {system.threshold:.1%} sure ({system.fallback:.0%} of answers)"
     return f"{what}: {1 / system.cost:.2f} times SISO's throughput, {one.loss:.2f} points lost, at most {one.bound:.2f}"

@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from revmux.errors import UserError
+from revmux.methods import Method, Siso, method_class
 from revmux.plan.config import Goal
 from revmux.plan.front import FrontRow, cost_of
 from revmux.utils.extras import require
 
 Floats = NDArray[np.float64]
-SISO_NAME = "siso"
 BOOTSTRAP_DRAWS = 2000
 
 
@@ -65,6 +65,11 @@ class Candidate:
     fallback: float = 0.0
     folder: str | None = None
     run_id: str | None = None
+
+    @property
+    def kind(self) -> type[Method]:
+        """The class of the method."""
+        return method_class(self.method)
 
     @property
     def accuracy(self) -> float:
@@ -136,7 +141,7 @@ class Choice:
     @property
     def siso(self) -> Judged:
         """The plain model."""
-        return next(one for one in self.judged if one.candidate.method == SISO_NAME)
+        return next(one for one in self.judged if one.candidate.kind.is_plain)
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ class Verification:
 
 def siso_candidate(correct: Floats) -> Candidate:
     """The plain model among the candidates: it loses nothing, at cost 1."""
-    return Candidate(SISO_NAME, SISO_NAME, 1, 0, correct, cost_counted=1.0, throughput_ratio=1.0)
+    return Candidate(Siso.name, Siso.name, 1, 0, correct, cost_counted=1.0, throughput_ratio=1.0)
 
 
 def loss_bounds(siso: Floats, correct: Floats, confidence: float, seed: int = 0) -> tuple[Floats, Floats]:
@@ -213,7 +218,7 @@ def choose(siso: Floats, candidates: Sequence[Candidate], goal: Goal, seed: int 
         UserError: a candidate that answered other inputs, or two of one name.
     """
     names = [candidate.name for candidate in candidates]
-    if len(set(names) | {SISO_NAME}) <= len(names):
+    if len(set(names) | {Siso.name}) <= len(names):
         raise UserError("two candidates share a name; give each its own")
     for candidate in candidates:
         if candidate.correct.shape != siso.shape:
@@ -259,7 +264,7 @@ def _widths(judged: Sequence[Judged], chosen: Judged, goal: Goal) -> list[Judged
     """
     allowed = chosen.bound if goal.allowance is None else goal.allowance
     kept: list[Judged] = []
-    adapted = [one for one in judged if one.candidate.method != SISO_NAME]
+    adapted = [one for one in judged if not one.candidate.kind.is_plain]
     for width in sorted({one.candidate.num_inputs for one in adapted}):
         if width > chosen.candidate.num_inputs:
             break

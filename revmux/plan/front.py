@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
+from revmux.methods import Method, method_class
+
 
 class Scored(Protocol):
     """Anything with a name, an accuracy and a cost can stand on a front."""
@@ -40,6 +42,7 @@ class FrontRow:
         threshold: confidence below which an answer resumes alone; None without fall-back.
         fallback: share of answers that resumed alone.
         on_front: whether no other row beats it.
+        accuracy_std: spread of the accuracy over shuffles, 0..1; 0 where it is not known.
     """
 
     name: str
@@ -54,6 +57,12 @@ class FrontRow:
     threshold: float | None = None
     fallback: float = 0.0
     on_front: bool = False
+    accuracy_std: float = 0.0
+
+    @property
+    def kind(self) -> type[Method]:
+        """The class of the method."""
+        return method_class(self.method)
 
     @property
     def cost(self) -> float:

@@ -21,9 +21,8 @@ from revmux.features.config import StoreConfig
 from revmux.features.key import backbone_digest
 from revmux.features.store import FeatureStore, open_features
 from revmux.grouping import shuffled_groups
-from revmux.methods import BackboneShape, build_method
-from revmux.model import MultiplexedClassifier
-from revmux.plan.choose import SISO_NAME, Candidate, Floats
+from revmux.model import MultiplexedClassifier, plain_classifier
+from revmux.plan.choose import Candidate, Floats
 from revmux.plan.config import MeasureConfig
 from revmux.plan.fallback_curve import evaluate_fallback
 from revmux.plan.front import front
@@ -160,9 +159,7 @@ class Bench:
         if not self.config.throughput_inputs:
             return kept
         backbone = self.pretrained.backbone
-        plain = MultiplexedClassifier(
-            backbone, build_method(SISO_NAME, BackboneShape.of(backbone), 1).to(backbone.device), 0
-        )
+        plain = plain_classifier(backbone)
         batches = like_length_batches(
             self.split, self.config.throughput_inputs, self.config.throughput_batch, backbone.device
         )

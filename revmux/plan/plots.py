@@ -12,21 +12,12 @@ from revmux.plan.front import FrontRow, front
 from revmux.utils.extras import require
 from revmux.utils.files import atomic_file
 
-MARKERS = {
-    "siso": ("*", "star"),
-    "exit-head": ("s", "square"),
-    "revmux": ("o", "circle"),
-    "token-split": ("^", "triangle-up"),
-}
-OTHER_MARKER = ("D", "diamond")
 COST_LABEL = "cost of an input relative to SISO, {} (left is cheaper)"
 
 
 def label_of(row: FrontRow) -> str:
     """What stands beside a mark: ``N=2 l=3``, ``layer 3`` of an exit head, and the threshold of a fall-back."""
-    if row.method == "siso":
-        return "SISO"
-    text = f"layer {row.prefill_layers}" if row.method == "exit-head" else f"N={row.num_inputs} l={row.prefill_layers}"
+    text = row.kind.point_name(row.num_inputs, row.prefill_layers)
     return text if row.threshold is None else f"{text}, {row.fallback:.0%} fall back"
 
 
@@ -55,14 +46,15 @@ def plot_front_png(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
     )
     for method in sorted({row.method for row in rows}):
         members = [row for row in rows if row.method == method]
-        marker = MARKERS.get(method, OTHER_MARKER)[0]
-        axes.plot(
+        axes.errorbar(
             [row.cost for row in members],
             [100 * row.accuracy for row in members],
-            marker,
+            yerr=[100 * row.accuracy_std for row in members],
+            fmt=members[0].kind.marks[0],
             markersize=7,
+            capsize=3,
             alpha=0.8,
-            label=method,
+            label=members[0].kind.legend(),
         )
     for row in best:
         place = (row.cost, 100 * row.accuracy)
@@ -104,11 +96,11 @@ def plot_front_html(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
             y=[100 * row.accuracy for row in members],
             mode="markers",
             marker={
-                "symbol": MARKERS.get(method, OTHER_MARKER)[1],
+                "symbol": members[0].kind.marks[1],
                 "size": 11,
                 "line": {"width": [2 if row in best else 0 for row in members], "color": "black"},
             },
-            name=method,
+            name=members[0].kind.legend(),
             text=[_hover(row) for row in members],
             hovertemplate="%{text}<extra></extra>",
         )
@@ -140,7 +132,7 @@ def _hover(row: FrontRow) -> str:
 
 
 def _kind(rows: Sequence[FrontRow]) -> str:
-    measured = {row.throughput_ratio is not None for row in rows if row.method != "siso"}
+    measured = {row.throughput_ratio is not None for row in rows if not row.kind.is_plain}
     return {(True,): "measured", (False,): "counted", (): "counted"}.get(tuple(measured), "measured where it was")
 
 

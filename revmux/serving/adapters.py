@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from revmux.adapters.config import WEIGHTS_NAME, AdapterConfig, load_adapter_config, local_adapter_folder
 from revmux.adapters.folder import load_adapter
 from revmux.errors import UserError
-from revmux.estimate.flops import count_flops
-from revmux.methods import BackboneShape, build_method
+from revmux.estimate.flops import count_flops, plain_cost
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving.scheduling import Route, admits
@@ -80,7 +79,7 @@ def _check_frozen(folder: Path, config: AdapterConfig) -> None:
 def _route(model: MultiplexedClassifier) -> Route:
     backbone, method, width = model.backbone, model.method, model.num_inputs
     length = min(COUNTED_LENGTH, backbone.max_length - method.added_tokens)
-    plain = count_flops(backbone, build_method("siso", BackboneShape.of(backbone), 1), 0, length).per_input
+    plain = plain_cost(backbone, length).per_input
     cost = count_flops(backbone, method, model.prefill_layers, length)
     if method.prepares_tokens:  # every slot has tokens of its own, so a repeated input saves nothing
         return Route(width, f"slots of {width}", 0.0, width * cost.per_input / plain, method.name)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from revmux.methods import Siso
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -31,7 +33,7 @@ class Answer:
     inference_seconds: float
     truncated: bool = False
     fell_back: bool = False
-    method: str = "siso"
+    method: str = Siso.name
     tokenize_seconds: float = 0.0
     tokens: int = 0
     group: int = 0

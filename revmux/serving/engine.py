@@ -9,7 +9,6 @@ the group width from it, and runs the forward pass of the input whose turn it is
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +73,6 @@ class Engine:
         self._tasks: dict[str, Task] = {}  # replaced as a whole, so that other threads may read it
         self._changing = threading.Lock()
         self._metrics = Metrics()
-        self._group_numbers = itertools.count()
         self._queue = PullQueue(self.limits.max_queue, self._metrics, self.limits.priority_seconds)
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="revmux-tokenize")
         self._worker = ModelThread(self._queue, self._metrics, self.limits, threads, on_pass)

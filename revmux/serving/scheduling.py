@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from revmux.errors import UserError
+from revmux.methods import Siso
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Route:
         return self == PLAIN or admits(max_multiplex, self.width)
 
 
-PLAIN = Route(width=1, stem="plain", alone=1.0, shared=0.0, method="siso")
+PLAIN = Route(width=1, stem="plain", alone=1.0, shared=0.0, method=Siso.name)
 
 
 def admits(max_multiplex: int | None, num_inputs: int) -> bool:

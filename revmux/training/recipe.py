@@ -5,12 +5,10 @@ Ray jobs call this; so can a script, where Ray is not installed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 
 from revmux.adapters.config import AdapterConfig
 from revmux.adapters.folder import describe_adapter
@@ -21,12 +19,12 @@ from revmux.features.base import Features
 from revmux.features.key import backbone_digest
 from revmux.features.online import OnlineFeatures
 from revmux.features.store import open_features
-from revmux.methods import BackboneShape, Method, build_method
+from revmux.methods import BackboneShape, ExitHead, Method, build_method, method_class
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import check_length, load_pretrained
 from revmux.pretrained.pretrained import Pretrained
-from revmux.training.config import Recipe
+from revmux.training.config import MethodConfig, Recipe
 from revmux.training.evaluation import Evaluation, evaluate
 from revmux.training.trainer import Trainer, load_weights
 
@@ -77,6 +75,11 @@ def relative_cost_at(model: MultiplexedClassifier, features: Features) -> float:
     """Counted operations an input relative to SISO, at the mean length of a split."""
     length = max(1, round(float(features.lengths.double().mean())))
     return relative_cost(model.backbone, model.method, model.prefill_layers, length)
+
+
+def exit_head_config(layer: int) -> MethodConfig:
+    """An exit head at a layer of the backbone."""
+    return MethodConfig(ExitHead.name, 1, layer, {"layer": layer})
 
 
 def check(recipe: Recipe, shape: BackboneShape, workers: int = 1, longest: int | None = None) -> None:
@@ -167,7 +170,7 @@ def stored_layers(method: Method, prefill_layers: int) -> list[int] | None:
     Returns:
         l, or none where the method changes what is below it; None where it reads no store at all.
     """
-    if method.name == "siso" and method.tunes_backbone:
+    if method.is_plain and method.tunes_backbone:
         return None
     return [] if method.tunes_backbone or method.prepares_tokens else [prefill_layers]
 
@@ -192,7 +195,7 @@ def load_backbone(recipe: Recipe, label_names: list[str]) -> Pretrained:
 
 def makes_head(recipe: Recipe) -> bool:
     """Whether a backbone without a head gets one: where a task model is tuned."""
-    return recipe.method.name == "siso" and bool(recipe.method.options.get("tune_backbone"))
+    return method_class(recipe.method.name).is_plain and bool(recipe.method.options.get("tune_backbone"))
 
 
 def check_labels(pretrained: Pretrained, task: TaskData) -> None:
@@ -207,22 +210,6 @@ def check_labels(pretrained: Pretrained, task: TaskData) -> None:
             f"{pretrained.identity['name']} has the labels {', '.join(names)}, the data has {', '.join(task.label_names)}; "
             "tune a task model on this data, or name the data that it was tuned on"
         )
-
-
-def fill_store(recipe: Recipe, split: Dataset, layers: Sequence[int], device: torch.device | str = "cpu") -> None:
-    """Compute in one pass what several runs will read of a split: the teacher, and the prefilled states at some layers.
-
-    On a cluster :mod:`ray_jobs.features` does the same by many workers.
-
-    Args:
-        recipe: of any of the runs; its backbone and store count.
-        split: of their data.
-        layers: depths that the runs prefill to.
-        device: where the backbone runs.
-    """
-    pretrained = load_pretrained(recipe.backbone)
-    pretrained.backbone.freeze().to(device)
-    open_features(pretrained, pretrained.tokenize(split, recipe.backbone.max_length), layers, recipe.store)
 
 
 def train_here(prepared: Prepared) -> Evaluation:
