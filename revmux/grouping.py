@@ -14,7 +14,7 @@ def epoch_groups(
 ) -> Tensor:
     """One epoch of training groups: members of like length, found within a shuffled window.
 
-    The plan is global and does not depend on the number of workers: each takes its share of every step.
+    The schedule is global and does not depend on the number of workers: each takes its share of every step.
     Every input comes at least once, and none meets itself in a group. A group that stays short is filled from
     another, and a step that stays short by whole groups of the epoch.
 
@@ -48,12 +48,12 @@ def epoch_groups(
     short = windows[-1][groups[-1].size :]
     groups[-1] = _fill(np.concatenate(groups), groups[-1], short, groups_per_step, random)
     groups[-1] = groups[-1][np.argsort(sizes[groups[-1]].max(axis=1), kind="stable")]
-    planned = []
+    shuffled = []
     for window in groups:
         # Slots are not all alike: which member of a group takes which slot is left to chance.
         steps = random.permuted(window.reshape(-1, groups_per_step, num_inputs), axis=2)
-        planned.append(steps[random.permutation(len(steps))])
-    return torch.from_numpy(np.concatenate(planned))
+        shuffled.append(steps[random.permutation(len(steps))])
+    return torch.from_numpy(np.concatenate(shuffled))
 
 
 def _fill(

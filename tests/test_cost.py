@@ -1,4 +1,4 @@
-"""Counted operations and planned memory, against what PyTorch counts and keeps."""
+"""Counted operations and estimated memory, against what PyTorch counts and keeps."""
 
 import json
 import sys
@@ -258,61 +258,64 @@ def kept_by_torch(model: MultiplexedClassifier, batch_size: int, length: int) ->
 
 
 @pytest.mark.parametrize(("name", "num_inputs"), [("revmux", 2), ("token-split", 4), ("datamux", 2)])
-def test_planned_activations_are_those_that_autograd_keeps(name, num_inputs):
+def test_estimated_activations_are_those_that_autograd_keeps(name, num_inputs):
     torch.manual_seed(0)
     backbone = cut(BertForSequenceClassification(BertConfig(**{**BERT, "num_hidden_layers": 6}))).freeze()
     options = {"demultiplexer": "mlp", "dropout": 0.0} if name == "datamux" else {}
     method = build_method(name, BackboneShape.of(backbone), num_inputs, options).eval()
     if method.tunes_backbone:
         backbone.requires_grad_(True)
-    plan = estimate_memory(backbone, method, 2, 16, 32, dtype=torch.float32)
+    estimate = estimate_memory(backbone, method, 2, 16, 32, dtype=torch.float32)
     real = kept_by_torch(MultiplexedClassifier(backbone, method, 2), 16, 32)  # as in training, without dropout
-    assert plan.activations == pytest.approx(real, rel=0.1)
+    assert estimate.activations == pytest.approx(real, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("name", "options"), [("revmux", {}), ("mux-plm", {"learn_keys": True, "tune_backbone": False})]
 )
-def test_planned_activations_of_t5_are_those_that_autograd_keeps(name, options, checkpointing):
+def test_estimated_activations_of_t5_are_those_that_autograd_keeps(name, options, checkpointing):
     backbone = tiny("t5").to(torch.bfloat16)
     method = build_method(name, BackboneShape.of(backbone), 2, options).eval()
-    plan = estimate_memory(backbone, method, 1, 16, 32, torch.bfloat16, checkpointing)
+    estimate = estimate_memory(backbone, method, 1, 16, 32, torch.bfloat16, checkpointing)
     assert not backbone.gradient_checkpointing
     backbone.gradient_checkpointing = checkpointing
     real = kept_by_torch(MultiplexedClassifier(backbone, method, 1), 16, 32)
-    again = plan.working / 2 if checkpointing else 0  # one layer is computed again, on half as many sequences
-    assert plan.activations == pytest.approx(real + again, rel=0.05)
+    again = estimate.working / 2 if checkpointing else 0  # one layer is computed again, on half as many sequences
+    assert estimate.activations == pytest.approx(real + again, rel=0.05)
 
 
 @pytest.mark.parametrize(("options", "prefill_layers"), [({"soft_prompt": 5}, 0), ({"tune_backbone": True}, 2)])
-def test_plan_counts_what_a_task_model_trains(options, prefill_layers):
+def test_estimate_counts_what_a_task_model_trains(options, prefill_layers):
     backbone = tiny("llama")
     method = build_method("siso", BackboneShape.of(backbone), 1, options)
     if "soft_prompt" in options:
         words = Verbalizer(label_names=("no", "yes"), token_ids=((3,), (4,)))
         config = LlamaConfig(**BERT, num_key_value_heads=2, head_dim=24)
         backbone = cut(LlamaForCausalLM(config), words).freeze()
-    plan = estimate_memory(backbone, method, prefill_layers, 4, 16)
+    estimate = estimate_memory(backbone, method, prefill_layers, 4, 16)
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     method.unfreeze(backbone, prefill_layers)
     trained = sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
-    assert plan.optimizer == 2 * plan.gradients == 8 * trained
+    assert estimate.optimizer == 2 * estimate.gradients == 8 * trained
     if "soft_prompt" in options:
         assert trained == 5 * backbone.hidden_size
 
 
-def test_plan_counts_weights_by_type(bert_base):
+def test_estimate_counts_weights_by_type(bert_base):
     method = on_meta(bert_base, "revmux", 2)
-    plan = estimate_memory(bert_base, method, 6, 32, 128)
+    estimate = estimate_memory(bert_base, method, 6, 32, 128)
     weights = sum(parameter.numel() for parameter in bert_base.parameters())
-    assert plan.backbone == 2 * weights
-    assert plan.adapters == plan.gradients == 4 * 9_445_248
-    assert plan.optimizer == 8 * 9_445_248
-    assert plan.total > plan.backbone + plan.adapters + plan.gradients + plan.optimizer + plan.activations
+    assert estimate.backbone == 2 * weights
+    assert estimate.adapters == estimate.gradients == 4 * 9_445_248
+    assert estimate.optimizer == 8 * 9_445_248
+    assert (
+        estimate.total
+        > estimate.backbone + estimate.adapters + estimate.gradients + estimate.optimizer + estimate.activations
+    )
 
 
-def test_checkpointing_and_tuning_move_the_plan(bert_base):
+def test_checkpointing_and_tuning_move_the_estimate(bert_base):
     frozen, tuned = on_meta(bert_base, "revmux", 2), on_meta(bert_base, "revmux", 2, {"tune_backbone": True})
     whole = estimate_memory(bert_base, frozen, 6, 32, 128)
     again = estimate_memory(bert_base, frozen, 6, 32, 128, gradient_checkpointing=True)
@@ -324,7 +327,7 @@ def test_checkpointing_and_tuning_move_the_plan(bert_base):
     assert every.activations > 3 * whole.activations
 
 
-def test_plan_refuses_a_batch_that_is_no_whole_groups(bert_base):
+def test_estimate_refuses_a_batch_that_is_no_whole_groups(bert_base):
     with pytest.raises(UserError, match=r"batch_size \(30\) must be divisible by num_inputs \(4\)"):
         estimate_memory(bert_base, on_meta(bert_base, "revmux", 4), 6, 30, 128)
 
@@ -351,7 +354,7 @@ def test_an_unknown_model_names_the_presets():
         config_of("bert-huge")
 
 
-def test_a_local_folder_is_planned_by_its_config(tmp_path):
+def test_a_local_folder_is_read_by_its_config(tmp_path):
     BertConfig(**BERT, architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
     assert meta_backbone(str(tmp_path)).hidden_size == 64
 

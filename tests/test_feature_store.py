@@ -664,10 +664,10 @@ def test_shards_hold_every_input_once_and_no_more_than_they_may(monkeypatch: pyt
     monkeypatch.setattr("revmux.features.shards.SHARD_TOKENS", 40)
     lengths = torch.randint(1, 30, (50,), generator=torch.Generator().manual_seed(0)).numpy()
     lengths[7] = 100  # longer than a shard may be
-    plan = assign_shards(lengths, shard_inputs=6)
-    assert sorted(row for rows in plan for row in rows.tolist()) == list(range(50))
-    assert all(len(rows) <= 6 for rows in plan)
-    assert all(lengths[rows].sum() <= 40 or len(rows) == 1 for rows in plan)
+    assigned = assign_shards(lengths, shard_inputs=6)
+    assert sorted(row for rows in assigned for row in rows.tolist()) == list(range(50))
+    assert all(len(rows) <= 6 for rows in assigned)
+    assert all(lengths[rows].sum() <= 40 or len(rows) == 1 for rows in assigned)
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,11 @@ def test_an_epoch_leaves_nobody_out_and_lets_nobody_meet_itself(
     total: int, num_inputs: int, per_step: int, window_steps: int, epoch: int
 ) -> None:
     assume(total >= num_inputs)
-    plan = epoch_groups(lengths(total), num_inputs, per_step, seed=0, epoch=epoch, window_steps=window_steps)
-    assert plan.shape == (-(-total // (num_inputs * per_step)), per_step, num_inputs)
-    times = torch.bincount(plan.flatten(), minlength=total)
+    schedule = epoch_groups(lengths(total), num_inputs, per_step, seed=0, epoch=epoch, window_steps=window_steps)
+    assert schedule.shape == (-(-total // (num_inputs * per_step)), per_step, num_inputs)
+    times = torch.bincount(schedule.flatten(), minlength=total)
     assert times.min() >= 1
-    members = plan.flatten(0, 1).sort(dim=1).values
+    members = schedule.flatten(0, 1).sort(dim=1).values
     assert bool((members[:, 1:] != members[:, :-1]).all()), "an input meets itself"
     if total >= num_inputs * per_step:
         assert times.max() <= 2, "steps are filled up with each input once more at most"
@@ -43,36 +43,36 @@ def test_an_epoch_leaves_nobody_out_and_lets_nobody_meet_itself(
 
 def test_a_short_group_is_filled_with_inputs_of_like_length() -> None:
     sizes = torch.arange(3, 38)  # 35 inputs: two steps of 16 and a group of 3
-    plan = epoch_groups(sizes, 4, 4, seed=0, epoch=0)
-    (longest,) = [group for group in plan.flatten(0, 1).tolist() if {32, 33, 34} <= set(group)]
+    schedule = epoch_groups(sizes, 4, 4, seed=0, epoch=0)
+    (longest,) = [group for group in schedule.flatten(0, 1).tolist() if {32, 33, 34} <= set(group)]
     assert min(longest) == 31
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_workers_share_the_steps_of_one_plan(workers: int) -> None:
+def test_workers_share_the_steps_of_one_schedule(workers: int) -> None:
     optim = OptimConfig(batch_size=16)
     optim.check_groups(2, workers)
-    plan = epoch_groups(lengths(100), 2, 8, seed=0, epoch=0)
+    schedule = epoch_groups(lengths(100), 2, 8, seed=0, epoch=0)
     share = 8 // workers
-    shares = [plan[:, rank * share : (rank + 1) * share] for rank in range(workers)]
+    shares = [schedule[:, rank * share : (rank + 1) * share] for rank in range(workers)]
     assert all(len(part) == 7 for part in shares)
-    assert torch.equal(torch.cat(shares, dim=1), plan)
+    assert torch.equal(torch.cat(shares, dim=1), schedule)
 
 
-def test_seed_and_epoch_alone_fix_the_plan() -> None:
-    def plan(seed: int, epoch: int) -> Tensor:
+def test_seed_and_epoch_alone_fix_the_schedule() -> None:
+    def schedule(seed: int, epoch: int) -> Tensor:
         return epoch_groups(lengths(64), 2, 4, seed, epoch)
 
-    assert torch.equal(plan(1, 2), plan(1, 2))
-    assert not torch.equal(plan(1, 2), plan(1, 3))
-    assert not torch.equal(plan(1, 2), plan(2, 2))
-    assert not torch.equal(plan(1, 2), plan(2, 1)), "seed and epoch are not simply added"
+    assert torch.equal(schedule(1, 2), schedule(1, 2))
+    assert not torch.equal(schedule(1, 2), schedule(1, 3))
+    assert not torch.equal(schedule(1, 2), schedule(2, 2))
+    assert not torch.equal(schedule(1, 2), schedule(2, 1)), "seed and epoch are not simply added"
 
 
 def test_members_of_a_group_are_of_like_length() -> None:
     sizes = lengths(512)
-    plan = epoch_groups(sizes, 4, 8, seed=0, epoch=0, window_steps=16)
-    spread = (sizes[plan].amax(-1) - sizes[plan].amin(-1)).double().mean()
+    schedule = epoch_groups(sizes, 4, 8, seed=0, epoch=0, window_steps=16)
+    spread = (sizes[schedule].amax(-1) - sizes[schedule].amin(-1)).double().mean()
     order = torch.randperm(512, generator=torch.Generator().manual_seed(0)).view(-1, 4)
     assert spread < 0.1 * (sizes[order].amax(-1) - sizes[order].amin(-1)).double().mean()
 
@@ -92,10 +92,10 @@ def test_lengths_are_matched_within_a_window_only() -> None:
 
 
 def test_chance_decides_slots_and_the_order_of_steps() -> None:
-    plan = epoch_groups(torch.arange(256), 2, 4, seed=0, epoch=0)
-    longer_first = (plan[..., 0] > plan[..., 1]).double().mean()
+    schedule = epoch_groups(torch.arange(256), 2, 4, seed=0, epoch=0)
+    longer_first = (schedule[..., 0] > schedule[..., 1]).double().mean()
     assert 0.3 < longer_first < 0.7, "the longer of two is not always in the same slot"
-    means = plan.double().mean(dim=(1, 2))
+    means = schedule.double().mean(dim=(1, 2))
     assert not torch.equal(means, means.sort().values), "steps do not go from short to long"
 
 

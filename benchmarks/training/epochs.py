@@ -49,10 +49,10 @@ def released_epochs(timed: Timed, num_inputs: int, layer: int, epochs: int) -> I
     method = build_method("revmux", BackboneShape.of(backbone), num_inputs)
     training = ReleasedTraining(ReleasedModel(backbone, method, layer), timed.split, LossConfig(), RATE)
     for epoch in range(epochs):
-        yield training.epoch(plan_of(timed, num_inputs, epoch))
+        yield training.epoch(schedule_of(timed, num_inputs, epoch))
 
 
-def plan_of(timed: Timed, num_inputs: int, epoch: int) -> Tensor:
+def schedule_of(timed: Timed, num_inputs: int, epoch: int) -> Tensor:
     """The groups that the trainer makes in this epoch."""
     return epoch_groups(timed.split.lengths, num_inputs, BATCH // num_inputs, 0, epoch)
 

@@ -61,7 +61,7 @@ def fill_stores(
             for builder in builders
             if not builder.complete(verify)
         ]
-        total = sum(len(todo.plan[index]) for todo, _ in work for index in todo.missing)
+        total = sum(len(todo.shard_rows[index]) for todo, _ in work for index in todo.missing)
         if total:
             places = ", ".join(map(str, sorted({layer for todo, _ in work for layer in todo.layers}))) or "none"
             print(f"features: {total:,} inputs, layers {places}: {recipe.store.root}", flush=True)
@@ -163,7 +163,7 @@ def _write(
 
     wait_for_a_place("the feature pass", cluster.worker_resources, cluster.wait_minutes)
     shards = [{"store": number, "shard": index} for number, (todo, _) in enumerate(work) for index in todo.missing]
-    shards.sort(key=lambda shard: -len(work[shard["store"]][0].plan[shard["shard"]]))  # what takes longest, first
+    shards.sort(key=lambda shard: -len(work[shard["store"]][0].shard_rows[shard["shard"]]))  # what takes longest, first
     data = from_items(shards, override_num_blocks=len(shards))  # a block a shard: the unit that is retried
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
     data.context.max_consecutive_actor_init_deaths = cluster.max_failures
@@ -191,7 +191,7 @@ def _write(
                 raise UserError(told["problem"])
             for layer, loss in told["losses"].items():
                 losses.setdefault(int(layer), []).append(Precision(**loss))
-            progress.add(len(work[number][0].plan[index]))
+            progress.add(len(work[number][0].shard_rows[index]))
     return losses
 
 
@@ -203,7 +203,7 @@ def _write_here(work: Work, pretrained: Pretrained, total: int) -> dict[int, lis
         for index in todo.missing:
             for layer, loss in todo.write_shard(pretrained.backbone, split, index).items():
                 losses.setdefault(layer, []).append(loss)
-            progress.add(len(todo.plan[index]))
+            progress.add(len(todo.shard_rows[index]))
     return losses
 
 

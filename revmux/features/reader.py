@@ -20,18 +20,18 @@ class RowIndex:
     """Where each input lies.
 
     Args:
-        plan: rows of each shard.
+        shard_rows: row numbers of each shard.
 
     Attributes:
         shard: (M,) the shard of each input.
         place: (M,) its row there.
     """
 
-    def __init__(self, plan: list[np.ndarray]) -> None:
-        total = sum(len(rows) for rows in plan)
+    def __init__(self, shard_rows: list[np.ndarray]) -> None:
+        total = sum(len(rows) for rows in shard_rows)
         self.shard = np.empty(total, np.int32)
         self.place = np.empty(total, np.int32)
-        for index, rows in enumerate(plan):
+        for index, rows in enumerate(shard_rows):
             self.shard[rows] = index
             self.place[rows] = np.arange(len(rows))
 
@@ -58,7 +58,7 @@ class RaggedRows:
 
     Args:
         shards: each shard's values (T, ...) and offsets (R + 1,).
-        plan: rows of each shard.
+        shard_rows: row numbers of each shard.
         index: where each input lies.
         pages: of the files that hold the shards.
 
@@ -69,7 +69,7 @@ class RaggedRows:
     def __init__(
         self,
         shards: list[tuple[np.ndarray, np.ndarray]],
-        plan: list[np.ndarray],
+        shard_rows: list[np.ndarray],
         index: RowIndex,
         pages: MappedPages,
     ) -> None:
@@ -77,7 +77,7 @@ class RaggedRows:
         self.index, self.pages = index, pages
         self.starts = np.empty(len(index.shard), np.int64)
         self.counts = np.empty(len(index.shard), np.int64)
-        for rows, (_, offsets) in zip(plan, shards, strict=True):
+        for rows, (_, offsets) in zip(shard_rows, shards, strict=True):
             self.starts[rows] = offsets[:-1]
             self.counts[rows] = np.diff(offsets)
 
@@ -114,19 +114,19 @@ class TeacherReader:
 
     Args:
         shards: the teacher's shards.
-        plan: rows of each shard.
+        shard_rows: row numbers of each shard.
     """
 
-    def __init__(self, shards: ShardSet, plan: list[np.ndarray]) -> None:
-        self.plan, self.index = plan, RowIndex(plan)
-        batches, files = zip(*(shards.read(index) for index in range(len(plan))), strict=True)
+    def __init__(self, shards: ShardSet, shard_rows: list[np.ndarray]) -> None:
+        self.shard_rows, self.index = shard_rows, RowIndex(shard_rows)
+        batches, files = zip(*(shards.read(index) for index in range(len(shard_rows))), strict=True)
         pages = MappedPages(files)
         self._fixed = {
             name: FixedRows([fixed_values(batch.column(name)) for batch in batches], self.index, pages)
             for name in ("vectors", "scores", "answer")
         }
         self._ragged = {
-            name: RaggedRows([ragged_values(batch.column(name)) for batch in batches], plan, self.index, pages)
+            name: RaggedRows([ragged_values(batch.column(name)) for batch in batches], shard_rows, self.index, pages)
             for name in batches[0].schema.names
             if name not in self._fixed
         }
@@ -195,11 +195,11 @@ class StoredFeatures(TeacherFeatures):
         super().__init__(split, backbone, teacher)
         self.depth, self.dtype = depth, dtype
         self.pad_left = split.tokenizer.padding_side == "left"
-        plan = teacher.plan
-        batches, files = zip(*(shards.read(index) for index in range(len(plan))), strict=True)
+        shard_rows = teacher.shard_rows
+        batches, files = zip(*(shards.read(index) for index in range(len(shard_rows))), strict=True)
         columns = [ragged_values(batch.column("hidden")) for batch in batches]
         pages = MappedPages(files)
-        self.states = RaggedRows(columns, plan, teacher.index, pages)
+        self.states = RaggedRows(columns, shard_rows, teacher.index, pages)
         pages.release()  # what opening read
 
     def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:

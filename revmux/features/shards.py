@@ -35,13 +35,13 @@ def assign_shards(lengths: np.ndarray, shard_inputs: int) -> list[np.ndarray]:
         Row numbers of each shard.
     """
     order = np.argsort(-lengths, kind="stable")
-    plan, start = [], 0
+    shard_rows, start = [], 0
     while start < len(order):
         window = order[start : start + shard_inputs]
         fitting = int(np.searchsorted(np.cumsum(lengths[window]), SHARD_TOKENS, side="right"))
-        plan.append(window[: max(fitting, 1)])
-        start += len(plan[-1])
-    return plan
+        shard_rows.append(window[: max(fitting, 1)])
+        start += len(shard_rows[-1])
+    return shard_rows
 
 
 def ragged_column(values: Tensor, counts: Tensor) -> pa.Array:

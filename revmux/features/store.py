@@ -45,7 +45,7 @@ class FeatureStore:
         pretrained: the backbone.
         teacher: the teacher's shards.
         layers: the shards of each stored layer.
-        plan: rows of each shard.
+        shard_rows: row numbers of each shard.
         dtype: type of the states on disk.
 
     Attributes:
@@ -60,13 +60,13 @@ class FeatureStore:
         pretrained: Pretrained,
         teacher: ShardSet,
         layers: dict[int, ShardSet],
-        plan: list[np.ndarray],
+        shard_rows: list[np.ndarray],
         dtype: torch.dtype,
     ) -> None:
         self.key, self.wanted = key, tuple(wanted)
         self.stored_layers = tuple(sorted(layers))
         self._split, self._backbone, self._dtype = split, pretrained.backbone, dtype
-        self._teacher = TeacherReader(teacher, plan)
+        self._teacher = TeacherReader(teacher, shard_rows)
         self._layers = layers
         self._folder = teacher.place.path.rpartition("/")[0]
 
@@ -179,7 +179,7 @@ class StoreBuilder:
         if not len(split):
             raise UserError("the split is empty; bring at least one example")
         self.dtype = DTYPES[self.config.dtype]
-        self.plan = assign_shards(split.lengths.numpy(), self.config.shard_inputs)
+        self.shard_rows = assign_shards(split.lengths.numpy(), self.config.shard_inputs)
         self.ingredients = {
             "format": FORMAT,
             "backbone": weights or backbone_digest(self.backbone),
@@ -226,7 +226,7 @@ class StoreBuilder:
             self._describe(self.place)
             backbone = self.ingredients["backbone"]
             yield FeaturePass(
-                self.key, str(backbone), self.plan, self.teacher, self.layers, self.dtype, self.config.batch_size
+                self.key, str(backbone), self.shard_rows, self.teacher, self.layers, self.dtype, self.config.batch_size
             )
             if not self.complete(verify):
                 raise NotSeenError(
@@ -243,18 +243,18 @@ class StoreBuilder:
             self.copies.create()
             self._describe(self.copies)
         store = FeatureStore(
-            self.key, self.wanted, self.split, self.pretrained, self.teacher, self.layers, self.plan, self.dtype
+            self.key, self.wanted, self.split, self.pretrained, self.teacher, self.layers, self.shard_rows, self.dtype
         )
         store.check()
         return store
 
     def _shards(self, name: str) -> ShardSet:
         copies = None if self.copies is None else self.copies.child(name)
-        return ShardSet(self.place.child(name), len(self.plan), copies)
+        return ShardSet(self.place.child(name), len(self.shard_rows), copies)
 
     def _affordable(self) -> dict[int, ShardSet]:
         """The layers to store: all, or those that are there already."""
-        complete = {layer: shards for layer, shards in self.layers.items() if len(shards.names) == len(self.plan)}
+        complete = {layer: shards for layer, shards in self.layers.items() if len(shards.names) == len(self.shard_rows)}
         missing = sorted(set(self.layers) - set(complete))
         if not missing:
             return self.layers

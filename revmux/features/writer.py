@@ -32,7 +32,7 @@ class FeaturePass:
     Attributes:
         key: of the store.
         backbone_digest: of the backbone that the store belongs to.
-        plan: rows of each shard.
+        shard_rows: row numbers of each shard.
         teacher: where the teacher goes.
         layers: where each layer's states go.
         dtype: type of the states on disk.
@@ -41,7 +41,7 @@ class FeaturePass:
 
     key: str
     backbone_digest: str
-    plan: list[np.ndarray]
+    shard_rows: list[np.ndarray]
     teacher: ShardSet
     layers: dict[int, ShardSet]
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class FeaturePass:
     def missing(self) -> list[int]:
         """Shards to be written, the longest inputs first."""
         present = [shards.names for shards in (self.teacher, *self.layers.values())]
-        return [index for index in range(len(self.plan)) if not all(index in names for names in present)]
+        return [index for index in range(len(self.shard_rows)) if not all(index in names for names in present)]
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Refuse another backbone than the one whose store this is, as a worker may find it on its own disk.
@@ -79,7 +79,7 @@ class FeaturePass:
         Raises:
             UserError: states that ``dtype`` cannot hold, or a place that cannot be written.
         """
-        rows = self.plan[index]
+        rows = self.shard_rows[index]
         wants_teacher = index not in self.teacher.names
         layers = sorted(layer for layer, shards in self.layers.items() if index not in shards.names)
         pieces = _Pieces(self.dtype, wants_teacher, layers)
@@ -89,7 +89,7 @@ class FeaturePass:
                 pieces.add(backbone, backbone.embed(batch))
         if wants_teacher:
             self.teacher.write(index, pieces.teacher_columns())
-        measured = spread(rows, max(PRECISION_INPUTS_A_SHARD, -(-PRECISION_INPUTS // len(self.plan))))
+        measured = spread(rows, max(PRECISION_INPUTS_A_SHARD, -(-PRECISION_INPUTS // len(self.shard_rows))))
         losses = {}
         for layer in layers:
             if self.dtype != backbone.dtype:
@@ -108,11 +108,11 @@ class FeaturePass:
         Raises:
             UserError: see :meth:`write_shard`.
         """
-        total = sum(len(self.plan[index]) for index in self.missing)
+        total = sum(len(self.shard_rows[index]) for index in self.missing)
         with tqdm(total=total, desc="features", unit=" inputs", disable=None) as bar:
             for index in self.missing:
                 self.write_shard(backbone, split, index)
-                bar.update(len(self.plan[index]))
+                bar.update(len(self.shard_rows[index]))
 
 
 class _Pieces:

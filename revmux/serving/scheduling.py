@@ -16,7 +16,7 @@ from revmux.methods import Siso
 
 @dataclass(frozen=True)
 class Route:
-    """One way to run inputs, as far as planning goes.
+    """One way to run inputs, as the scheduler sees it.
 
     Attributes:
         width: N; 1 is the plain model or an exit head.

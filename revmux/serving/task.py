@@ -21,7 +21,7 @@ from revmux.serving.scheduling import Route, admits, useful_routes
 
 @dataclass(frozen=True)
 class Lineup:
-    """Adapters of one task at one time; a forward pass keeps the one that it was planned with.
+    """Adapters of one task at one time; a forward pass keeps the one that it was scheduled with.
 
     Attributes:
         adapters: loaded, narrowest first, one for each N.
@@ -100,7 +100,7 @@ class Task:
     def load(self, folder: str | Path) -> LoadedAdapter:
         """Take an adapter into the line-up, in the place of the one with the same N.
 
-        Groups that are in flight finish with the line-up that they were planned with.
+        Groups that are in flight finish with the line-up that they were scheduled with.
 
         Raises:
             UserError: it does not fit the task model, the limits or the length that the task takes.
