@@ -16,6 +16,7 @@ from benchmarks.precision import precision_words
 from benchmarks.serving.page import serving_words
 from benchmarks.systems.page import systems_words
 from benchmarks.training.page import training_words
+from revmux.methods import method_class
 from revmux.plan.report import comparison_table, row_name
 from revmux.utils.files import write_durably
 
@@ -42,12 +43,12 @@ def quickstart_words(result: dict[str, Any]) -> dict[str, str]:
 
 def _gain_words(rows: list[dict[str, Any]]) -> str:
     """One line per system that was trained: what it gains in throughput, and what it loses in accuracy."""
-    siso = next(row["accuracy_mean"] for row in rows if row["method"] == "siso")
+    siso = next(row["accuracy_mean"] for row in rows if method_class(row["method"]).is_plain)
     lines = [
         f"- {row_name(row)}: {row['throughput_ratio']:.2f} times the plain model's throughput, "
         f"{100 * (siso - row['accuracy_mean']):.1f} points of accuracy lost."
         for row in sorted(rows, key=lambda row: -row["accuracy_mean"])
-        if row["method"] != "siso"
+        if not method_class(row["method"]).is_plain
     ]
     return "\n".join(lines) + "\n"
 
