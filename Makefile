@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs/quickstart
+WORKERS ?= 2
 PORT ?= 5000
 READY := $(VENV)/.ready
 
@@ -22,11 +23,11 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)  ## the whole path: task model, adapters, sweep, server, report (minutes on two cores)
 	$(BIN)/python -m ray_jobs.quickstart --storage $(STORAGE) $(ARGS)
 
-test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## run the tests in WORKERS processes and measure coverage
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --cov --cov-report=term
 
 test-numeric: $(READY)  ## run the tests that compute with models, without Ray
-	$(BIN)/python -m pytest -m 'numeric and not long'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'numeric and not long'
 
 test-processors: $(READY)  ## run the numeric tests as other processors would compute (nightly)
 	PYTHON=$(BIN)/python .ci/processors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -15,6 +16,12 @@ from mlflow.entities import Run
 from ray_jobs.tracking.command_line import command_line
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
+
+
+@pytest.fixture
+def storage(mlflow_database: Path, tmp_path: Path) -> Path:
+    shutil.copy(mlflow_database, tmp_path)
+    return tmp_path
 
 
 def tracker_of(storage: Path) -> Tracker:
@@ -29,8 +36,8 @@ def found(tracker: Tracker, run_id: str) -> Run:
     ("error", "status"),
     [(None, "FINISHED"), (OSError, "FAILED"), (SystemExit, "KILLED"), (KeyboardInterrupt, "KILLED")],
 )
-def test_a_run_ends_as_its_body_does(error: type[BaseException] | None, status: str, tmp_path: Path) -> None:
-    tracker = tracker_of(tmp_path)
+def test_a_run_ends_as_its_body_does(error: type[BaseException] | None, status: str, storage: Path) -> None:
+    tracker = tracker_of(storage)
 
     def body() -> None:
         with tracker.run("one", {"rate": 1}) as run_id:
@@ -50,14 +57,14 @@ def test_a_run_ends_as_its_body_does(error: type[BaseException] | None, status: 
 
 
 def test_a_run_records_the_command_that_a_person_would_give_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["somewhere/pytest", "--name", "two words", "--uri", "pg://me:secret@db/runs"])
     command = command_line()
     assert command.startswith("python ")
     assert command.endswith("pytest --name 'two words' --uri pg://me:***@db/runs")
-    with tracker_of(tmp_path).run("one", {}) as run_id:
-        assert found(tracker_of(tmp_path), run_id).data.tags["revmux.command"] == command
+    with tracker_of(storage).run("one", {}) as run_id:
+        assert found(tracker_of(storage), run_id).data.tags["revmux.command"] == command
 
 
 def be_killed(storage: Path, parent: Connection) -> None:
@@ -67,11 +74,11 @@ def be_killed(storage: Path, parent: Connection) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_run_whose_driver_was_killed_is_seen_by_the_next_job_and_goes_on(tmp_path: Path) -> None:
-    tracker = tracker_of(tmp_path)
+def test_a_run_whose_driver_was_killed_is_seen_by_the_next_job_and_goes_on(storage: Path) -> None:
+    tracker = tracker_of(storage)
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
-    driver = context.Process(target=be_killed, args=(tmp_path, there))
+    driver = context.Process(target=be_killed, args=(storage, there))
     with tracker.run("beside", {}) as beside:
         driver.start()
         driver.join()
@@ -79,7 +86,7 @@ def test_a_run_whose_driver_was_killed_is_seen_by_the_next_job_and_goes_on(tmp_p
         killed = here.recv()
         assert found(tracker, killed).info.status == "RUNNING"
 
-        again = tracker_of(tmp_path)
+        again = tracker_of(storage)
         assert found(again, killed).info.status == "KILLED"
         assert "without a word" in found(again, killed).data.tags["revmux.killed"]
         assert found(again, beside).info.status == "RUNNING", "its process lives"
@@ -87,7 +94,7 @@ def test_a_run_whose_driver_was_killed_is_seen_by_the_next_job_and_goes_on(tmp_p
     with again.run("one", {"rate": 1, "workers": 4, "more": "new"}, resume=killed) as run_id:
         assert run_id == killed
         assert found(again, killed).info.status == "RUNNING"
-        tracker_of(tmp_path)
+        tracker_of(storage)
         assert found(again, killed).info.status == "RUNNING"
     run = found(again, killed)
     assert run.info.status == "FINISHED"
@@ -96,8 +103,8 @@ def test_a_run_whose_driver_was_killed_is_seen_by_the_next_job_and_goes_on(tmp_p
     assert not list(again.running.iterdir())
 
 
-def test_a_run_that_was_deleted_is_forgotten(tmp_path: Path) -> None:
-    tracker = tracker_of(tmp_path)
+def test_a_run_that_was_deleted_is_forgotten(storage: Path) -> None:
+    tracker = tracker_of(storage)
     tracker.running.mkdir()
     (tracker.running / ("0" * 32)).touch()
-    assert not list(tracker_of(tmp_path).running.iterdir())
+    assert not list(tracker_of(storage).running.iterdir())

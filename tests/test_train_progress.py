@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,9 +35,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> tuple[MlflowClient, str, str]:
+def client(mlflow_database: Path, tmp_path: Path) -> tuple[MlflowClient, str, str]:
     """A store with a run: client, URI and run id."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{shutil.copy(mlflow_database, tmp_path)}"
     client = MlflowClient(uri)
     return client, uri, client.create_run(client.create_experiment("mine")).info.run_id
 
