@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from numeric import assert_close
+from numeric import approx, assert_close
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.adapters.classifier import TextClassifier
@@ -60,7 +60,7 @@ def test_labels_come_with_their_scores_best_first(tiny_pretrained: Pretrained) -
     classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 16)
     scores = classifier.scores(TEXTS).softmax(-1)
     for own, ranked in zip(scores, classifier(TEXTS), strict=True):
-        assert [score for _, score in ranked] == pytest.approx(sorted(own.tolist(), reverse=True))
+        assert [score for _, score in ranked] == approx(sorted(own.tolist(), reverse=True))
         assert ranked[0][0] == classifier.label_names[int(own.argmax())]
     assert [len(ranked) for ranked in classifier(TEXTS, top_k=1)] == [1] * len(TEXTS)
 

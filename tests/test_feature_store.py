@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
-from numeric import assert_close
+from numeric import approx, assert_close
 from pyarrow.fs import FileSystem, LocalFileSystem, SubTreeFileSystem
 from tiny_models import WORDS, tiny_classifier, tiny_config, word_tokenizer
 from tokenizers import processors
@@ -428,7 +428,7 @@ def test_precision_is_measured_and_noted(config: StoreConfig) -> None:
     store = open_features(pretrained(backbone), tokens, [1], same(config, dtype="float16"))
     noted = store.precision(1)
     assert noted is not None
-    assert asdict(noted) == pytest.approx(asdict(half))  # all shards together, each small enough to be measured whole
+    assert asdict(noted) == approx(asdict(half))  # all shards together, each small enough to be measured whole
     assert f"  layer-001-float16: {noted}" in format_stores(list_stores(config.root))
     assert open_features(pretrained(backbone), tokens, [1], config).precision(1) is None
 

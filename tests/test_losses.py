@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from numeric import assert_close
+from numeric import approx, assert_close
 from torch import Tensor
 
 from revmux import UserError
@@ -33,26 +33,26 @@ def axes(*scales: float) -> Tensor:
 def test_one_group_by_hand(negatives: str) -> None:
     restored, teacher = axes(2.0, 1.0), axes(3.0, 1.0)
     # Cosines are 1 and 0; dot products are 6 and 1 on the diagonal, 0 beside it.
-    assert infonce(restored, teacher, config(negatives, "cosine")).item() == pytest.approx(ONE_APART)
+    assert infonce(restored, teacher, config(negatives, "cosine")).item() == approx(ONE_APART)
     expected = math.log(1 + math.exp(-2))
-    assert infonce(restored, teacher, config(negatives, "cosine", 0.5)).item() == pytest.approx(expected)
+    assert infonce(restored, teacher, config(negatives, "cosine", 0.5)).item() == approx(expected)
     expected = (math.log(1 + math.exp(-6)) + ONE_APART) / 2
-    assert infonce(restored, teacher, config(negatives, "dot")).item() == pytest.approx(expected)
+    assert infonce(restored, teacher, config(negatives, "dot")).item() == approx(expected)
 
 
 def test_batch_negatives_stand_against_other_groups_and_group_negatives_do_not() -> None:
     twice = axes(1.0, 1.0).repeat(2, 1, 1)  # (2, 2, 2): every vector has its double in the other group
-    assert infonce(twice, twice, config("group", "cosine")).item() == pytest.approx(ONE_APART)
-    assert infonce(twice, twice, config("batch", "cosine")).item() == pytest.approx(ONE_APART + math.log(2))
+    assert infonce(twice, twice, config("group", "cosine")).item() == approx(ONE_APART)
+    assert infonce(twice, twice, config("batch", "cosine")).item() == approx(ONE_APART + math.log(2))
 
 
 def test_an_input_that_comes_twice_is_no_negative_of_itself() -> None:
     twice, settings = axes(1.0, 1.0).repeat(2, 1, 1), config("batch", "cosine")
     rows = torch.tensor([7, 8, 7, 8])
     known = infonce(twice, twice, settings, ContrastSet(twice.flatten(0, 1), 0, rows))
-    assert known.item() == pytest.approx(math.log(1 + 2 * math.exp(-1))), "the other input counts twice"
+    assert known.item() == approx(math.log(1 + 2 * math.exp(-1))), "the other input counts twice"
     second = infonce(twice[1:], twice[1:], settings, ContrastSet(twice.flatten(0, 1), 2, torch.tensor([7, 8, 9, 8])))
-    assert second.item() == pytest.approx((ONE_APART + math.log(2) + math.log(1 + 2 * math.exp(-1))) / 2)
+    assert second.item() == approx((ONE_APART + math.log(2) + math.log(1 + 2 * math.exp(-1))) / 2)
 
 
 def test_the_own_teacher_is_the_one_of_the_same_slot() -> None:
@@ -60,7 +60,7 @@ def test_the_own_teacher_is_the_one_of_the_same_slot() -> None:
     for negatives in ("group", "batch"):
         right = infonce(axes(1.0, 1.0), axes(1.0, 1.0), config(negatives, "dot"))
         wrong = infonce(axes(1.0, 1.0), swapped, config(negatives, "dot"))
-        assert wrong.item() == pytest.approx(right.item() + 1)
+        assert wrong.item() == approx(right.item() + 1)
 
 
 def test_parts_add_up_by_their_weights() -> None:
@@ -70,10 +70,10 @@ def test_parts_add_up_by_their_weights() -> None:
     weights = config("group", "cosine", infonce_weight=0.5, distillation_weight=2.0)
     parts = training_loss(scores, axes(1.0, 1.0), labels, axes(1.0, 1.0), teacher_scores, weights)
     divergence = (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)) / 2  # the second input adds none
-    assert parts["cross_entropy"].item() == pytest.approx(math.log(2))
-    assert parts["infonce"].item() == pytest.approx(ONE_APART)
-    assert parts["distillation"].item() == pytest.approx(divergence)
-    assert parts["loss"].item() == pytest.approx(math.log(2) + 0.5 * ONE_APART + 2 * divergence)
+    assert parts["cross_entropy"].item() == approx(math.log(2))
+    assert parts["infonce"].item() == approx(ONE_APART)
+    assert parts["distillation"].item() == approx(divergence)
+    assert parts["loss"].item() == approx(math.log(2) + 0.5 * ONE_APART + 2 * divergence)
 
 
 def test_what_has_no_weight_or_no_teacher_is_left_out() -> None:

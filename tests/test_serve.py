@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from fastapi import FastAPI
+from numeric import approx
 from pydantic import ValidationError
 from serving_models import WORDS, load, plain_scores, text, write_adapter, write_model
 
@@ -81,7 +82,7 @@ def test_one_text_gets_a_flat_sorted_list_of_the_plain_models_scores(server: Ser
     expected = plain_scores(server.pretrained, ["w1 w2 w3"])[0].softmax(-1)
     found = {item["label"]: item["score"] for item in reply.json()}
     assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert [found[label] for label in server.pretrained.backbone.label_names] == pytest.approx(expected.tolist())
+    assert [found[label] for label in server.pretrained.backbone.label_names] == approx(expected.tolist())
     assert reply.headers["x-revmux-width"] == "1"
     times = [float(reply.headers[f"x-{name}-time"]) for name in ("queue", "inference", "total")]
     assert times[2] >= times[1] > 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from numeric import assert_close
+from numeric import approx, assert_close
 from tiny_models import tiny_config
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -164,7 +164,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(
     for weights, expected in ((last.trained_weights(), unbroken.trained_weights()), (last.best, unbroken.best)):
         assert all(torch.equal(value, expected[name]) for name, value in weights.items())
     for epoch, other in zip(history(last), history(unbroken), strict=True):
-        assert epoch == pytest.approx(other, rel=1e-6)
+        assert epoch == approx(other)
 
 
 def test_the_steps_after_a_restart_have_the_inputs_that_were_left(
