@@ -153,7 +153,8 @@ def test_what_one_worker_cannot_mend_ends_all_at_once(
     with pytest.raises(UserError, match=words):
         start(partial(raise_, error))
     told = capfd.readouterr()
-    assert "Traceback" not in told.out + told.err
+    # Ray shows stacks of its own where the machine is busy, but none may end with this error.
+    assert f"{type(error).__name__}: {error}" not in told.out + told.err
     assert (told.out + told.err).count("each), step") == 1, "it was tried again"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("revmux").experiment_id])
