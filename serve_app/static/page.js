@@ -4,7 +4,12 @@ const at = (id) => document.getElementById(id);
 const history = [];  // one entry per second of the last minute: {time, inputs, groups}
 const SECONDS = 60;
 const BEST = 3;  // scores that are shown before "more"
-const SAMPLES = ["Return the sum over an axis.", "Open a session.", "A gripping film from start to finish.", "The delivery came two days late."];
+const SAMPLES = [
+  "Return the sum of the array elements over a given axis.",
+  "Open a session bound to this engine.",
+  "Apply a 2D convolution over an input signal.",
+  "A gripping film from start to finish.",
+];
 
 async function ask(path, body) {
   const headers = { "Content-Type": "application/json" };
