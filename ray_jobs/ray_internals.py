@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
     from ray.train.v2._internal.execution.callback import ControllerCallback
 
 __all__ = ["ControllerCallback"]
@@ -73,8 +74,9 @@ def trial_stop_check() -> Callable[[], bool]:
     """
     from ray.train._internal.session import get_session
 
-    is_set: Callable[[], bool] = get_session().stop_event.is_set
-    return is_set
+    session = get_session()
+    assert session is not None
+    return session.stop_event.is_set
 
 
 @contextmanager
@@ -88,16 +90,16 @@ def out_of_memory_trials_are_retried() -> Iterator[None]:
 
     original = RayActorManager._actor_task_failed
 
-    def retried(manager: RayActorManager, tracked_actor_task: object, exception: Exception) -> None:
+    def retried(manager: RayActorManager, tracked_actor_task: TrackedActorTask, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
             exception = RayActorError(error_msg=str(exception))
         original(manager, tracked_actor_task=tracked_actor_task, exception=exception)
 
-    RayActorManager._actor_task_failed = retried
+    RayActorManager._actor_task_failed = retried  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        RayActorManager._actor_task_failed = original
+        RayActorManager._actor_task_failed = original  # type: ignore[method-assign]
 
 
 def last_error(error_file: str) -> str:

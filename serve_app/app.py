@@ -98,7 +98,7 @@ def build(args: AppConfig) -> Application:
         if args.autoscaling
         else {"num_replicas": args.num_replicas}
     )
-    return Classifier.options(  # type: ignore[attr-defined]
+    application: Application = Classifier.options(  # type: ignore[attr-defined]
         **scale,
         user_config=LiveConfig(tasks=args.served).model_dump(),
         max_ongoing_requests=ongoing,
@@ -106,6 +106,7 @@ def build(args: AppConfig) -> Application:
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus, "runtime_env": _runtime_env()},
         logging_config={"enable_access_log": False},  # a line a request would cost more than a small model
     ).bind(args)
+    return application
 
 
 def _runtime_env() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import socket
@@ -55,7 +56,7 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     if not ray.is_initialized():
         read_tokens(config.token_file, config.token_env)  # on another cluster only its replicas can tell
         os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)  # what this cluster starts inherits it
-        ray.init(address="local", include_dashboard=False, logging_level="warning")
+        ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
         _started_ray = True
     try:
         _check_resources(config, ray.cluster_resources())

@@ -30,7 +30,7 @@ class PlainClassifier:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModelForSequenceClassification.from_pretrained(model).eval()
         self.max_length = max_length
-        self.classify.set_max_batch_size(max_batch)
+        self.classify.set_max_batch_size(max_batch)  # type: ignore[attr-defined]
 
     @serve.batch(batch_wait_timeout_s=0.01)
     async def classify(self, texts: list[str]) -> list[Ranking]:
@@ -56,4 +56,5 @@ def build(model: str, max_length: int, max_batch: int, threads: int, max_ongoing
     actor = {"num_cpus": 1, "runtime_env": {"env_vars": compute_environment()}}
     options = {"ray_actor_options": actor, "max_ongoing_requests": max_ongoing}
     deployment = PlainClassifier.options(**options, logging_config={"enable_access_log": False})  # type: ignore[attr-defined]
-    return deployment.bind(model, max_length, max_batch, threads)
+    application: Application = deployment.bind(model, max_length, max_batch, threads)
+    return application

@@ -93,8 +93,8 @@ def measure(budget: Budget, folder: Path, pairs: int) -> tuple[list[dict[str, An
             fill_store(runs[0].recipe, split, list(range(1, num_layers)))
         train_missing(runs, task)
     rows = over_seeds(runs)
-    split = pretrained.tokenize(task.test, MAX_LENGTH)
-    batches = like_length_batches(split, TIMED_INPUTS, BATCH)
+    tokens = pretrained.tokenize(task.test, MAX_LENGTH)
+    batches = like_length_batches(tokens, TIMED_INPUTS, BATCH)
     measured = partial(measure_backbone, pretrained.backbone, batches, pairs)
     ratios = kept_rows(folder / "timed", "task-model", (str(model), TIMED_INPUTS, BATCH, pairs, SYSTEMS), measured)
     rows = [row | ratios[f"{row['title']} N={row['num_inputs']}"] for row in rows]

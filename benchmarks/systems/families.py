@@ -96,8 +96,11 @@ def small_backbone(family: str) -> Backbone:
     config = AutoConfig.for_model(family, **common, **shape)
     if family not in GENERATIVE_TYPES:
         return cut(AutoModelForSequenceClassification.from_config(config)).freeze()
-    generates = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return cut(generates.from_config(config), Verbalizer(("no", "yes"), ((10,), (11,)))).freeze()
+    if config.is_encoder_decoder:
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
+    return cut(model, Verbalizer(("no", "yes"), ((10,), (11,)))).freeze()
 
 
 def comparisons(backbone: Backbone, exit_layers: Iterable[int]) -> Iterator[Comparison]:

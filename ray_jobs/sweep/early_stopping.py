@@ -30,7 +30,7 @@ class FrontScheduler(FIFOScheduler):
     """
 
     def __init__(self, selection_inputs: int, grace: int = 1, reduction: float = 3, deviations: float = 3.0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # unannotated in Ray
         self.selection_inputs, self.grace = selection_inputs, grace
         self.reduction, self.deviations = reduction, deviations
         self.stopped: dict[str, str] = {}

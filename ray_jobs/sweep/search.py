@@ -46,7 +46,7 @@ class FrontSearch(Searcher):
                 directions=["maximize", "minimize"],
                 sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, self.budget // 4)),
             )
-            self.distributions = {
+            self.distributions: dict[str, optuna.distributions.BaseDistribution] = {
                 knob: optuna.distributions.CategoricalDistribution(
                     sorted({trial.knobs[knob] for trial in trials}, key=str)
                 )
@@ -55,7 +55,7 @@ class FrontSearch(Searcher):
             for row in finished:
                 self.learn(row.trial, row.selection_accuracy)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Tune also takes FINISHED
         """The next trial for Tune."""
         if self.budget == 0:
             return str(Searcher.FINISHED)

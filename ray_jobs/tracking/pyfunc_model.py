@@ -39,7 +39,9 @@ class AdapterModel(PythonModel):
             remedy = 'in MLflow: mlflow.pyfunc.load_model(uri, model_config={"backbone": FOLDER})'
             raise UserError(f"{error}; {remedy}") from None
 
-    def predict(self, context: PythonModelContext, model_input: pd.DataFrame) -> pd.DataFrame:
+    def predict(  # type: ignore[override]  # MLflow itself calls it with or without params
+        self, context: PythonModelContext, model_input: pd.DataFrame
+    ) -> pd.DataFrame:
         """Scores of every class, before softmax.
 
         Args:
@@ -54,11 +56,11 @@ class AdapterModel(PythonModel):
             UserError: other columns, or a text that cannot be classified.
         """
         del context
-        given = list(model_input.columns)
+        given: list[object] = list(model_input.columns)
         named = COLUMNS[: len(given)]
         if set(given) == set(named):
             model_input = model_input[named]
-        elif given != list(range(len(named))):
+        elif given != [*range(len(named))]:
             raise UserError(
                 f"the input has the columns {', '.join(map(repr, given))}; give {' and '.join(named)} first, such as "
                 f"frame[{named}], or a list of texts"

@@ -185,7 +185,8 @@ def _write(
     )
     losses: dict[int, list[Precision]] = {}
     progress = _Progress(total)
-    for batch in written.iter_batches(batch_size=None):
+    for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
+        assert isinstance(batch, dict)
         for number, index, told in _rows(batch):
             if "problem" in told:
                 raise UserError(told["problem"])

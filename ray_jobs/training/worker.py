@@ -56,7 +56,7 @@ class WorkerConfig:
     """
 
     recipe: Recipe
-    task: ray.ObjectRef
+    task: ray.ObjectRef[TaskData]
     title: str
     threads: int
     folder: Path

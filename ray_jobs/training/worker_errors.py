@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
-from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
+from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from ray_jobs.ray_internals import is_cluster_too_small, unwrap_health_check
 from revmux.errors import UserError
@@ -73,7 +73,7 @@ def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
 
 
-def as_told(failed: TrainingFailedError) -> Exception:
+def as_told(failed: Exception) -> Exception:
     """What a person is told of a run that Ray Train gave up.
 
     Args:

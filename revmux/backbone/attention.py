@@ -12,7 +12,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from revmux.backbone.base import as_attention_mask
+from revmux.backbone.base import as_attention_mask, dense
 from revmux.backbone.state import HiddenState
 
 
@@ -29,13 +29,14 @@ def causal_mask(config: Any, state: HiddenState, window: int | None = None) -> T
     """
     if state.segments is None:
         make = create_causal_mask if window is None else create_sliding_window_causal_mask
-        return make(
+        mask = make(
             config=config,
             inputs_embeds=state.hidden,
             attention_mask=state.mask,
             past_key_values=None,
             position_ids=state.positions,
         )
+        return dense(mask)
     rows, columns = state.segments.unsqueeze(2), state.segments.unsqueeze(1)  # (B, S, 1), (B, 1, S)
     seen = ((rows == columns) & (columns > 0)).tril()  # (B, S, S)
     if window is not None and state.positions is not None:
@@ -57,12 +58,13 @@ def cross_mask(config: Any, stream: HiddenState, memory: HiddenState) -> Tensor 
         (B, 1, T, S) in the form that the implementation expects; None if every token attends to the whole memory.
     """
     if stream.segments is None or memory.segments is None:
-        return create_bidirectional_mask(
+        mask = create_bidirectional_mask(
             config=config,
             inputs_embeds=stream.hidden,
             attention_mask=memory.mask,
             encoder_hidden_states=memory.hidden,
         )
+        return dense(mask)
     rows, columns = stream.segments.unsqueeze(2), memory.segments.unsqueeze(1)  # (B, T, 1), (B, 1, S)
     seen = (rows == columns) & (columns > 0)  # (B, T, S)
     seen |= ~seen.any(dim=-1, keepdim=True)  # padding of the stream attends to everything rather than nothing

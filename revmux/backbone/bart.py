@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers.masking_utils import create_bidirectional_mask
 
-from revmux.backbone.base import visibility
+from revmux.backbone.base import bidirectional_mask
 from revmux.backbone.encoder_decoder import EncoderDecoderBackbone
 from revmux.backbone.registry import register_backbone
 from revmux.backbone.state import HiddenState
@@ -48,10 +47,7 @@ class BartBackbone(EncoderDecoderBackbone):
         return hidden
 
     def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
-        config = self.encoder.config
-        mask = visibility(state, state.hidden.dtype, config._attn_implementation)
-        if mask is None:
-            mask = create_bidirectional_mask(config=config, inputs_embeds=state.hidden, attention_mask=state.mask)
+        mask = bidirectional_mask(self.encoder.config, state)
         return lambda index: {"attention_mask": mask}
 
     def decoder_arguments(self, stream: HiddenState, memory: HiddenState) -> dict[str, Any]:

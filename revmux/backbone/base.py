@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import create_bidirectional_mask
 
 from revmux.backbone.answer_layer import answers_only
 from revmux.backbone.state import HiddenState, TokenBatch
@@ -262,6 +263,31 @@ def visibility(state: HiddenState, dtype: torch.dtype, implementation: str) -> T
     seen = (rows == columns) & (columns > 0)  # (B, S, S)
     seen |= torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
     return as_attention_mask(seen, dtype, implementation)
+
+
+def bidirectional_mask(config: Any, state: HiddenState) -> Tensor | None:
+    """The mask of a layer whose tokens attend to all tokens of their own input.
+
+    Args:
+        config: configuration of the attending module, with its attention implementation.
+        state: (B, S, d).
+
+    Returns:
+        (B, 1, S, S) in the form that the implementation expects; None if every token attends to the whole sequence.
+    """
+    mask = visibility(state, state.hidden.dtype, config._attn_implementation)
+    if mask is not None:
+        return mask
+    return dense(create_bidirectional_mask(config=config, inputs_embeds=state.hidden, attention_mask=state.mask))
+
+
+def dense(mask: object) -> Tensor | None:
+    """A mask of Transformers as eager and SDPA attention take it.
+
+    Transformers also knows the block masks of FlexAttention, which no backbone here uses.
+    """
+    assert mask is None or isinstance(mask, Tensor)
+    return mask
 
 
 def as_attention_mask(seen: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:

@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_bidirectional_mask
 
 from revmux.backbone.answer_layer import attend_from, gather_tokens, takes_dense_masks
-from revmux.backbone.base import Backbone, padding_mask, visibility
+from revmux.backbone.base import Backbone, bidirectional_mask, padding_mask
 from revmux.backbone.registry import register_backbone
 from revmux.backbone.state import HiddenState, TokenBatch
 
@@ -32,9 +31,7 @@ class BertBackbone(Backbone):
         return self.model.bert.encoder.layer[index]
 
     def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
-        mask = visibility(state, state.hidden.dtype, self.config._attn_implementation)
-        if mask is None:
-            mask = create_bidirectional_mask(config=self.config, inputs_embeds=state.hidden, attention_mask=state.mask)
+        mask = bidirectional_mask(self.config, state)
         return lambda index: {"attention_mask": mask}
 
     def answer_layer(self, index: int, hidden: Tensor, places: Tensor, arguments: dict[str, Any]) -> Tensor | None:

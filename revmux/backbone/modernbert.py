@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
-from revmux.backbone.base import Backbone, as_attention_mask, padding_mask, visibility
+from revmux.backbone.base import Backbone, as_attention_mask, dense, padding_mask, visibility
 from revmux.backbone.positions import count_positions, distances, in_order
 from revmux.backbone.registry import register_backbone
 from revmux.backbone.state import HiddenState, TokenBatch
@@ -63,8 +63,8 @@ class ModernBertBackbone(Backbone):
         if state.segments is None and in_order(positions):
             arguments = {"config": self.config, "inputs_embeds": state.hidden, "attention_mask": state.mask}
             return {
-                "full_attention": create_bidirectional_mask(**arguments),
-                "sliding_attention": create_bidirectional_sliding_window_mask(**arguments),
+                "full_attention": dense(create_bidirectional_mask(**arguments)),
+                "sliding_attention": dense(create_bidirectional_sliding_window_mask(**arguments)),
             }
         segments = state.mask.long() if state.segments is None else state.segments
         everywhere = visibility(replace(state, segments=segments), dtype, "sdpa")  # (B, 1, S, S) bool

@@ -157,7 +157,8 @@ class Prompt:
     def encode(self, tokenizer: PreTrainedTokenizerBase, written: list[str]) -> BatchEncoding:
         """What :meth:`write` gave, to tokens, uncut."""
         # A chat template brings the special tokens itself.
-        return tokenizer(written, add_special_tokens=not self.chat, verbose=False)
+        encoded: BatchEncoding = tokenizer(written, add_special_tokens=not self.chat, verbose=False)
+        return encoded
 
     def fit(self, tokenizer: PreTrainedTokenizerBase, text: str, text_pair: str | None, max_length: int) -> str:
         """:meth:`write`, the input's longer text cut at the end until it has ``max_length`` tokens.

@@ -71,9 +71,10 @@ def _rename(split: Dataset, columns: dict[str, str]) -> Dataset:
         raise UserError(
             f"a split lacks column {missing[0]!r}; its columns: {', '.join(split.column_names)}; give every split the same"
         )
-    return split.select_columns(list(columns.values())).rename_columns(
+    renamed: Dataset = split.select_columns(list(columns.values())).rename_columns(
         {name: role for role, name in columns.items() if name != role}
     )
+    return renamed
 
 
 def _split(raw: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:

@@ -36,7 +36,7 @@ class _AssumeTrue(TorchDispatchMode):
 @contextmanager
 def valueless() -> Iterator[None]:
     """Tensors made inside have a shape, a type and no values."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _AssumeTrue():
+    with FakeTensorMode(allow_non_fake_inputs=True), _AssumeTrue():  # type: ignore[no-untyped-call]  # unannotated in torch
         yield
 
 
@@ -55,7 +55,8 @@ def call_valueless(module: nn.Module, function: Callable[[], Result], dtype: tor
 
     tensors = chain(module.named_parameters(), module.named_buffers())
     weights = {f"module.{name}": stand_in(tensor) for name, tensor in tensors}
-    return functional_call(_Holder(module, function), weights)
+    result: Result = functional_call(_Holder(module, function), weights)
+    return result
 
 
 def weightless(module: Module) -> Module:

@@ -116,7 +116,7 @@ class _OperationCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # unannotated in torch
         self.total = 0
         self._formulas = FlopCounterMode(display=False).flop_registry
 

@@ -60,7 +60,7 @@ def noted_precision(notes: Sequence[Mapping[str, Any]]) -> Precision | None:
 def spread(rows: Sequence[int] | np.ndarray, count: int) -> list[int]:
     """At most ``count`` of the rows, evenly spread over them."""
     places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64))
-    return np.asarray(rows)[places].tolist()
+    return [int(row) for row in np.asarray(rows)[places]]
 
 
 def measure_precision(

@@ -60,7 +60,8 @@ class Encoder:
         if not hasattr(self._own, "tokenizer"):
             with self._lock:
                 self._own.tokenizer = copy.deepcopy(self._original)
-        return self._own.tokenizer
+        tokenizer: PreTrainedTokenizerBase = self._own.tokenizer
+        return tokenizer
 
     def encode(self, text: Text, truncate: bool = False) -> Encoded:
         """One text, or one pair, to tokens.

@@ -222,7 +222,7 @@ class CheckpointFolder:
 
     def _has(self, name: str, described: dict[str, Any]) -> bool:
         try:
-            return (self.path / name).stat().st_size == described["bytes"]
+            return (self.path / name).stat().st_size == int(described["bytes"])
         except OSError:
             return False
 

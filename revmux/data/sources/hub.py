@@ -28,7 +28,9 @@ class HubSource(Source):
                 f"unknown data {config.source!r} ({type(error).__name__}: {str(error).splitlines()[0]}); name "
                 f"'{EMBEDDED_TASK}', a file ({', '.join(SUFFIXES)}), a folder with train and dev files, or a hub data set"
             ) from None
-        return dict(loaded) if isinstance(loaded, DatasetDict) else {"all": loaded}
+        return (
+            {str(name): split for name, split in loaded.items()} if isinstance(loaded, DatasetDict) else {"all": loaded}
+        )
 
     def name(self, config: DataConfig) -> str:
         """The id, with the subset."""
