@@ -48,7 +48,7 @@ def help_of(command: list[str]) -> str:
             mock.patch.dict(os.environ, {"COLUMNS": COLUMNS, "NO_COLOR": "1"}),
             contextlib.redirect_stdout(printed),
         ):
-            runpy.run_module(command[0], run_name="__main__", alter_sys=False)
+            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if end.code not in (0, None):
             raise ExtensionError(f"python -m {' '.join(command)} --help ends with status {end.code}") from None
