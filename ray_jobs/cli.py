@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,11 +56,14 @@ def run(
     """Parse and run a job.
 
     Returns:
-        0; 2 for a mistake of the caller's, told in one line.
+        0; 2 for a mistake of the caller's, told in one line; 1 for any other error, with its traceback.
     """
     try:
         job(at_its_place(parse(config_class, description, argv)))
     except UserError as error:
         print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         return 2
+    except Exception:  # its message may name the tracking URI
+        print(without_passwords(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
     return 0

@@ -36,7 +36,7 @@ from revmux.plan.measure import TrainedAdapter
 from revmux.pretrained.loading import outline
 from revmux.training.config import OptimConfig
 from revmux.training.recipe import load_backbone
-from revmux.utils.files import write_durably, write_json
+from revmux.utils.files import recover_folder, write_durably, write_json
 from revmux.utils.redact import error_line, without_passwords
 from serve_app.config import server_config
 
@@ -129,6 +129,7 @@ def tuned_model(job: PlanJob, choosing: TaskData, tracker: Tracker, storage: Pat
         job.backbone, job.data, job.tuning, job.frozen_layers, job.cluster, job.tracking, str(storage)
     )
     folder = storage / "task-models" / f"{job.name}-{fingerprint(tuning.recipe(), choosing)}"
+    recover_folder(folder)
     if not (folder / "config.json").is_file():
         finetune.tune_model(replace(tuning, output=str(folder)), choosing, tracker, storage)
     return folder

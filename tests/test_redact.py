@@ -170,12 +170,16 @@ def test_reasons_of_failures(uri: str) -> None:
     assert SECRET not in in_words(RuntimeError(f"{uri} is away"))
 
 
-def test_the_error_that_ends_a_job(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("error", "status"), [(UserError, 2), (ConnectionError, 1)])
+def test_the_error_that_ends_a_job(
+    error: type[Exception], status: int, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(_: Any) -> None:
-        raise UserError(f"{uri} is away")
+        raise error(f"{uri} is away")
 
-    assert cli.run(fail, TrackingConfig, None, []) == 2
+    assert cli.run(fail, TrackingConfig, None, []) == status
     shown = capsys.readouterr().err
+    assert ("Traceback" in shown) is (status == 1)
     assert "me:***@" in shown
     assert SECRET not in shown
 
