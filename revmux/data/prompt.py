@@ -183,7 +183,11 @@ class Prompt:
                 f"max_length is {max_length}, but the template of prompt {self.name} alone has {tokens(0)} tokens; "
                 "raise max_length or shorten the template"
             )
-        fits, over = 0, longest  # characters of each text
+        # Doubled from few characters: what lies far behind the cut is not read, and so cannot move it.
+        fits, over = 0, max_length  # characters of each text
+        while over < longest and tokens(over) <= max_length:
+            fits, over = over, 2 * over
+        over = min(over, longest)
         while over - fits > 1:
             middle = (fits + over) // 2
             fits, over = (middle, over) if tokens(middle) <= max_length else (fits, middle)

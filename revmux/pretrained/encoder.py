@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from revmux.data.tokens import encode_texts
 from revmux.errors import EmptyText, TextError, UserError
 from revmux.pretrained.pretrained import Pretrained
+from revmux.pretrained.text_bound import TextBound
 
 Text = str | tuple[str, str]
 """A text, or a sentence pair."""
@@ -50,6 +51,7 @@ class Encoder:
         self.max_length = max_length
         self._prompt = pretrained.prompt
         self._original = pretrained.tokenizer
+        self._bound = TextBound(pretrained.tokenizer, max_length)
         self._lock = threading.Lock()
         self._own = threading.local()
         self.example = self._encode(
@@ -92,14 +94,19 @@ class Encoder:
 
     def _encode(self, parts: tuple[str, ...], truncate: bool) -> Encoded:
         tokenizer = self._tokenizer()
-        tokens = self._tokens(tokenizer, parts)
-        length = len(tokens["input_ids"])
-        if length <= self.max_length:
-            return Encoded(tokens, truncated=False)
+        bounded = [self._bound.shorten(part) for part in parts]
+        parts = tuple(part for part, _ in bounded)
+        if not any(is_cut for _, is_cut in bounded):
+            tokens = self._tokens(tokenizer, parts)
+            length = len(tokens["input_ids"])
+            if length <= self.max_length:
+                return Encoded(tokens, truncated=False)
+            found = f"{length} tokens"
+        else:
+            found = f"more than {self._bound.characters} characters"
         if not truncate:
             raise TextError(
-                f"an input has {length} tokens, at most {self.max_length} are allowed; "
-                "shorten it, or set truncate to true"
+                f"an input has {found}, at most {self.max_length} tokens are allowed; shorten it, or set truncate to true"
             )
         first, *second = parts
         encoded, _ = encode_texts(tokenizer, [first], second or None, self.max_length, self._prompt)
