@@ -182,6 +182,7 @@ def test_a_process_takes_trial_after_trial_stopped_ones_too_and_a_lost_one_is_ma
         driver = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
         found = wait_until(
             lambda: list(runs.glob("sweeps/sweep/checkpoints/*/step-*")) and trial_process(driver.pid),
+            400,
             every=0.005,
             failure=lambda: None if driver.poll() is None else log.read_text(),
         )
