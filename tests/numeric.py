@@ -21,6 +21,9 @@ LAYERS = 4
 STEPS_PER_LAYER = 256
 """Rounding errors, in units of the type's precision, that one layer may add: the weights here are large."""
 
+HALF_STEPS_PER_LAYER = 4
+"""The same for types of two bytes, in which results are rounded but sums are not computed."""
+
 
 def relative_tolerance(*tensors: Tensor, layers: int = LAYERS) -> float:
     """The rounding error to expect of ``layers`` layers, relative to the largest value.
@@ -30,8 +33,10 @@ def relative_tolerance(*tensors: Tensor, layers: int = LAYERS) -> float:
         layers: layers between the input and the values.
     """
     types = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
-    precision = max((torch.finfo(dtype).eps for dtype in types), default=0.0)
-    return STEPS_PER_LAYER * (layers + 1) * precision
+    rounding = [
+        (HALF_STEPS_PER_LAYER if dtype.itemsize == 2 else STEPS_PER_LAYER) * torch.finfo(dtype).eps for dtype in types
+    ]
+    return (layers + 1) * max(rounding, default=0.0)
 
 
 def assert_close(
