@@ -77,7 +77,7 @@ def test_long_texts_are_cut_unless_that_is_refused(tiny_pretrained: Pretrained) 
     classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 5)
     cut = classifier.scores(["w1 w2 w3 w4 w5", "w6"])
     assert_close(cut, classifier.scores(["w1 w2 w3", "w6"]))
-    with pytest.raises(UserError, match="7 tokens, at most 5 are allowed"):
+    with pytest.raises(UserError, match="7 tokens, at most 5 tokens are allowed"):
         classifier.scores(["w1 w2 w3 w4 w5"], truncate=False)
 
 
