@@ -12,6 +12,7 @@ from revmux import UserError
 from revmux.methods import method_class, method_names
 from revmux.plan.front import FrontRow
 from revmux.plan.plots import label_of, plot_front_html, plot_front_png
+from revmux.plan.report import front_row
 
 ROWS = [
     FrontRow("siso", "siso", 1, 0, math.nan, 0.9, 0.9, 1.0, 1.0),
@@ -39,6 +40,22 @@ def test_the_page_shows_every_row_and_loads_nothing(tmp_path: Path) -> None:
 
 def test_labels_say_what_a_point_is() -> None:
     assert [label_of(row) for row in ROWS] == ["SISO", "N=2 l=3", "N=4 l=3, 12% fall back", "layer 2"]
+
+
+def test_a_row_of_results_becomes_a_mark_at_its_counted_cost() -> None:
+    row = {
+        "method": "exit-head",
+        "num_inputs": 1,
+        "prefill_layers": 2,
+        "accuracy_mean": 0.8,
+        "accuracy_std": 0.01,
+        "siso_accuracy": 0.9,
+        "cost_counted": 0.5,
+        "throughput_ratio": 1.7,
+    }
+    mark = front_row(row)
+    assert (mark.cost, mark.accuracy, mark.accuracy_std) == (0.5, 0.8, 0.01)
+    assert (mark.name, label_of(mark)) == ("exit head at layer 2", "layer 2")
 
 
 def test_every_method_names_itself_in_tables_and_sentences() -> None:
