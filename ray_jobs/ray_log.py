@@ -18,7 +18,7 @@ RAY_LINE = re.compile(
     r"|\d{4}-\d\d-\d\d [\d:,.]+\s+[A-Z]+ \S+\.py:\d+ -- "  # Ray's Python code
     r"|(DEBUG|INFO) \d{4}-\d\d-\d\d [\d:,.]+ .* -- "  # Ray Serve
 )
-RAY_ACTORS = ("ServeController", "ProxyActor")
+RAY_ACTORS = ("ServeController", "ProxyActor", "PlacementGroupCleaner")
 
 
 def is_from_ray(origin: Mapping[str, Any], line: str) -> bool:

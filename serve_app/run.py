@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import re
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack, redirect_stdout
 
 from revmux.adapters.config import load_adapter_config
 from revmux.errors import UserError
@@ -48,6 +51,8 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
             if not is_mlflow(adapter):
                 load_adapter_config(adapter)
 
+    # Serve's own lines are in its files only; the terminal shows what this program and its replicas print.
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     import ray
     from ray import serve
 
@@ -56,8 +61,12 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     if not ray.is_initialized():
         read_tokens(config.token_file, config.token_env)  # on another cluster only its replicas can tell
         os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)  # what this cluster starts inherits it
-        ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+        if not sys.stdout.isatty():
+            os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+        # Errors only: a warning at each start says how to switch authentication off.
+        started = ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
         _started_ray = True
+        print(f"Ray Serve's own messages: {started.address_info['session_dir']}/logs/serve", flush=True)
     try:
         _check_resources(config, ray.cluster_resources())
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
@@ -79,11 +88,15 @@ def shutdown() -> None:
     import ray
     from ray import serve
 
-    if ray.is_initialized():
-        serve.shutdown()
-    if _started_ray:
-        ray.shutdown()
-        _started_ray = False
+    # Serve kills its controller while that still has a task, which Ray reports as a failure.
+    with ExitStack() as stack:
+        if _started_ray:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+        if ray.is_initialized():
+            serve.shutdown()
+        if _started_ray:
+            ray.shutdown()
+            _started_ray = False
 
 
 def base_url(host: str, port: int) -> str:

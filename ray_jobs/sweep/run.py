@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray_jobs.paths import store_in
 from ray_jobs.ray_internals import out_of_memory_trials_are_retried
@@ -22,6 +23,11 @@ from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, outline
 from revmux.training.config import Recipe
 from tune_spaces.space import SearchSpace, load_space
+
+if TYPE_CHECKING:
+    from ray.tune import Tuner
+
+    from ray_jobs.sweep.search import FrontSearch
 
 
 @dataclass(frozen=True)
@@ -95,79 +101,100 @@ def run_sweep(sweep: Sweep, tracker: Tracker) -> tuple[list[TrialRow], str]:
 
 def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
     """The trials that are left, by Ray Tune; rows of an earlier start are kept."""
-    import ray
-    from ray import tune
-
-    from ray_jobs.sweep.early_stopping import FrontScheduler
-    from ray_jobs.sweep.progress import SweepProgress
     from ray_jobs.sweep.search import FrontSearch
 
     job, folder = sweep.job, sweep.folder
-    rows = folder.read(sweep.trials)
-    if job.retry_failed:
-        for name in [name for name, row in rows.items() if row.status == "failed"]:
-            folder.forget(rows.pop(name))
+    rows = kept_rows(sweep)
     limit = sweep.space.trials
     search = FrontSearch(sweep.trials, list(rows.values()), limit, sweep.space.search == "optuna", sweep.space.seed)
     if rows:
         print(f"sweep: {len(rows)} trials came to an end before, {search.budget} are left", flush=True)
     if search.budget:
-        parameters = {
-            "task": sweep.task,
-            "cluster": job.cluster,
-            "tracking": TrackingConfig(tracker.uri, job.tracking.experiment),
-            "storage": sweep.storage,
-            "folder": folder,
-            "parent": parent,
-            "command": tracker.command,
-        }
-        resources = trial_resources(job.cluster)
-        trainable = tune.with_resources(
-            tune.with_parameters(run_trial, **parameters), tune.PlacementGroupFactory([resources])
-        )
-        concurrent = job.concurrent_trials or fitting_trials(job.cluster, ray.cluster_resources())
+        concurrent = trials_side_by_side(job)
         fill_for([trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers)
-        scheduler = None
-        if job.stopping.enabled:
-            scheduler = FrontScheduler(
-                len(sweep.task.selection), job.stopping.grace, job.stopping.reduction, job.stopping.deviations
-            )
-        stopped = scheduler.stopped if scheduler is not None else {}
-        progress = SweepProgress(
-            folder,
-            tracker,
-            parent,
-            rows,
-            len(rows) + search.budget,
-            concurrent,
-            stopped,
-            job.cluster.wait_minutes,
-            resources,
-        )
-        # Tune's tables would hide the lines of SweepProgress, which tells each error in one, without its stack.
-        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-        os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
         shutil.rmtree(folder.path / "tune", ignore_errors=True)  # of an earlier start; what counts is in the rows
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=search,
-                scheduler=scheduler,
-                num_samples=search.budget,
-                max_concurrent_trials=concurrent,
-                reuse_actors=trains_itself(job.cluster),
-                trial_name_creator=lambda trial: trial.config["trial"].name,
-                trial_dirname_creator=lambda trial: trial.config["trial"].name,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=str(folder.path),
-                verbose=0,
-                callbacks=[progress],
-                failure_config=tune.FailureConfig(job.cluster.max_failures if trains_itself(job.cluster) else 0),
-            ),
-        )
+        tuner = make_tuner(sweep, tracker, parent, rows, search, concurrent)
         with out_of_memory_trials_are_retried():
             tuner.fit()
     found = folder.read(sweep.trials)
     return [found[trial.name] for trial in sweep.trials if trial.name in found]
+
+
+def kept_rows(sweep: Sweep) -> dict[str, TrialRow]:
+    """The rows of an earlier start, without those that are to be tried again."""
+    rows = sweep.folder.read(sweep.trials)
+    if sweep.job.retry_failed:
+        for name in [name for name, row in rows.items() if row.status == "failed"]:
+            sweep.folder.forget(rows.pop(name))
+    return rows
+
+
+def trials_side_by_side(job: TuneJob) -> int:
+    """How many trials run at the same time."""
+    import ray
+
+    return job.concurrent_trials or fitting_trials(job.cluster, ray.cluster_resources())
+
+
+def make_tuner(
+    sweep: Sweep, tracker: Tracker, parent: str, rows: dict[str, TrialRow], search: FrontSearch, concurrent: int
+) -> Tuner:
+    """Ray Tune, set up for the trials that are left.
+
+    Args:
+        sweep: what is swept.
+        tracker: where trials are recorded.
+        parent: MLflow run of the sweep.
+        rows: of an earlier start; grows as trials end.
+        search: which trials are tried, in which order.
+        concurrent: trials side by side.
+    """
+    from ray import tune
+
+    from ray_jobs.sweep.early_stopping import FrontScheduler
+    from ray_jobs.sweep.progress import SweepProgress
+
+    job, folder = sweep.job, sweep.folder
+    parameters = {
+        "task": sweep.task,
+        "cluster": job.cluster,
+        "tracking": TrackingConfig(tracker.uri, job.tracking.experiment),
+        "storage": sweep.storage,
+        "folder": folder,
+        "parent": parent,
+        "command": tracker.command,
+    }
+    resources = trial_resources(job.cluster)
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, **parameters), tune.PlacementGroupFactory([resources])
+    )
+    scheduler = None
+    if job.stopping.enabled:
+        scheduler = FrontScheduler(
+            len(sweep.task.selection), job.stopping.grace, job.stopping.reduction, job.stopping.deviations
+        )
+    stopped = scheduler.stopped if scheduler is not None else {}
+    total, wait_minutes = len(rows) + search.budget, job.cluster.wait_minutes
+    progress = SweepProgress(folder, tracker, parent, rows, total, concurrent, stopped, wait_minutes, resources)
+    # Tune's tables would hide the lines of SweepProgress, which reports each error in one, without its stack.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=search.budget,
+            max_concurrent_trials=concurrent,
+            reuse_actors=trains_itself(job.cluster),
+            trial_name_creator=lambda trial: trial.config["trial"].name,
+            trial_dirname_creator=lambda trial: trial.config["trial"].name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder.path),
+            verbose=0,
+            callbacks=[progress],
+            failure_config=tune.FailureConfig(job.cluster.max_failures if trains_itself(job.cluster) else 0),
+        ),
+    )

@@ -20,7 +20,7 @@ from ray_jobs.ray_internals import trial_stop_check
 from ray_jobs.sweep.trials import FAILED, SweepFolder, Trial, reason_of, row_of
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
-from ray_jobs.training.launch import launch
+from ray_jobs.training.launch import TrialHooks, launch
 from revmux.data.task import TaskData
 from revmux.errors import UserError
 
@@ -88,11 +88,11 @@ def run_trial(
             torch.cuda.empty_cache()  # others may share it
         # A trial that is stopped first ends its MLflow run. The trial after it would fail if that took longer.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "3600"
-    reports: dict[str, Any] = {"report": tune.report}
+    hooks = TrialHooks(report=tune.report)
     if not inside:
-        reports = {"callbacks": [TuneReportCallback()], "stopping": trial_stop_check()}
+        hooks = TrialHooks(callbacks=[TuneReportCallback()], stopping=trial_stop_check())
     try:
-        trained = launch(trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, **reports)
+        trained = launch(trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, hooks=hooks)
     except Exception as error:
         if inside and not isinstance(error, UserError):
             raise

@@ -8,10 +8,10 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.tracking.tracker import Tracker
@@ -24,6 +24,9 @@ from revmux.pretrained.loading import check_answers, outline
 from revmux.training.config import CheckpointConfig, MethodConfig, Recipe
 from revmux.training.recipe import check, makes_head
 from revmux.utils.files import atomic_folder, remove_folder, write_durably
+
+if TYPE_CHECKING:
+    from ray_jobs.training.worker import WorkerConfig
 
 RUN_NOTE = "mlflow-run.txt"
 
@@ -54,6 +57,22 @@ def load_checked(recipe: Recipe, workers: int) -> TaskData:
     return load_task(recipe.data, own_labels)
 
 
+@dataclass(frozen=True)
+class TrialHooks:
+    """How the trial of a sweep takes part in its run; the defaults are those of a run that is no trial.
+
+    Attributes:
+        report: takes the metrics of each epoch. Where it is given, the run has one worker, which is this very process
+            (Ray Train's local mode), and the caller retries what fails.
+        callbacks: of Ray Train.
+        stopping: whether this process is being stopped, and its workers before it.
+    """
+
+    report: Callable[[dict[str, float]], None] | None = None
+    callbacks: Sequence[Any] = ()
+    stopping: Callable[[], bool] = lambda: False
+
+
 def launch(
     recipe: Recipe,
     task: TaskData,
@@ -63,10 +82,8 @@ def launch(
     name: str,
     output: Path,
     parent: str | None = None,
-    callbacks: list[Any] | None = None,
     checkpoint: CheckpointConfig | None = None,
-    report: Callable[[dict[str, float]], None] | None = None,
-    stopping: Callable[[], bool] = lambda: False,
+    hooks: TrialHooks | None = None,
 ) -> Trained:
     """Train on the connected cluster; a run that was stopped goes on from its last checkpoint.
 
@@ -79,34 +96,23 @@ def launch(
         name: of the run; the same name with the same recipe resumes.
         output: folder that the result takes.
         parent: MLflow run id of a sweep.
-        callbacks: of Ray Train.
         checkpoint: when the run is saved; by default at the end of each epoch.
-        report: takes the figures of each epoch. Where it is given, the run has one worker, which is this very process
-            (Ray Train's local mode), and whoever calls makes up for its loss.
-        stopping: whether this process is being ended, and its workers before it.
+        hooks: of a trial.
 
     Raises:
-        UserError: what a person has to mend, such as a full disk; the checkpoints stay.
+        UserError: something that the user has to fix, such as a full disk; the checkpoints stay.
         WorkerError: a worker failed more often than ``cluster.max_failures``.
-        SystemExit: it failed since it is being stopped.
+        SystemExit: it failed because it is being stopped.
     """
     import ray
     import ray.train
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ray_jobs.training.waiting import Waiting, start_timeout
-    from ray_jobs.training.worker import RESULT_NAME, WorkerConfig, train_worker
-    from ray_jobs.training.worker_errors import StopOnMistake, as_told
+    from ray_jobs.training.worker import RESULT_NAME, WorkerConfig
 
-    # Ray Train's own print shows lines twice, and hides the bar.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    logging.getLogger("ray.train.v2.api.config").setLevel(logging.WARNING)  # it tells each run that it is a local one
+    hooks = hooks or TrialHooks()
     run_folder = storage / "checkpoints" / f"{name}-{fingerprint(recipe, task)}"
     note = run_folder / RUN_NOTE
-    begun = note.read_text().strip() if note.is_file() else None
-    begun = begun if tracker.has_run(begun) else None
-    with tracker.run(name, run_params(recipe, cluster), parent, begun) as run_id:
+    with tracker.run(name, run_params(recipe, cluster), parent, begun_run(note, tracker)) as run_id:
         write_note(note, run_id)
         tracker.log_data(run_id, task.identity)
         # The plots of a comparison begin with a run's first figure, which would be the machine's load.
@@ -122,43 +128,84 @@ def launch(
             outbox=tracker.outbox,
             run_id=run_id,
             progress=sys.stderr.isatty(),
-            report=report or ray.train.report,
+            report=hooks.report or ray.train.report,
         )
-        waiting = Waiting(name, cluster.wait_minutes)
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"config": worker},
-            scaling_config=ScalingConfig(
-                num_workers=0 if report else cluster.workers,
-                use_gpu=cluster.use_gpu,
-                resources_per_worker=cluster.worker_resources,
-            ),
-            torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
-            run_config=RunConfig(
-                name=run_folder.name,
-                storage_path=str(run_folder.parent),
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
-                callbacks=[*(callbacks or []), StopOnMistake(name), waiting],
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        try:
-            with start_timeout(waiting.patience.interval):
-                metrics: dict[str, float] = trainer.fit().return_value
-        except Exception as error:
-            if stopping():
-                raise SystemExit(0) from error
-            if isinstance(error, TrainingFailedError):
-                raise as_told(error) from error
-            raise
+        metrics = fit(worker, cluster, hooks)
         with atomic_folder(output) as temporary:
             shutil.copytree(run_folder / RESULT_NAME, temporary, dirs_exist_ok=True)
-        best = metrics.get("selection_accuracy", math.nan)  # a point of this name would be on the curve of the epochs
-        final = {name: value for name, value in metrics.items() if name != "selection_accuracy"}
-        tracker.log_metrics(run_id, final | {"best_selection_accuracy": best})
-        tracker.log_folder(run_id, output, "task-model" if method_class(recipe.method.name).is_plain else "adapter")
+        record_result(tracker, run_id, recipe, metrics, output)
         remove_folder(run_folder)
     return Trained(output, recipe.method, metrics, run_id)
+
+
+def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict[str, float]:
+    """Run the workers by Ray Train until they end.
+
+    Args:
+        worker: what each of them does.
+        cluster: their number and resources.
+        hooks: of a trial.
+
+    Returns:
+        What the workers return.
+
+    Raises:
+        UserError: see :func:`launch`.
+        WorkerError: see there.
+        SystemExit: see there.
+    """
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from ray_jobs.training.waiting import Waiting, start_timeout
+    from ray_jobs.training.worker import train_worker
+    from ray_jobs.training.worker_errors import StopOnMistake, as_told
+
+    # Ray Train's own print shows lines twice, and hides the bar.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    logging.getLogger("ray.train.v2.api.config").setLevel(logging.WARNING)  # else each local run is announced
+    waiting = Waiting(worker.title, cluster.wait_minutes)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": worker},
+        scaling_config=ScalingConfig(
+            num_workers=0 if hooks.report else cluster.workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker=cluster.worker_resources,
+        ),
+        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        run_config=RunConfig(
+            name=worker.folder.name,
+            storage_path=str(worker.folder.parent),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[*hooks.callbacks, StopOnMistake(worker.title), waiting],
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        with start_timeout(waiting.patience.interval):
+            metrics: dict[str, float] = trainer.fit().return_value
+    except Exception as error:
+        if hooks.stopping():
+            raise SystemExit(0) from error
+        if isinstance(error, TrainingFailedError):
+            raise as_told(error) from error
+        raise
+    return metrics
+
+
+def begun_run(note: Path, tracker: Tracker) -> str | None:
+    """The MLflow run that an earlier start of the same run noted, where MLflow still has it."""
+    begun = note.read_text().strip() if note.is_file() else None
+    return begun if tracker.has_run(begun) else None
+
+
+def record_result(tracker: Tracker, run_id: str, recipe: Recipe, metrics: dict[str, float], output: Path) -> None:
+    """The final metrics and the finished folder in MLflow."""
+    best = metrics.get("selection_accuracy", math.nan)  # a point of this name would be on the curve of the epochs
+    final = {name: value for name, value in metrics.items() if name != "selection_accuracy"}
+    tracker.log_metrics(run_id, final | {"best_selection_accuracy": best})
+    tracker.log_folder(run_id, output, "task-model" if method_class(recipe.method.name).is_plain else "adapter")
 
 
 def write_note(note: Path, run_id: str) -> None:
