@@ -21,7 +21,8 @@ from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.sources import is_mlflow
 
 APPLICATION = "revmux"
-_started_ray = False
+_started: set[str] = set()
+"""What this process started, of ``ray``, ``serve`` and ``application``; all else belongs to others."""
 
 
 def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
@@ -39,7 +40,6 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     Raises:
         UserError: the port is busy, the cluster is too small, or the model or an adapter cannot be loaded.
     """
-    global _started_ray
     require("ray", "serve")
     check_port(config.host, config.port)
     for task in config.served.values():
@@ -50,6 +50,7 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
 
     import ray
     from ray import serve
+    from ray.serve.schema import ServeStatus
 
     from serve_app.app import build
 
@@ -57,11 +58,14 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
         read_tokens(config.token_file, config.token_env)  # on another cluster only its replicas can tell
         os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)  # what this cluster starts inherits it
         ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
-        _started_ray = True
+        _started.add("ray")
     try:
         _check_resources(config, ray.cluster_resources())
+        if serve.status() == ServeStatus():
+            _started.add("serve")
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
         application = AppConfig(**config.model_dump(exclude={"host", "port"}))
+        _started.add("application")
         serve.run(build(application), name=APPLICATION, route_prefix="/")
         url = base_url(config.host, config.port)
         _wait_healthy(url, timeout_seconds)
@@ -74,16 +78,18 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
 
 
 def shutdown() -> None:
-    """Answer what waits, stop the server, and end the Ray that :func:`deploy` started."""
-    global _started_ray
+    """Answer what waits and stop what :func:`deploy` started: the application, and Serve and Ray where they are its own."""
     import ray
     from ray import serve
 
     if ray.is_initialized():
-        serve.shutdown()
-    if _started_ray:
+        if "serve" in _started:
+            serve.shutdown()
+        elif "application" in _started and APPLICATION in serve.status().applications:
+            serve.delete(APPLICATION)
+    if "ray" in _started:
         ray.shutdown()
-        _started_ray = False
+    _started.clear()
 
 
 def base_url(host: str, port: int) -> str:
