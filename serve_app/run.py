@@ -10,14 +10,17 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
+from revmux.adapters.compatibility import check_model
 from revmux.adapters.config import load_adapter_config
 from revmux.errors import UserError
-from revmux.pretrained.identity import resolve
+from revmux.pretrained.identity import identify, resolve
 from revmux.utils.extras import require
 from serve_app.auth import read_tokens
-from serve_app.config import AppConfig, ServerConfig
+from serve_app.config import AppConfig, ServerConfig, TaskConfig
 from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
+from serve_app.service import log_loss
 from serve_app.sources import is_mlflow
 
 APPLICATION = "revmux"
@@ -43,10 +46,7 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     require("ray", "serve")
     check_port(config.host, config.port)
     for task in config.served.values():
-        resolve(task.model)
-        for adapter in task.adapters:
-            if not is_mlflow(adapter):
-                load_adapter_config(adapter)
+        _check_adapters(task, config)
 
     import ray
     from ray import serve
@@ -115,6 +115,21 @@ def check_port(host: str, port: int) -> None:
                     f"port {port} of {host} is in use by another process; stop that one, or choose another --port"
                 ) from None
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose 127.0.0.1 or 0.0.0.0") from None
+
+
+def _check_adapters(task: TaskConfig, config: ServerConfig) -> None:
+    """Refuse a model or adapter that is missing or does not fit, before anything starts; log what adapters cost.
+
+    Adapters of MLflow are left to the replicas, which log the same.
+    """
+    location = resolve(task.model)
+    for adapter in task.adapters:
+        if is_mlflow(adapter):
+            continue
+        adapter_config = load_adapter_config(adapter)
+        if Path(location).is_dir():  # a model of the hub is not downloaded here
+            check_model(adapter_config, identify(task.model, location, None), adapter, task.model)
+        log_loss(adapter_config, adapter, task.threshold, config)
 
 
 def _check_resources(config: ServerConfig, present: dict[str, float]) -> None:

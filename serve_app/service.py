@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 from prometheus_client.core import Metric
 
 import revmux
-from revmux.adapters.config import load_adapter_config, recorded_dtype, recorded_prompt
+from revmux.adapters.config import AdapterConfig, load_adapter_config, recorded_dtype, recorded_prompt
 from revmux.errors import UserError
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
+from revmux.serving.adapters import describe_loss
 from revmux.serving.scheduling import admits
 from revmux.serving.task import Task
 from revmux.utils.redact import without_passwords
@@ -141,6 +142,8 @@ class Service:
         pretrained = load_pretrained(backbone)
         pretrained.backbone.to("cuda" if self.config.num_gpus else "cpu")
         self.engine.add_task(name, pretrained, folders, task.max_length, task.threshold)
+        for width, source in adapters.items():
+            self._log_loss(name, width, source)
         self._adapters[name] = {width: adapter.source for width, adapter in adapters.items()}
 
     def _load(self, name: str, adapters: dict[int, _Fetched]) -> None:
@@ -149,6 +152,11 @@ class Service:
             if own.get(width) != adapter.source:
                 self.engine.load(adapter.folder, name)
                 own[width] = adapter.source
+
+    def _log_loss(self, name: str, width: int, source: str) -> None:
+        task = self.engine.task(name)
+        adapter = next(adapter for adapter in task.lineup.adapters if adapter.route.width == width)
+        log_loss(adapter.config, source, task.threshold, self.config)
 
     def update(self, user_config: Any) -> None:
         """:meth:`serve` what is configured now. An error is logged and kept in ``update_error``, never raised.
@@ -254,3 +262,17 @@ class Service:
                 for adapter in task.lineup.adapters
             ],
         }
+
+
+def log_loss(adapter: AdapterConfig, source: str, threshold: float | None, config: AppConfig) -> None:
+    """Log what an adapter costs in accuracy; a warning where it lost more than ``max_points_lost``.
+
+    Args:
+        adapter: its configuration.
+        source: how the operator names it.
+        threshold: that the operator set for all adapters of the task; None leaves the adapter's own.
+        config: of the application.
+    """
+    own = adapter.fallback_threshold if threshold is None else threshold
+    line, is_warning = describe_loss(adapter, source, own or 0.0, config.max_points_lost)
+    logger.log(logging.WARNING if is_warning else logging.INFO, "%s", line)
