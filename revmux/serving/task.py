@@ -93,7 +93,7 @@ class Task:
         self.max_length = max_length
         self._check(lineup)
         self.lineup = lineup
-        self.encoder = Encoder(pretrained, max_length)
+        self.encoder = Encoder(pretrained, max_length, _pairs(lineup))
         self.probe_tokens = self.encoder.example.tokens
         self.padder = copy.deepcopy(pretrained.tokenizer)
 
@@ -171,3 +171,9 @@ class Task:
                 f"one group of {lineup.widest} inputs of {length} tokens exceeds max_batch ({limits.max_batch}) or "
                 f"max_batch_tokens ({limits.max_batch_tokens}); raise these, or lower max_multiplex or max_length"
             )
+
+
+def _pairs(lineup: Lineup) -> bool | None:
+    """Whether adapters were trained on pairs of texts; None where none of them records it."""
+    recorded = (adapter.config.task.get("pairs") for adapter in lineup.adapters)
+    return next((pairs for pairs in recorded if isinstance(pairs, bool)), None)
