@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 from prometheus_client.core import Metric
 
 import revmux
-from revmux.adapters.config import AdapterConfig, load_adapter_config, recorded_dtype, recorded_prompt
+from revmux.adapters.config import load_adapter_config, recorded_dtype, recorded_prompt
 from revmux.errors import UserError
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
-from revmux.serving.adapters import describe_loss
 from revmux.serving.scheduling import admits
 from revmux.serving.task import Lineup, Task
 from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, TaskConfig, live_tasks
 from serve_app.errors import Unhealthy
+from serve_app.losses import log_loss
 from serve_app.metrics import ReplicaMetrics
 from serve_app.sources import fetch_adapter
 
@@ -261,17 +261,3 @@ class Service:
                 for adapter in task.lineup.adapters
             ],
         }
-
-
-def log_loss(adapter: AdapterConfig, source: str, threshold: float | None, config: AppConfig) -> None:
-    """Log what an adapter costs in accuracy; a warning where it lost more than ``max_points_lost``.
-
-    Args:
-        adapter: its configuration.
-        source: how the operator names it.
-        threshold: that the operator set for all adapters of the task; None leaves the adapter's own.
-        config: of the application.
-    """
-    own = adapter.fallback_threshold if threshold is None else threshold
-    line, is_warning = describe_loss(adapter, source, own or 0.0, config.max_points_lost)
-    logger.log(logging.WARNING if is_warning else logging.INFO, "%s", line)

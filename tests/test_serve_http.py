@@ -433,7 +433,7 @@ def test_the_log_says_what_each_adapter_costs_and_warns_above_the_bound(
             service.serve(config.served)
     finally:
         service.close()
-    (record,) = [record for record in caplog.records if record.name == "serve_app.service"]
+    (record,) = [record for record in caplog.records if record.name == "serve_app.losses"]
     assert record.levelname == level
     assert f"adapter {str(folder)!r} (N = 2, revmux): " in record.getMessage()
     assert said in record.getMessage()
