@@ -261,6 +261,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_starts(
     other.mkdir()
     write_identifying_model(other, seed=1)
     adapter = str(folders[1][0])
+    capsys.readouterr()  # progress bars of writing the models
     assert main(["--model", str(other), "--adapters", adapter, "--port", str(free_port())]) == 2
     shown = capsys.readouterr().err.strip()
     assert "\n" not in shown
