@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -31,6 +32,8 @@ def parse(argv: Sequence[str] | None = None) -> ServerConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted; 0, or 2 for a mistake of the operator's."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("serve_app").setLevel(logging.INFO)
     try:
         config = parse(argv)
         from serve_app.run import deploy, shutdown

@@ -127,6 +127,8 @@ class AppConfig(_TaskSettings):
         max_batch_tokens: tokens of a forward pass, padding included.
         plain_load: while what waits costs no more than this many plain inputs, the plain model answers every input.
         priority_seconds: seconds of waiting that a point of a request's priority is worth.
+        max_points_lost: an adapter that lost more points of accuracy in its own evaluation, and has no threshold, is
+            warned of when it is loaded.
         max_texts: inputs that one request may hold.
         max_body_bytes: bytes that one request may hold.
         body_seconds: time that the body of a request may take to arrive.
@@ -149,6 +151,7 @@ class AppConfig(_TaskSettings):
     max_batch_tokens: int = Field(default=16384, ge=1)
     plain_load: float = Field(default=4.0, ge=0)
     priority_seconds: float = Field(default=1.0, gt=0)
+    max_points_lost: float = Field(default=2.0, ge=0)
     max_texts: int = Field(default=32, ge=1)
     max_body_bytes: int = Field(default=2_000_000, ge=1)
     body_seconds: float = Field(default=10.0, gt=0)

@@ -13,18 +13,22 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
 
+from revmux.adapters.compatibility import check_model
 from revmux.adapters.config import load_adapter_config
 from revmux.errors import UserError
-from revmux.pretrained.identity import resolve
+from revmux.pretrained.identity import identify, resolve
 from revmux.utils.extras import require
 from serve_app.auth import read_tokens
-from serve_app.config import AppConfig, ServerConfig
+from serve_app.config import AppConfig, ServerConfig, TaskConfig
+from serve_app.losses import log_loss
 from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.sources import is_mlflow
 
 APPLICATION = "revmux"
-_started_ray = False
+_started: set[str] = set()
+"""What this process started, of ``ray``, ``serve`` and ``application``; all else belongs to others."""
 
 
 def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
@@ -42,19 +46,16 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     Raises:
         UserError: the port is busy, the cluster is too small, or the model or an adapter cannot be loaded.
     """
-    global _started_ray
     require("ray", "serve")
     check_port(config.host, config.port)
     for task in config.served.values():
-        resolve(task.model)
-        for adapter in task.adapters:
-            if not is_mlflow(adapter):
-                load_adapter_config(adapter)
+        _check_adapters(task, config)
 
     # Serve's own lines are in its files only; the terminal shows what this program and its replicas print.
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     import ray
     from ray import serve
+    from ray.serve.schema import ServeStatus
 
     from serve_app.app import build
 
@@ -65,12 +66,15 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         # Errors only: a warning at each start says how to switch authentication off.
         started = ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
-        _started_ray = True
+        _started.add("ray")
         print(f"Ray Serve's own messages: {started.address_info['session_dir']}/logs/serve", flush=True)
     try:
         _check_resources(config, ray.cluster_resources())
+        if serve.status() == ServeStatus():
+            _started.add("serve")
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
         application = AppConfig(**config.model_dump(exclude={"host", "port"}))
+        _started.add("application")
         serve.run(build(application), name=APPLICATION, route_prefix="/")
         url = base_url(config.host, config.port)
         _wait_healthy(url, timeout_seconds)
@@ -83,20 +87,22 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
 
 
 def shutdown() -> None:
-    """Answer what waits, stop the server, and end the Ray that :func:`deploy` started."""
-    global _started_ray
+    """Answer what waits and stop what :func:`deploy` started: the application, and Serve and Ray where they are its own."""
     import ray
     from ray import serve
 
-    # Serve kills its controller while that still has a task, which Ray reports as a failure.
     with ExitStack() as stack:
-        if _started_ray:
+        if "ray" in _started:
+            # Serve kills its controller while it still has a task, which Ray reports as a failure.
             stack.enter_context(redirect_stdout(io.StringIO()))
         if ray.is_initialized():
-            serve.shutdown()
-        if _started_ray:
+            if "serve" in _started:
+                serve.shutdown()
+            elif "application" in _started and APPLICATION in serve.status().applications:
+                serve.delete(APPLICATION)
+        if "ray" in _started:
             ray.shutdown()
-            _started_ray = False
+    _started.clear()
 
 
 def base_url(host: str, port: int) -> str:
@@ -122,6 +128,21 @@ def check_port(host: str, port: int) -> None:
                     f"port {port} of {host} is in use by another process; stop that one, or choose another --port"
                 ) from None
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose 127.0.0.1 or 0.0.0.0") from None
+
+
+def _check_adapters(task: TaskConfig, config: ServerConfig) -> None:
+    """Refuse a model or adapter that is missing or does not fit, before anything starts; log what adapters cost.
+
+    Adapters of MLflow are left to the replicas, which log the same.
+    """
+    location = resolve(task.model)
+    for adapter in task.adapters:
+        if is_mlflow(adapter):
+            continue
+        adapter_config = load_adapter_config(adapter)
+        if Path(location).is_dir():  # a model of the hub is not downloaded here
+            check_model(adapter_config, identify(task.model, location, None), adapter, task.model)
+        log_loss(adapter_config, adapter, task.threshold, config)
 
 
 def _check_resources(config: ServerConfig, present: dict[str, float]) -> None:

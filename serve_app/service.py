@@ -21,11 +21,12 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
 from revmux.serving.scheduling import admits
-from revmux.serving.task import Task
+from revmux.serving.task import Lineup, Task
 from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, TaskConfig, live_tasks
 from serve_app.errors import Unhealthy
+from serve_app.losses import log_loss
 from serve_app.metrics import ReplicaMetrics
 from serve_app.sources import fetch_adapter
 
@@ -81,7 +82,7 @@ class Service:
     def serve(self, tasks: Mapping[str, TaskConfig]) -> None:
         """Serve these tasks with these adapters from now on, without a pause.
 
-        The new is loaded before the old is let go: a mistake takes nothing away.
+        All that is new is loaded and checked before anything changes: after an error everything is as it was.
 
         Args:
             tasks: all of them by name.
@@ -94,19 +95,28 @@ class Service:
             for name, task in tasks.items():
                 if name in self._served:
                     self._check_same(name, task)
-            for name, task in tasks.items():
-                if name in self._served:
-                    self._load(name, wanted[name])
-                else:
-                    self._add(name, task, wanted[name])
-                self._served[name] = task
-            for name in self._served.keys() - tasks.keys():
-                self.engine.remove_task(name)
-                del self._served[name], self._adapters[name]
+            added: list[Task] = []
+            lineups: dict[str, Lineup] = {}
             for name, adapters in wanted.items():
-                for width in self._adapters[name].keys() - adapters.keys():
-                    self.engine.retire(width, name)
-                    del self._adapters[name][width]
+                if name not in self._served:
+                    added.append(self._loaded(name, tasks[name], adapters))
+                    continue
+                own = self._adapters[name]
+                new = [adapter.folder for width, adapter in adapters.items() if own.get(width) != adapter.source]
+                gone = own.keys() - adapters.keys()
+                if new or gone:
+                    lineups[name] = self.engine.task(name).lineup_with(new, gone)
+            self.engine.change(added, lineups, self._served.keys() - tasks.keys())
+            before = self._adapters
+            self._served = dict(tasks)
+            self._adapters = {
+                name: {width: adapter.source for width, adapter in adapters.items()}
+                for name, adapters in wanted.items()
+            }
+            for name, sources in self._adapters.items():
+                for width, source in sources.items():
+                    if before.get(name, {}).get(width) != source:
+                        self._log_loss(name, width, source)
 
     def _by_width(self, task: TaskConfig, downloads: Path) -> dict[int, _Fetched]:
         """The adapters that may run, by their N."""
@@ -132,7 +142,7 @@ class Service:
                     "or deploy new replicas"
                 )
 
-    def _add(self, name: str, task: TaskConfig, adapters: dict[int, _Fetched]) -> None:
+    def _loaded(self, name: str, task: TaskConfig, adapters: dict[int, _Fetched]) -> Task:
         # Only inputs are cut to max_length, by the engine; loading just wants a legal one.
         folders = [adapter.folder for adapter in adapters.values()]
         prompt = task.prompt or recorded_prompt(folders)
@@ -140,15 +150,12 @@ class Service:
         backbone = BackboneConfig(task.model, task.revision, task.max_length or 2, dtype, prompt=prompt)
         pretrained = load_pretrained(backbone)
         pretrained.backbone.to("cuda" if self.config.num_gpus else "cpu")
-        self.engine.add_task(name, pretrained, folders, task.max_length, task.threshold)
-        self._adapters[name] = {width: adapter.source for width, adapter in adapters.items()}
+        return Task(name, pretrained, folders, self.engine.limits, task.max_length, task.threshold)
 
-    def _load(self, name: str, adapters: dict[int, _Fetched]) -> None:
-        own = self._adapters[name]
-        for width, adapter in adapters.items():
-            if own.get(width) != adapter.source:
-                self.engine.load(adapter.folder, name)
-                own[width] = adapter.source
+    def _log_loss(self, name: str, width: int, source: str) -> None:
+        task = self.engine.task(name)
+        adapter = next(adapter for adapter in task.lineup.adapters if adapter.route.width == width)
+        log_loss(adapter.config, source, task.threshold, self.config)
 
     def update(self, user_config: Any) -> None:
         """:meth:`serve` what is configured now. An error is logged and kept in ``update_error``, never raised.

@@ -69,7 +69,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, prompt: Prompt | None = None) -> Encoder:
-    pretrained: Any = SimpleNamespace(tokenizer=tokenizer, prompt=prompt)
+    pretrained: Any = SimpleNamespace(tokenizer=tokenizer, prompt=prompt, pairs=None)
     return Encoder(pretrained, MAX_LENGTH if prompt is None else 2 * MAX_LENGTH)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor
 from revmux.errors import EmptyText, TextError, UserError
 from revmux.labels import rank_labels
 from revmux.pretrained.pretrained import Pretrained
+from revmux.pretrained.task_model import save_task_model
 from revmux.serving import Draining, Engine, InferenceFailed, Limits, Overloaded
 
 pytestmark = pytest.mark.numeric
@@ -432,6 +434,29 @@ def test_a_pair_is_one_input(make_engine: Callable[..., Engine], pretrained: Pre
     tokens = pretrained.tokenizer("w1 w2", "w3", return_tensors="pt")
     with torch.inference_mode():
         assert torch.equal(engine.submit([("w1 w2", "w3")])[0].result(60).scores, pretrained.backbone(dict(tokens))[0])
+
+
+@pytest.mark.parametrize("recorded_by", ["the task model", "the adapter"])
+@pytest.mark.parametrize("pairs", [True, False, None])
+def test_a_pair_is_refused_where_the_task_was_trained_on_single_texts(
+    pretrained: Pretrained, tmp_path: Path, recorded_by: str, pairs: bool | None
+) -> None:
+    adapter = write_adapter(tmp_path, pretrained, 2)
+    if recorded_by == "the task model":
+        folder = save_task_model(pretrained, tmp_path / "task-model", pairs)
+        pretrained = load(folder)
+        assert pretrained.pairs is pairs
+    elif pairs is not None:
+        recorded = json.loads((adapter / "adapter_config.json").read_text())
+        recorded["task"]["pairs"] = pairs
+        (adapter / "adapter_config.json").write_text(json.dumps(recorded))
+    with Engine(pretrained, [adapter]) as engine:
+        assert engine.submit(["w1 w2"])[0].result(60)
+        if pairs is False:
+            with pytest.raises(TextError, match="trained on single texts; give each text as an input of its own"):
+                engine.submit([("w1 w2", "w3")])
+        else:
+            assert engine.submit([("w1 w2", "w3")])[0].result(60)
 
 
 def test_closing_answers_what_waits_and_refuses_what_comes(make_engine: Callable[..., Engine]) -> None:

@@ -15,7 +15,8 @@ import yaml
 from fastapi import FastAPI
 from numeric import approx
 from pydantic import ValidationError
-from serving_models import WORDS, load, plain_scores, text, write_adapter, write_model
+from serving_http import free_port
+from serving_models import WORDS, load, plain_scores, text, write_adapter, write_identifying_model, write_model
 
 import revmux
 from revmux.errors import EmptyText, TextError, UserError
@@ -247,6 +248,25 @@ def test_a_folder_without_an_adapter_is_refused_before_anything_starts(folders: 
         port = free.getsockname()[1]
     with pytest.raises(UserError, match="no adapter folder"):
         deploy(server_config(model=str(folders[0]), adapters=[str(folders[0])], port=port))
+
+
+def test_an_adapter_of_another_model_is_refused_before_anything_starts(
+    folders: tuple[Path, list[Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serve_app.app.build", lambda args: pytest.fail("the application was built"))
+    other = tmp_path / folders[0].name
+    other.mkdir()
+    write_identifying_model(other, seed=1)
+    adapter = str(folders[1][0])
+    capsys.readouterr()  # progress bars of writing the models
+    assert main(["--model", str(other), "--adapters", adapter, "--port", str(free_port())]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert "\n" not in shown
+    assert f"adapter {adapter!r} was trained on {folders[0].name} (sha256 " in shown
+    assert f"but the backbone given is {other} (sha256 " in shown
 
 
 def test_configuration_is_strict() -> None:

@@ -27,8 +27,11 @@ from serving_models import WORDS, load, plain_scores, text, write_adapter, write
 from torch import Tensor
 
 import revmux
+from revmux.errors import UserError
+from serve_app.config import server_config
 from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.run import APPLICATION
+from serve_app.run import deploy as deploy_alone
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(revmux.__file__).parents[1]
@@ -41,6 +44,7 @@ class Cluster(NamedTuple):
     deploy: Callable[..., None]
     expected: dict[str, Tensor]
     label_names: list[str]
+    model: str
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pretrained = load(model)
         texts = _distinct([text(index) for index in range(150)], pretrained)
         expected = dict(zip(texts, plain_scores(pretrained, texts)))
-        yield Cluster(url, deploy, expected, pretrained.backbone.label_names)
+        yield Cluster(url, deploy, expected, pretrained.backbone.label_names, str(model))
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -383,3 +387,22 @@ def test_ten_thousand_mixed_requests_each_get_their_own_answer(cluster: Cluster)
 def _ranking(reply: dict[str, Any]) -> list[dict[str, Any]]:
     tensors = {output["name"]: output["data"] for output in reply["outputs"]}
     return [{"label": label, "score": score} for label, score in zip(tensors["labels"], tensors["scores"])]
+
+
+@pytest.mark.parametrize("mistake", [{"num_replicas": 1000}, {"token_env": "REVMUX_NO_SUCH_TOKEN", "num_cpus": 0.1}])
+def test_a_failed_deployment_leaves_other_applications_alone(cluster: Cluster, mistake: dict[str, Any]) -> None:
+    from ray import serve
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0.1})
+    class Other:
+        async def __call__(self, request: Any) -> str:
+            return "still here"
+
+    serve.run(Other.bind(), name="other", route_prefix="/other")  # type: ignore[attr-defined]
+    with pytest.raises((UserError, RuntimeError)):  # where an older version runs, Serve does not pass on the cause
+        deploy_alone(server_config(model=cluster.model, port=free_port(), **mistake))
+    left = serve.status().applications
+    assert left["other"].status == "RUNNING"
+    assert httpx.get(f"{cluster.url}/other", timeout=60).text == "still here"
+    # The application of this name is replaced only once a deployment really begins.
+    assert (APPLICATION in left) == ("num_replicas" in mistake)

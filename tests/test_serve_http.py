@@ -29,7 +29,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from serving_http import HOSTILE, TOPICS, listening, talk, write_tasks
-from serving_models import load, plain_scores, text, write_adapter
+from serving_models import load, plain_scores, text, write_adapter, write_identifying_model
 
 from revmux.errors import UserError
 from serve_app.auth import read_tokens
@@ -393,6 +393,87 @@ def test_an_update_that_fails_in_any_way_is_reported_and_the_server_goes_on(
         assert list(service.engine.tasks) == ["default", "second"]
     finally:
         service.close()
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "threshold", "level", "said"),
+    [
+        (0.811, None, "WARNING", "accuracy 81.1%, 10.4 points below the plain model (91.5%), more than 2"),
+        (0.9, None, "INFO", "accuracy 90.0%, 1.5 points below the plain model (91.5%)"),
+        (
+            0.811,
+            0.9,
+            "INFO",
+            "10.4 points below the plain model (91.5%), before answers below confidence 0.9 fall back",
+        ),
+        (None, None, "INFO", "its accuracy was not measured"),
+        (float("nan"), None, "INFO", "its accuracy was not measured"),
+    ],
+)
+def test_the_log_says_what_each_adapter_costs_and_warns_above_the_bound(
+    tasks: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    accuracy: float | None,
+    threshold: float | None,
+    level: str,
+    said: str,
+) -> None:
+    folder = tmp_path / "adapter"
+    model = Path(tasks["topic"]["model"])
+    written = write_adapter(tmp_path, load(model), 2, method="revmux")
+    shutil.copytree(written, folder)
+    recorded = json.loads((folder / "adapter_config.json").read_text())
+    recorded["metrics"] = {} if accuracy is None else {"accuracy_mean": accuracy, "siso_accuracy": 0.915}
+    (folder / "adapter_config.json").write_text(json.dumps(recorded))
+    config = AppConfig.model_validate({"model": str(model), "adapters": [str(folder)], "threshold": threshold})
+    service = Service(config)
+    try:
+        with caplog.at_level("INFO", "serve_app"):
+            service.serve(config.served)
+    finally:
+        service.close()
+    (record,) = [record for record in caplog.records if record.name == "serve_app.losses"]
+    assert record.levelname == level
+    assert f"adapter {str(folder)!r} (N = 2, revmux): " in record.getMessage()
+    assert said in record.getMessage()
+    if level == "WARNING":
+        assert "set a threshold to fall back, or leave this adapter out" in record.getMessage()
+
+
+def test_an_update_with_one_bad_adapter_changes_nothing(tasks: dict[str, Any], tmp_path: Path) -> None:
+    mood, topic = (TaskConfig.model_validate(tasks[task]) for task in ("mood", "topic"))
+    config = AppConfig.model_validate({"tasks": {"mood": mood.model_dump()}})
+    service = Service(config)
+    service.serve(config.served)
+    better = str(write_adapter(tmp_path, load(Path(mood.model)), 2, prefill_layers=2))
+    other_model = write_identifying_model(_made(tmp_path / "other"), seed=1)[0]
+    bad = str(write_adapter(tmp_path, load(other_model), 4))
+    try:
+        before = service.info()["tasks"]
+        for change in (
+            {"mood": mood.model_copy(update={"adapters": [better, bad]})},
+            {
+                "mood": mood.model_copy(update={"adapters": [better]}),
+                "other": topic.model_copy(update={"adapters": [bad]}),
+            },
+            {"mood": mood, "first": topic, "second": topic.model_copy(update={"model": str(tmp_path)})},
+        ):
+            service.update(_live(change))
+            assert service.update_error is not None
+            assert service.info()["tasks"] == before
+        service.update(_live({"mood": mood.model_copy(update={"adapters": [better]}), "topic": topic}))
+        assert service.update_error is None
+        found = service.info()["tasks"]
+        assert [adapter["prefill_layers"] for adapter in found["mood"]["adapters"]] == [2]
+        assert list(found) == ["mood", "topic"]
+    finally:
+        service.close()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_metrics_count_requests_groups_and_stages(url: str) -> None:

@@ -185,6 +185,6 @@ def leave_result(folder: Path, prepared: Prepared, metrics: dict[str, float]) ->
 def save_result(folder: Path, prepared: Prepared, metrics: dict[str, float]) -> None:
     """The finished adapter, or the finished task model in Hugging Face's own form."""
     if prepared.model.method.is_plain:
-        save_task_model(prepared.pretrained, folder)
+        save_task_model(prepared.pretrained, folder, prepared.task.is_pair)
     else:
         save_adapter(prepared.model, prepared.adapter_config(metrics), folder)

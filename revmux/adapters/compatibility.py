@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from revmux.adapters.config import AdapterConfig, dtype_name
@@ -17,21 +18,7 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
     Raises:
         UserError: naming both backbones.
     """
-    for key in ("sha256", "revision"):
-        wanted, given = config.base_model.get(key), pretrained.identity.get(key)
-        if wanted and given and wanted != given:
-            raise UserError(
-                f"adapter {str(folder)!r} was trained on {config.base_model['name']} ({key} {wanted[:12]}…), but the backbone "
-                f"given is {pretrained.identity['name']} ({key} {given[:12]}…); load that backbone, or train the adapter on this one"
-            )
-        if wanted and given:
-            break
-    else:
-        if config.base_model["name"] != pretrained.identity["name"]:
-            raise UserError(
-                f"adapter {str(folder)!r} was trained on {config.base_model['name']}, but the backbone given is "
-                f"{pretrained.identity['name']}; load that backbone"
-            )
+    check_model(config, pretrained.identity, folder)
     check_prompt(config, pretrained.prompt, folder)
     if config.label_names != pretrained.backbone.label_names:
         raise UserError(
@@ -44,6 +31,37 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
             f"adapter {str(folder)!r} was trained on a {config.dtype} backbone, but the one given is {given}: scores will "
             f"differ a little; load the backbone with dtype {config.dtype} for those of training",
             stacklevel=2,
+        )
+
+
+def check_model(
+    config: AdapterConfig, identity: Mapping[str, str | None], folder: str | Path, model: str | Path | None = None
+) -> None:
+    """Refuse an adapter of another model; no weights are loaded.
+
+    Args:
+        config: of the adapter.
+        identity: of the model, as :func:`revmux.pretrained.identity.identify` gives it.
+        folder: of the adapter, for the message.
+        model: where the model is, for the message; by default its name.
+
+    Raises:
+        UserError: naming both models.
+    """
+    name = str(model or identity["name"])
+    for key in ("sha256", "revision"):
+        wanted, given = config.base_model.get(key), identity.get(key)
+        if wanted and given and wanted != given:
+            raise UserError(
+                f"adapter {str(folder)!r} was trained on {config.base_model['name']} ({key} {wanted[:12]}…), but the backbone "
+                f"given is {name} ({key} {given[:12]}…); load that backbone, or train the adapter on this one"
+            )
+        if wanted and given:
+            return
+    if config.base_model["name"] != identity["name"]:
+        raise UserError(
+            f"adapter {str(folder)!r} was trained on {config.base_model['name']}, but the backbone given is {name}; "
+            "load that backbone"
         )
 
 

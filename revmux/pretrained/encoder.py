@@ -39,6 +39,7 @@ class Encoder:
     Args:
         pretrained: the backbone.
         max_length: tokens that an input may have, a prompt's own included.
+        pairs: whether the task has pairs of texts; False refuses them, None takes what the backbone records.
 
     Attributes:
         example: some input that can be answered.
@@ -47,8 +48,9 @@ class Encoder:
         UserError: the prompt alone is longer than ``max_length``.
     """
 
-    def __init__(self, pretrained: Pretrained, max_length: int) -> None:
+    def __init__(self, pretrained: Pretrained, max_length: int, pairs: bool | None = None) -> None:
         self.max_length = max_length
+        self._pairs = pretrained.pairs if pairs is None else pairs
         self._prompt = pretrained.prompt
         self._original = pretrained.tokenizer
         self._bound = TextBound(pretrained.tokenizer, max_length)
@@ -80,6 +82,11 @@ class Encoder:
             raise TextError(f"an input is {text!r:.80}; give a string, or two strings for a sentence pair")
         if not all(parts):
             raise EmptyText("an input is an empty text; give at least one character")
+        if len(parts) == 2 and self._pairs is False:
+            raise TextError(
+                "an input is a pair of texts, but the model was trained on single texts; give each text as an input of its "
+                'own, over HTTP as [["one text"], ["another"]]'
+            )
         try:
             for part in parts:
                 part.encode()

@@ -23,7 +23,7 @@ from revmux.pretrained import hub
 from revmux.pretrained.config import DTYPES, BackboneConfig
 from revmux.pretrained.identity import identify, load_model_config, resolve, weights_sha256
 from revmux.pretrained.pretrained import Pretrained
-from revmux.pretrained.task_model import read_prompt, read_soft_prompt
+from revmux.pretrained.task_model import read_pairs, read_prompt, read_soft_prompt
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 
@@ -114,7 +114,7 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
         backbone.soft_prompt = read_soft_prompt(location, config.revision)
     check_length(config, backbone)
     identity = identify(config.model, location, config.revision)
-    return Pretrained(backbone, tokenizer, identity, _has_head(model_config), prompt)
+    return Pretrained(backbone, tokenizer, identity, _has_head(model_config), prompt, read_pairs(location))
 
 
 def check_length(config: BackboneConfig, backbone: Backbone) -> None:

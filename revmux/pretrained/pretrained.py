@@ -25,6 +25,7 @@ class Pretrained:
         identity: ``name``, ``revision`` and ``sha256`` of the weights, as artifacts record them.
         has_head: whether the checkpoint brought a trained classification head.
         prompt: what every input is put into, with a word for every class; None with a classification head.
+        pairs: whether the model was tuned on pairs of texts; None where that is not known.
     """
 
     backbone: Backbone
@@ -32,6 +33,7 @@ class Pretrained:
     identity: dict[str, str | None]
     has_head: bool
     prompt: Prompt | None = None
+    pairs: bool | None = None
 
     def tokenize(self, split: Dataset, max_length: int) -> TokenizedSplit:
         """A split as this backbone reads it, each input in its prompt.

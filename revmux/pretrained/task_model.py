@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 PROMPT_NAME = "prompt.json"
 SOFT_PROMPT_NAME = "soft_prompt.safetensors"
+TASK_NAME = "task.json"
 
 
-def save_task_model(pretrained: Pretrained, folder: str | Path) -> Path:
+def save_task_model(pretrained: Pretrained, folder: str | Path, pairs: bool | None = None) -> Path:
     """Write a backbone as it stands; :func:`revmux.pretrained.loading.load_pretrained` reads all of it again.
 
     Args:
         pretrained: with or without a prompt.
         folder: made where it is missing.
+        pairs: whether it was tuned on pairs of texts; None where that is not known.
     """
     folder = Path(folder)
     pretrained.backbone.model.save_pretrained(folder)
@@ -34,6 +36,8 @@ def save_task_model(pretrained: Pretrained, folder: str | Path) -> Path:
     if pretrained.prompt is not None:
         text = json.dumps(pretrained.prompt.to_dict(), indent=2, ensure_ascii=False)
         (folder / PROMPT_NAME).write_text(text + "\n", encoding="utf-8")
+    if pairs is not None:
+        (folder / TASK_NAME).write_text(json.dumps({"pairs": pairs}) + "\n", encoding="utf-8")
     soft_prompt = getattr(pretrained.backbone, "soft_prompt", None)
     if soft_prompt is not None:
         save_file({"vectors": soft_prompt.vectors.detach().cpu()}, folder / SOFT_PROMPT_NAME)
@@ -52,6 +56,19 @@ def read_prompt(location: str, revision: str | None = None) -> Prompt | None:
     """
     file = _file(location, PROMPT_NAME, revision)
     return None if file is None else Prompt.from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def read_pairs(location: str) -> bool | None:
+    """Whether a task model was tuned on pairs of texts; None where its folder does not say, or for ids of the hub."""
+    file = Path(location) / TASK_NAME
+    if not file.is_file():
+        return None
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    pairs = recorded.get("pairs") if isinstance(recorded, dict) else None
+    return pairs if isinstance(pairs, bool) else None
 
 
 def read_soft_prompt(location: str, revision: str | None = None) -> SoftPrompt | None:

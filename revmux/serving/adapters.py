@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,3 +86,47 @@ def _route(model: MultiplexedClassifier) -> Route:
         return Route(width, f"slots of {width}", 0.0, width * cost.per_input / plain, method.name)
     shared = width * (cost.per_input - cost.prefill)
     return Route(width, f"layer {model.prefill_layers}", cost.prefill / plain, shared / plain, method.name)
+
+
+def points_lost(config: AdapterConfig) -> float | None:
+    """Percentage points of accuracy below the plain model in the adapter's own evaluation; None where not measured.
+
+    Answers that fall back to the plain model are not counted, so with a threshold the loss is smaller.
+    """
+    own, plain = config.metrics.get("accuracy_mean"), config.metrics.get("siso_accuracy")
+    if own is None or plain is None or not math.isfinite(own + plain):
+        return None
+    return 100 * (plain - own)
+
+
+def describe_loss(config: AdapterConfig, source: str | Path, threshold: float, most: float) -> tuple[str, bool]:
+    """What an adapter costs in accuracy, on one line.
+
+    Args:
+        config: of the adapter.
+        source: how the operator names it.
+        threshold: confidence below which its answers fall back, 0 for never.
+        most: points that it may lose without a warning.
+
+    Returns:
+        The line, and whether it is a warning.
+    """
+    line = f"adapter {str(source)!r} (N = {config.num_inputs}, {config.method}): "
+    lost = points_lost(config)
+    if lost is None:
+        return line + "its accuracy was not measured; run python -m ray_jobs.evaluate", False
+    own, plain = config.metrics["accuracy_mean"], config.metrics["siso_accuracy"]
+    line += f"accuracy {own:.1%}, {lost:.1f} points below the plain model ({plain:.1%})"
+    if threshold > 0:
+        return f"{line}, before answers below confidence {threshold:g} fall back to it", False
+    if lost <= most:
+        return line, False
+    return (
+        f"{line}, more than {most:g}: busy traffic gets these answers; set a threshold to fall back, "
+        f"or {_without(config.num_inputs)}",
+        True,
+    )
+
+
+def _without(num_inputs: int) -> str:
+    return f"max_multiplex below {num_inputs}" if num_inputs > 2 else "leave this adapter out"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +29,7 @@ from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.model_thread import ModelThread
 from revmux.serving.queue import PullQueue, Ticket
 from revmux.serving.sharing import share_weights
-from revmux.serving.task import Task
+from revmux.serving.task import Lineup, Task
 
 logger = logging.getLogger(__name__)
 
@@ -144,16 +144,49 @@ class Engine:
             UserError: a name that is taken, an adapter that does not fit, two of one N, a threshold that an adapter
                 cannot serve, or limits too small for one group.
         """
-        with self._changing:
-            if name in self._tasks:
-                raise UserError(f"task {name!r} is served already; choose another name, or remove that task first")
-            task = Task(name, pretrained, adapters, self.limits, max_length, threshold)
-            share_weights(task.backbone, [other.backbone for other in self._tasks.values()])
-            self._metrics.add(name)
-            self._tasks = {**self._tasks, name: task}
-        for adapter in task.lineup.adapters:
-            _warn_if_useless(task, adapter)
+        self._check_free(name)
+        task = Task(name, pretrained, adapters, self.limits, max_length, threshold)
+        self.change([task])
         return task
+
+    def _check_free(self, name: str) -> None:
+        if name in self._tasks:
+            raise UserError(f"task {name!r} is served already; choose another name, or remove that task first")
+
+    def change(
+        self, add: Sequence[Task] = (), lineups: Mapping[str, Lineup] | None = None, remove: Collection[str] = ()
+    ) -> None:
+        """Add tasks, remove tasks, and give others new adapters: all of it at once, or nothing after an error.
+
+        Args:
+            add: loaded tasks of other names than those that stay.
+            lineups: by name of a task that stays, as :meth:`revmux.serving.task.Task.lineup_with` gives them.
+            remove: names of tasks that take no more requests; those that wait are still answered.
+
+        Raises:
+            UserError: a name that is taken.
+            UnknownTask: no such task.
+        """
+        with self._changing:
+            removed = [self.task(name) for name in remove]
+            changed = [(self.task(name), lineup) for name, lineup in (lineups or {}).items()]
+            others = [other.backbone for other in self._tasks.values()]
+            for task in add:
+                self._check_free(task.name)
+                share_weights(task.backbone, others)
+                others.append(task.backbone)
+            for task, lineup in changed:
+                task.lineup = lineup
+            for task in add:
+                self._metrics.add(task.name)
+            kept = {name: task for name, task in self._tasks.items() if name not in remove}
+            self._tasks = {**kept, **{task.name: task for task in add}}
+        with self._probe_lock:
+            for task in removed:
+                self._probes.pop(task, None)
+        for task in [*add, *(task for task, _ in changed)]:
+            for adapter in task.lineup.adapters:
+                _warn_if_useless(task, adapter)
 
     def remove_task(self, name: str) -> Task:
         """Take no more requests for a task; those that wait are still answered.
@@ -161,11 +194,8 @@ class Engine:
         Raises:
             UnknownTask: no such task.
         """
-        with self._changing:
-            task = self.task(name)
-            self._tasks = {other: kept for other, kept in self._tasks.items() if other != name}
-        with self._probe_lock:
-            self._probes.pop(task, None)
+        task = self.task(name)
+        self.change(remove=[name])
         return task
 
     def load(self, folder: str | Path, task: str | None = None) -> LoadedAdapter:

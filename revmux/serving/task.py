@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,7 +93,7 @@ class Task:
         self.max_length = max_length
         self._check(lineup)
         self.lineup = lineup
-        self.encoder = Encoder(pretrained, max_length)
+        self.encoder = Encoder(pretrained, max_length, _pairs(lineup))
         self.probe_tokens = self.encoder.example.tokens
         self.padder = copy.deepcopy(pretrained.tokenizer)
 
@@ -105,15 +105,34 @@ class Task:
         Raises:
             UserError: it does not fit the task model, the limits or the length that the task takes.
         """
-        (adapter,) = load_adapters([folder], self.pretrained)
-        width, most = adapter.route.width, self.limits.max_multiplex
-        if not admits(most, width):
-            raise UserError(f"adapter {str(folder)!r} serves N = {width}, but max_multiplex is {most}; raise it")
-        others = [other for other in self.lineup.adapters if other.route.width != width]
-        lineup = self._lineup([*others, adapter])
+        before = self.lineup.adapters
+        self.lineup = self.lineup_with([folder])
+        return next(adapter for adapter in self.lineup.adapters if adapter not in before)
+
+    def lineup_with(self, load: Sequence[str | Path] = (), retire: Collection[int] = ()) -> Lineup:
+        """The line-up with some adapters more, each in the place of the one with the same N, and without others.
+
+        Nothing changes before it is put in the place of :attr:`lineup`.
+
+        Args:
+            load: adapter folders.
+            retire: N of the adapters that go.
+
+        Raises:
+            UserError: an adapter does not fit the task model, the limits or the length that the task takes.
+        """
+        loaded = load_adapters(load, self.pretrained)
+        most = self.limits.max_multiplex
+        for adapter in loaded:
+            if not admits(most, adapter.route.width):
+                raise UserError(
+                    f"adapter {adapter.folder!r} serves N = {adapter.route.width}, but max_multiplex is {most}; raise it"
+                )
+        gone = {adapter.route.width for adapter in loaded} | set(retire)
+        kept = [adapter for adapter in self.lineup.adapters if adapter.route.width not in gone]
+        lineup = self._lineup([*kept, *loaded])
         self._check(lineup)
-        self.lineup = lineup
-        return adapter
+        return lineup
 
     def retire(self, num_inputs: int) -> LoadedAdapter:
         """Take the adapter of an N out of the line-up; groups in flight finish with it.
@@ -152,3 +171,9 @@ class Task:
                 f"one group of {lineup.widest} inputs of {length} tokens exceeds max_batch ({limits.max_batch}) or "
                 f"max_batch_tokens ({limits.max_batch_tokens}); raise these, or lower max_multiplex or max_length"
             )
+
+
+def _pairs(lineup: Lineup) -> bool | None:
+    """Whether adapters were trained on pairs of texts; None where none of them records it."""
+    recorded = (adapter.config.task.get("pairs") for adapter in lineup.adapters)
+    return next((pairs for pairs in recorded if isinstance(pairs, bool)), None)

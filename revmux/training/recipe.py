@@ -67,7 +67,12 @@ class Prepared:
         """The artifact's config, with the figures measured."""
         training = {"seed": self.recipe.optim.seed, "optim": vars(self.recipe.optim), "loss": vars(self.recipe.loss)}
         return describe_adapter(
-            self.model, self.pretrained, self.recipe.backbone.max_length, self.task.identity, training, metrics
+            self.model,
+            self.pretrained,
+            self.recipe.backbone.max_length,
+            self.task.identity | {"pairs": self.task.is_pair},
+            training,
+            metrics,
         )
 
 
