@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from revmux.adapters.compatibility import check_model
 from revmux.adapters.config import load_adapter_config
@@ -65,7 +66,7 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
         if not sys.stdout.isatty():
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         # Errors only: a warning at each start says how to switch authentication off.
-        started = ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+        started: Any = ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
         _started.add("ray")
         print(f"Ray Serve's own messages: {started.address_info['session_dir']}/logs/serve", flush=True)
     try:
