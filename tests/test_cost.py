@@ -449,7 +449,7 @@ def test_command_line_lists_every_method_with_its_options(command):
 def test_a_length_beyond_the_positions_is_an_error(name, legal):
     backbone = tiny("bert")
     method = build_method(name, BackboneShape.of(backbone), 2)
-    message = f"the backbone takes 64; cut texts to {legal}"
+    message = f"the backbone accepts at most 64; truncate texts to {legal}"
     with pytest.raises(UserError, match=message):
         count_flops(backbone, method, 1, 65)
     with pytest.raises(UserError, match=message):
