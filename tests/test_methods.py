@@ -212,7 +212,7 @@ def test_token_split_starts_as_the_mean_of_neighbours(bert):
 def test_token_split_is_refused_where_the_decoder_reads_the_text(bert):
     method = build_method("token-split", BackboneShape.of(bert), 2)
     state = bert.embed(texts(2)).take(torch.tensor([[0, 1]]))
-    with pytest.raises(UserError, match="decoder reads the text"):
+    with pytest.raises(UserError, match="decoder also reads the text"):
         method.multiplex(type(state)(state.hidden, state.mask, state.answer, 0, decoder=state))
 
 
@@ -323,7 +323,7 @@ def test_a_width_that_cannot_be_divided_is_an_error(bert, name):
         ("datamux", {"demultiplexer": "rsa"}, "unknown demultiplexer 'rsa'; known: index, mlp"),
         ("datamux", {"index_tokens": [1, 2]}, r"N = 2 needs 3 distinct ids in 0\.\.59"),
         ("datamux", {"index_tokens": [1, 2, 60]}, r"N = 2 needs 3 distinct ids in 0\.\.59"),
-        ("datamux", {"retrieval_weight": 0.0, "warmup_steps": 5}, "give retrieval a weight above 0"),
+        ("datamux", {"retrieval_weight": 0.0, "warmup_steps": 5}, "set retrieval_weight above 0"),
         ("mux-plm", {"multiplexer": "none"}, "unknown multiplexer 'none'; known: gaussian, contextual"),
         ("mux-plm", {"multiplexer": "contextual", "heads": 3}, r"hidden_size \(80\) must be divisible by heads \(3\)"),
         ("mux-plm", {"demultiplexer_layers": 0}, "choose 1 or more"),
