@@ -1,7 +1,7 @@
-"""Fall-back by confidence: an answer that is not sure enough resumes alone from its prefilled state, not from the start.
+"""Fallback by confidence: an input with a low-confidence answer resumes alone from its prefilled state.
 
-An input that shared a pass still has its own states after layer l. Where the group's answer to it is not sure, layers
-l+1..L and the model's own head run on those, and it is answered exactly as the plain model would have done.
+Each input of a group still has its own states after layer l. If the confidence of its answer is below the threshold,
+layers l+1..L and the backbone's own head run on those states. The result is exactly the plain model's answer.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from revmux.methods import Method
 
 
 def confidence(scores: Tensor) -> Tensor:
-    """How sure an answer is: the probability of its likeliest class.
+    """The probability of the most likely class.
 
     Args:
-        scores: (..., C) before softmax; with one class only, which is scored by a sigmoid, yes and no are the classes.
+        scores: (..., C) before softmax. A single class is scored by a sigmoid and counts as two classes, yes and no.
 
     Returns:
-        (...), from 1/C to 1.
+        (...), from 1/C to 1, or from 1/2 for a single class.
     """
     if scores.shape[-1] == 1:
         yes = scores.float().sigmoid().squeeze(-1)
@@ -29,35 +29,36 @@ def confidence(scores: Tensor) -> Tensor:
 
 
 def resume(backbone: Backbone, prefilled: HiddenState) -> Tensor:
-    """Each input alone through the layers that it has not passed yet, and the model's own head.
+    """Run each input alone through its remaining layers and the backbone's own head.
 
     Args:
         backbone: frozen.
-        prefilled: B plain inputs at depth l.
+        prefilled: B inputs at depth l, before multiplexing.
 
     Returns:
-        (B, C) label scores, the plain model's.
+        (B, C) label scores of the plain model.
     """
     state = backbone.run(prefilled, backbone.num_layers)
     return backbone.classify(backbone.answers(state)[:, 0]).float()
 
 
 def check_threshold(threshold: float, method: Method, source: str = "") -> None:
-    """Refuse a threshold that is none, and one for a method whose prefill is not the plain model's.
+    """Check that a threshold is valid and that the method supports it.
 
     Args:
-        threshold: 0 switches the fall-back off, which every method serves.
-        method: of the adapter.
-        source: where the adapter came from, for the message.
+        threshold: the confidence below which an input falls back. 0 disables the fallback.
+        method: the method of the adapter.
+        source: where the adapter was loaded from, for the error message.
 
     Raises:
-        UserError: naming the threshold or the method.
+        UserError: the threshold is not in 0..1, or it is above 0 and the method's prefilled states differ from the
+            plain model's.
     """
     if not 0 <= threshold <= 1:
-        raise UserError(f"the fall-back threshold is {threshold}; choose a confidence in 0..1, 0 for no fall-back")
+        raise UserError(f"the fallback threshold is {threshold}; choose a confidence in 0..1, 0 for no fallback")
     if threshold > 0 and (method.prepares_tokens or method.tunes_backbone):
-        why = "changes the tokens of its inputs" if method.prepares_tokens else "tunes the backbone"
+        reason = "changes the tokens of its inputs" if method.prepares_tokens else "tunes the backbone"
         raise UserError(
-            f"adapter {source or method.name} ({method.name}) cannot fall back: the method {why}, so its prefilled "
-            "states are not the plain model's; set the threshold to 0"
+            f"adapter {source or method.name} ({method.name}) cannot fall back: the method {reason}, so its prefilled "
+            "states are not those of the plain model; set the threshold to 0"
         )

@@ -1,4 +1,4 @@
-"""Who shares a pass with whom: groups for training and for evaluation, fixed by a seed."""
+"""Which inputs share a group, in training and in evaluation. A seed determines the groups."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from revmux.errors import UserError
 def epoch_groups(
     lengths: Tensor, num_inputs: int, groups_per_step: int, seed: int, epoch: int, window_steps: int = 32
 ) -> Tensor:
-    """One epoch of training groups: members of like length, found within a shuffled window.
+    """The training groups of one epoch. Within a shuffled window, inputs of similar length share a group.
 
-    The schedule is global and does not depend on the number of workers: each takes its share of every step.
-    Every input comes at least once, and none meets itself in a group. A group that stays short is filled from
-    another, and a step that stays short by whole groups of the epoch.
+    The schedule is global and does not depend on the number of workers: each worker processes its share of every
+    step. Every input occurs at least once, and never twice in one group. An incomplete group is filled with inputs
+    of another group, and an incomplete step with copies of other groups.
 
     Args:
-        lengths: (M,) tokens an input.
+        lengths: (M,) tokens per input.
         num_inputs: N.
-        groups_per_step: groups in a step, over all workers.
-        seed: with ``epoch``, fixes the order.
-        epoch: 0-based; each epoch groups anew.
-        window_steps: steps whose inputs are sorted by length together.
+        groups_per_step: groups per step, over all workers.
+        seed: determines the order, together with ``epoch``.
+        epoch: 0-based. Each epoch has different groups.
+        window_steps: number of steps whose inputs are sorted by length together.
 
     Returns:
         (steps, groups_per_step, N) long indices.
 
     Raises:
-        UserError: fewer inputs than N.
+        UserError: there are fewer than N inputs.
     """
     total, per_step = len(lengths), num_inputs * groups_per_step
     if total < num_inputs:
         raise UserError(
-            f"{total} training examples do not fill one group of N = {num_inputs}; bring more data or a smaller N"
+            f"{total} training examples do not fill one group of N = {num_inputs}; use more data or a smaller N"
         )
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(total)
@@ -50,7 +50,7 @@ def epoch_groups(
     groups[-1] = groups[-1][np.argsort(sizes[groups[-1]].max(axis=1), kind="stable")]
     shuffled = []
     for window in groups:
-        # Slots are not all alike: which member of a group takes which slot is left to chance.
+        # Slots differ, so the members of a group are assigned to slots at random.
         steps = random.permuted(window.reshape(-1, groups_per_step, num_inputs), axis=2)
         shuffled.append(steps[random.permutation(len(steps))])
     return torch.from_numpy(np.concatenate(shuffled))
@@ -59,20 +59,20 @@ def epoch_groups(
 def _fill(
     full: np.ndarray, last: np.ndarray, short: np.ndarray, groups_per_step: int, random: np.random.Generator
 ) -> np.ndarray:
-    """The groups of the last window, made up to whole steps.
+    """The groups of the last window, filled up to a multiple of ``groups_per_step``.
 
     Args:
         full: (F, N) all full groups of the epoch, those of the last window last.
         last: (W, N) the full groups of the last window.
-        short: (R,) the R < N inputs that are left over, the longest of their window.
-        groups_per_step: what the result is a multiple of.
-        random: draws the groups that come twice.
+        short: (R,) the R < N remaining inputs, the longest of their window.
+        groups_per_step: the number of groups in the result is a multiple of this.
+        random: chooses the groups that are copied.
 
     Returns:
         (W', N) groups.
     """
     if len(short):
-        # The neighbours by length make up the short group; they come twice already, so no copy is taken of theirs.
+        # Inputs of similar length complete the short group. They then occur twice, so their group is not copied.
         donor = full[-1]
         last = np.concatenate([last, np.concatenate([donor[len(short) :], short])[None]])
         full = full[:-1] if len(full) > 1 else full
@@ -82,7 +82,7 @@ def _fill(
 
 
 def shuffled_groups(total: int, num_inputs: int, seed: int) -> Tensor:
-    """Evaluation groups of one shuffle: every input once, the last group filled with its own members again.
+    """The evaluation groups of one shuffle. Each input occurs once; the last group repeats members to fill its slots.
 
     Returns:
         (⌈M / N⌉, N) long indices.
@@ -92,7 +92,7 @@ def shuffled_groups(total: int, num_inputs: int, seed: int) -> Tensor:
 
 
 def local_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct rows that groups name, and the groups in terms of those.
+    """The distinct rows in the groups, and the groups as indices into those rows.
 
     Args:
         groups: (G, N) long.
@@ -105,7 +105,7 @@ def local_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def consecutive_groups(rows: int, num_inputs: int) -> Tensor:
-    """Rows 0..B-1 in groups of N as they come; the last group is filled with its own members again.
+    """Rows 0..B-1 in consecutive groups of N. The last group repeats its members to fill its slots.
 
     Returns:
         (G, N) long with G = ⌈B / N⌉.
@@ -119,7 +119,7 @@ def consecutive_groups(rows: int, num_inputs: int) -> Tensor:
 
 
 def gather_rows(values: Tensor, groups: Tensor, rows: int) -> Tensor:
-    """Slots (G, N, ...) back to inputs (B, ...), averaging over the slots that one input filled."""
+    """Values per slot (G, N, ...) to values per input (B, ...), averaged over the slots of each input."""
     flat = values.flatten(0, 1)  # (G·N, ...)
     index = groups.flatten()
     if index.numel() == rows and bool((index == torch.arange(rows, device=index.device)).all()):

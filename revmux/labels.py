@@ -1,4 +1,4 @@
-"""Label scores as the ranked labels that a person reads."""
+"""Label scores as ranked label names."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ ScoreFunction = Literal["softmax", "sigmoid", "none"]
 def rank_labels(
     scores: Tensor, label_names: Sequence[str], function: ScoreFunction | None = None, top_k: int | None = None
 ) -> list[tuple[str, float]]:
-    """Labels with their scores, best first.
+    """Labels with their scores, highest score first.
 
     Args:
         scores: (C,) before softmax.
         label_names: C names.
-        function: what is applied to the scores; None is softmax, or sigmoid where there is one class only.
-        top_k: how many labels; None is all.
+        function: the function applied to the scores. None means softmax, or sigmoid if there is only one class.
+        top_k: number of labels to return. None means all.
+
+    Raises:
+        UserError: the function is unknown.
     """
     function = function or ("sigmoid" if len(label_names) == 1 else "softmax")
     if function == "softmax":
@@ -30,6 +33,6 @@ def rank_labels(
     elif function == "sigmoid":
         scores = scores.sigmoid()
     elif function != "none":
-        raise one_of("function", function, get_args(ScoreFunction), "leave it out for the model's usual one")
+        raise one_of("function", function, get_args(ScoreFunction), "omit it to use the default of the model")
     values, order = torch.sort(scores, descending=True, stable=True)
     return [(label_names[index], value) for index, value in zip(order.tolist(), values.tolist())][:top_k]

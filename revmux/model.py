@@ -1,6 +1,6 @@
-"""The whole of RevMUX: prefill, multiplex, upper layers, demultiplex, classify.
+"""The complete multiplexed model: prefill, multiplex, upper layers, demultiplex, classify.
 
-Data flows one way: text → tokens → prefill state → mixed state → answer states → label scores.
+Data flows in one direction: text → tokens → prefill state → mixed state → answer states → label scores.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from revmux.grouping import consecutive_groups, gather_rows
 from revmux.methods import BackboneShape, Method, Siso
 
 OnStage = Callable[[str], None]
-"""Called with the name of each stage of the chain once it has run: prefill, multiplex, upper, head."""
+"""Called after each stage with its name: prefill, multiplex, upper, head."""
 
 
 def _ignore(stage: str) -> None:
-    """Nothing to do after a stage."""
+    """The default callback: do nothing."""
 
 
 @dataclass(frozen=True)
 class GroupOutput:
-    """What the groups answered.
+    """The output for each slot of each group.
 
     Attributes:
-        answers: (G, N, d) restored answer states.
-        vectors: (G, N, readout_size) what the classifier read.
+        answers: (G, N, d) demultiplexed answer states.
+        vectors: (G, N, readout_size) input of the classifier.
         scores: (G, N, C) label scores before softmax.
-        shared: the shared sequences (G, S', d) after the upper layers, kept for the method's auxiliary loss;
-            None where it has none.
+        shared: the shared sequences (G, S', d) after the upper layers, for the method's auxiliary loss;
+            None if the method has no auxiliary loss.
     """
 
     answers: Tensor
@@ -43,12 +43,12 @@ class GroupOutput:
 
 
 class MultiplexedClassifier(nn.Module):
-    """A frozen backbone with one method around its upper layers.
+    """A frozen backbone with one multiplexing method around its upper layers.
 
     Args:
-        backbone: the cut model; shared, never copied.
-        method: adapters built for this backbone.
-        prefill_layers: l, the layers that every input runs through alone.
+        backbone: the cut model. It is shared, not copied.
+        method: the adapters, built for this backbone.
+        prefill_layers: l, the number of layers that process each input alone.
 
     Raises:
         UserError: l is out of range for this backbone and method.
@@ -63,28 +63,28 @@ class MultiplexedClassifier(nn.Module):
 
     @property
     def num_inputs(self) -> int:
-        """N, inputs a group."""
+        """N, the number of inputs per group."""
         return self.method.num_inputs
 
     def train(self, mode: bool = True) -> MultiplexedClassifier:
-        """Training mode for the adapters; a frozen backbone stays in eval mode (no dropout)."""
+        """Set training mode for the adapters. A frozen backbone stays in eval mode (no dropout)."""
         super().train(mode)
         self.backbone.train(mode and self.method.tunes_backbone)
         return self
 
     def prefill(self, tokens: TokenBatch) -> HiddenState:
-        """Each input alone through layers 1..l: tokens (B, S) to states (B, S, d)."""
+        """Run each input alone through layers 1..l: tokens (B, S) to states (B, S, d)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.tunes_backbone):
             return self.backbone.run(self.backbone.embed(tokens), self.prefill_layers)
 
     def run_groups(self, prefilled: HiddenState, groups: Tensor, on_stage: OnStage = _ignore) -> GroupOutput:
-        """Mix prefilled inputs, run the upper layers once per group, restore and classify.
+        """Multiplex prefilled inputs, run the upper layers once per group, demultiplex and classify.
 
-        Training, evaluation, serving and the operation counter all run this chain.
+        Training, evaluation, serving and the operation counter all use this method.
 
         Args:
             prefilled: B inputs at depth l.
-            groups: (G, N) long, the rows of ``prefilled`` in each group; a row may fill several slots.
+            groups: (G, N) long, the rows of ``prefilled`` in each group. A row may fill several slots.
             on_stage: called after each stage with its name: ``multiplex``, ``upper`` and ``head``.
         """
         own = self.backbone.own_answers(prefilled)[groups]  # (G, N, d)
@@ -97,7 +97,7 @@ class MultiplexedClassifier(nn.Module):
         return output
 
     def multiplex(self, prefilled: HiddenState, groups: Tensor) -> HiddenState:
-        """B prefilled inputs to G shared sequences (G, S', d) at the same depth; ``groups`` is (G, N)."""
+        """Mix B prefilled inputs into G shared sequences (G, S', d) at the same depth; ``groups`` is (G, N)."""
         states = prefilled.take(groups).cast(self._method_dtype)  # every tensor (G, N, ...)
         mixed = self.method.multiplex(states)  # (G, S', d)
         if states.decoder is not None:
@@ -106,47 +106,47 @@ class MultiplexedClassifier(nn.Module):
 
     @property
     def _method_dtype(self) -> torch.dtype:
-        """Adapters compute in their own precision, float32, whatever the frozen weights are in."""
+        """The precision of the adapters (float32), which is independent of the backbone's precision."""
         return next((weight.dtype for weight in self.method.parameters()), self.backbone.dtype)
 
     def upper(self, mixed: HiddenState) -> HiddenState:
-        """Shared sequences through layers l+1..e, same shape."""
+        """Run shared sequences through layers l+1..e; the shape does not change."""
         return self.backbone.run(mixed, self.method.exit_layer())
 
     def upper_in_training(self, mixed: HiddenState) -> HiddenState:
-        """:meth:`upper`, where the last layer may leave out the tokens that nobody reads: its rounding may differ."""
+        """Like :meth:`upper`, but the last layer may skip tokens that are not read, so its rounding may differ."""
         if not self.method.reads_answers_alone:
             return self.upper(mixed)
         return self.backbone.run_to_answers(mixed, self.method.exit_layer())
 
     def answer(self, upper: HiddenState, own: Tensor) -> GroupOutput:
-        """Shared sequences that have left the layers to answers.
+        """Demultiplex and classify the output of the upper layers.
 
         Args:
-            upper: (G, S', d) at depth e, or (G, A, d) its answers alone.
+            upper: (G, S', d) at depth e, or (G, A, d) if it holds the answer positions only.
             own: (G, N, d), each input's own prefilled state at its answer position.
         """
-        inside = self._method_dtype
-        shared_answers = self.method.read(self.backbone, upper).to(inside)  # (G, A, d)
-        answers = self.method.demultiplex(shared_answers, own.to(inside))  # (G, N, d)
+        dtype = self._method_dtype
+        shared_answers = self.method.read(self.backbone, upper).to(dtype)  # (G, A, d)
+        answers = self.method.demultiplex(shared_answers, own.to(dtype))  # (G, N, d)
         vectors = self.method.vector(self.backbone, answers)  # (G, N, readout_size)
         scores = self.method.score(self.backbone, vectors)  # (G, N, C)
         shared = upper if self.method.has_auxiliary_loss else None
         return GroupOutput(answers, vectors.float(), scores.float(), shared)
 
     def slot_tokens(self, tokens: TokenBatch, groups: Tensor) -> tuple[TokenBatch, Tensor]:
-        """The tokens that are prefilled, and which of their rows share a group.
+        """The tokens to prefill, and the rows of each group in them.
 
         Args:
             tokens: each (B, S).
             groups: (G, N) long, rows of ``tokens``.
 
         Returns:
-            Tokens (B, S) and ``groups`` as they are, or where the method prepares tokens (G·N, S') and the
-            groups of those rows.
+            ``tokens`` and ``groups`` unchanged. If the method prepares tokens: one row per slot (G·N, S'), and
+            the groups of those rows.
 
         Raises:
-            UserError: the tokens are more than the backbone has positions for.
+            UserError: the inputs are longer than the backbone's maximum length.
         """
         grouped = tokens
         if self.method.prepares_tokens:
@@ -154,8 +154,8 @@ class MultiplexedClassifier(nn.Module):
         length, limit, added = grouped["input_ids"].shape[-1], self.backbone.max_length, self.method.added_tokens
         if length > limit:
             raise UserError(
-                f"inputs have {length} tokens ({added} of them put there by {self.method.name}), but the backbone takes "
-                f"{limit}; cut texts to {limit - added}"
+                f"inputs have {length} tokens ({added} of them added by {self.method.name}), but the backbone accepts "
+                f"at most {limit}; truncate texts to {limit - added} tokens"
             )
         if not self.method.prepares_tokens:
             return tokens, groups
@@ -163,7 +163,7 @@ class MultiplexedClassifier(nn.Module):
         return flat, torch.arange(groups.numel(), device=groups.device).view_as(groups)
 
     def run_tokens(self, tokens: TokenBatch, groups: Tensor, on_stage: OnStage = _ignore) -> GroupOutput:
-        """:meth:`prefill` and :meth:`run_groups` in one, also for methods whose tokens depend on the slot.
+        """Run :meth:`prefill` and :meth:`run_groups`, also for methods whose tokens depend on the slot.
 
         Args:
             tokens: each (B, S).
@@ -176,7 +176,7 @@ class MultiplexedClassifier(nn.Module):
         return self.run_groups(prefilled, groups, on_stage)
 
     def run_batch(self, tokens: TokenBatch | None, prefilled: HiddenState | None, groups: Tensor) -> GroupOutput:
-        """A batch of features: from its prefilled states where it has them, otherwise from its tokens.
+        """Run a batch of features from its prefilled states if it has them, otherwise from its tokens.
 
         Args:
             tokens: each (B, S).
@@ -189,14 +189,14 @@ class MultiplexedClassifier(nn.Module):
         return self.run_tokens(tokens, groups)
 
     def forward(self, tokens: TokenBatch, groups: Tensor | None = None) -> Tensor:
-        """Label scores of plain inputs.
+        """Label scores per input.
 
         Args:
             tokens: each (B, S).
-            groups: (G, N) long; by default inputs are grouped as they come.
+            groups: (G, N) long. By default, consecutive inputs form a group.
 
         Returns:
-            (B, C) scores; an input that fills several slots gets the mean of its answers.
+            (B, C) scores. An input that fills several slots gets the mean of its scores.
         """
         rows = tokens["input_ids"].shape[0]
         if groups is None:
@@ -205,5 +205,5 @@ class MultiplexedClassifier(nn.Module):
 
 
 def plain_classifier(backbone: Backbone) -> MultiplexedClassifier:
-    """SISO: the plain model in the form that adapters have."""
+    """SISO: the plain model, with the same interface as a multiplexed model."""
     return MultiplexedClassifier(backbone, Siso(BackboneShape.of(backbone)), 0)

@@ -114,7 +114,7 @@ def test_counts_agree_with_torch_for_every_family(family, name):
     backbone = tiny(family)
     method = build_method(name, BackboneShape.of(backbone), 2).eval()
     if family == "bart" and name == "token-split":
-        with pytest.raises(UserError, match="decoder reads the text"):
+        with pytest.raises(UserError, match="decoder also reads the text"):
             count_flops(backbone, method, 1, LENGTH)
         return
     counted = count_flops(backbone, method, 1, LENGTH).per_input
@@ -438,7 +438,7 @@ def test_command_line_lists_every_method_with_its_options(command):
     assert status == 0
     heads = [line.partition(":")[0] for line in listed.splitlines() if not line.startswith(" ")]
     assert heads == method_names()
-    assert "    layer (default 1): e, the layer whose states the head reads, 0 (embeddings) to L." in listed
+    assert "    layer (default 1): e, the layer whose states the head reads, from 0 (embeddings) to L." in listed
     for name in method_names():
         assert all(
             f"    {option.name} (default {option.default}): " in listed for option in fields(method_class(name).Options)
@@ -449,7 +449,7 @@ def test_command_line_lists_every_method_with_its_options(command):
 def test_a_length_beyond_the_positions_is_an_error(name, legal):
     backbone = tiny("bert")
     method = build_method(name, BackboneShape.of(backbone), 2)
-    message = f"the backbone takes 64; cut texts to {legal}"
+    message = f"the backbone accepts at most 64; truncate texts to {legal}"
     with pytest.raises(UserError, match=message):
         count_flops(backbone, method, 1, 65)
     with pytest.raises(UserError, match=message):

@@ -146,9 +146,9 @@ def test_a_wrong_column_lists_those_there_are(tmp_path: Path) -> None:
     file = write(tmp_path, "own.csv", table(10, "a{row},{label}", "words,stars"))
     with pytest.raises(UserError, match=r"unknown text_column 'body'; columns of .*: words, stars"):
         load(file, text_column="body")
-    with pytest.raises(UserError, match=r"no text_column with a usual name .* its columns: words, stars; .*--data"):
+    with pytest.raises(UserError, match=r"no text_column with a common name .* its columns: words, stars; .*--data"):
         load(file)
-    with pytest.raises(UserError, match="no label_column with a usual name"):
+    with pytest.raises(UserError, match="no label_column with a common name"):
         load(file, text_column="words")
     with pytest.raises(UserError, match="a different column for each role"):
         load(file, text_column="words", label_column="words")
@@ -226,7 +226,7 @@ def test_an_empty_text_is_refused(text: str, tmp_path: Path) -> None:
         ("broken.jsonl", '{"text": "a"', "cannot read .*broken.jsonl"),
         ("header.csv", "text,label\n", "0 labelled rows cannot be split"),
         ("single.csv", table(1), "1 labelled rows cannot be split"),
-        ("same.csv", "text,label\n" + "a,1\n" * 10, r"the label \['1'\] only"),
+        ("same.csv", "text,label\n" + "a,1\n" * 10, r"only the labels \['1'\]"),
         ("free.csv", table(300, "text {row},{row}"), "'label' has .* values in .* rows"),
         ("notes.txt", "text", "ends in '.txt'; known: .csv"),
     ],
@@ -238,7 +238,7 @@ def test_files_that_hold_no_task_are_refused(name: str, content: str | bytes, sa
 
 @pytest.mark.parametrize("source", ["./nowhere", "missing.csv", "/no/folder", "no-such-name"])
 def test_an_unknown_source_is_no_traceback(source: str) -> None:
-    with pytest.raises(UserError, match=r"no file or folder|unknown data 'no-such-name'"):
+    with pytest.raises(UserError, match=r"cannot find file or folder|unknown data 'no-such-name'"):
         load_task(DataConfig(source=source))
 
 
@@ -257,10 +257,10 @@ def test_a_folder_brings_its_own_reported_split(present: tuple[str, ...], report
 
 def test_a_folder_without_both_splits_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "train.csv", table(10))
-    with pytest.raises(UserError, match=r"holds \['train'\]; it needs train and dev"):
+    with pytest.raises(UserError, match=r"contains \['train'\]; add files named train and dev"):
         load(tmp_path)
     write(tmp_path, "dev.csv", table(10, header="body,label"))
-    with pytest.raises(UserError, match="a split lacks column 'text'"):
+    with pytest.raises(UserError, match="a split has no column 'text'"):
         load(tmp_path)
 
 

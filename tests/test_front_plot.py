@@ -63,8 +63,8 @@ def test_every_method_names_itself_in_tables_and_sentences() -> None:
     assert len(set(named.values())) == len(named)
     assert (named["siso"], named["exit-head"]) == ("SISO (the plain model)", "exit head at layer 3")
     assert named["revmux"] == "revmux N=2 l=3"
-    assert method_class("exit-head").in_words(1, 3) == "an exit head at layer 3"
-    assert method_class("siso").in_words(1, 0) == "the plain model (SISO)"
+    assert method_class("exit-head").describe(1, 3) == "an exit head at layer 3"
+    assert method_class("siso").describe(1, 0) == "the plain model (SISO)"
     assert [name for name in method_names() if method_class(name).is_plain] == ["siso"]
     assert [name for name in method_names() if not method_class(name).multiplexes()] == ["exit-head", "siso"]
 

@@ -212,7 +212,7 @@ def test_token_split_starts_as_the_mean_of_neighbours(bert):
 def test_token_split_is_refused_where_the_decoder_reads_the_text(bert):
     method = build_method("token-split", BackboneShape.of(bert), 2)
     state = bert.embed(texts(2)).take(torch.tensor([[0, 1]]))
-    with pytest.raises(UserError, match="decoder reads the text"):
+    with pytest.raises(UserError, match="decoder also reads the text"):
         method.multiplex(type(state)(state.hidden, state.mask, state.answer, 0, decoder=state))
 
 
@@ -231,7 +231,8 @@ def test_index_demultiplexer_takes_any_prefill_and_limits_length(bert):
     assert method.added_tokens == 5
     tokens = {"input_ids": torch.ones(4, 36, dtype=torch.long)}
     with pytest.raises(
-        UserError, match=r"41 tokens \(5 of them put there by datamux\), but the backbone takes 40; cut texts to 35"
+        UserError,
+        match=r"41 tokens \(5 of them added by datamux\), but the backbone accepts at most 40; truncate texts to 35",
     ):
         MultiplexedClassifier(bert, method, 0).run_tokens(tokens, torch.arange(4).unsqueeze(0))
 
@@ -285,8 +286,8 @@ def test_retrieval_asks_no_padding_of_a_backbone_without_a_padding_token(name):
     tokens, groups = {"input_ids": ids, "attention_mask": mask}, torch.tensor([[0, 1]])
     questions = sample_questions(ids[groups], mask[groups], 1.0)
     asked = torch.zeros(LENGTH, dtype=torch.long)
-    asked[questions.places] = 1
-    assert (mask[questions.slots, questions.places] == 1).all()
+    asked[questions.positions] = 1
+    assert (mask[questions.slots, questions.positions] == 1).all()
     assert asked[: int(mask.sum(dim=1).min())].all(), "the text's own end tokens are asked for"
     shared = MultiplexedClassifier(backbone, method, 0).run_tokens(tokens, groups).shared
     other = ids.where(mask.bool(), 8)
@@ -320,9 +321,9 @@ def test_a_width_that_cannot_be_divided_is_an_error(bert, name):
     [
         ("datamux", {"keys": "binary"}, "unknown keys 'binary'; known: gaussian, orthogonal"),
         ("datamux", {"demultiplexer": "rsa"}, "unknown demultiplexer 'rsa'; known: index, mlp"),
-        ("datamux", {"index_tokens": [1, 2]}, r"N = 2 takes 3 different ids in 0\.\.59"),
-        ("datamux", {"index_tokens": [1, 2, 60]}, r"N = 2 takes 3 different ids in 0\.\.59"),
-        ("datamux", {"retrieval_weight": 0.0, "warmup_steps": 5}, "give retrieval a weight above 0"),
+        ("datamux", {"index_tokens": [1, 2]}, r"N = 2 needs 3 distinct ids in 0\.\.59"),
+        ("datamux", {"index_tokens": [1, 2, 60]}, r"N = 2 needs 3 distinct ids in 0\.\.59"),
+        ("datamux", {"retrieval_weight": 0.0, "warmup_steps": 5}, "set retrieval_weight above 0"),
         ("mux-plm", {"multiplexer": "none"}, "unknown multiplexer 'none'; known: gaussian, contextual"),
         ("mux-plm", {"multiplexer": "contextual", "heads": 3}, r"hidden_size \(80\) must be divisible by heads \(3\)"),
         ("mux-plm", {"demultiplexer_layers": 0}, "choose 1 or more"),

@@ -180,7 +180,7 @@ def test_a_chat_puts_the_model_s_own_template_around_the_prompt() -> None:
     cut = prompt.fit(tokenizer, "yes or no? " * 60, None, len(tokens) + 9)
     assert cut.startswith("<s>[user]Is it? yes or no? ")
     assert cut.endswith("\n[model]\n")
-    with pytest.raises(UserError, match="prompt mine is a chat, but the model's tokenizer has no chat template"):
+    with pytest.raises(UserError, match="prompt mine is a chat prompt, but the model's tokenizer has no chat template"):
         prompt.verbalizer(byte_tokenizer())
 
 
@@ -211,18 +211,18 @@ def test_a_users_file_takes_the_place_of_a_shipped_one(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("template: '{sentence}'", r"unknown field \{sentence\} in template .*fields are \{text\} and \{text_pair\}"),
-        ("template: '{text!r}'", r"unknown field \{text\} .*without format"),
-        ("template: '{text'", "a brace is written twice"),
+        ("template: '{text!r}'", r"unknown field \{text\} .*without a format"),
+        ("template: '{text'", "write a literal brace twice"),
         ("template: Answer", r"template of prompt .* has no \{text\}"),
         ("template: '{text}'\npair_template: '{text}'", r"pair_template of prompt .* has no \{text_pair\}"),
         ("template: '{text}'\nlabels: {a: [], b: [x]}", "class 'a' of prompt .* has no word"),
         ("template: '{text}'\nlabels: {a: , b: [x]}", "class 'a' of prompt .* has no word"),
-        ("template: '{text}'\nlabels: {a: [no], b: [x]}", "has False where a word belongs; put words in quotes"),
-        ("template: '{text}'\nlabels: [a, b]", r"labels of prompt .* one line a class"),
+        ("template: '{text}'\nlabels: {a: [no], b: [x]}", "has False in place of a word; put words in quotes"),
+        ("template: '{text}'\nlabels: [a, b]", r"labels of prompt .* one line per class"),
         ("template: '{text}'\nreading: last", "unknown reading 'last'; known: single, first, mean"),
         ("template: '{text}'\nlabel: {a: [x]}", "unknown key 'label'; known: template, labels"),
         ("template: '{text}'\nchat: maybe", "chat of prompt .* is 'maybe'; write true or false"),
-        ("template: 3", "template of prompt .* is 3; write a text in quotes"),
+        ("template: 3", "template of prompt .* is 3; write text in quotes"),
         ("labels: {a: [x]}", "has no template"),
         ("- a", "has no template"),
         ("template: '{text}", "is not YAML"),

@@ -368,7 +368,7 @@ def test_a_recipe_runs_from_files_to_figures(tiny_model_folder: Path, tiny_csv: 
 
 def test_a_recipe_is_checked_from_shapes_alone(tiny_pretrained: Pretrained) -> None:
     shape = BackboneShape.of(tiny_pretrained.backbone)
-    with pytest.raises(UserError, match=r"prefill_layers is 4, .* takes 0\.\.3"):
+    with pytest.raises(UserError, match=r"prefill_layers is 4, .* supports 0\.\.3"):
         check(Recipe(method=MethodConfig("revmux", 2, 4)), shape)
     with pytest.raises(UserError, match=r"hidden_size \(32\) must be divisible by num_inputs \(3\)"):
         check(Recipe(method=MethodConfig("revmux", 3, 1)), shape)

@@ -1,4 +1,4 @@
-"""Labelled text, and the tokens made of it."""
+"""Labelled text and its tokens."""
 
 from revmux.data.config import DataConfig
 from revmux.data.task import TaskData, load_task

@@ -1,4 +1,4 @@
-"""Which column of a table holds the text, its pair and the label. Nothing heavy is imported here."""
+"""Detection of the columns for the text, its pair and the label. This module imports no large library."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LABEL_COLUMNS = ("label", "Quality", "labels", "category", "class", "target", "i
 
 
 def find_columns(present: Sequence[str], config: DataConfig) -> dict[str, str]:
-    """The columns in the roles ``text``, ``text_pair`` (pairs only) and ``label``.
+    """The column name for each of the roles ``text``, ``text_pair`` (pairs only) and ``label``.
 
     Args:
-        present: names of the columns of a table.
-        config: the columns that the user named; the others are found by their usual names.
+        present: column names of a table.
+        config: the columns that the user named. The others are found by their common names.
 
     Raises:
-        UserError: a column that the user named is missing, a role has no column by a usual name, or one column has
+        UserError: a column that the user named is missing, no column has a common name of a role, or one column has
             two roles.
     """
     for setting in ("text_column", "pair_column", "label_column"):
@@ -38,11 +38,11 @@ def find_columns(present: Sequence[str], config: DataConfig) -> dict[str, str]:
                 f"unknown {setting} {given!r}; columns of {config.source}: {', '.join(present)}; name one of these"
             )
 
-    def usual(names: tuple[str, ...], setting: str) -> str:
+    def by_common_name(names: tuple[str, ...], setting: str) -> str:
         match = next((name for name in names if name in present and name != pair), None)
         if match is None:
             raise UserError(
-                f"{config.source} has no {setting} with a usual name ({', '.join(names)}); its columns: "
+                f"{config.source} has no {setting} with a common name ({', '.join(names)}); its columns: "
                 f"{', '.join(present)}; name one with --data.{setting}"
             )
         return match
@@ -53,13 +53,13 @@ def find_columns(present: Sequence[str], config: DataConfig) -> dict[str, str]:
             text, pair = first, second
             break
     columns = {
-        "text": text or usual(TEXT_COLUMNS, "text_column"),
+        "text": text or by_common_name(TEXT_COLUMNS, "text_column"),
         "text_pair": pair,
-        "label": config.label_column or usual(LABEL_COLUMNS, "label_column"),
+        "label": config.label_column or by_common_name(LABEL_COLUMNS, "label_column"),
     }
     chosen = {role: name for role, name in columns.items() if name is not None}
     if len(set(chosen.values())) < len(chosen):
         raise UserError(
-            f"columns {', '.join(chosen.values())} of {config.source}: name a different column for each role"
+            f"columns {', '.join(chosen.values())} of {config.source} are not distinct; name a different column for each role"
         )
     return chosen

@@ -1,16 +1,16 @@
-"""Prompts: the template that a language model reads, and the words that stand for its classes.
+"""Prompts: the template that a language model reads, and the words that represent the classes.
 
-Prompts are data, one YAML file a task, beside this module or anywhere on disk::
+A prompt is a YAML file, one file per task, in the ``prompts`` folder of this package or anywhere on disk::
 
     template: "Sentence: {text}\\nIs it negative or positive?\\nAnswer:"   # {text_pair} for pairs
-    labels:                      # class name: its words; without labels the class names are the words
+    labels:                      # class name: its words; without labels, the class names are the words
       negative: [negative]
       positive: [positive]
-    pair_template: ...           # in place of template for inputs that have a second text
-    reading: single              # single: every word is one token; first: words are read by their first
-                                 # token; mean: by the mean over all their tokens
-    answer_prefix: ""            # what an encoder-decoder's decoder is given before it answers
-    chat: false                  # true: the template is a user's message in the model's own chat template
+    pair_template: ...           # replaces template for inputs with a second text
+    reading: single              # single: every word is one token; first: the score of a word is that of its
+                                 # first token; mean: the mean over all its tokens
+    answer_prefix: ""            # decoder input before the answer, for an encoder-decoder
+    chat: false                  # true: the template is a user message in the model's own chat template
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _FOLDER = Path(__file__).with_name("prompts")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A task's template and label words; two of other names are equal where all else is.
+    """A task's template and label words. The name does not count in comparisons.
 
     Args:
-        name: the task, or that of the file that it was read from.
-        template: what the model reads, with ``{text}`` and for pairs ``{text_pair}``; ``{{`` is a brace.
-        labels: the words of each class, in the order of the classes; empty takes the class names as words.
-        pair_template: the template for pairs, where ``template`` is for single texts.
-        reading: ``single``, ``first`` or ``mean``; see the module.
-        answer_prefix: text that an encoder-decoder's decoder is given before it answers.
-        chat: whether the template is a user's message, which the tokenizer's chat template is put around.
+        name: name of the task, or of the file without its suffix.
+        template: the text that the model reads, with ``{text}`` and, for pairs, ``{text_pair}``. ``{{`` is a brace.
+        labels: the words of each class, in the order of the classes. If empty, the class names are the words.
+        pair_template: the template for pairs, if ``template`` is for single texts.
+        reading: ``single``, ``first`` or ``mean``; see the module docstring.
+        answer_prefix: decoder input before the answer, for an encoder-decoder.
+        chat: whether the template is a user message, to be wrapped in the tokenizer's chat template.
 
     Raises:
-        UserError: an unknown or missing field in a template, a class without a word, an unknown reading.
+        UserError: a template has an unknown or missing field, a class has no word, or the reading is unknown.
     """
 
     name: str = field(compare=False)
@@ -65,7 +65,7 @@ class Prompt:
             raise one_of("reading", self.reading, READINGS, f"choose one of these in prompt {self.name}")
         for label, words in self.labels.items():
             if not words or not all(word.strip() for word in words):
-                raise UserError(f"class {label!r} of prompt {self.name} has no word; give it one, such as [{label}]")
+                raise UserError(f"class {label!r} of prompt {self.name} has no word; add one, such as [{label}]")
 
     @property
     def needs_pair(self) -> bool:
@@ -73,10 +73,10 @@ class Prompt:
         return "text_pair" in _fields(self.template)
 
     def with_labels(self, label_names: Sequence[str] | None) -> Prompt:
-        """Itself where it lists labels; else with these classes, each under its own name as its word.
+        """The prompt itself if it lists labels; otherwise a copy in which each class name is its word.
 
         Raises:
-            UserError: neither lists any.
+            UserError: the prompt lists no labels and ``label_names`` is empty.
         """
         if self.labels:
             return self
@@ -85,21 +85,21 @@ class Prompt:
         return replace(self, labels={name: (name,) for name in label_names})
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, for artifacts; what is None is left out."""
+        """The prompt as plain data, for artifacts, without values that are None."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         labels = {label: list(words) for label, words in self.labels.items()}
         return {key: value for key, value in (content | {"labels": labels}).items() if value is not None}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], label_names: Sequence[str] | None = None) -> Prompt:
-        """What :meth:`to_dict` gave.
+        """Restore a prompt from the output of :meth:`to_dict`.
 
         Args:
-            content: as plain data.
-            label_names: the order of the classes, where the data has lost it.
+            content: the plain data.
+            label_names: the order of the classes, if the data does not keep it.
 
         Raises:
-            UserError: data that is no prompt.
+            UserError: the data is not a prompt.
         """
         rest = dict(content)
         prompt = _read(str(rest.pop("name", "unnamed")), rest)
@@ -108,7 +108,7 @@ class Prompt:
         return replace(prompt, labels={name: prompt.labels[name] for name in label_names})
 
     def difference(self, other: Prompt) -> str:
-        """Where two prompts first differ, for messages: ``template 'Text: …' here, 'Sentence: …' there``."""
+        """The first difference between two prompts, for messages: ``template 'Text: …' here, 'Sentence: …' there``."""
         own, others = self.to_dict(), other.to_dict()
         for key in ("template", "pair_template", "labels", "reading", "answer_prefix", "chat"):
             if own.get(key) != others.get(key):
@@ -116,10 +116,10 @@ class Prompt:
         return "no difference"
 
     def render(self, text: str, text_pair: str | None = None) -> str:
-        """The template for one input.
+        """The template, filled with one input.
 
         Raises:
-            UserError: the template wants a second text and there is none, or the reverse.
+            UserError: the template needs a second text and the input has none, or the reverse.
         """
         if text_pair is None:
             if self.needs_pair:
@@ -135,35 +135,36 @@ class Prompt:
         return template.format(text=text, text_pair=text_pair)
 
     def write(self, tokenizer: PreTrainedTokenizerBase, text: str, text_pair: str | None = None) -> str:
-        """All that the model reads of one input: :meth:`render`, inside the chat template where ``chat`` asks for it.
+        """The complete text that the model reads: :meth:`render`, in the chat template if ``chat`` is set.
 
         Raises:
-            UserError: as :meth:`render`, or the tokenizer has no chat template.
+            UserError: as in :meth:`render`, or the tokenizer has no chat template.
         """
         rendered = self.render(text, text_pair)
         if not self.chat:
             return rendered
         if not tokenizer.chat_template:
             raise UserError(
-                f"prompt {self.name} is a chat, but the model's tokenizer has no chat template; choose a model that is "
-                "tuned to chat, or another prompt"
+                f"prompt {self.name} is a chat prompt, but the model's tokenizer has no chat template; choose a chat "
+                "model or another prompt"
             )
         message = {"role": "user", "content": rendered}
-        # The answer is read at once, so a model that may think aloud first is told not to.
+        # The answer is read from the next token, so a model with a thinking mode must not use it.
         return str(
             tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=False)
         )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, written: list[str]) -> BatchEncoding:
-        """What :meth:`write` gave, to tokens, uncut."""
-        # A chat template brings the special tokens itself.
+        """Tokenize the output of :meth:`write`, without truncation."""
+        # A chat template contains the special tokens.
         encoded: BatchEncoding = tokenizer(written, add_special_tokens=not self.chat, verbose=False)
         return encoded
 
     def fit(self, tokenizer: PreTrainedTokenizerBase, text: str, text_pair: str | None, max_length: int) -> str:
-        """:meth:`write`, the input's longer text cut at the end until it has ``max_length`` tokens.
+        """Like :meth:`write`, with the ends of the texts truncated so that the result has at most ``max_length`` tokens.
 
-        Cutting the prompt itself would cut off its end, where a decoder reads the answer.
+        Both texts are limited to the same number of characters. Truncating the prompt itself would remove its end,
+        where a decoder reads the answer.
 
         Raises:
             UserError: the template alone is longer than ``max_length``.
@@ -183,7 +184,7 @@ class Prompt:
                 f"max_length is {max_length}, but the template of prompt {self.name} alone has {tokens(0)} tokens; "
                 "raise max_length or shorten the template"
             )
-        # Doubled from few characters: what lies far behind the cut is not read, and so cannot move it.
+        # The limit is doubled from a small value, so that text far beyond the cut is not tokenized and cannot move it.
         fits, over = 0, max_length  # characters of each text
         while over < longest and tokens(over) <= max_length:
             fits, over = over, 2 * over
@@ -197,19 +198,19 @@ class Prompt:
         """The label words as tokens of one model.
 
         Args:
-            tokenizer: the model's.
-            label_names: class names in the order of the scores; by default as the prompt lists them.
+            tokenizer: the model's tokenizer.
+            label_names: class names in the order of the scores. By default, the order of the prompt.
 
         Raises:
-            UserError: a class without a word, or a word that the tokenizer cannot read as ``reading`` says
-                or that begins like another class's.
+            UserError: a class has no word, a word does not fit ``reading``, or words of two classes begin with the same
+                token.
         """
         named = self.with_labels(label_names)
         names = list(named.labels) if label_names is None else list(label_names)
         if set(names) != set(named.labels):
             raise UserError(
                 f"the task has classes {', '.join(names)}, but prompt {self.name} has words for "
-                f"{', '.join(named.labels)}; give every class its words under labels"
+                f"{', '.join(named.labels)}; list words for every class under labels"
             )
         owners: dict[int, tuple[str, str]] = {}
         ids: list[tuple[int, ...]] = []
@@ -230,10 +231,10 @@ class Prompt:
         return Verbalizer(tuple(names), tuple(ids), tuple(prefix))
 
     def _word_tokens(self, tokenizer: PreTrainedTokenizerBase, label: str, word: str) -> list[int]:
-        """A word as it goes on from the prompt: behind a space where the prompt does not end in one.
+        """The tokens of a word that continues the prompt: after a space, unless the prompt ends in one.
 
-        Tokenizers that mark the beginning of words themselves take the bare word; the form with fewer
-        tokens is the one that they were trained on.
+        Some tokenizers mark the beginning of words themselves and need the bare word. The form with fewer
+        tokens is the one that the tokenizer was trained on.
         """
         pair = "" if self.needs_pair else None
         bare = self.write(tokenizer, "", pair)[-1:].isspace()
@@ -253,23 +254,23 @@ class Prompt:
 
 
 def prompt_names() -> list[str]:
-    """The prompts that come with the library."""
+    """Names of the prompts in the library."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
 def load_prompt(name: str) -> Prompt:
-    """A prompt by the name of its task, or from a user's own YAML file.
+    """Load a prompt by the name of its task, or from a YAML file.
 
     Args:
         name: one of :func:`prompt_names`, or a path that ends in ``.yaml`` or ``.yml``.
 
     Raises:
-        UserError: no such prompt or file, or a file that is no prompt.
+        UserError: the prompt or file cannot be found, or the file is not a prompt.
     """
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         if name not in prompt_names():
-            raise one_of("prompt", name, prompt_names(), "choose one of these, or name a .yaml file of your own")
+            raise one_of("prompt", name, prompt_names(), "choose one of these, or name your own .yaml file")
         path = _FOLDER / f"{name}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -291,10 +292,12 @@ def _read(name: str, content: Any) -> Prompt:
         if key == "chat" and not isinstance(value, bool):
             raise UserError(f"chat of prompt {name} is {value!r}; write true or false")
         if key not in ("labels", "chat") and not isinstance(value, str):
-            raise UserError(f"{key} of prompt {name} is {value!r}; write a text in quotes")
+            raise UserError(f"{key} of prompt {name} is {value!r}; write text in quotes")
     labels = content.get("labels", {})
     if not isinstance(labels, dict):
-        raise UserError(f"labels of prompt {name} are {labels!r}; write one line a class, such as positive: [positive]")
+        raise UserError(
+            f"labels of prompt {name} are {labels!r}; write one line per class, such as positive: [positive]"
+        )
     return Prompt(
         name=name,
         template=content["template"],
@@ -313,9 +316,9 @@ def _words(name: str, label: Any, words: Any) -> tuple[str, ...]:
 
 
 def _text(name: str, value: Any) -> str:
-    """A class name or word; YAML turns a bare yes or no into a truth value."""
+    """A class name or word as text. YAML reads an unquoted yes or no as a Boolean, which is an error."""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise UserError(f'prompt {name} has {value!r} where a word belongs; put words in quotes, such as "yes"')
+        raise UserError(f'prompt {name} has {value!r} in place of a word; put words in quotes, such as "yes"')
     return str(value)
 
 
@@ -332,13 +335,15 @@ def _check_template(prompt: str, key: str, template: str, required: tuple[str, .
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"{key} of prompt {prompt}: {error}; fields are {legal}, a brace is written twice") from None
+        raise UserError(
+            f"{key} of prompt {prompt}: {error}; legal fields are {legal}; write a literal brace twice"
+        ) from None
     for _, name, form, conversion in parts:
         if name is not None and (name not in FIELDS or form or conversion):
             raise UserError(
-                f"unknown field {{{name}}} in {key} of prompt {prompt}; fields are {legal}, without format; "
-                "a brace is written twice"
+                f"unknown field {{{name}}} in {key} of prompt {prompt}; legal fields are {legal}, without a format; "
+                "write a literal brace twice"
             )
     for name in required:
         if name not in _fields(template):
-            raise UserError(f"{key} of prompt {prompt} has no {{{name}}}; put it where the text belongs")
+            raise UserError(f"{key} of prompt {prompt} has no {{{name}}}; add it at the position of the text")

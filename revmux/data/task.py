@@ -1,4 +1,4 @@
-"""A task: labelled text, read from its source, checked and split."""
+"""Tasks: labelled text that is read from its source, checked and split."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from revmux.data.config import DataConfig
 from revmux.data.sources import source_of
 from revmux.errors import UserError
 
-MAX_SELECTION = 2000  # examples that choose between checkpoints; more would only cost time
+MAX_SELECTION = 2000  # examples in the selection set; more would only take time
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task ready for tokens.
+    """A task that is ready for tokenization. The columns are ``text``, ``text_pair`` (pairs only) and ``label`` (int).
 
     Attributes:
-        train: trains; columns ``text``, ``text_pair`` (pairs only) and ``label`` (int).
-        selection: a slice of train; chooses checkpoints and settings.
-        test: is reported, and chooses nothing.
-        label_names: class names in the order of the integers.
+        train: the training set.
+        selection: the selection set, a slice of train, to choose checkpoints and settings.
+        test: the test set, used for reported results only.
+        label_names: class names in the order of the integer labels.
         identity: source and content hash, for logs and artifacts.
     """
 
@@ -45,11 +45,12 @@ def load_task(config: DataConfig, label_names: list[str] | None = None) -> TaskD
     """Read, check and split a task.
 
     Args:
-        config: where it is and what its columns are called.
-        label_names: classes of a ready classifier, which fix the integers; by default the sorted labels of train.
+        config: the source, its columns and its splits.
+        label_names: classes of an existing classifier, in the order of its integer labels. By default, the sorted
+            labels of train.
 
     Raises:
-        UserError: an unknown source, column or label, or an empty text.
+        UserError: the source, a column or a label is unknown, or a text is empty.
     """
     source = source_of(config)
     raw = source.read(config)
@@ -69,7 +70,8 @@ def _rename(split: Dataset, columns: dict[str, str]) -> Dataset:
     missing = [name for name in columns.values() if name not in split.column_names]
     if missing:
         raise UserError(
-            f"a split lacks column {missing[0]!r}; its columns: {', '.join(split.column_names)}; give every split the same"
+            f"a split has no column {missing[0]!r}; its columns: {', '.join(split.column_names)}; "
+            "use the same columns in every split"
         )
     renamed: Dataset = split.select_columns(list(columns.values())).rename_columns(
         {name: role for role, name in columns.items() if name != role}
@@ -86,7 +88,9 @@ def _split(raw: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
     else:
         held_out = next((name for name in ("dev", "validation", "validation_matched", "test") if name in raw), None)
         if "train" not in raw or held_out is None:
-            raise UserError(f"{config.source} has splits {', '.join(raw)}; it needs train and validation, dev or test")
+            raise UserError(
+                f"{config.source} has the splits {', '.join(raw)}; name data with train and one of validation, dev or test"
+            )
         train, test = raw["train"], raw[held_out]
     train, selection = _hold_out(train, max(1, min(MAX_SELECTION, round(config.selection_share * len(train)))), config)
     return {"train": train, "selection": selection, "test": test}
@@ -94,7 +98,7 @@ def _split(raw: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
 
 def _hold_out(rows: Dataset, held: int, config: DataConfig) -> tuple[Dataset, Dataset]:
     if len(rows) < 2:
-        raise UserError(f"{config.source}: {len(rows)} labelled rows cannot be split; bring more")
+        raise UserError(f"{config.source}: {len(rows)} labelled rows cannot be split; add rows")
     parts = rows.train_test_split(test_size=min(held, len(rows) - 1), seed=config.seed)
     return parts["train"], parts["test"]
 
@@ -107,14 +111,16 @@ def _label_names(splits: list[Dataset], column: str) -> list[str]:
     found = {label for split in splits for label in _labels(split, "train")}
     labels = sorted(found, key=lambda name: (not name.isdigit(), name.zfill(12) if name.isdigit() else name))
     if len(labels) < 2:
-        raise UserError(f"train has the label {labels} only; a classifier needs two or more")
+        raise UserError(f"train has only the labels {labels}; add rows with at least one other label")
     if len(labels) > max(50, rows // 5):
-        raise UserError(f"column {column!r} has {len(labels)} values in {rows} rows; name a column of classes")
+        raise UserError(
+            f"column {column!r} has {len(labels)} distinct values in {rows} rows; name a column of class labels"
+        )
     return labels
 
 
 def _labels(split: Dataset, split_name: str) -> list[str]:
-    """The class name of every row, as the source has it."""
+    """The class name of every row, as in the source."""
     known = getattr(split.features["label"], "names", None)
     texts = []
     for row, label in enumerate(split["label"]):
@@ -128,7 +134,7 @@ def _encode(split: Dataset, names: list[str], split_name: str) -> Dataset:
     index = {name: position for position, name in enumerate(names)}
     labels = _labels(split, split_name)
     if not index.keys() & set(labels):
-        # Numbers that are no names are positions: 0 and 1 in a file, for a classifier of negative and positive.
+        # Numbers that are not class names are indices: 0 and 1 in a file, for the classes negative and positive.
         labels = [
             names[int(given)] if str(given).isdigit() and int(given) < len(names) else label
             for given, label in zip(split["label"], labels)
@@ -137,7 +143,7 @@ def _encode(split: Dataset, names: list[str], split_name: str) -> Dataset:
         if label not in index:
             raise UserError(
                 f"{split_name} row {row} has the label {label!r}, which is not in the label set: {', '.join(names)}; "
-                "mend the row, or tune a task model on these labels"
+                "fix the row, or tune a task model on these labels"
             )
     columns = {name: list(split[name]) for name in ("text", "text_pair") if name in split.column_names}
     for column, texts in columns.items():

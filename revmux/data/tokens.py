@@ -1,4 +1,4 @@
-"""Text to tokens, and tokens to padded batches."""
+"""Tokenization of texts, and padded batches of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from revmux.backbone import TokenBatch
 from revmux.data.prompt import Prompt
 
 TEXTS_AT_ONCE = 1024
-"""Texts that the tokenizer sees at once: what it notes of each, such as offsets, is large and not kept."""
+"""Number of texts per tokenizer call. The tokenizer's metadata, such as offsets, is large and is not kept."""
 
 
 def encode_texts(
@@ -25,27 +25,27 @@ def encode_texts(
     max_length: int,
     prompt: Prompt | None = None,
 ) -> tuple[BatchEncoding, int]:
-    """Texts, or pairs of texts, as the backbone reads them.
+    """Tokenize texts, or pairs of texts, for the backbone.
 
     Args:
-        tokenizer: the backbone's.
-        texts: one an input.
+        tokenizer: the backbone's tokenizer.
+        texts: one text per input.
         pairs: the second text of each input, or None.
-        max_length: tokens that an input is cut to; with a prompt the text is cut, never the template.
+        max_length: maximum number of tokens per input. With a prompt, the text is truncated, never the template.
         prompt: the template around each input, or None.
 
     Returns:
-        Ragged token lists, and how many inputs were cut.
+        Ragged token lists, and the number of truncated inputs.
 
     Raises:
-        UserError: a template that does not fit the inputs or ``max_length``.
+        UserError: the template does not fit the inputs or ``max_length``.
     """
     if prompt is None:
         encoded = tokenizer(list(texts), None if pairs is None else list(pairs), truncation=True, max_length=max_length)
         return encoded, sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
     seconds: Sequence[str | None] = [None] * len(texts) if pairs is None else pairs
     inputs = list(zip(texts, seconds, strict=True))
-    written = [prompt.write(tokenizer, *own) for own in inputs]
+    written = [prompt.write(tokenizer, *pair) for pair in inputs]
     encoded = prompt.encode(tokenizer, written)
     too_long = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) > max_length]
     if not too_long:
@@ -56,19 +56,19 @@ def encode_texts(
 
 
 class TokenizedSplit:
-    """A split as tokens, ragged until it is batched; a few bytes a token, whatever the tokenizer notes of it.
+    """The tokens of a split. They are stored without padding, a few bytes per token, and padded per batch.
 
     Args:
-        split: columns ``text``, optionally ``text_pair``, and ``label``.
-        tokenizer: the backbone's.
-        max_length: tokens an input is cut to.
-        prompt: the template around each input, or None; :meth:`revmux.pretrained.pretrained.Pretrained.tokenize` knows it.
+        split: data set with the columns ``text``, ``label`` and optionally ``text_pair``.
+        tokenizer: the backbone's tokenizer.
+        max_length: maximum number of tokens per input.
+        prompt: the template around each input, or None. :meth:`revmux.pretrained.pretrained.Pretrained.tokenize` sets it.
 
     Attributes:
-        columns: what the backbone reads, such as ``input_ids``: each (T,), all inputs one after the other.
+        columns: the tensors that the backbone reads, such as ``input_ids``: each (T,), all inputs concatenated.
         labels: (M,) long.
-        lengths: (M,) long, tokens an input.
-        truncated: inputs that were cut to ``max_length``.
+        lengths: (M,) long, tokens per input.
+        truncated: number of inputs that were truncated to ``max_length``.
     """
 
     def __init__(
@@ -86,7 +86,9 @@ class TokenizedSplit:
             for name, rows in encoded.items():
                 values = np.fromiter(chain.from_iterable(rows), np.int32)
                 parts.setdefault(name, []).append(values.astype(np.min_scalar_type(values.max(initial=0))))
-        self.columns = {name: np.concatenate(values) for name, values in parts.items()}  # as wide as the widest
+        self.columns = {
+            name: np.concatenate(values) for name, values in parts.items()
+        }  # in the widest dtype of the parts
         self.lengths = torch.tensor(lengths, dtype=torch.long)
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
 
@@ -94,8 +96,8 @@ class TokenizedSplit:
         return len(self.labels)
 
     def batch(self, rows: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> TokenBatch:
-        """Rows padded to their longest: ``input_ids``, ``attention_mask`` and the like, each (B, S)."""
-        places = [slice(self._starts[int(row)], self._starts[int(row) + 1]) for row in rows]
-        picked = {name: [values[place].tolist() for place in places] for name, values in self.columns.items()}
-        padded = self.tokenizer.pad(picked, return_tensors="pt")
+        """Rows padded to the longest of them: ``input_ids``, ``attention_mask`` and so on, each (B, S)."""
+        slices = [slice(self._starts[int(row)], self._starts[int(row) + 1]) for row in rows]
+        ragged = {name: [values[part].tolist() for part in slices] for name, values in self.columns.items()}
+        padded = self.tokenizer.pad(ragged, return_tensors="pt")
         return {name: tensor.to(device) for name, tensor in padded.items()}

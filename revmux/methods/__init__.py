@@ -1,4 +1,4 @@
-"""The systems that share a pass, one file each: forward and reverse together."""
+"""The methods, one file per method. Each file contains the multiplexer and its demultiplexer."""
 
 from revmux.methods import datamux as datamux
 from revmux.methods import exit_head as exit_head

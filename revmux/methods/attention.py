@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and a feed-forward layer of 4d, each with residual and LayerNorm after, as in BERT.
+    """Self-attention and a feed-forward layer of width 4d, each followed by a residual connection and LayerNorm (BERT).
 
     Args:
         hidden: d.
-        heads: attention heads; d is divisible by it.
+        heads: number of attention heads; must divide d.
         dropout: dropout after both sublayers in training.
     """
 
@@ -26,18 +26,18 @@ class TransformerLayer(nn.Module):
         self.output_norm = nn.LayerNorm(hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
-        """(B, S, d) to the same shape.
+    def forward(self, hidden: Tensor, visible: Tensor) -> Tensor:
+        """Apply the layer: (B, S, d) to (B, S, d).
 
         Args:
             hidden: (B, S, d).
-            seen: (B, S, S) bool, True where a row reads a column; every row reads at least one.
+            visible: (B, S, S) bool, True where a row attends to a column. Every row attends to at least one column.
         """
         query, key, value = (
             project(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, S, d/H)
             for project in (self.query, self.key, self.value)
         )
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=seen.unsqueeze(1))  # (B, H, S, d/H)
-        read = read.transpose(1, 2).flatten(2)  # (B, S, d)
-        hidden = self.attention_norm(hidden + self.dropout(self.output(read)))
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1))  # (B, H, S, d/H)
+        context = context.transpose(1, 2).flatten(2)  # (B, S, d)
+        hidden = self.attention_norm(hidden + self.dropout(self.output(context)))
         return self.output_norm(hidden + self.dropout(self.outer(F.gelu(self.inner(hidden)))))

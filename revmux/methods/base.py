@@ -1,10 +1,10 @@
-"""What a system of the paper must say about itself to be trained, evaluated, costed and served.
+"""The interface of a method: all that training, evaluation, cost counting and serving use.
 
-A method stands between the prefill and the head of a frozen backbone::
+A method sits between the prefill and the head of a frozen backbone::
 
     tokens ─ embed ─ layers 1..l ─ multiplex ─ layers l+1..e ─ read ─ demultiplex ─ vector ─ score
 
-and overrides only the steps in which it differs. Steps see whole :class:`HiddenState` objects, so a
+It overrides only the steps in which it differs. The steps operate on :class:`HiddenState` objects, so a
 method may change the length of the shared sequence, its mask, its positions and its answer positions.
 """
 
@@ -23,14 +23,14 @@ from revmux.methods.naming import MethodNaming
 
 @dataclass(frozen=True)
 class BackboneShape:
-    """All that a method needs to know of a backbone to build its weights.
+    """The properties of a backbone that determine the weights of a method.
 
     Attributes:
         hidden_size: d.
         num_layers: L.
         num_labels: C.
-        readout_size: width of the vector that the classifier reads.
-        shared_answer: whether all inputs of a group are read at one position.
+        readout_size: size of the vector that the classifier reads.
+        shared_answer: whether the answers of all inputs in a group are at one position.
         vocab_size: size of the token vocabulary.
         encoder_decoder: whether a decoder follows the layers, so that answers are not read from the shared sequence.
     """
@@ -59,27 +59,27 @@ class BackboneShape:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """A method without settings of its own."""
+    """The settings of a method that has none."""
 
 
 class Method(MethodNaming, nn.Module, ABC):
     """One way for N inputs to share the upper layers of a backbone.
 
     Args:
-        shape: the backbone that it is built for.
-        num_inputs: N, inputs a group.
+        shape: the shape of the backbone that the method is built for.
+        num_inputs: N, the number of inputs per group.
         options: an instance of the method's ``Options``.
 
     Attributes:
-        name: the name in configurations, tables and artifacts; :class:`MethodNaming` has the words derived from it.
+        name: the name in configurations, tables and artifacts. :class:`MethodNaming` derives the display names from it.
         Options: dataclass of the method's own settings.
-        tunes_backbone: whether the backbone is trained too (then nothing that it says can be stored).
+        tunes_backbone: whether the backbone is trained too, in which case its states cannot be stored.
         prepares_tokens: whether :meth:`prepare` changes the tokens, so that the prefill depends on the slot.
-        added_tokens: how many tokens :meth:`prepare` adds to every input; texts are cut that much earlier.
-        matches_teacher: whether :meth:`vector` lives in the space of the backbone's own readout.
+        added_tokens: number of tokens that :meth:`prepare` adds to each input. Texts are truncated accordingly.
+        matches_teacher: whether :meth:`vector` is in the same space as the backbone's own readout.
         has_auxiliary_loss: whether :meth:`auxiliary_loss` is added to the loss in training.
-        warmup_steps: optimizer steps at the start in which the auxiliary loss alone counts.
-        training_only: names of the parts that the auxiliary loss alone needs; no artifact holds them.
+        warmup_steps: number of first optimizer steps that train on the auxiliary loss only.
+        training_only: names of submodules that only the auxiliary loss needs. Artifacts do not contain them.
     """
 
     Options: ClassVar[type] = NoOptions
@@ -96,48 +96,48 @@ class Method(MethodNaming, nn.Module, ABC):
         if num_inputs < 1:
             raise UserError(f"{self.name}: num_inputs is {num_inputs}; choose 1 or more")
         if self.fixed_num_inputs is not None and num_inputs != self.fixed_num_inputs:
-            raise UserError(f"{self.name} serves N = {self.fixed_num_inputs} only, not N = {num_inputs}")
+            raise UserError(f"{self.name} supports only N = {self.fixed_num_inputs}, not N = {num_inputs}")
         self.shape = shape
         self.num_inputs = num_inputs
         self.options = self.Options() if options is None else options
 
     @property
     def tunes_prefill(self) -> bool:
-        """Whether the layers up to l are trained too; a tuned task model keeps its lowest layers."""
+        """Whether layers 1..l are trained too. A tuned task model keeps its lowest layers frozen."""
         return self.tunes_backbone
 
     def unfreeze(self, backbone: Backbone, prefill_layers: int) -> None:
-        """Let what the method tunes of a frozen backbone be trained; called where ``tunes_backbone``."""
+        """Unfreeze the part of the backbone that the method tunes. Called only if ``tunes_backbone`` is set."""
         backbone.unfreeze_above(0 if self.tunes_prefill else prefill_layers)
 
     @property
     def reads_answers_alone(self) -> bool:
-        """Whether nothing but the answer states of the shared sequences is read, neither for answers nor for a loss."""
+        """Whether only the answer states of the shared sequences are read, both for answers and for the loss."""
         return type(self).read is Method.read and not self.has_auxiliary_loss
 
     def exit_layer(self) -> int:
-        """e, the layer after which answers are read; L unless the method leaves early."""
+        """e, the layer after which answers are read. It is L unless the method exits early."""
         return self.shape.num_layers
 
     def check_prefill(self, prefill_layers: int) -> None:
-        """Refuse an l outside 0..e.
+        """Check that l is in 0..e.
 
         Raises:
-            UserError: naming l and the legal range.
+            UserError: l is out of range.
         """
         if not 0 <= prefill_layers <= self.exit_layer():
             raise UserError(
-                f"prefill_layers is {prefill_layers}, but {self.name} on this backbone takes 0..{self.exit_layer()}; "
+                f"prefill_layers is {prefill_layers}, but {self.name} on this backbone supports 0..{self.exit_layer()}; "
                 "choose one of these"
             )
 
     def prepare(self, tokens: TokenBatch) -> TokenBatch:
-        """Tokens grouped (G, N, S) to the tokens that are embedded, same leading axes."""
+        """Map grouped tokens (G, N, S) to the tokens that are embedded, (G, N, S')."""
         return tokens
 
     @abstractmethod
     def multiplex(self, states: HiddenState) -> HiddenState:
-        """N prefilled states a group, every tensor (G, N, ...), to one shared sequence (G, ...)."""
+        """Mix N prefilled states per group, each tensor (G, N, ...), into one shared sequence (G, ...)."""
 
     def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
         """The answer states of the shared sequences: (G, A, d)."""
@@ -145,10 +145,10 @@ class Method(MethodNaming, nn.Module, ABC):
 
     @abstractmethod
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
-        """Shared answer states back to one an input.
+        """Recover one answer state per input from the shared answer states.
 
         Args:
-            answers: (G, A, d), A = 1 where all inputs are read at one position, else A = N.
+            answers: (G, A, d). A = 1 if all inputs are read at one position, otherwise A = N.
             own: (G, N, d), each input's own prefilled state at its answer position.
 
         Returns:
@@ -164,13 +164,13 @@ class Method(MethodNaming, nn.Module, ABC):
         return backbone.score(vector)
 
     def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """What the method is trained for beside the task, already weighted; called where ``has_auxiliary_loss``.
+        """The weighted loss that is added to the task loss. Called only if ``has_auxiliary_loss`` is set.
 
         Args:
-            backbone: the backbone that the shared state left.
+            backbone: the backbone that computed the shared sequences.
             shared: the shared sequences after the upper layers, (G, S', d).
-            token_ids: (G, N, S) long, what the slots hold, before :meth:`prepare`.
-            mask: (G, N, S), their attention mask: 0 or False where there is padding.
+            token_ids: (G, N, S) long, the tokens in each slot, before :meth:`prepare`.
+            mask: (G, N, S), their attention mask: 0 or False at padding.
 
         Returns:
             A scalar.
@@ -178,13 +178,13 @@ class Method(MethodNaming, nn.Module, ABC):
         raise NotImplementedError(f"{self.name} sets has_auxiliary_loss but defines no auxiliary_loss")
 
     def inference_state(self) -> dict[str, Tensor]:
-        """All that answering takes: the state without the ``training_only`` parts."""
+        """The state that inference needs: the state dict without the ``training_only`` submodules."""
         return {
             name: value for name, value in self.state_dict().items() if name.partition(".")[0] not in self.training_only
         }
 
     def drop_training_parts(self) -> None:
-        """Remove the ``training_only`` parts, and with them the auxiliary loss; answers stay as they are."""
+        """Remove the ``training_only`` submodules and the auxiliary loss. Answers do not change."""
         for name in self.training_only:
             if hasattr(self, name):
                 delattr(self, name)
@@ -192,16 +192,16 @@ class Method(MethodNaming, nn.Module, ABC):
         self.warmup_steps = 0
 
     def options_dict(self) -> dict[str, Any]:
-        """The settings as plain data, for artifacts and logs."""
+        """The settings as a plain dictionary, for artifacts and logs."""
         return asdict(self.options) if is_dataclass(self.options) else dict(self.options)  # type: ignore[arg-type]
 
     def tunable_parameters(self) -> int:
-        """Weights that this method trains, the backbone's not counted."""
+        """Number of trainable weights of the method, without those of the backbone."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
 def divide_width(hidden_size: int, num_inputs: int) -> int:
-    """d / N.
+    """The width of one slot, d / N.
 
     Raises:
         UserError: d is not divisible by N.
@@ -219,8 +219,8 @@ def checked_exit_layer(method: str, layer: int | None, num_layers: int) -> int:
     """e, the layer after which answers are read.
 
     Args:
-        method: name for the message.
-        layer: the setting; None stands for L.
+        method: the method's name, for the error message.
+        layer: the setting. None means L.
         num_layers: L.
 
     Raises:
@@ -236,13 +236,13 @@ def checked_exit_layer(method: str, layer: int | None, num_layers: int) -> int:
 
 
 def pick_own(slots: Tensor) -> Tensor:
-    """What each answer position says of its own input.
+    """For each input, its slot at its own answer position.
 
     Args:
-        slots: (G, A, N, ...): at each of A positions, the states of all N slots.
+        slots: (G, A, N, ...), the states of all N slots at each of A answer positions.
 
     Returns:
-        (G, N, ...): the one shared position (A = 1) whole, or the diagonal (A = N).
+        (G, N, ...): all slots of the shared position (A = 1), or the diagonal (A = N).
     """
     if slots.shape[1] == 1:
         return slots[:, 0]
@@ -250,12 +250,12 @@ def pick_own(slots: Tensor) -> Tensor:
 
 
 def mix_channels(states: HiddenState, hidden: Tensor, shared_answer: bool) -> HiddenState:
-    """A shared sequence as long as its members: masks OR-ed, positions of the longest.
+    """Build a shared sequence of the inputs' padded length. Masks are combined by OR, positions by maximum.
 
     Args:
-        states: every tensor (G, N, ...).
+        states: the prefilled states, each tensor (G, N, ...).
         hidden: the mixed states (G, S, d).
-        shared_answer: whether one answer position serves all inputs.
+        shared_answer: whether all inputs have the same answer position.
 
     Returns:
         A state with tensors (G, ...).

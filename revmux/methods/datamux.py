@@ -1,19 +1,20 @@
-"""DataMUX (Murahari et al., NeurIPS 2022): keyed inputs are summed, and a tuned backbone learns to keep them apart.
+"""DataMUX (Murahari et al., NeurIPS 2022): keyed inputs are summed, and a tuned backbone learns to separate them.
 
-Multiplex, with a key v_k (a vector, multiplied in; or an orthogonal matrix O_k) a slot::
+Multiplexer, with one key per slot: a vector v_k, or an orthogonal matrix O_k::
 
     o = mean_k(h_k * v_k)          or          o = sum_k(O_k h_k) / √N
 
-Demultiplex by index: N + 1 tokens stand before each input, slot k's own index token at place k, filler at the
-other places, then a CLS; they are mixed like the rest::
+Index demultiplexer: N + 1 tokens precede each input. Slot k has its index token at position k, filler tokens at the
+other N - 1 positions, and then a CLS token. These tokens are mixed like all others::
 
-    ĥ_k = LayerNorm(gelu(W [ô at place k ; ô at the CLS]))
+    ĥ_k = LayerNorm(gelu(W [ô at position k ; ô at the CLS]))
 
-or by MLP, one linear layer a slot on the answer state::
+MLP demultiplexer, with one linear layer per slot on the answer state::
 
     ĥ_k = LayerNorm_k(gelu(W_k ô))
 
-then a head of the method's own. Published with l = 0 and no attention mask; here any l, and padding carries nothing.
+The method has its own head. The published version has l = 0 and no attention mask. This implementation supports any l
+and masks padding.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from revmux.errors import UserError, one_of
 from revmux.methods.base import BackboneShape, Method, mix_channels, pick_own
 from revmux.methods.registry import register_method
 from revmux.methods.retrieval import check_retrieval, retrieval_loss, sample_questions
-from revmux.methods.slot_keys import Keys, build_keys, ended_slots_empty
+from revmux.methods.slot_keys import Keys, build_keys, hidden_without_padding
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,17 @@ class DataMUXOptions:
     """Settings of DataMUX.
 
     Args:
-        keys: ``gaussian`` vectors multiplied in, or ``orthogonal`` matrices.
-        key_norm: length of the Gaussian keys; None is √d.
-        learn_keys: train the keys.
-        demultiplexer: ``index`` (prefix tokens) or ``mlp`` (one layer a slot).
-        index_tokens: N index tokens and one filler token for the index demultiplexer, ids that texts do not use;
-            None takes the last N + 1 ids of the vocabulary, the rarest ones (BERT also has [unused0].. at 1..99).
-        retrieval_weight: weight of the retrieval loss against a task weight of 1; published 0.1 against 0.9.
-        retrieval_fraction: the part of the places that is asked about.
-        warmup_steps: optimizer steps at the start on retrieval alone.
-        dropout: dropout before each demultiplexing layer in training.
-        tune_backbone: train the backbone too, as published.
+        keys: ``gaussian`` (vectors) or ``orthogonal`` (matrices).
+        key_norm: norm of the Gaussian keys. None means √d.
+        learn_keys: whether to train the keys.
+        demultiplexer: ``index`` (prefix tokens) or ``mlp`` (one layer per slot).
+        index_tokens: ids of N index tokens and one filler token for the index demultiplexer, which texts do not use.
+            None means the last N + 1 ids of the vocabulary, the rarest ones. (BERT also has unused ids at 1..99.)
+        retrieval_weight: weight of the retrieval loss, relative to a task weight of 1. Published: 0.1 to 0.9.
+        retrieval_fraction: fraction of the positions in the retrieval loss.
+        warmup_steps: number of first optimizer steps that train on retrieval only.
+        dropout: dropout before each demultiplexer layer in training.
+        tune_backbone: whether to train the backbone too, as published.
     """
 
     keys: Keys = "gaussian"
@@ -65,7 +66,7 @@ class DataMUXOptions:
 
 
 class SlotLayers(nn.Module):
-    """One linear layer, GELU and LayerNorm a slot.
+    """One linear layer, GELU and LayerNorm per slot.
 
     Args:
         num_inputs: N.
@@ -80,7 +81,7 @@ class SlotLayers(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, state: Tensor) -> Tensor:
-        """(..., d) to what each slot reads from it, (..., N, d)."""
+        """Apply the layers of all slots to the same state: (..., d) to (..., N, d)."""
         state = self.dropout(state)
         return torch.stack(
             [norm(F.gelu(dense(state))) for dense, norm in zip(self.dense, self.norm, strict=True)], dim=-2
@@ -89,7 +90,7 @@ class SlotLayers(nn.Module):
 
 @register_method
 class DataMUX(Method):
-    """Keyed sum, index or MLP demultiplexer, retrieval objective."""
+    """Keyed sum, index or MLP demultiplexer, and retrieval objective."""
 
     name: ClassVar[str] = "datamux"
     Options: ClassVar[type] = DataMUXOptions
@@ -131,20 +132,20 @@ class DataMUX(Method):
     def _add_index_tokens(self) -> None:
         if self.shape.encoder_decoder:
             raise UserError(
-                "datamux: demultiplexer is 'index', which reads places of the encoder, but this backbone answers from "
-                "its decoder; choose demultiplexer 'mlp'"
+                "datamux: demultiplexer is 'index', which reads encoder positions, but this backbone answers from its "
+                "decoder; choose demultiplexer 'mlp'"
             )
         need, vocabulary = self.num_inputs + 1, self.shape.vocab_size
         given = self.options.index_tokens
         ids = [vocabulary - 1 - k for k in range(need)] if given is None else list(given)
         if len(set(ids)) != need or not all(0 <= token < vocabulary for token in ids):
             raise UserError(
-                f"datamux: index_tokens is {ids}; N = {self.num_inputs} takes {need} different ids in 0..{vocabulary - 1}"
+                f"datamux: index_tokens is {ids}; N = {self.num_inputs} needs {need} distinct ids in 0..{vocabulary - 1}"
             )
         prefix = torch.full((self.num_inputs, self.num_inputs), ids[-1])
         prefix.fill_diagonal_(0)
         prefix += torch.diag(torch.tensor(ids[:-1]))
-        self.register_buffer("prefix", prefix)  # (N, N): row k is what stands before slot k's CLS
+        self.register_buffer("prefix", prefix)  # (N, N): row k precedes slot k's CLS
         self.prepares_tokens = True
         self.added_tokens = need
 
@@ -153,7 +154,7 @@ class DataMUX(Method):
             return tokens
         ids = tokens["input_ids"]  # (G, N, S)
         mask = tokens.get("attention_mask")
-        # With left padding the text's first token, its CLS, is not at place 0.
+        # With left padding, the first token of the text (its CLS) is not at position 0.
         first = (
             torch.zeros_like(ids[..., :1]) if mask is None else mask.long().argmax(dim=-1, keepdim=True)
         )  # (G, N, 1)
@@ -168,21 +169,21 @@ class DataMUX(Method):
         return prepared
 
     def multiplex(self, states: HiddenState) -> HiddenState:
-        mixed = self.keys.mix(ended_slots_empty(states))  # (G, S, d)
+        mixed = self.keys.mix(hidden_without_padding(states))  # (G, S, d)
         return mix_channels(states, mixed, self.shape.shared_answer)
 
     def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
-        """(G, A, d), and with index tokens (G, N+A, d): the N index places first."""
+        """The answer states (G, A, d). With index tokens: (G, N+A, d), the N index positions first."""
         if not self.by_index:
             return backbone.answers(state)
         if getattr(backbone, "soft_prompt", None) is not None:
             raise UserError(
-                "datamux: demultiplexer is 'index', whose tokens must stand first, but this backbone puts a soft prompt "
+                "datamux: demultiplexer is 'index', whose tokens must come first, but this backbone has a soft prompt "
                 "there; choose demultiplexer 'mlp'"
             )
-        places = torch.arange(self.added_tokens, device=state.hidden.device).expand(len(state), -1)  # (G, N+1)
-        index, cls = places.split([self.num_inputs, 1], dim=1)
-        # Where inputs are not answered at a CLS (a causal model's has read nothing), each one's own answer is read.
+        positions = torch.arange(self.added_tokens, device=state.hidden.device).expand(len(state), -1)  # (G, N+1)
+        index, cls = positions.split([self.num_inputs, 1], dim=1)
+        # The CLS of a causal model attends to no text, so each input's own answer position is read instead.
         answer = torch.cat([index, cls if self.shape.shared_answer else state.answer], dim=1)  # (G, N+A)
         spans = None
         if state.spans is not None:
@@ -204,13 +205,13 @@ class DataMUX(Method):
         return self.classifier(vector)
 
     def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor, mask: Tensor) -> Tensor:
-        asked = sample_questions(token_ids, mask, self.options.retrieval_fraction)
-        shift = shared.hidden.shape[1] - token_ids.shape[-1]  # what stands before each text
-        at_place = shared.hidden[asked.rows, asked.places + shift]  # (P, d)
+        questions = sample_questions(token_ids, mask, self.options.retrieval_fraction)
+        shift = shared.hidden.shape[1] - token_ids.shape[-1]  # tokens before each text
+        hidden = shared.hidden[questions.rows, questions.positions + shift]  # (P, d)
         if self.retrieval_slots is None:
-            at_place = torch.cat([shared.hidden[asked.rows, asked.slots], at_place], dim=-1)  # (P, 2d)
+            hidden = torch.cat([shared.hidden[questions.rows, questions.slots], hidden], dim=-1)  # (P, 2d)
         else:
-            rows = torch.arange(len(asked.slots), device=asked.slots.device)
-            at_place = self.retrieval_slots(at_place)[rows, asked.slots]  # (P, d)
-        logits = self.retrieval_decoder(self.retrieval_norm(F.gelu(self.retrieval_dense(at_place))))  # (P, V)
-        return self.options.retrieval_weight * retrieval_loss(logits, asked)
+            rows = torch.arange(len(questions.slots), device=questions.slots.device)
+            hidden = self.retrieval_slots(hidden)[rows, questions.slots]  # (P, d)
+        logits = self.retrieval_decoder(self.retrieval_norm(F.gelu(self.retrieval_dense(hidden))))  # (P, V)
+        return self.options.retrieval_weight * retrieval_loss(logits, questions)

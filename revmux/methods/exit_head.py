@@ -1,7 +1,7 @@
-"""Exit head: the honest rival. A trained head at layer e of the same frozen backbone, N = 1.
+"""Exit head: a trained head at layer e of the same frozen backbone, with N = 1. It is the baseline without multiplexing.
 
-It costs e of L layers. The head reads the state at the answer position and the mean over the input's
-tokens, through one tanh layer: as strong a reading as an early layer offers at no cost to speak of.
+It costs e of L layers. One tanh layer reads the state at the answer position and the mean over the input's tokens. This
+makes the baseline strong at negligible cost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ExitHeadOptions:
     """Settings of the exit head.
 
     Args:
-        layer: e, the layer whose states the head reads, 0 (embeddings) to L.
+        layer: e, the layer whose states the head reads, from 0 (embeddings) to L.
         dropout: dropout before the classifier in training.
     """
 
@@ -33,7 +33,7 @@ class ExitHeadOptions:
 
 @register_method
 class ExitHead(Method):
-    """A head of its own on [answer state ; mean state] at layer e."""
+    """A trained head on [answer state ; mean state] at layer e."""
 
     name: ClassVar[str] = "exit-head"
     title: ClassVar[str] = "exit head"
@@ -46,7 +46,10 @@ class ExitHead(Method):
     def __init__(self, shape: BackboneShape, num_inputs: int = 1, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
         if not 0 <= self.options.layer <= shape.num_layers:
-            raise UserError(f"exit-head: layer is {self.options.layer}; this backbone has layers 0..{shape.num_layers}")
+            raise UserError(
+                f"exit-head: layer is {self.options.layer}; this backbone has layers 0..{shape.num_layers}; "
+                "choose one of these"
+            )
         width = shape.hidden_size
         self.dense = nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(self.options.dropout)
@@ -61,7 +64,7 @@ class ExitHead(Method):
         return f"{cls.title} at layer {prefill_layers}"
 
     @classmethod
-    def in_words(cls, num_inputs: int, prefill_layers: int) -> str:
+    def describe(cls, num_inputs: int, prefill_layers: int) -> str:
         return f"an exit head at layer {prefill_layers}"
 
     def exit_layer(self) -> int:

@@ -1,18 +1,19 @@
-"""MUX-PLM (Murahari et al., 2023): a keyed sum, or a contextual one, taken apart by a learned key a slot.
+"""MUX-PLM (Murahari et al., 2023): a keyed or contextual sum, demultiplexed with one learned key per slot.
 
-Multiplex, Gaussian: ``o = mean_k(h_k * v_k)``. Contextual, with T_1 over each input and T_2 over the N slots at each place::
+The Gaussian multiplexer is ``o = mean_k(h_k * v_k)``. The contextual multiplexer has a Transformer layer T_1 over the
+tokens of each input and a Transformer layer T_2 over the N slots at each position::
 
     c_k = (h_k + T_1(h_k)) * v_k
     o   = mean_k(c_k + T_2(c_1..c_N)_k)
 
-Demultiplex, after RSA, with a learned key p_k a slot::
+The RSA demultiplexer has a learned key p_k per slot::
 
     x   = norm(gelu(W_1 [p_k ; ô]))
     x   = x + norm(gelu(W_m x))            m = 2..M
     ĥ_k = x + LayerNorm(gelu(W x))
 
-and the backbone's own head, which is tuned with it. The published models are pre-trained as multiplexed models
-(retrieval, then masked language modelling) before the task; here the retrieval warm-up runs on the task's own text.
+The backbone's own head classifies, and is tuned too. The published models are pretrained as multiplexed models
+(retrieval, then mquestions language modelling) before the task. Here, the retrieval warm-up uses the text of the task.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from revmux.methods.attention import TransformerLayer
 from revmux.methods.base import BackboneShape, Method, mix_channels, pick_own
 from revmux.methods.registry import register_method
 from revmux.methods.retrieval import check_retrieval, retrieval_loss, sample_questions
-from revmux.methods.slot_keys import GaussianKeys, ended_slots_empty
+from revmux.methods.slot_keys import GaussianKeys, hidden_without_padding
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ class MuxPLMOptions:
 
     Args:
         multiplexer: ``gaussian`` (keyed sum) or ``contextual`` (with attention over tokens and over slots).
-        key_norm: length of the Gaussian keys; None is √d.
-        learn_keys: train the keys v_k.
-        heads: attention heads of the contextual multiplexer; None is d / 64 where that is whole, else 1.
+        key_norm: norm of the Gaussian keys. None means √d.
+        learn_keys: whether to train the keys v_k.
+        heads: attention heads of the contextual multiplexer. None means d / 64 if that is an integer, otherwise 1.
         demultiplexer_layers: M, at least 1.
-        retrieval_weight: weight of the retrieval loss against a task weight of 1.
-        retrieval_fraction: the part of the places that is asked about.
-        warmup_steps: optimizer steps at the start on retrieval alone.
+        retrieval_weight: weight of the retrieval loss, relative to a task weight of 1.
+        retrieval_fraction: fraction of the positions in the retrieval loss.
+        warmup_steps: number of first optimizer steps that train on retrieval only.
         dropout: dropout of the contextual multiplexer in training.
-        tune_backbone: train the backbone too, as published.
+        tune_backbone: whether to train the backbone too, as published.
     """
 
     multiplexer: Literal["gaussian", "contextual"] = "gaussian"
@@ -63,7 +64,7 @@ class MuxPLMOptions:
 
 
 class RSADemultiplexer(nn.Module):
-    """What slot k's key reads from a shared state.
+    """The RSA demultiplexer: an MLP on a shared state and the key of one slot.
 
     Args:
         num_inputs: N.
@@ -80,20 +81,20 @@ class RSADemultiplexer(nn.Module):
         self.last_norm = nn.LayerNorm(hidden)
 
     def forward(self, state: Tensor, key: Tensor) -> Tensor:
-        """A shared state (..., d) and a slot's key (..., d) to the slot's own state (..., d)."""
+        """Recover a slot's own state (..., d) from a shared state (..., d) and the slot's key (..., d)."""
         x = self.norm[0](F.gelu(self.dense[0](torch.cat([key, state], dim=-1))))
         for dense, norm in zip(self.dense[1:], self.norm[1:], strict=True):
             x = x + norm(F.gelu(dense(x)))
         return x + self.last_norm(F.gelu(self.last(x)))
 
     def all_slots(self, state: Tensor) -> Tensor:
-        """(G, A, d) to (G, A, N, d)."""
+        """Recover the states of all slots: (G, A, d) to (G, A, N, d)."""
         shape = (*state.shape[:-1], *self.keys.shape)
         return self(state.unsqueeze(-2).expand(shape), self.keys.expand(shape))
 
 
 class ContextualMixer(nn.Module):
-    """Attention over each input's tokens, keys, attention over the slots at each place, mean.
+    """Attention over the tokens of each input, keys, attention over the slots at each position, and the mean.
 
     Args:
         hidden: d.
@@ -109,26 +110,26 @@ class ContextualMixer(nn.Module):
         self.over_slots = TransformerLayer(hidden, heads, dropout)
 
     def forward(self, states: HiddenState) -> Tensor:
-        """(G, N, S, d) to (G, S, d)."""
-        hidden = ended_slots_empty(states)
+        """Mix the slots: (G, N, S, d) to (G, S, d)."""
+        hidden = hidden_without_padding(states)
         tokens = hidden.flatten(0, 1)  # (G·N, S, d)
-        context = self.over_tokens(tokens, reads_present(states.mask.flatten(0, 1))).view_as(hidden)
+        context = self.over_tokens(tokens, attend_to_present(states.mask.flatten(0, 1))).view_as(hidden)
         keyed = self.keys(hidden + context) * states.mask.unsqueeze(-1)  # (G, N, S, d)
-        by_place = keyed.transpose(1, 2)  # (G, S, N, d)
+        by_position = keyed.transpose(1, 2)  # (G, S, N, d)
         present = states.mask.transpose(1, 2)  # (G, S, N)
-        mixed = self.over_slots(by_place.flatten(0, 1), reads_present(present.flatten(0, 1)))  # (G·S, N, d)
-        return ((by_place + mixed.view_as(by_place)) * present.unsqueeze(-1)).mean(dim=2)
+        mixed = self.over_slots(by_position.flatten(0, 1), attend_to_present(present.flatten(0, 1)))  # (G·S, N, d)
+        return ((by_position + mixed.view_as(by_position)) * present.unsqueeze(-1)).mean(dim=2)
 
 
-def reads_present(mask: Tensor) -> Tensor:
-    """(B, S) bool to (B, S, S): every row reads the columns that are there, and itself."""
+def attend_to_present(mask: Tensor) -> Tensor:
+    """An attention mask, (B, S) bool to (B, S, S): every row attends to the present columns and to itself."""
     itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
     return mask.unsqueeze(1) | itself
 
 
 @register_method
 class MuxPLM(Method):
-    """Gaussian or contextual multiplexer, RSA demultiplexer, the backbone's own head."""
+    """Gaussian or contextual multiplexer, RSA demultiplexer, and the backbone's own head."""
 
     name: ClassVar[str] = "mux-plm"
     Options: ClassVar[type] = MuxPLMOptions
@@ -161,19 +162,19 @@ class MuxPLM(Method):
         if heads is None:
             return hidden // 64 if hidden % 64 == 0 else 1
         if heads < 1 or hidden % heads:
-            raise UserError(f"mux-plm: hidden_size ({hidden}) must be divisible by heads ({heads})")
+            raise UserError(f"mux-plm: hidden_size ({hidden}) must be divisible by heads ({heads}); choose a divisor")
         return int(heads)
 
     def multiplex(self, states: HiddenState) -> HiddenState:
-        mixed = self.keys.mix(ended_slots_empty(states)) if self.mixer is None else self.mixer(states)  # (G, S, d)
+        mixed = self.keys.mix(hidden_without_padding(states)) if self.mixer is None else self.mixer(states)  # (G, S, d)
         return mix_channels(states, mixed, self.shape.shared_answer)
 
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
         return pick_own(self.demultiplexer.all_slots(answers))
 
     def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor, mask: Tensor) -> Tensor:
-        asked = sample_questions(token_ids, mask, self.options.retrieval_fraction)
-        shift = shared.hidden.shape[1] - token_ids.shape[-1]  # what stands before each text, such as a soft prompt
-        at_place = shared.hidden[asked.rows, asked.places + shift]  # (P, d)
-        own = self.demultiplexer(at_place, self.demultiplexer.keys[asked.slots])  # (P, d)
-        return self.options.retrieval_weight * retrieval_loss(self.retrieval_decoder(own), asked)
+        questions = sample_questions(token_ids, mask, self.options.retrieval_fraction)
+        shift = shared.hidden.shape[1] - token_ids.shape[-1]  # tokens before each text, such as a soft prompt
+        hidden = shared.hidden[questions.rows, questions.positions + shift]  # (P, d)
+        own = self.demultiplexer(hidden, self.demultiplexer.keys[questions.slots])  # (P, d)
+        return self.options.retrieval_weight * retrieval_loss(self.retrieval_decoder(own), questions)

@@ -1,4 +1,4 @@
-"""Only multiplexer reversible: RevMUX's way in, an MLP as the way out (the paper's ablation)."""
+"""Only multiplexer reversible: the multiplexer of RevMUX and an MLP demultiplexer (an ablation in the paper)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class OnlyMultiplexerReversibleOptions:
 
     Args:
         dropout: dropout inside the slot functions in training.
-        output_relu: a ReLU after the slot functions' second layer.
-        zero_init: start the slot functions' last layer at zero.
+        output_relu: whether a ReLU follows the slot functions' second layer.
+        zero_init: whether to initialize the slot functions' last layer to zero.
     """
 
     dropout: float = 0.0
@@ -33,7 +33,7 @@ class OnlyMultiplexerReversibleOptions:
 
 @register_method
 class OnlyMultiplexerReversible(Method):
-    """Down-projection and reversible chain on the way in; the vanilla MLP on the way out."""
+    """Down-projection and reversible chain as multiplexer, vanilla MLP as demultiplexer."""
 
     name: ClassVar[str] = "only-multiplexer-reversible"
     Options: ClassVar[type] = OnlyMultiplexerReversibleOptions
@@ -41,7 +41,7 @@ class OnlyMultiplexerReversible(Method):
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
         if num_inputs < 2:
-            raise UserError(f"{self.name} mixes N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
+            raise UserError(f"{self.name} needs N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
         width, hidden = divide_width(shape.hidden_size, num_inputs), shape.hidden_size
         settings = RevMUXOptions(self.options.dropout, self.options.output_relu, self.options.zero_init)
         self.down = nn.Linear(hidden, width)

@@ -1,4 +1,4 @@
-"""Methods, found by name. A package of your own registers its methods the same way."""
+"""The registry of methods by name. Other packages register their methods in the same way."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def method_class(name: str) -> type[Method]:
     """The class registered under ``name``.
 
     Raises:
-        UserError: no such method; the message lists the registered names.
+        UserError: the name is unknown; the message lists the registered names.
     """
     return METHODS[name]
 
 
 def build_method(name: str, shape: BackboneShape, num_inputs: int, options: Mapping[str, Any] | None = None) -> Method:
-    """A method with fresh weights.
+    """Build a method with newly initialized weights.
 
     Args:
         name: registered name, such as ``"revmux"``.
         shape: the backbone's shape.
         num_inputs: N.
-        options: settings of the method by name; missing ones take their defaults.
+        options: settings of the method by name. Missing settings have their defaults.
 
     Raises:
         UserError: an unknown name or option, an option of the wrong type, or an N that the method or the hidden size

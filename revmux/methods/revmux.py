@@ -1,13 +1,13 @@
-"""RevMUX: a reversible multiplexer and its own inverse as demultiplexer (paper section 3).
+"""RevMUX: a reversible multiplexer, with its inverse as the demultiplexer (paper section 3).
 
-Forward, for N slots of width d/N, one function f_k a slot::
+Multiplexer, for N slots of width d/N and one function f_k per slot::
 
     i_k = f_down(h_k)                                   # d → d/N
     o_1 = i_1 + f_1(i_2)
     o_k = i_k + f_k(o_{k-1})            k = 2..N        # f_1 = F, f_2 = G for N = 2
     o   = concat[o_1 .. o_N]                            # contiguous blocks of d/N channels
 
-Reverse, at the answer position only, with the same functions::
+Demultiplexer, at the answer position only, with the same functions::
 
     î_k = ô_k − f_k(ô_{k-1})            k = N..2
     î_1 = ô_1 − f_1(î_2)
@@ -30,18 +30,19 @@ from revmux.methods.registry import register_method
 
 @dataclass(frozen=True)
 class RevMUXOptions:
-    """Settings of RevMUX. The defaults have the paper's shapes and a true inverse.
+    """Settings of RevMUX. The defaults have the paper's shapes and an exact inverse.
 
     Args:
-        dropout: dropout inside the slot functions in training. The released code uses 0.1 after both
-            layers, on the way in and on the way out, and is then no inverse of itself; 0 keeps it one.
-        output_relu: a ReLU after the slot functions' second layer, as the released code has it; without
-            it the functions can also subtract.
-        zero_init: start the slot functions' last layer at zero, so that mixing starts as plain concatenation.
-        skip: add a linear map, started at zero, of each input's own prefilled answer state to its
-            demultiplexed state; costs nothing at serving time, since the state is there.
-        exit_layer: e, the layer after which the shared pass is left; None is the last.
-        tune_backbone: train the backbone too (the paper's «RevMUX, tuned»).
+        dropout: dropout inside the slot functions in training. The released code applies 0.1 after both
+            layers, in the multiplexer and the demultiplexer, so they are not exact inverses. With 0 they are.
+        output_relu: whether a ReLU follows the slot functions' second layer, as in the released code. Without
+            it, the functions can also subtract.
+        zero_init: whether to initialize the slot functions' last layer to zero, so that mixing starts as
+            concatenation.
+        skip: whether to add a linear map, initialized to zero, of each input's own prefilled answer state to its
+            demultiplexed state. This adds almost no cost in serving, since the state is already available.
+        exit_layer: e, the layer after which answers are read. None means the last layer.
+        tune_backbone: whether to train the backbone too (the tuned RevMUX of the paper).
     """
 
     dropout: float = 0.0
@@ -58,7 +59,7 @@ class SlotFunction(nn.Module):
     Args:
         width: d/N.
         hidden: width of the middle layer, d.
-        options: dropout, output activation and start value.
+        options: dropout, output activation and initialization.
     """
 
     def __init__(self, width: int, hidden: int, options: RevMUXOptions) -> None:
@@ -72,13 +73,13 @@ class SlotFunction(nn.Module):
             nn.init.zeros_(self.outer.bias)
 
     def forward(self, slot: Tensor) -> Tensor:
-        """(..., d/N) to (..., d/N)."""
+        """Apply the function: (..., d/N) to (..., d/N)."""
         out = self.outer(self.dropout(torch.relu(self.inner(slot))))
         return self.dropout(torch.relu(out)) if self.output_relu else self.dropout(out)
 
 
 class ReversibleChain(nn.Module):
-    """The invertible map between N slots and N mixed slots.
+    """The invertible map from N slots to N mixed slots.
 
     Args:
         num_inputs: N, at least 2.
@@ -92,21 +93,21 @@ class ReversibleChain(nn.Module):
         self.functions = nn.ModuleList(SlotFunction(width, hidden, options) for _ in range(num_inputs))
 
     def forward(self, slots: list[Tensor]) -> list[Tensor]:
-        """i_1..i_N to o_1..o_N, each (..., d/N)."""
+        """Map i_1..i_N to o_1..o_N, each (..., d/N)."""
         mixed = [slots[0] + self.functions[0](slots[1])]
         for k in range(1, len(slots)):
             mixed.append(slots[k] + self.functions[k](mixed[k - 1]))
         return mixed
 
     def reverse(self, mixed: list[Tensor]) -> list[Tensor]:
-        """o_1..o_N back to i_1..i_N, each (..., d/N)."""
+        """Map o_1..o_N back to i_1..i_N, each (..., d/N)."""
         slots = [mixed[k] - self.functions[k](mixed[k - 1]) for k in range(1, len(mixed))]
         return [mixed[0] - self.functions[0](slots[0]), *slots]
 
 
 @register_method
 class RevMUX(Method):
-    """The paper's system: only these adapters are trained."""
+    """The method of the paper. Only the adapters are trained, unless ``tune_backbone`` is set."""
 
     name: ClassVar[str] = "revmux"
     marks: ClassVar[tuple[str, str]] = ("o", "circle")
@@ -115,7 +116,7 @@ class RevMUX(Method):
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
         if num_inputs < 2:
-            raise UserError(f"revmux mixes N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
+            raise UserError(f"revmux needs N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
         width, hidden = divide_width(shape.hidden_size, num_inputs), shape.hidden_size
         self.tunes_backbone = self.options.tune_backbone
         self.last_layer = checked_exit_layer(self.name, self.options.exit_layer, shape.num_layers)
@@ -138,7 +139,7 @@ class RevMUX(Method):
         return self.last_layer
 
     def multiplex(self, states: HiddenState) -> HiddenState:
-        # Where an input has ended its slot carries nothing, so padding cannot reach its neighbours.
+        # The slot of an input is zero at its padding, so padding does not affect the other inputs.
         slots = self.down(states.hidden) * states.mask.unsqueeze(-1)  # (G, N, S, d/N)
         mixed = torch.cat(self.chain(list(slots.unbind(dim=1))), dim=-1)  # (G, S, d)
         return mix_channels(states, mixed, self.shape.shared_answer)

@@ -1,4 +1,4 @@
-"""SISO, single input single output: the plain model, as the method with N = 1."""
+"""SISO (single input, single output): the plain model as a method with N = 1."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SisoOptions:
     """Settings of SISO.
 
     Args:
-        tune_backbone: train the layers above ``prefill_layers`` and the head: how a task model is made.
-        soft_prompt: vectors that are put before every input and trained instead, the model itself frozen; 0 for none.
+        tune_backbone: whether to train the layers above ``prefill_layers`` and the head. This creates a task model.
+        soft_prompt: number of trained vectors that precede each input, with the model itself frozen. 0 means none.
     """
 
     tune_backbone: bool = False
@@ -28,7 +28,7 @@ class SisoOptions:
 
 @register_method
 class Siso(Method):
-    """Every input alone through all layers; no adapters."""
+    """Each input runs alone through all layers, without adapters."""
 
     name: ClassVar[str] = "siso"
     title: ClassVar[str] = "SISO (the plain model)"
@@ -44,7 +44,9 @@ class Siso(Method):
                 f"siso: soft_prompt is {self.options.soft_prompt}; choose 0 (none) or more vectors, such as 20"
             )
         if self.options.tune_backbone and self.options.soft_prompt:
-            raise UserError("siso: a soft prompt is tuned on a frozen model; set soft_prompt, or tune_backbone")
+            raise UserError(
+                "siso: soft_prompt needs a frozen model, but tune_backbone is true; set soft_prompt or tune_backbone, not both"
+            )
         self.tunes_backbone = self.options.tune_backbone or self.options.soft_prompt > 0
 
     @classmethod
@@ -56,7 +58,7 @@ class Siso(Method):
         return cls.title
 
     @classmethod
-    def in_words(cls, num_inputs: int, prefill_layers: int) -> str:
+    def describe(cls, num_inputs: int, prefill_layers: int) -> str:
         return "the plain model (SISO)"
 
     @property
@@ -67,7 +69,7 @@ class Siso(Method):
         super().check_prefill(prefill_layers)
         if self.options.soft_prompt and prefill_layers:
             raise UserError(
-                f"siso: prefill_layers is {prefill_layers}, but a soft prompt is tuned through every layer; choose 0"
+                f"siso: prefill_layers is {prefill_layers}, but a soft prompt is trained through all layers; choose 0"
             )
 
     def unfreeze(self, backbone: Backbone, prefill_layers: int) -> None:

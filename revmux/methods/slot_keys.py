@@ -1,4 +1,4 @@
-"""Fixed or learned keys that tell the slots of a sum apart (DataMUX, MUX-PLM)."""
+"""Fixed or learned keys that distinguish the slots of a sum (DataMUX, MUX-PLM)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Keys = Literal["gaussian", "orthogonal"]
 
 
 class GaussianKeys(nn.Module):
-    """One vector v_k a slot, of Gaussian direction and fixed length, multiplied into the slot's states.
+    """One vector v_k per slot, a Gaussian vector of fixed norm, which multiplies the slot's states elementwise.
 
     Args:
         num_inputs: N.
         hidden: d.
-        norm: length of every v_k; None is √d, so that the entries have unit variance and the states keep
-            their size. The published DataMUX code has 1 by default.
-        learn: train the keys.
+        norm: norm of each v_k. None means √d, so that the entries have unit variance and the states keep their scale.
+            The default of the published DataMUX code is 1.
+        learn: whether to train the keys.
     """
 
     def __init__(self, num_inputs: int, hidden: int, norm: float | None, learn: bool) -> None:
@@ -30,21 +30,21 @@ class GaussianKeys(nn.Module):
         self.keys = nn.Parameter(keys * (hidden**0.5 if norm is None else norm), requires_grad=learn)
 
     def forward(self, slots: Tensor) -> Tensor:
-        """(G, N, S, d) to the same shape, each slot times its key."""
+        """Multiply each slot by its key: (G, N, S, d) to (G, N, S, d)."""
         return slots * self.keys[:, None, :]
 
     def mix(self, slots: Tensor) -> Tensor:
-        """(G, N, S, d) to the mean over slots of slot times key: (G, S, d)."""
+        """The mean over slots of slot times key: (G, N, S, d) to (G, S, d)."""
         return self(slots).mean(dim=1)
 
 
 class OrthogonalKeys(nn.Module):
-    """One random orthogonal d × d matrix a slot.
+    """One random orthogonal d × d matrix per slot.
 
     Args:
         num_inputs: N.
         hidden: d.
-        learn: train the matrices.
+        learn: whether to train the matrices.
     """
 
     def __init__(self, num_inputs: int, hidden: int, learn: bool) -> None:
@@ -56,18 +56,18 @@ class OrthogonalKeys(nn.Module):
         self.requires_grad_(learn)
 
     def mix(self, slots: Tensor) -> Tensor:
-        """(G, N, S, d) to the sum over slots of matrix times slot, over √N: (G, S, d)."""
-        turned = [key(slot) for key, slot in zip(self.keys, slots.unbind(dim=1), strict=True)]  # N × (G, S, d)
-        return torch.stack(turned).sum(dim=0) / len(self.keys) ** 0.5
+        """The sum over slots of matrix times slot, divided by √N: (G, N, S, d) to (G, S, d)."""
+        rotated = [key(slot) for key, slot in zip(self.keys, slots.unbind(dim=1), strict=True)]  # N × (G, S, d)
+        return torch.stack(rotated).sum(dim=0) / len(self.keys) ** 0.5
 
 
 def build_keys(
     kind: Keys, num_inputs: int, hidden: int, norm: float | None, learn: bool
 ) -> GaussianKeys | OrthogonalKeys:
-    """Keys by name.
+    """Build the keys of a kind.
 
     Raises:
-        UserError: no such kind.
+        UserError: the kind is unknown.
     """
     if kind == "gaussian":
         return GaussianKeys(num_inputs, hidden, norm, learn)
@@ -76,6 +76,6 @@ def build_keys(
     raise one_of("keys", kind, ["gaussian", "orthogonal"], "set keys to one of these")
 
 
-def ended_slots_empty(states: HiddenState) -> Tensor:
-    """(G, N, S, d) with zeros where an input has ended, so that padding cannot reach its neighbours."""
+def hidden_without_padding(states: HiddenState) -> Tensor:
+    """The hidden states (G, N, S, d) with zeros at padding, so that padding does not affect the other inputs."""
     return states.hidden * states.mask.unsqueeze(-1)

@@ -1,13 +1,13 @@
-"""Token split: the shared sequence is divided over tokens, not channels (after ConcatPlexer).
+"""Token split: the inputs share the tokens of a sequence, not its channels (after ConcatPlexer).
 
-After layer l each input keeps its answer token whole and has its other tokens pooled, N neighbours into one of full
-width; the N shortened inputs lie side by side in one sequence of about S + N tokens, which do not read each other::
+After layer l, each input keeps its answer token. N neighbouring tokens at a time are pooled into one token of full
+width. The N shortened inputs are concatenated into one sequence of about S + N tokens and do not attend to each other::
 
     x   = concat of N neighbouring tokens, absent ones 0, times N / (tokens present)
-    p   = W x + mlp(x)                                   # W starts as the mean, mlp at zero
-    ĥ_k = ô_k + correct([ô_k ; h_k])                     # starts at zero; h_k is the input's own prefilled answer state
+    p   = W x + mlp(x)                                   # W is initialized to the mean, mlp to zero
+    ĥ_k = ô_k + correct([ô_k ; h_k])                     # initialized to zero; h_k: the input's prefilled answer state
 
-So a frozen layer sees tokens of the kind that it knows, and every input is answered at its own answer token.
+The frozen layers thus process tokens similar to those of pretraining, and each input has its own answer token.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class TokenSplitOptions:
     """Settings of the token split.
 
     Args:
-        skip: let the correction of the answer state read the input's own prefilled answer state as well.
-        pooling_width: width of the pooling MLP's middle layer; None is d, 0 leaves the MLP out.
-        exit_layer: e, the layer after which the shared pass is left; None is the last.
-        tune_backbone: train the backbone too.
+        skip: whether the correction of the answer state also reads the input's own prefilled answer state.
+        pooling_width: width of the pooling MLP's middle layer. None means d, 0 means no MLP.
+        exit_layer: e, the layer after which answers are read. None means the last layer.
+        tune_backbone: whether to train the backbone too.
     """
 
     skip: bool = True
@@ -43,12 +43,12 @@ class TokenSplitOptions:
 
 
 class NeighbourPooling(nn.Module):
-    """N neighbouring tokens to one; at the start, their mean.
+    """Pools N neighbouring tokens into one. Initialized to their mean.
 
     Args:
         num_neighbours: N.
         hidden: d.
-        width: middle width of the MLP, 0 for none.
+        width: width of the MLP's middle layer, 0 for no MLP.
     """
 
     def __init__(self, num_neighbours: int, hidden: int, width: int) -> None:
@@ -65,16 +65,16 @@ class NeighbourPooling(nn.Module):
             nn.init.zeros_(self.outer.bias)
 
     def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """Blocks of neighbours to one token each.
+        """Pool each block of neighbours into one token.
 
         Args:
             tokens: (..., N, d).
-            present: (..., N) bool, the tokens that count; a block's weights are shared among these.
+            present: (..., N) bool, False for absent tokens. The weights of a block are rescaled to the present tokens.
 
         Returns:
             (..., d).
         """
-        # A quotient of integers would have the process's default dtype, which loading a model changes for a while.
+        # A quotient of integers would have the default dtype, which changes while a model is loaded.
         count = present.sum(dim=-1, keepdim=True).clamp(min=1).to(torch.float32)  # (..., 1)
         weight = present * (self.num_neighbours / count)  # (..., N)
         block = (tokens * weight.unsqueeze(-1).to(tokens.dtype)).flatten(-2)  # (..., N·d)
@@ -86,7 +86,7 @@ class NeighbourPooling(nn.Module):
 
 @register_method
 class TokenSplit(Method):
-    """Pooled inputs side by side in one shared sequence."""
+    """Concatenation of the pooled inputs in one shared sequence."""
 
     name: ClassVar[str] = "token-split"
     marks: ClassVar[tuple[str, str]] = ("^", "triangle-up")
@@ -95,7 +95,7 @@ class TokenSplit(Method):
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
         if num_inputs < 2:
-            raise UserError(f"token-split takes N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
+            raise UserError(f"token-split needs N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
         settings, hidden = self.options, shape.hidden_size
         self.tunes_backbone = settings.tune_backbone
         self.last_layer = checked_exit_layer(self.name, settings.exit_layer, shape.num_layers)
@@ -114,7 +114,7 @@ class TokenSplit(Method):
     def multiplex(self, states: HiddenState) -> HiddenState:
         if states.decoder is not None:
             raise UserError(
-                "token-split divides one token sequence, but this backbone's decoder reads the text as well; "
+                "token-split needs a single token sequence, but this backbone's decoder also reads the text; "
                 "choose revmux or an encoder-only backbone"
             )
         groups, num_inputs, _, _ = states.hidden.shape
@@ -124,13 +124,13 @@ class TokenSplit(Method):
         pooled = self.pooling(tokens, present)  # (G, N, P-1, d)
 
         def with_answer(of_blocks: Tensor, of_answer: Tensor) -> Tensor:
-            """Blocks (G, N, P-1, ...) and answer token (G, N, 1, ...) to one sequence a group (G, N·P, ...)."""
-            # A causal answer token reads what stands before it; a CLS stands first.
+            """Join blocks (G, N, P-1, ...) and answer tokens (G, N, 1, ...) to one sequence per group (G, N·P, ...)."""
+            # A causal model's answer token attends to earlier tokens, so it comes last. A CLS comes first.
             parts = [of_answer, of_blocks] if self.shape.shared_answer else [of_blocks, of_answer]
             return torch.cat(parts, dim=2).flatten(1, 2)
 
         def at_blocks(of_tokens: Tensor) -> Tensor:
-            """Values of tokens (G, N, S), to the members of each block (G, N, P-1, N)."""
+            """Arrange values per token (G, N, S) by block (G, N, P-1, N)."""
             return of_tokens.gather(2, order.flatten(2)).unflatten(2, order.shape[2:])
 
         answer = states.answer  # (G, N, 1)
@@ -139,7 +139,7 @@ class TokenSplit(Method):
         block_length = filled.shape[1] // num_inputs  # P
         owner = torch.arange(1, num_inputs + 1, device=filled.device).repeat_interleave(block_length)  # (N·P,)
         starts = torch.arange(num_inputs, device=filled.device) * block_length  # (N,)
-        places = starts if self.shape.shared_answer else starts + block_length - 1
+        answers = starts if self.shape.shared_answer else starts + block_length - 1
         positions = spans = None
         if states.positions is not None:
             last = at_blocks(states.positions).masked_fill(~present, 0).amax(dim=-1)  # (G, N, P-1)
@@ -152,7 +152,7 @@ class TokenSplit(Method):
         return HiddenState(
             hidden=with_answer(pooled, answer_state),
             mask=filled,
-            answer=places.expand(groups, -1),  # (G, N)
+            answer=answers.expand(groups, -1),  # (G, N)
             depth=states.depth,
             positions=positions,
             segments=filled * owner,
@@ -160,18 +160,18 @@ class TokenSplit(Method):
         )
 
     def neighbours(self, states: HiddenState) -> tuple[Tensor, Tensor]:
-        """Each input's own tokens but its answer token, in order, in blocks of N.
+        """The tokens of each input except its answer token, in order, in blocks of N.
 
-        Only the input's own tokens are counted, on whichever side the padding is, so padding changes nothing.
+        Padding is skipped on either side, so it does not affect the blocks.
 
         Returns:
-            Their places (G, N, P-1, N) long and whether there is such a token (G, N, P-1, N) bool,
-            P = 1 + ⌈(S-1) / N⌉.
+            The positions of the tokens (G, N, P-1, N) long, and whether each token is present (G, N, P-1, N) bool,
+            with P = 1 + ⌈(S-1) / N⌉.
         """
         length = states.hidden.shape[2]
         blocks = -(-(length - 1) // self.num_inputs)
-        place = torch.arange(length, device=states.hidden.device)
-        others = states.mask & (place != states.answer)  # (G, N, S)
+        position = torch.arange(length, device=states.hidden.device)
+        others = states.mask & (position != states.answer)  # (G, N, S)
         order = torch.argsort((~others).to(torch.uint8), dim=-1, stable=True)  # own tokens first
         size = blocks * self.num_inputs
         order = F.pad(order, (0, max(size - length, 0)))[..., :size]
@@ -180,5 +180,5 @@ class TokenSplit(Method):
         return order.unflatten(-1, shape), present.unflatten(-1, shape)
 
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
-        known = torch.cat([answers, own], dim=-1) if self.options.skip else answers  # (G, N, 2d or d)
-        return answers + self.correct_outer(F.gelu(self.correct_inner(known)))
+        inputs = torch.cat([answers, own], dim=-1) if self.options.skip else answers  # (G, N, 2d or d)
+        return answers + self.correct_outer(F.gelu(self.correct_inner(inputs)))

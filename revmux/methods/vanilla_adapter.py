@@ -1,4 +1,4 @@
-"""Vanilla adapters: a plain MLP mixes the inputs and another takes them apart; nothing is reversible.
+"""Vanilla adapters: one MLP mixes the inputs and another MLP separates them. Neither is reversible.
 
 ::
 
@@ -24,8 +24,8 @@ class VanillaAdapterOptions:
     """Settings of the vanilla adapters.
 
     Args:
-        dropout: dropout after the multiplexer's layers in training; the released code uses 0.1.
-        output_relu: a ReLU after the multiplexer's second layer, as the released code has it.
+        dropout: dropout after the multiplexer's layers in training. The released code uses 0.1.
+        output_relu: whether a ReLU follows the multiplexer's second layer, as in the released code.
     """
 
     dropout: float = 0.0
@@ -33,7 +33,7 @@ class VanillaAdapterOptions:
 
 
 class VanillaDemultiplexer(nn.Module):
-    """An MLP from one shared answer state to N: d → 3d → 3d → N·d.
+    """An MLP from one shared answer state to N answer states: d → 3d → 3d → N·d.
 
     Args:
         hidden: d.
@@ -52,14 +52,14 @@ class VanillaDemultiplexer(nn.Module):
         )
 
     def forward(self, answers: Tensor) -> Tensor:
-        """Shared answers (G, A, d) to each input's own (G, N, d)."""
+        """Map shared answer states (G, A, d) to one answer state per input (G, N, d)."""
         slots = self.layers(answers).unflatten(-1, (self.num_inputs, -1))  # (G, A, N, d)
         return pick_own(slots)
 
 
 @register_method
 class VanillaAdapter(Method):
-    """The paper's first baseline: MLP multiplexer and MLP demultiplexer."""
+    """The first baseline of the paper: MLP multiplexer and MLP demultiplexer."""
 
     name: ClassVar[str] = "vanilla-adapter"
     Options: ClassVar[type] = VanillaAdapterOptions
@@ -74,7 +74,7 @@ class VanillaAdapter(Method):
         self.demultiplexer = VanillaDemultiplexer(hidden, num_inputs)
 
     def multiplex(self, states: HiddenState) -> HiddenState:
-        # Where an input has ended its slot carries nothing, so padding cannot reach its neighbours.
+        # The slot of an input is zero at its padding, so padding does not affect the other inputs.
         slots = self.mapping(states.hidden) * states.mask.unsqueeze(-1)  # (G, N, S, d)
         side_by_side = slots.transpose(1, 2).flatten(2)  # (G, S, N·d)
         mixed = self.outer(self.dropout(torch.relu(self.inner(side_by_side))))  # (G, S, d)

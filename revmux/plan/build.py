@@ -105,7 +105,7 @@ class Plan:
 def describe_system(one: Judged) -> str:
     """A system in words: what it is, what it costs, what it loses."""
     system = one.candidate
-    what = system.kind.in_words(system.num_inputs, system.prefill_layers)
+    what = system.kind.describe(system.num_inputs, system.prefill_layers)
     if system.kind.is_plain:
         return f"{what}, which loses nothing and saves nothing"
     if system.threshold is not None:

@@ -1,4 +1,4 @@
-"""Optional packages, reported as the pip command that brings them."""
+"""Imports of optional packages. If one is missing, the error names the pip command that installs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from revmux.errors import UserError
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import ``module``, or say which extra of revmux brings it.
+    """Import ``module``, or raise an error that names the extra of revmux that installs it.
 
     Args:
         module: dotted name to import, such as ``"matplotlib"``.

@@ -1,8 +1,8 @@
-"""Files and folders that exist whole or not at all, even after a killed process or a power loss.
+"""Atomic writes: a file or folder exists completely or not at all, even after a killed process or a power loss.
 
-Everything is written under a temporary name beside its target, flushed to the disk, and renamed. A folder that exists
-already is exchanged with its successor in one step. Where the file system cannot exchange, such as NFS, the old folder is
-moved aside first; :func:`recover_folder` moves it back if the process was killed before the new one took its place.
+Content is written under a temporary name next to its target, flushed to disk, and renamed. An existing folder is
+exchanged with its replacement in one step. On file systems that cannot exchange folders, such as NFS, the old folder is
+moved aside first; :func:`recover_folder` moves it back if the process was killed before the rename.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp"
-"""How names of unfinished files and folders end."""
+"""Suffix of unfinished files and folders."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from Linux's fcntl.h and fs.h
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; the file written there takes the place of ``path`` at the end of the body.
+    """Context manager for a temporary file that replaces ``path`` when the block ends.
 
     Args:
-        path: of the file; missing folders are made.
+        path: the target file. Missing parent folders are created.
 
     Yields:
-        The temporary path. If the body raises, its file is removed and ``path`` stays as it was.
+        The temporary path. If the block raises, the temporary file is removed and ``path`` is unchanged.
     """
     make_folder(path.parent)
     temporary = _temporary(path)
@@ -60,16 +60,16 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place at the end of the body.
+    """Context manager for a temporary folder that replaces ``folder`` when the block ends.
 
-    At every moment ``folder`` is the whole old folder or the whole new one, or, on a file system that cannot exchange
-    folders, :func:`recover_folder` makes it so.
+    At any time, ``folder`` is either the complete old folder or the complete new one. On a file system that cannot
+    exchange folders, this holds after :func:`recover_folder`.
 
     Args:
-        folder: replaced if it exists; missing parents are made.
+        folder: the target folder, replaced if it exists. Missing parents are created.
 
     Yields:
-        The temporary folder. If the body raises, it is removed and ``folder`` stays as it was.
+        The temporary folder. If the block raises, it is removed and ``folder`` is unchanged.
     """
     folder = _without_link(folder)
     make_folder(folder.parent)
@@ -78,35 +78,35 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync_tree(temporary)
-        _put(temporary, folder)
+        _replace_folder(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # what was written in vain, or what was replaced
+        shutil.rmtree(temporary, ignore_errors=True)  # the unfinished folder, or the one that was replaced
 
 
 def recover_folder(folder: Path) -> None:
-    """Move a folder back that a killed process had moved aside; whoever opens an atomic folder calls this first."""
+    """Restore a folder that a killed process had moved aside. Call this before opening an atomic folder."""
     folder = _without_link(folder)
     while not folder.exists() and (aside := _moved_aside(folder)):
         try:
             os.rename(aside[-1], folder)
         except FileNotFoundError:
-            continue  # another process was faster
-        except OSError:  # read-only, or the new folder has just taken its place
+            continue  # another process restored it first
+        except OSError:  # the parent is read-only, or a new folder was just put in place
             return
         _sync(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder such that a process killed midway leaves no part of it under its name."""
-    going = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(going, ignore_errors=True)
+    """Remove a folder. If the process is killed meanwhile, no partial folder is left under the original name."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
     with suppress(OSError):
-        os.rename(folder, going)
-        shutil.rmtree(going)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, and flush their names to the disk."""
+    """Create a folder and its parents, and flush their directory entries to disk."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -121,12 +121,12 @@ def _without_link(folder: Path) -> Path:
     return folder.resolve() if folder.is_symlink() else folder
 
 
-def _put(new: Path, folder: Path) -> None:
-    """Give ``new`` the name ``folder``; what had that name is removed, or left under the name ``new``."""
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Rename ``new`` to ``folder``. An existing folder is removed, or left under the name ``new``."""
     recover_folder(folder)
     while True:
         try:
-            os.rename(new, folder)  # it is missing, or empty
+            os.rename(new, folder)  # works if the folder is missing or empty
             break
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -141,10 +141,10 @@ def _put(new: Path, folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step; False where the system cannot."""
+    """Exchange the names of two folders atomically. Returns False if the system does not support this."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # no Linux, or an old C library
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
         return False
     if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
@@ -168,18 +168,18 @@ def _moved_aside(folder: Path) -> list[Path]:
 
 
 def _remove_moved_aside(folder: Path) -> None:
-    aside = _moved_aside(folder)  # listed first: if the folder exists after that, it is none of these
+    aside = _moved_aside(folder)  # listed before the check, so that a folder that exists is not in the list
     if folder.exists():
         for path in aside:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network file systems do not flush folders
+    except OSError as error:  # some network file systems cannot flush folders
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:

@@ -1,4 +1,4 @@
-"""Methods and backbone families of other packages, found by the entry points that those declare."""
+"""Methods, backbone families and data sources of other packages, found through their entry points."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _loaded: set[str] = set()
 
 
 def load_plugins(group: str) -> None:
-    """Import, once a process, every module that an installed package names under an entry point group.
+    """Import every module that installed packages declare under an entry point group, once per process.
 
-    The modules register what they bring. One that cannot be imported is warned of, since the others still serve.
+    Each module registers its own entries. A module that cannot be imported causes a warning, not an error.
 
     Args:
-        group: ``revmux.methods`` or ``revmux.backbones``.
+        group: ``revmux.methods``, ``revmux.backbones`` or ``revmux.data_sources``.
     """
     if group in _loaded:
         return
-    _loaded.add(group)  # first, since a module that is being imported may ask for names itself
+    _loaded.add(group)  # before the imports, since a module may list the names while it is imported
     for entry in entry_points(group=group):
         try:
             entry.load()
@@ -26,6 +26,6 @@ def load_plugins(group: str) -> None:
             package = entry.dist.name if entry.dist is not None else "a package"
             warnings.warn(
                 f"{group}: {entry.value} of {package} cannot be loaded ({type(error).__name__}: {error}); "
-                "mend or uninstall that package",
+                "fix or uninstall that package",
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""Classes found by name, with those that installed packages add through entry points."""
+"""Registries of classes by name. Installed packages add entries through entry points."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Entry = TypeVar("Entry")
 
 
 class Registry(Generic[Entry]):
-    """Entries by name. Methods, backbone families and data sources are all registered this way.
+    """Entries by name, for methods, backbone families and data sources.
 
     Args:
-        kind: what an entry is, as error messages name it, such as ``"method"``.
-        entry_points: entry point group through which a package names the modules that register its own entries.
-        remedy: last part of the error for an unknown name.
+        kind: what an entry is called in error messages, such as ``"method"``.
+        entry_points: entry point group in which packages declare the modules that register their entries.
+        remedy: last part of the error message for an unknown name.
     """
 
     def __init__(self, kind: str, entry_points: str, remedy: str) -> None:
@@ -45,7 +45,7 @@ class Registry(Generic[Entry]):
         return name in self._entries
 
     def __iter__(self) -> Iterator[Entry]:
-        """The entries in the order in which they were registered; one with several names comes once."""
+        """The entries in registration order. An entry with several names occurs once."""
         load_plugins(self.entry_points)
         return iter(dict.fromkeys(self._entries.values()))
 
@@ -53,7 +53,7 @@ class Registry(Generic[Entry]):
         """The entry under ``name``.
 
         Raises:
-            UserError: no such entry; the message lists the registered names.
+            UserError: the name is unknown; the message lists the registered names.
         """
         if name not in self:
             raise one_of(self.kind, name, self.names(), self.remedy)

@@ -1,4 +1,4 @@
-"""Result files: written whole, with all that is needed to make them again."""
+"""Metadata of result files: all that is needed to reproduce a result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def describe_run(command: str, data: dict[str, Any], backbone: dict[str, Any]) -
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, or None outside a repository."""
+    """The commit of the running code, or None outside a repository."""
     command = ["git", "rev-parse", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return found.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""Values from files held to the types of the dataclass that they fill."""
+"""Type checks of values that are read from files into a dataclass."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from revmux.errors import UserError
 
 
 def check_types(settings: type, values: Mapping[str, Any], where: str) -> None:
-    """Refuse values that are not of their field's type; a whole number serves for a float, a text for no number.
+    """Check that values have the types of their fields. An integer is valid for a float; a string is not.
 
     Args:
         settings: the dataclass.
-        values: by field; fields that are missing keep their defaults.
-        where: they come from, for the message.
+        values: values by field name. Missing fields keep their defaults.
+        where: where the values come from, for the error message.
 
     Raises:
-        UserError: naming the field, its value and what it should be.
+        UserError: a value has the wrong type.
     """
     types = get_type_hints(settings)
     for name, value in values.items():
         try:
             TypeAdapter(types[name]).validate_python(value, strict=True)
         except ValidationError as error:
-            # Choices are checked by what they decide, which names the legal ones.
+            # The code that uses a choice checks it, with an error that lists the legal values.
             wrong = [problem for problem in error.errors() if problem["type"] != "literal_error"]
             if wrong:
                 place = ".".join(str(part) for part in (name, *wrong[0]["loc"]))

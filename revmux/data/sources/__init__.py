@@ -1,4 +1,4 @@
-"""Where labelled text comes from, one file per kind of source."""
+"""Sources of labelled text, one file per kind of source."""
 
 from revmux.data.sources import docstrings as docstrings
 from revmux.data.sources import files as files

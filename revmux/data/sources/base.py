@@ -1,7 +1,7 @@
-"""What a data source provides, and how one is found.
+"""The interface of a data source, and the choice of the source for ``--data.source``.
 
-A source is one file and one registration. ``--data.source`` goes to the first registered source that claims it. The
-hub claims every name, so it is asked last.
+The first registered source that claims the value of ``--data.source`` reads it. The hub claims every name, so it is
+tried last.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from revmux.utils.registry import Registry
 
 
 class Source(ABC):
-    """Labelled text from one kind of place.
+    """One kind of source of labelled text.
 
     Attributes:
-        is_last_resort: whether the other sources are asked first.
+        is_last_resort: whether all other sources are tried first.
     """
 
     is_last_resort: ClassVar[bool] = False
 
     @abstractmethod
     def claims(self, source: str) -> bool:
-        """Whether this source reads ``--data.source SOURCE``. Nothing is read yet."""
+        """Whether this source can read ``--data.source SOURCE``. This does not read the data."""
 
     @abstractmethod
     def read(self, config: DataConfig) -> dict[str, Dataset]:
@@ -44,7 +44,7 @@ class Source(ABC):
         return config.source
 
     def identity(self) -> dict[str, Any]:
-        """What determines the content beyond the settings, for the task's identity."""
+        """Everything besides the settings that determines the content, for the task's identity."""
         return {}
 
 
@@ -62,4 +62,6 @@ def source_of(config: DataConfig) -> Source:
     for source in sorted((kind() for kind in SOURCES), key=lambda source: source.is_last_resort):
         if source.claims(config.source):
             return source
-    raise UserError(f"no data source reads {config.source!r}; registered: {', '.join(SOURCES.names())}")
+    raise UserError(
+        f"no data source reads {config.source!r}; registered: {', '.join(SOURCES.names())}; name data that one of these reads"
+    )

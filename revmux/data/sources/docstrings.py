@@ -1,8 +1,9 @@
 """The embedded task: which installed library does this sentence document?
 
-Real text that every machine with the platform installed has: the first paragraphs of docstrings, read
-from source files without importing them. Library names are masked; modules, not sentences, are split,
-and sentences alike but for names and numbers are kept once, so that nothing leaks from train to test.
+The texts are the first paragraphs of docstrings, which are available on every machine with the platform installed.
+They are read from source files without importing them. Library names are masked. To prevent leakage from train to
+test, all sentences of a module are in the same split, and of sentences that differ only in names and numbers one is
+kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from revmux.data.sources.base import SOURCES, Source
 from revmux.errors import UserError
 
 LIBRARIES: dict[str, tuple[str, str]] = {
-    # label: (distribution, names that give the label away)
+    # label: (distribution, names that reveal the label)
     "pandas": ("pandas", r"pandas|pd"),
     "ray": ("ray", r"ray|raylet|rllib|anyscale"),
     "scipy": ("scipy", r"scipy"),
@@ -39,7 +40,7 @@ SPLIT_SHARES = {"train": 0.60, "selection": 0.12, "test": 0.28}
 
 @dataclass(frozen=True)
 class DocstringSentence:
-    """One first paragraph, with the file that it comes from."""
+    """The first paragraph of one docstring, with its label and module."""
 
     text: str
     label: str
@@ -51,7 +52,7 @@ class DocstringSource(Source):
     """The embedded task, built from the libraries that are installed with the platform."""
 
     def claims(self, source: str) -> bool:
-        """The name of the task."""
+        """Whether ``source`` is the name of the task."""
         return source == EMBEDDED_TASK
 
     def read(self, config: DataConfig) -> dict[str, Dataset]:
@@ -64,7 +65,7 @@ class DocstringSource(Source):
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the installed libraries, which fix the text of the task.
+    """Versions of the installed libraries, which determine the text of the task.
 
     Raises:
         UserError: one of the libraries is not installed.
@@ -73,17 +74,20 @@ def library_versions() -> dict[str, str]:
     if missing:
         raise UserError(
             f"the embedded task reads the docstrings of {', '.join(LIBRARIES)}, but {', '.join(missing)} is not "
-            "installed; run: pip install 'revmux[all]', or name data of your own"
+            "installed; run: pip install 'revmux[all]', or name your own data"
         )
     return {label: importlib.metadata.version(distribution) for label, (distribution, _) in LIBRARIES.items()}
 
 
 def read_sentences(label: str, seed: int = 0) -> Iterator[DocstringSentence]:
-    """First paragraphs of 6 to 60 words in one library's sources, names masked, module by module.
+    """The first paragraphs of 6 to 60 words in one library's sources, with names masked, module by module.
 
     Args:
         label: a key of :data:`LIBRARIES`.
-        seed: fixes the order of the modules, so that a reader may stop when it has enough.
+        seed: determines the order of the modules, so that the caller may stop early.
+
+    Raises:
+        UserError: the library is not installed as a package.
     """
     spec = importlib.util.find_spec(label)
     if spec is None or not spec.submodule_search_locations:
@@ -106,7 +110,7 @@ def _docstrings(path: Path) -> Iterator[str]:
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return  # templates that only look like Python
+        return  # templates that are not valid Python
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
@@ -118,7 +122,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def skeleton(text: str) -> str:
-    """The plain words of a sentence: what is left once identifiers, names and numbers are gone."""
+    """The plain words of a sentence, without identifiers, names and numbers."""
     return " ".join(word for word in re.findall(r"[^\s,.;:()`'\"]+", text) if word.isalpha() and word.islower())
 
 
@@ -128,14 +132,17 @@ def _fraction(seed: int, *parts: str) -> float:
 
 
 def build_docstring_task(seed: int = 0, per_class: int = 1500) -> DatasetDict:
-    """The task as data set: columns ``text`` and ``label`` (a class name), balanced in every split.
+    """The task as a data set with columns ``text`` and ``label`` (a class name), balanced in every split.
 
     Args:
-        seed: fixes the split of modules and the choice of sentences.
-        per_class: sentences a class over all splits, or fewer where a library has fewer.
+        seed: determines the split of modules and the choice of sentences.
+        per_class: number of sentences per class over all splits, or fewer if a library has fewer.
 
     Returns:
-        Splits ``train``, ``selection`` (chooses checkpoints and settings) and ``test`` (reported only).
+        The splits ``train``, ``selection`` (to choose checkpoints and settings) and ``test`` (reported only).
+
+    Raises:
+        UserError: a library is not installed.
     """
     library_versions()
     wanted = {split: int(per_class * share) for split, share in SPLIT_SHARES.items()}

@@ -1,4 +1,4 @@
-"""Files of the user's own: CSV, TSV, JSON lines, Parquet and Arrow, or a folder of them in GLUE's layout."""
+"""The user's own files: CSV, TSV, JSON lines, Parquet and Arrow, or a folder of them in GLUE's layout."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from revmux.errors import UserError
 
 @SOURCES.register("file")
 class FileSource(Source):
-    """One file, which is split into train, selection and test."""
+    """One file, to be split into train, selection and test."""
 
     def claims(self, source: str) -> bool:
-        """A file, or a name that can only be that of a missing file or folder."""
+        """Whether ``source`` is a file, or has the form of a path and is not a folder."""
         path = Path(source).expanduser()
         named_as_path = path.suffix in SUFFIXES or path.is_absolute() or source.startswith((".", "~"))
         return path.is_file() or (named_as_path and not path.is_dir())
@@ -30,12 +30,12 @@ class FileSource(Source):
         path = Path(config.source).expanduser()
         if not path.is_file():
             raise UserError(
-                f"no file or folder {config.source!r}; name an existing one, '{EMBEDDED_TASK}', or a hub data set"
+                f"cannot find file or folder {config.source!r}; name an existing one, '{EMBEDDED_TASK}', or a hub data set"
             )
         return {"all": read_file(path)}
 
     def name(self, config: DataConfig) -> str:
-        """The name of the file without its folders, which differ between machines."""
+        """The file name without its folders, since folders differ between machines."""
         return Path(config.source).expanduser().absolute().name
 
 
@@ -44,22 +44,22 @@ class FolderSource(Source):
     """A folder with the files train and dev, validation or test."""
 
     def claims(self, source: str) -> bool:
-        """An existing folder."""
+        """Whether ``source`` is an existing folder."""
         return Path(source).expanduser().is_dir()
 
     def read(self, config: DataConfig) -> dict[str, Dataset]:
-        """The splits by the names of their files."""
+        """The splits, named after their files."""
         folder = Path(config.source).expanduser()
         found = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES}
         if "train" not in found or not {"dev", "validation", "test"} & set(found):
             raise UserError(
-                f"folder {str(folder)!r} holds {sorted(found) or 'no data files'}; it needs train and dev (or test) as "
-                f"one of {', '.join(SUFFIXES)}"
+                f"folder {str(folder)!r} contains {sorted(found) or 'no data files'}; add files named train and dev (or "
+                f"test), with one of the suffixes {', '.join(SUFFIXES)}"
             )
         return {name: read_file(found[name]) for name in ("train", "dev", "validation", "test") if name in found}
 
     def name(self, config: DataConfig) -> str:
-        """The name of the folder without its parents, which differ between machines."""
+        """The folder name without its parents, since parents differ between machines."""
         return Path(config.source).expanduser().absolute().name
 
 
@@ -67,7 +67,7 @@ def read_file(file: Path) -> Dataset:
     """The rows of one file.
 
     Raises:
-        UserError: an unknown suffix, or a file that cannot be parsed.
+        UserError: the suffix is unknown, or the file cannot be parsed.
     """
     if file.suffix not in SUFFIXES:
         raise UserError(
@@ -75,10 +75,10 @@ def read_file(file: Path) -> Dataset:
         )
     try:
         if file.suffix in (".csv", ".tsv"):
-            # In a TSV quotes are text, as in GLUE; a byte-order mark is not.
+            # Quotes in a TSV file are text, as in GLUE. The encoding skips a byte-order mark.
             dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
             with warnings.catch_warnings():
-                # Rows longer than the header: columns would shift, or values would be lost.
+                # A row that is longer than the header is an error, since columns would shift or values would be lost.
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 frame = pd.read_csv(
                     file, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig", **dialect
@@ -90,4 +90,5 @@ def read_file(file: Path) -> Dataset:
             return Dataset.from_file(str(file))
         return Dataset.from_json(str(file))
     except Exception as error:
-        raise UserError(f"cannot read {str(file)!r}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UserError(f"cannot read {str(file)!r} ({reason}); fix the file or name another") from None

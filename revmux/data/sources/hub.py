@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub."""
+"""Data sets on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class HubSource(Source):
     is_last_resort = True
 
     def claims(self, source: str) -> bool:
-        """Any name."""
+        """True for every name."""
         return True
 
     def read(self, config: DataConfig) -> dict[str, Dataset]:
-        """The splits as the hub names them."""
+        """The splits of the data set, under their names on the hub."""
         try:
             loaded = load_dataset(config.source, config.subset)
         except Exception as error:
@@ -33,5 +33,5 @@ class HubSource(Source):
         )
 
     def name(self, config: DataConfig) -> str:
-        """The id, with the subset."""
+        """The id of the data set, with the subset."""
         return "/".join(filter(None, [config.source, config.subset]))
