@@ -522,3 +522,23 @@ def test_labels_come_best_first() -> None:
     assert sum(score for _, score in rank_labels(scores, ["a", "b", "c"])) == pytest.approx(1)
     assert rank_labels(scores, ["a", "b", "c"], "none", top_k=1) == [("b", 2.0)]
     assert rank_labels(torch.tensor([0.0]), ["only"]) == [("only", 0.5)]
+
+
+def test_the_model_uses_as_many_threads_as_the_thread_that_built_the_engine(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former, used = torch.get_num_threads(), []
+    torch.set_num_threads(former + 2)
+    try:
+        engine = make_engine()
+        forward = type(engine.task().backbone).forward
+        monkeypatch.setattr(
+            type(engine.task().backbone),
+            "forward",
+            lambda self, tokens: used.append(torch.get_num_threads()) or forward(self, tokens),
+        )
+        engine.start()
+        engine.submit(["w1"])[0].result(60)
+    finally:
+        torch.set_num_threads(former)
+    assert set(used) == {former + 2}

@@ -48,7 +48,7 @@ class Engine:
         adapters: adapter folders trained on it, one for each N.
         limits: what may wait and run at once.
         max_length: tokens that an input may have; None is what all adapters were trained with.
-        threads: CPU threads of the model; None leaves the process's setting.
+        threads: CPU threads of the model; by default as many as PyTorch uses in the calling thread.
         task: name of the first task.
         threshold: see :meth:`add_task`.
         on_pass: called on the model's thread with a report of every pass, once its answers are given.

@@ -33,7 +33,7 @@ class ModelThread:
         queue: where tickets wait.
         metrics: where passes are counted.
         limits: of one pass.
-        threads: CPU threads of the model; None leaves the process's setting.
+        threads: CPU threads of the model; by default as many as PyTorch uses in the thread that builds this object.
         on_pass: called with a report of every pass, once its answers are given.
     """
 
@@ -48,7 +48,7 @@ class ModelThread:
         self.queue = queue
         self.metrics = metrics
         self.limits = limits
-        self.threads = threads
+        self.threads = threads or torch.get_num_threads()  # a new thread would start with OpenMP's own default
         self.on_pass = on_pass
         self._group_numbers = itertools.count()
         self._progress = queue.clock()
@@ -73,8 +73,7 @@ class ModelThread:
         self._thread.join()
 
     def _work(self) -> None:
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads)
         with torch.inference_mode():
             while self._serve():
                 pass
