@@ -1,1 +1,1 @@
-"""Measurements: each command writes a file in results/, and page puts the files into the pages."""
+"""Benchmarks: each command writes a file in results/, and the page module writes their figures into the pages."""

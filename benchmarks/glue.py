@@ -1,4 +1,4 @@
-"""RevMUX on real GLUE tasks with the real small encoder: tuned, frozen, stored, trained, reported on dev over shuffles.
+"""RevMUX on real GLUE tasks with the real small encoder: tune, freeze, store, train, and report on dev over shuffles.
 
 python -m benchmarks.glue --folder path/to/GLUE   (folders SST-2, MRPC and RTE with train.tsv and dev.tsv)
 """
@@ -34,15 +34,15 @@ SYSTEMS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is learnt from.
+    """How much data and training is used.
 
     Attributes:
-        limit: training sentences of a task at most.
-        max_length: tokens an input is cut to.
-        tuning_epochs: of the task model, whose lower half stays as it is.
-        epochs: of the adapters; exit heads get three times as many.
-        seeds: runs of each system.
-        shuffles: groupings of dev a run.
+        limit: maximum number of training sentences per task.
+        max_length: tokens to which an input is truncated.
+        tuning_epochs: epochs of the task model, whose lower half stays frozen.
+        epochs: epochs of the adapters; exit heads get three times as many.
+        seeds: runs per system.
+        shuffles: groupings of dev per run.
     """
 
     limit: int
@@ -54,7 +54,7 @@ class Budget:
 
 
 def measure_task(folder: Path, name: str, budget: Budget) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of one task, and the identity of its data."""
+    """Return the rows of one task and the identity of its data."""
     data = DataConfig(source=str(folder / name), limit=budget.limit)
     task = load_task(data)
     kept = KEPT / name
@@ -82,10 +82,10 @@ def measure_task(folder: Path, name: str, budget: Budget) -> tuple[list[dict[str
 
 
 def main() -> None:
-    """Measure what has not been measured yet, then write the file."""
+    """Measure what has not been measured yet, then write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="has SST-2, MRPC and RTE")
-    parser.add_argument("--limit", type=int, default=6000, help="training sentences of a task at most")
+    parser.add_argument("--folder", type=Path, required=True, help="folder that contains SST-2, MRPC and RTE")
+    parser.add_argument("--limit", type=int, default=6000, help="maximum number of training sentences per task")
     arguments = parser.parse_args()
     budget = Budget(arguments.limit)
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The table of the section on GLUE: what each system keeps of the task model's accuracy."""
+"""The table of the section on GLUE: how much of the task model's accuracy each system keeps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def glue_words(result: dict[str, Any]) -> dict[str, str]:
-    """The words for the mark of the page."""
+    """Return the text for the page's mark."""
     meta, rows = result["meta"], result["rows"]
     budget, data, machine = meta["budget"], meta["data"], meta["machine"]
     lines = ["| task | system | N | cost, counted | accuracy on dev | points lost |", "|---|---|---|---|---|---|"]

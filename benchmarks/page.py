@@ -1,4 +1,4 @@
-"""Put the figures of ``benchmarks/results/`` between the marks of README.md and docs/.
+"""Write the figures of ``benchmarks/results/`` between the marks in README.md and docs/.
 
 python -m benchmarks.page
 """
@@ -26,7 +26,7 @@ MARKS = re.compile(r"(<!-- (?P<name>[a-z-]+) -->\n).*?(<!-- /(?P=name) -->)", re
 
 
 def quickstart_words(result: dict[str, Any]) -> dict[str, str]:
-    """The table of a quickstart with what it was measured on."""
+    """Return the table of the quickstart and a description of how it was measured."""
     meta, rows = result["meta"], result["rows"]
     data, machine, seconds = meta["data"], meta["machine"], meta["seconds"]
     steps = ", ".join(f"{step.lower()} {value:.0f} s" for step, value in seconds.items())
@@ -42,7 +42,7 @@ def quickstart_words(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _gain_words(rows: list[dict[str, Any]]) -> str:
-    """One line per system that was trained: what it gains in throughput, and what it loses in accuracy."""
+    """Return one line per trained system: the throughput that it gains and the accuracy that it loses."""
     siso = next(row["accuracy_mean"] for row in rows if method_class(row["method"]).is_plain)
     lines = [
         f"- {row_name(row)}: {row['throughput_ratio']:.2f} times the plain model's throughput, "
@@ -62,11 +62,11 @@ WRITERS = {
     "plan": plan_words,
     "serving": serving_words,
 }
-"""What writes the words of each result file: by file name, the words by mark."""
+"""For each result file, the function that returns its texts by mark."""
 
 
 def all_words() -> dict[str, str]:
-    """The words of every mark whose result file is there."""
+    """Return the text of every mark whose result file exists."""
     words: dict[str, str] = {}
     for name, write in WRITERS.items():
         file = RESULTS / f"{name}.json"
@@ -79,15 +79,15 @@ def main() -> None:
     """Fill every mark on every page.
 
     Raises:
-        SystemExit: a mark that no result file speaks of.
+        SystemExit: a page has a mark that no result file covers.
     """
     words = all_words()
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text()
-        odd = sorted({match["name"] for match in MARKS.finditer(text)} - words.keys())
-        if odd:
+        unknown = sorted({match["name"] for match in MARKS.finditer(text)} - words.keys())
+        if unknown:
             raise SystemExit(
-                f"error: {page.name} has the marks {', '.join(odd)}, of which no result file speaks; measure it"
+                f"error: {page.name} has marks without a result file: {', '.join(unknown)}; run the benchmark that writes it"
             )
         filled = MARKS.sub(lambda match: match[1] + words[match["name"]] + match[3], text)
         if filled != text:

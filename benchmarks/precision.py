@@ -1,4 +1,4 @@
-"""What the feature store loses by 16 bits a number: the task model goes on from stored states and from true ones.
+"""What the feature store loses with 16 bits per number: the task model resumes from stored states and from exact ones.
 
 python -m benchmarks.precision
 """
@@ -24,7 +24,7 @@ RESULT, MODEL = Path("benchmarks/results/precision.json"), Path("runs/precision/
 
 
 def measure() -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """Rows by layer and type, and the identities of data and backbone."""
+    """Return rows by layer and type, and the identities of data and backbone."""
     data = DataConfig(per_class=200)
     task = load_task(data)
     embedded = BackboneConfig(max_length=64)
@@ -43,7 +43,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
 
 
 def precision_words(result: dict[str, Any]) -> dict[str, str]:
-    """A table of both types, over all layers."""
+    """Return a table of both types, over all layers."""
     lines = ["| type on disk | mean relative error of a state | largest | changed labels |", "|---|---|---|---|"]
     names = list(Precision.__dataclass_fields__)
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
@@ -64,7 +64,7 @@ def precision_words(result: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Measure and write the file."""
+    """Measure, then write the result file."""
     rows, data, backbone = measure()
     write_json(RESULT, {"meta": describe_run("python -m benchmarks.precision", data, backbone), "rows": rows})
 

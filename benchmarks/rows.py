@@ -14,12 +14,12 @@ from revmux.utils.files import write_json
 
 
 def ratio_row(name: str, ratios: Sequence[float], target: float | None = None) -> dict[str, Any]:
-    """A row with the median and the ends of its pairs.
+    """Return a row with the median, minimum and maximum over pairs.
 
     Args:
-        name: what is divided by what.
-        ratios: one a pair.
-        target: what the median is wanted to reach, if anything.
+        name: the quotient, as text.
+        ratios: one per pair.
+        target: value that the median should reach, if any.
     """
     return {
         "name": name,
@@ -32,7 +32,7 @@ def ratio_row(name: str, ratios: Sequence[float], target: float | None = None) -
 
 
 def unmeasured_row(name: str, why: str, target: float | None = None) -> dict[str, Any]:
-    """A row that could not be measured, and why."""
+    """Return a row without figures and the reason why it was not measured."""
     return {
         "name": name,
         "target": target,
@@ -45,7 +45,7 @@ def unmeasured_row(name: str, why: str, target: float | None = None) -> dict[str
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Whether the median of a row reaches its target, which it must not exceed where ``bound`` is ``at most``."""
+    """Return whether a row's median reaches its target or, if ``bound`` is ``at most``, does not exceed it."""
     median, target = row["ratio_median"], row["target"]
     if median is None:
         return f"not measured: {row['why']}"
@@ -56,12 +56,12 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def digest(*settings: object) -> str:
-    """Sixteen hexadecimal digits that change with any of the settings."""
+    """Return 16 hexadecimal digits that change with any of the settings."""
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 def kept_rows(folder: Path, name: str, settings: object, measure: Callable[[], Any]) -> Any:
-    """What was measured, kept in a file under its settings, so that a stopped benchmark goes on."""
+    """Return measured rows, cached in a file per settings so that an interrupted benchmark resumes."""
     file = folder / f"{name}-{digest(settings)}.json"
     if not file.is_file():
         started = time.perf_counter()

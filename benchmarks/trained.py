@@ -1,4 +1,4 @@
-"""Training many recipes on one machine: several at once, each result kept in a file, so that a stopped benchmark goes on."""
+"""Train many recipes on one machine, several at once. Results are kept in files, so an interrupted benchmark resumes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Run:
     """One training.
 
     Attributes:
-        title: what is trained; runs of one title and N differ in their seeds alone.
-        recipe: how.
-        result: JSON file of its figures.
-        asked: digest of all that decides them but the code: recipe, data and task model.
+        title: name of the system; runs with the same title and N differ only in their seed.
+        recipe: the settings of the run.
+        result: JSON file with the figures.
+        asked: digest of everything but the code that determines the figures: recipe, data and task model.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Run:
 
     @classmethod
     def named(cls, title: str, recipe: Recipe, task: TaskData, folder: Path) -> Run:
-        """A run whose file is named after its title, N and seed."""
+        """Return a run whose file is named after its title, N and seed."""
         words = f"{title} N={recipe.method.num_inputs} seed={recipe.optim.seed}"
         name = "".join(letter if letter.isalnum() or letter == "=" else "-" for letter in words)
         asked = digest(recipe, task.identity["sha256"], weights_sha256(Path(recipe.backbone.model)))
@@ -55,22 +55,22 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether the file is there and answers what is asked now."""
+        """Whether the result file exists and was written for the current settings."""
         return self.result.is_file() and json.loads(self.result.read_text()).get("asked") == self.asked
 
 
 def tuned_task_model(
     backbone: BackboneConfig, data: DataConfig, task: TaskData, optim: OptimConfig, frozen_layers: int, parent: Path
 ) -> Path:
-    """The SISO model that all runs stand on, tuned once.
+    """Return the folder of the SISO model that all runs share; it is tuned once.
 
     Args:
         backbone: the pretrained encoder.
-        data: names the task.
-        task: the data read.
-        optim: how it is tuned.
-        frozen_layers: lowest layers that keep their weights.
-        parent: folder that it is put into, under a name that tells its settings apart.
+        data: settings of the task.
+        task: the loaded data.
+        optim: optimiser settings for tuning.
+        frozen_layers: number of lowest layers that stay frozen.
+        parent: folder in which the model is saved, under a name that depends on the settings.
     """
     method = MethodConfig(Siso.name, 1, frozen_layers, {"tune_backbone": True})
     recipe = Recipe(backbone, data, method, optim, LossConfig(infonce_weight=0.0), shuffles=1)
@@ -85,7 +85,7 @@ def tuned_task_model(
 
 
 def train_one(run: Run, task: TaskData, threads: int) -> dict[str, Any]:
-    """Train, test, and keep the figures."""
+    """Train and evaluate one run, and write its figures."""
     torch.set_num_threads(threads)
     prepared = prepare(run.recipe, task)
     evaluation = train_here(prepared)
@@ -106,10 +106,10 @@ def train_missing(runs: Sequence[Run], task: TaskData, processes: int = 2, threa
     """Train the runs that have no result yet, several at once.
 
     Args:
-        runs: in the order in which they start.
-        task: the data of all.
-        processes: runs at once.
-        threads: of each.
+        runs: the runs, in the order in which they start.
+        task: the data of all runs.
+        processes: number of runs at the same time.
+        threads: threads per run.
     """
     missing = [run for run in runs if not run.is_done]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -120,7 +120,7 @@ def train_missing(runs: Sequence[Run], task: TaskData, processes: int = 2, threa
 
 
 def over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row a title and N: means over the seeds, and their spread."""
+    """Return one row per title and N: means over the seeds, and their spread."""
     together: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         together.setdefault((run.title, run.recipe.method.num_inputs), []).append(run)
@@ -150,7 +150,7 @@ def over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def siso_row(accuracy: float) -> dict[str, Any]:
-    """The plain model, which every run knows as its teacher."""
+    """Return the row of the plain model, which is the teacher of every run."""
     return {
         "title": "SISO",
         "method": Siso.name,
@@ -170,15 +170,15 @@ def siso_row(accuracy: float) -> dict[str, Any]:
 
 
 def fill_store(recipe: Recipe, split: Dataset, layers: Sequence[int], device: torch.device | str = "cpu") -> None:
-    """Compute in one pass what several runs will read of a split: the teacher, and the prefilled states at some layers.
+    """Compute the stored features of a split in one pass for several runs: teacher and prefilled states at some layers.
 
-    On a cluster :mod:`ray_jobs.features` does the same by many workers.
+    On a cluster :mod:`ray_jobs.features` does the same with many workers.
 
     Args:
-        recipe: of any of the runs; its backbone and store count.
-        split: of their data.
-        layers: depths that the runs prefill to.
-        device: where the backbone runs.
+        recipe: recipe of any of the runs; only its backbone and store are used.
+        split: one split of their data.
+        layers: prefill layers of the runs.
+        device: device of the backbone.
     """
     pretrained = load_pretrained(recipe.backbone)
     pretrained.backbone.freeze().to(device)

@@ -1,5 +1,5 @@
-"""Does the plan keep its promise, and is its sweep worth it? Three allowances on a task's same adapters; the time of
-``quick``.
+"""Whether a plan keeps its promise, and what its sweep costs: three allowances on the same adapters of a task,
+and the time of the search space ``quick``.
 
 python -m benchmarks.plan [--glue GLUE]
 """

@@ -27,7 +27,7 @@ SPACE, PER_CLASS, ROUNDS = "quick", 340, 2
 
 
 def measure_allowances(name: str, data: DataConfig, kept: Path) -> tuple[Planned, dict[str, Any]]:
-    """A task with the rows of its plans."""
+    """Return a task and the rows of its plans."""
     planned = plan_task(name, data, SPLITS, BUDGET, kept)
     asked = (planned.recipes, planned.choosing.identity["sha256"], MEASURE, allowances.ALLOWANCES)
     found = kept_rows(kept, f"allowances-{name}", asked, partial(allowances.measure, planned, MEASURE))
@@ -35,7 +35,7 @@ def measure_allowances(name: str, data: DataConfig, kept: Path) -> tuple[Planned
 
 
 def measure_sweep(planned: Planned, kept: Path) -> list[dict[str, Any]]:
-    """Rows of the sweep's time, on the task model of a plan and less data."""
+    """Return rows for the time of a sweep, on a plan's task model and less data."""
     job = TuneJob(planned.recipes[0].backbone, DataConfig(per_class=PER_CLASS), SPACE)
     rounds = [
         kept_rows(
@@ -48,12 +48,16 @@ def measure_sweep(planned: Planned, kept: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure what has not been measured yet, then write the file."""
+    """Measure what has not been measured yet, then write the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=allowances.__doc__)
-    parser.add_argument("--glue", type=Path, help="folder that has SST-2 in GLUE's layout; without it one task only")
+    parser.add_argument(
+        "--glue",
+        type=Path,
+        help="folder that contains SST-2 in GLUE's layout; without it, only the embedded task is measured",
+    )
     glue: Path | None = parser.parse_args().glue
     if glue is not None and not (glue / SST2).is_dir():
-        parser.error(f"{glue} has no folder {SST2}; name a folder that does")
+        parser.error(f"{glue} has no folder {SST2}; name a folder that contains one")
     planned, embedded = measure_allowances(EMBEDDED, DataConfig(), KEPT)
     found = {EMBEDDED: embedded}
     missing = []

@@ -1,4 +1,4 @@
-"""One plan for each allowance, all of them choices among the same trained adapters: what is promised, and what comes of it."""
+"""One plan per allowance, all chosen from the same trained adapters: the promised loss and the verified loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def measure(planned: Planned, measuring: MeasureConfig, allowances: Sequence[flo
     """Train the adapters once, measure them once, and choose and verify for each allowance.
 
     Returns:
-        ``rows``, one an allowance, and ``task`` with ``backbone``, the identities of what they stand on.
+        ``rows``, one per allowance, and the identities ``task`` and ``backbone``.
     """
     first, task, choosing = planned.recipes[0], planned.task, planned.choosing
     layers = sorted({recipe.method.prefill_layers for recipe in planned.recipes})
@@ -50,13 +50,13 @@ def measure(planned: Planned, measuring: MeasureConfig, allowances: Sequence[flo
 
 
 def ratio_name(allowance: float, task: str) -> str:
-    """What a row divides by what."""
+    """Return the quotient that a row measures, as text."""
     return f"verified loss / allowance of {allowance:g} points, {task}"
 
 
 def _row(name: str, plan: Plan, allowance: float) -> dict[str, Any]:
-    """The promise, the verification, and how much of the allowance was used: at most all of it."""
-    promise = plan.served[-1]  # an allowance alone is always met: by the plain model, if by nothing else
+    """Return the promise, the verification, and the used share of the allowance (at most 1 if the promise was kept)."""
+    promise = plan.served[-1]  # the plain model always meets a goal that is only an allowance
     system, seen = promise.judged.candidate, promise.verification
     return {
         "name": ratio_name(allowance, name),
@@ -94,7 +94,7 @@ def _row(name: str, plan: Plan, allowance: float) -> dict[str, Any]:
 
 
 def outcome(plan: Plan) -> str:
-    """What is shipped, in plain words; where the promise was not kept, by how much."""
+    """Describe what is shipped or, if the promise was not kept, by how much it was missed."""
     if not plan.is_met:
         return f"ships nothing: {plan.why_not()}"
     kind = plan.served[-1].judged.candidate.kind
@@ -105,7 +105,7 @@ def outcome(plan: Plan) -> str:
 
 
 def _best_multiplexed(choice: Choice) -> dict[str, Any] | None:
-    """The multiplexed system that saves something and is surest to lose little; None where none saves anything."""
+    """Return the multiplexed system cheaper than SISO with the lowest loss bound; None if none is cheaper."""
     saving: list[Judged] = [one for one in choice.judged if one.candidate.num_inputs > 1 and one.candidate.cost < 1]
     if not saving:
         return None

@@ -1,4 +1,4 @@
-"""The tables of the section on the plan: what each allowance came to, and what the sweep's time was."""
+"""The tables of the section on plans: the outcome per allowance, and the time of the sweep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def plan_words(result: Row) -> dict[str, str]:
-    """The words for the mark of the page."""
+    """Return the text for the page's mark."""
     meta, rows = result["meta"], result["rows"]
     plans = [row for row in rows if "allowance" in row]
     timed = [row for row in rows if "allowance" not in row]
@@ -56,7 +56,7 @@ def _plan_line(row: Row) -> str:
 
 
 def _multiplexed(best: Row | None) -> str:
-    """Where multiplexing stands, whatever was shipped."""
+    """Describe the best multiplexed system, whether or not it was shipped."""
     if best is None:
         return "no multiplexed system saves anything."
     return (

@@ -1,10 +1,10 @@
-"""A sweep against its own trials one after another: without the feature store, and with it.
+"""A sweep against its own trials run one after another, without the feature store and with it.
 
-The sweep is the command that a person gives, timed from its start to its end: interpreter, Ray cluster, MLflow, the
-pass that fills an empty store, and as many trials side by side as there are cores; once as it is, stopping what cannot
-reach the front, and once with every trial to its end. The others are the same recipes, whole (load, train to the end,
-evaluate on the same splits), in one process that has loaded its libraries and has all cores; without the store one pass
-a batch gives teacher and prefill.
+The sweep is the command that a user runs, timed from start to end: interpreter, Ray cluster, MLflow, the pass that
+fills an empty store, and one concurrent trial per core. It runs once with early stopping of trials that cannot reach the
+front, and once without. The other sides run the same recipes completely (load, train to the end, evaluate on the same
+splits) in one process that has already imported its libraries and uses all cores. Without the store, one pass per batch
+computes teacher and prefill.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from revmux.training.recipe import Prepared, load_backbone, prepare, train_here
 
 
 def train_online(recipe: Recipe, task: TaskData) -> Evaluation:
-    """A trial that keeps nothing: the frozen layers run once for teacher and prefill, for every batch anew."""
+    """Train without a store: for every batch, the frozen layers run once to compute teacher and prefill."""
     torch.manual_seed(recipe.optim.seed)
     pretrained = load_backbone(recipe, task.label_names)
     backbone, method = pretrained.backbone.freeze(), recipe.method
@@ -56,7 +56,7 @@ def train_online(recipe: Recipe, task: TaskData) -> Evaluation:
 
 
 def one_after_another(job: TuneJob, folder: Path, online: bool) -> dict[str, int]:
-    """Every trial of the sweep in this process; returns how many by status."""
+    """Run every trial of the sweep in this process; return the number of trials by status."""
     sweep = prepare_sweep(job, folder)
     recipes = [replace(trial.recipe, store=StoreConfig(root=str(folder / "features"))) for trial in sweep.trials]
     if not online:
@@ -72,10 +72,10 @@ def one_after_another(job: TuneJob, folder: Path, online: bool) -> dict[str, int
 
 
 def sweep_command(job: TuneJob, folder: Path, stopping: bool) -> dict[str, int]:
-    """The same sweep by its command line, in processes of its own; returns how many trials it has by status.
+    """Run the same sweep as a command, in its own processes; return the number of trials by status.
 
     Raises:
-        RuntimeError: the command failed, or a trial did.
+        RuntimeError: the command or a trial failed.
     """
     flags = {
         "backbone.model": job.backbone.model,
@@ -101,7 +101,7 @@ def sweep_command(job: TuneJob, folder: Path, stopping: bool) -> dict[str, int]:
         raise RuntimeError(f"the sweep ended with status {done.returncode}:\n{done.stdout[-4000:]}")
     rows = json.loads((folder / "sweeps" / job.name / "sweep.json").read_text())
     if failed := [row["trial"] for row in rows if row["status"] == "failed"]:
-        raise RuntimeError(f"trials {', '.join(failed)} failed, so the sides did different work")
+        raise RuntimeError(f"trials {', '.join(failed)} failed, so the sides did not do the same work")
     return dict(Counter(row["status"] for row in rows))
 
 
@@ -114,10 +114,10 @@ SIDES: dict[str, Callable[[TuneJob, Path], dict[str, int]]] = {
 
 
 def one_round(job: TuneJob) -> dict[str, dict[str, Any]]:
-    """Each side in turn: its ``seconds``, and its number of ``trials`` by status.
+    """Run each side in turn; return its ``seconds`` and its number of ``trials`` by status.
 
     Raises:
-        RuntimeError: the sides had not the same trials.
+        RuntimeError: the sides did not run the same trials.
     """
     found: dict[str, dict[str, Any]] = {}
     for side, run in SIDES.items():
@@ -127,12 +127,12 @@ def one_round(job: TuneJob) -> dict[str, dict[str, Any]]:
             found[side] = {"seconds": time.perf_counter() - started, "trials": trials}
         print(f"{side}: {found[side]['seconds']:.0f} s, {trials}", flush=True)
     if len({sum(one["trials"].values()) for one in found.values()}) > 1:
-        raise RuntimeError(f"the sides had different trials: {found}")
+        raise RuntimeError(f"the sides ran different numbers of trials: {found}")
     return found
 
 
 def rows_of(rounds: Sequence[dict[str, dict[str, Any]]], space: str) -> list[dict[str, Any]]:
-    """Rows from the rounds of one run."""
+    """Return the rows from the rounds of one run."""
     about = {
         "space": space,
         "trials": sum(rounds[0]["online"]["trials"].values()),

@@ -1,4 +1,4 @@
-"""The tasks that are planned for: how much trains, how much chooses, and the systems that compete."""
+"""The tasks of the plans: how many inputs are used to train and to choose, and the systems that compete."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from revmux.training.recipe import exit_head_config
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is learnt from, and from what is chosen.
+    """How much training is done, and the systems to choose from.
 
     Attributes:
-        max_length: tokens an input is cut to.
-        frozen_layers: lowest layers that the task model keeps as they were pretrained.
-        tuning_epochs: of the task model.
-        epochs: of adapters; exit heads get three times as many.
-        exit_layers: layers that exit heads leave at.
-        prefill_layers: l of the adapters, all at N = 2.
+        max_length: tokens to which an input is truncated.
+        frozen_layers: number of lowest layers that keep their pretrained weights in the task model.
+        tuning_epochs: epochs of the task model.
+        epochs: epochs of the adapters; exit heads get three times as many.
+        exit_layers: layers at which the exit heads read.
+        prefill_layers: l of the adapters, all with N = 2.
     """
 
     max_length: int = 64
@@ -40,14 +40,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Planned:
-    """A task with all that a plan for it needs.
+    """A task with everything that its plan needs.
 
     Attributes:
-        name: of the task.
-        task: its test split verifies.
-        choosing: the same with a slice of train where the test split was.
+        name: name of the task.
+        task: the data; its test split is used to verify.
+        choosing: the same data with a slice of train (the selection set) in place of the test split.
         recipes: the systems that compete, on one frozen task model.
-        folder: of everything that is kept.
+        folder: folder of everything that is kept.
     """
 
     name: str
@@ -65,15 +65,15 @@ def plan_task(
     kept: Path,
     source: BackboneConfig | None = None,
 ) -> Planned:
-    """Read a task, divide it, and tune the task model on what does not choose.
+    """Load a task, split it, and tune the task model on the inputs that are not in the selection set.
 
     Args:
-        name: of the task.
-        data: where it is.
-        splitting: the inputs that choose.
-        budget: how much is learnt from.
-        kept: folder of all tasks; what an earlier start tuned is kept.
-        source: model that is tuned; by default the embedded one.
+        name: name of the task.
+        data: settings of the task.
+        splitting: how the selection set is split off.
+        budget: how much training is done.
+        kept: folder of all tasks; a task model that an earlier run tuned is reused.
+        source: model to tune; by default the embedded one.
     """
     task, folder = load_task(data), kept / name
     choosing = for_choosing(task, splitting)

@@ -1,4 +1,4 @@
-"""What groups gain in serving: the model alone, over HTTP under load and when quiet, and against other servers.
+"""What groups gain in serving: the model alone, over HTTP with and without load, and against other servers.
 
 python -m benchmarks.serving
 """

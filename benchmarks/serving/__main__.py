@@ -27,12 +27,12 @@ KEPT = Path("runs/serving")
 
 
 def measure(settings: Settings, folder: Path, keep: Path) -> tuple[list[Row], dict[str, Any]]:
-    """All rows, those that were kept and those that were missing, and the identity of the texts.
+    """Return all rows, kept ones and newly measured ones, and the identity of the texts.
 
     Args:
-        settings: how much is measured.
-        folder: for models, emptied afterwards.
-        keep: of the stages' rows.
+        settings: settings of the benchmark.
+        folder: temporary folder for models.
+        keep: folder in which the rows of each stage are kept.
     """
     rows: list[Row] = []
     texts: dict[str, Any] = {}
@@ -44,7 +44,7 @@ def measure(settings: Settings, folder: Path, keep: Path) -> tuple[list[Row], di
 
 
 def measure_place(place: Place, settings: Settings, keep: Path) -> list[Row]:
-    """All rows of one backbone."""
+    """Return all rows of one backbone."""
     about, pairs = settings.about() | {"texts": place.digest, "sizes": asdict(place.sizes)}, settings.pairs
     rows: list[Row] = []
 
@@ -70,11 +70,16 @@ def measure_place(place: Place, settings: Settings, keep: Path) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what has not been measured yet, then write the file; 2 for a mistake of the caller's."""
-    parser = ArgumentParser(prog="python -m benchmarks.serving", description="Measure the server.")
+    """Measure what has not been measured yet, then write the result file; return 2 for invalid arguments."""
+    parser = ArgumentParser(
+        prog="python -m benchmarks.serving",
+        description="Measure the throughput and latency of the server against the plain model and other servers.",
+    )
     parser.add_class_arguments(Settings, as_group=False)
-    parser.add_argument("--result", type=Path, default=RESULT, help="the file that is written")
-    parser.add_argument("--keep", type=Path, default=KEPT, help="folder of the stages that were measured")
+    parser.add_argument("--result", type=Path, default=RESULT, help="result file to write")
+    parser.add_argument(
+        "--keep", type=Path, default=KEPT, help="folder in which the rows of each measured stage are kept"
+    )
     parsed = parser.parse_args(argv)
     try:
         chosen = parser.instantiate(parsed).as_dict()

@@ -1,4 +1,4 @@
-"""The model alone: measured speed-up of groups against the plain model, over the counted one."""
+"""The model without a server: measured speed-up of groups over the plain model, divided by the counted speed-up."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from revmux.model import MultiplexedClassifier
 TARGET = 0.95
 BATCH = 32
 GPU_SHAPES = {"bert-base": 256, "llama-3-8b": 32}
-"""Shapes that are timed on a GPU, and the inputs of a batch."""
+"""Shapes that are timed on a GPU, with the inputs per batch."""
 
 
 def measure(place: Place, pairs: int) -> list[Row]:
-    """A row for each N and l, on the CPU with all its cores."""
+    """Return a row for each N and l, measured on all cores of the CPU."""
     batches = place.batches(place.sizes.alone, BATCH)
     target = TARGET if place.has_targets else None
     return list(compare(place.name, place.pretrained.backbone, batches, place.mean_length, pairs, target))
 
 
 def measure_gpu(pairs: int) -> list[Row]:
-    """The same in bfloat16 for large shapes with random weights; rows without figures where there is no GPU."""
+    """Return the same rows in bfloat16 for large shapes with random weights; without figures if there is no GPU."""
     if not torch.cuda.is_available():
         why = "no GPU on the machine that wrote this file"
         return [unmeasured_row(_name(f"{shape} in bf16 on a GPU"), why) for shape in GPU_SHAPES]
@@ -47,24 +47,24 @@ def _name(backbone: str) -> str:
 
 
 def random_backbone(model: str, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """A shape with random weights; a language model answers by two label words.
+    """Return a backbone with random weights; a language model answers with two label words.
 
     Args:
         model: a preset of :mod:`revmux.estimate.shapes`, or a model folder.
-        device: where its weights are made.
-        dtype: their type.
+        device: device on which the weights are created.
+        dtype: type of the weights.
     """
     config = config_of(model)
     torch.manual_seed(0)
     with device:
         if config.model_type in GENERATIVE_TYPES:
-            speaks = language_model_class(config).from_config(config, dtype=dtype)
-            return cut(speaks, Verbalizer(("no", "yes"), ((1,), (2,)))).freeze()
+            language_model = language_model_class(config).from_config(config, dtype=dtype)
+            return cut(language_model, Verbalizer(("no", "yes"), ((1,), (2,)))).freeze()
         return cut(AutoModelForSequenceClassification.from_config(config, dtype=dtype)).freeze()
 
 
 def random_tokens(backbone: Backbone, inputs: int) -> TokenBatch:
-    """Inputs of 128 tokens, each (B, S)."""
+    """Return random inputs of 128 tokens: each tensor is (B, S)."""
     tokens = torch.randint(3, backbone.config.vocab_size, (inputs, LENGTH), device=backbone.device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
@@ -77,15 +77,15 @@ def compare(
     pairs: int,
     target: float | None = None,
 ) -> Iterator[Row]:
-    """A row for each N and l.
+    """Yield a row for each N and l.
 
     Args:
-        name: of the backbone, in the rows.
-        backbone: frozen.
-        batches: what is classified in one timing; each (B, S).
-        length: tokens of an input, by which the cost is counted.
-        pairs: timings of each.
-        target: of measured over counted.
+        name: name of the backbone in the rows.
+        backbone: the frozen backbone.
+        batches: inputs of one timing, each tensor (B, S).
+        length: tokens per input, for the counted cost.
+        pairs: number of paired timings.
+        target: target of the measured speed-up divided by the counted one.
     """
     inputs = sum(len(tokens["input_ids"]) for tokens in batches)
     siso = random_revmux(backbone, 1, 0)
@@ -112,7 +112,7 @@ def compare(
 
 @torch.no_grad()
 def _seconds(model: MultiplexedClassifier, batches: Sequence[TokenBatch]) -> float:
-    """Of one timing, after a first one that does not count; reading the scores waits for a GPU."""
+    """Return the seconds of one run after a warm-up run; copying the scores to the CPU waits for the GPU."""
     for _ in range(2):
         started = time.perf_counter()
         for tokens in batches:

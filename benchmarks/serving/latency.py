@@ -1,4 +1,4 @@
-"""Latency: a client that is alone, and arrivals at half of what the plain model can answer."""
+"""Latency: one client without other load, and arrivals at half of the plain model's capacity."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CUT = min(CUTS)
 
 
 def measure_quiet(servers: Servers, pairs: int) -> list[Row]:
-    """One client, one request at a time: the server that may group against the same one asked for N = 1."""
+    """Measure one client with one request at a time: the server with adapters against the same server at N = 1."""
     place, requests = servers.place, servers.place.sizes.quiet
     plain, free, parts = [], [], []
-    servers.ours(1, CUT, connections=1)  # what is done only once is not measured
+    servers.ours(1, CUT, connections=1)  # a warm-up: one-time work is not measured
     for _ in range(pairs):
         plain.append(servers.ours(requests, CUT, 1, connections=1).p50)
         before = servers.stage_seconds(CUT)
@@ -40,12 +40,12 @@ def measure_quiet(servers: Servers, pairs: int) -> list[Row]:
 
 
 def measure_half_load(servers: Servers, capacity: float, pairs: int) -> list[Row]:
-    """Poisson arrivals, the same for both: our p99 over that of a plain ``@serve.batch`` deployment.
+    """Measure Poisson arrivals, the same for both servers: our p99 over that of a plain ``@serve.batch`` deployment.
 
     Args:
-        servers: of one place.
-        capacity: requests a second that our server answers at N = 1 under saturation.
-        pairs: of legs.
+        servers: servers of one backbone.
+        capacity: requests per second that our server answers at N = 1 when saturated.
+        pairs: pairs of legs.
     """
     place, requests = servers.place, servers.place.sizes.half
     ours, theirs, widths = [], [], []
@@ -73,6 +73,6 @@ def measure_half_load(servers: Servers, capacity: float, pairs: int) -> list[Row
 
 
 def poisson(requests: int, per_second: float, seed: int) -> list[float]:
-    """Seconds of arrivals that know nothing of each other."""
+    """Return the seconds of independent arrivals (a Poisson process)."""
     gaps = random.Random(seed)
     return list(itertools.accumulate(gaps.expovariate(per_second) for _ in range(requests)))

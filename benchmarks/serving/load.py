@@ -1,6 +1,6 @@
-"""Load from a process of its own: closed loop, or arrivals that wait for nobody.
+"""Load from a separate process: a closed loop, or arrivals at fixed times (an open loop).
 
-``python -m benchmarks.serving.load`` reads a :class:`Load` from its input and writes what came back to its output.
+``python -m benchmarks.serving.load`` reads a :class:`Load` from stdin and writes the replies to stdout.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ HEAD_START = 0.05
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked, and how.
+    """The requests, and when each one is sent.
 
     Attributes:
-        url: of every request.
-        bodies: of the requests, in their order.
-        connections: of the closed loop, each of which asks again as soon as it is answered.
-        arrivals: seconds at which each request is sent instead, whatever has been answered by then.
-        lead: address and body of a request ahead of the closed loop. The model is busy with it while the connections
-            line up, and what is measured begins when it has been answered.
+        url: URL of every request.
+        bodies: bodies of the requests, in order.
+        connections: connections of the closed loop; each sends its next request as soon as the last one is answered.
+        arrivals: for an open loop, the second at which each request is sent, whether or not earlier ones are answered.
+        lead: URL and body of a request sent before the closed loop. The model is busy with it while the connections
+            queue up, and the measurement begins when it has been answered.
     """
 
     url: str
@@ -42,12 +42,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Reply:
-    """One request.
+    """The reply to one request.
 
     Attributes:
-        seconds: from when it was sent, or ought to have been sent, to the end of its reply.
-        ended: second of its end, after the start of the leg.
-        headers: of the reply that begin with ``x-``.
+        seconds: seconds from the time at which the request was sent, or was due, to the end of the reply.
+        ended: end of the reply, in seconds after the start of the leg.
+        headers: headers of the reply that begin with ``x-``.
     """
 
     seconds: float
@@ -57,36 +57,36 @@ class Reply:
 
 @dataclass(frozen=True)
 class Leg:
-    """All replies to a load, every one of them with status 200."""
+    """All replies to a load, each with status 200."""
 
     replies: list[Reply]
 
     @property
     def per_second(self) -> float:
-        """Requests answered a second."""
+        """Requests answered per second."""
         return len(self.replies) / max(reply.ended for reply in self.replies)
 
     @property
     def p50(self) -> float:
-        """Median seconds of a request."""
+        """Median seconds per request."""
         return statistics.median(reply.seconds for reply in self.replies)
 
     @property
     def p99(self) -> float:
-        """Seconds that 99 % of the requests do not exceed (nearest rank: of less than 100, the slowest)."""
+        """Seconds that 99 % of the requests do not exceed (nearest rank; below 100 requests, the slowest one)."""
         ordered = sorted(reply.seconds for reply in self.replies)
         return ordered[-(-99 * len(ordered) // 100) - 1]
 
     def mean_header(self, name: str) -> float:
-        """Mean of a number in the replies' headers."""
+        """Return the mean of a numeric header over all replies."""
         return statistics.fmean(float(reply.headers[name]) for reply in self.replies)
 
 
 def send(load: Load) -> Leg:
-    """Run a load in a process of its own, on the same machine.
+    """Run a load in a separate process on the same machine.
 
     Raises:
-        RuntimeError: a request was not answered with 200.
+        RuntimeError: a request was not answered with status 200.
     """
     command = [sys.executable, "-m", "benchmarks.serving.load"]
     ended = subprocess.run(command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False)

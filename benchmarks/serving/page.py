@@ -1,4 +1,4 @@
-"""The tables of the section on serving: figures against their targets, then where the time goes."""
+"""The tables of the section on serving: figures against their targets, then the shares of a request's time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def figures_table(rows: list[Row]) -> str:
-    """A line a ratio."""
+    """Return a table with one row per ratio."""
     lines = ["| ratio | target | median (min–max) | measured of counted speed-up | result |", "|---|---|---|---|---|"]
     for row in rows:
         sign = "≤" if row.get("bound") == "at most" else "≥"
@@ -25,7 +25,7 @@ def figures_table(rows: list[Row]) -> str:
 
 
 def shares_table(rows: list[Row]) -> str:
-    """A line a load, a column a part of a request's time."""
+    """Return a table with one row per load and one column per part of a request's time."""
     parts = list(dict.fromkeys(row["part"] for row in rows))
     loads = dict.fromkeys((row["backbone"], row["load"]) for row in rows)
     lines = [f"| backbone, load | {' | '.join(parts)} |", f"|---|{'---|' * len(parts)}"]
@@ -37,7 +37,7 @@ def shares_table(rows: list[Row]) -> str:
 
 
 def serving_words(result: Row) -> dict[str, str]:
-    """The words for the mark of the page."""
+    """Return the text for the page's mark."""
     meta, rows = result["meta"], result["rows"]
     machine, settings = meta["machine"], meta["settings"]
     ratios = [row for row in rows if "part" not in row]

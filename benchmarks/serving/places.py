@@ -1,4 +1,4 @@
-"""What is served: a task model with adapters of random weights, and the texts that are asked."""
+"""What is served: a task model with randomly initialised adapters, and the texts of the requests."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 @dataclass(frozen=True)
 class Place:
-    """A backbone in a folder, with what is asked of it.
+    """A backbone in a folder, with the texts of the requests.
 
     Attributes:
-        key: in the names of files.
-        name: in the rows.
-        folder: of the task model; its adapters are written beside it.
-        texts: one or more.
-        sizes: of the measurements.
-        has_targets: whether the speed-up over HTTP is held to a target here.
+        key: name in file names.
+        name: name in the rows.
+        folder: folder of the task model; its adapters are written beside it.
+        texts: texts of the requests, at least one.
+        sizes: sizes of the measurements.
+        has_targets: whether the speed-up over HTTP has a target on this backbone.
     """
 
     key: str
@@ -57,21 +57,21 @@ class Place:
 
     @cached_property
     def mean_length(self) -> int:
-        """Tokens of a text, rounded."""
+        """Mean number of tokens per text, rounded."""
         encoded = self.pretrained.tokenizer(self.texts)["input_ids"]
         return round(sum(map(len, encoded)) / len(encoded))
 
     @property
     def digest(self) -> str:
-        """Of the texts."""
+        """SHA-256 of the texts."""
         return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
 
     def counted_speedup(self, num_inputs: int, cut: int) -> float:
-        """What the counted operations allow at the mean length."""
+        """Return the speed-up by counted operations at the mean length."""
         return counted_speedup(random_revmux(self.pretrained.backbone, num_inputs, cut), self.mean_length)
 
     def adapters(self, cut: int) -> list[str]:
-        """A folder for each N, written where they are missing."""
+        """Return an adapter folder for each N; missing ones are written."""
         folders = []
         for num_inputs in WIDTHS:
             folder = self.folder.with_name(f"{self.key}-n{num_inputs}-l{cut}")
@@ -82,7 +82,7 @@ class Place:
         return folders
 
     def batches(self, inputs: int, batch_size: int) -> list[TokenBatch]:
-        """Texts as tokens, in batches of like length, each (B, S)."""
+        """Return tokenised texts in batches of similar length, each tensor (B, S)."""
         texts = [self.texts[index % len(self.texts)] for index in range(inputs)]
         texts.sort(key=lambda text: len(self.pretrained.tokenizer(text)["input_ids"]))
         return [
@@ -92,7 +92,7 @@ class Place:
 
 
 def random_revmux(backbone: Backbone, num_inputs: int, cut: int) -> MultiplexedClassifier:
-    """RevMUX with random weights on a backbone, which is frozen; N = 1 is the plain model."""
+    """Return RevMUX with random weights on a frozen backbone; N = 1 is the plain model."""
     torch.manual_seed(num_inputs)
     name = Siso.name if num_inputs == 1 else "revmux"
     method = build_method(name, BackboneShape.of(backbone), num_inputs).to(backbone.device)
@@ -100,14 +100,14 @@ def random_revmux(backbone: Backbone, num_inputs: int, cut: int) -> MultiplexedC
 
 
 def counted_speedup(model: MultiplexedClassifier, length: int) -> float:
-    """What the counted operations allow at inputs of ``length`` tokens."""
+    """Return the speed-up by counted operations for inputs of ``length`` tokens."""
     return 1 / relative_cost(model.backbone, model.method, model.prefill_layers, length)
 
 
 def shape_place(settings: Settings, folder: Path) -> Place:
-    """A BERT with random weights, asked texts of 128 tokens each."""
+    """Return a BERT with random weights and texts of 128 tokens each."""
     shape = settings.shape
-    home = folder / "shape"
+    model = folder / "shape"
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=shape.hidden_size,
@@ -117,43 +117,43 @@ def shape_place(settings: Settings, folder: Path) -> Place:
         id2label=dict(enumerate(LABELS)),
         label2id={name: index for index, name in enumerate(LABELS)},
     )
-    BertForSequenceClassification(config).save_pretrained(home)
-    _copy_tokenizer(home)
-    tokenizer = load_pretrained(BackboneConfig(str(home))).tokenizer
+    BertForSequenceClassification(config).save_pretrained(model)
+    _copy_tokenizer(model)
+    tokenizer = load_pretrained(BackboneConfig(str(model))).tokenizer
     sizes = Sizes(max_batch=16, alone=24, plain=48, grouped=240, rivals=64, quiet=20, half=40)
     texts = texts_of_length(tokenizer, LENGTH, 64)
-    return Place("shape", shape.name, home, texts, sizes.times(settings.scale), shape == Shape())
+    return Place("shape", shape.name, model, texts, sizes.times(settings.scale), shape == Shape())
 
 
 def embedded_place(settings: Settings, folder: Path) -> Place:
-    """The embedded encoder with a fresh head, asked real sentences."""
-    home = folder / "embedded"
+    """Return the embedded encoder with a new head and real sentences."""
+    model = folder / "embedded"
     torch.manual_seed(0)
     pretrained = load_pretrained(BackboneConfig(), list(LABELS))
-    pretrained.backbone.model.save_pretrained(home)
-    _copy_tokenizer(home)
+    pretrained.backbone.model.save_pretrained(model)
+    _copy_tokenizer(model)
     source = DataConfig() if settings.glue is None else DataConfig(str(settings.glue / "SST-2"), limit=1)
     found = list(load_task(source).test["text"])
     lengths = map(len, pretrained.tokenizer(found)["input_ids"])
-    texts = [text for text, length in zip(found, lengths) if length <= LENGTH]  # no server has to cut any
+    texts = [text for text, length in zip(found, lengths) if length <= LENGTH]  # so that no server truncates any
     sizes = Sizes(max_batch=32, alone=128, plain=192, grouped=384, rivals=256, quiet=100, half=400)
-    return Place("embedded", EMBEDDED_NAME, home, texts, sizes.times(settings.scale), False)
+    return Place("embedded", EMBEDDED_NAME, model, texts, sizes.times(settings.scale), False)
 
 
 def _copy_tokenizer(folder: Path) -> None:
-    """The embedded encoder's files as they came: other servers may come with an older transformers."""
+    """Copy the embedded encoder's original files, because other servers may use an older transformers."""
     source = Path(resolve(EMBEDDED_NAME))
     for name in _TOKENIZER:
         shutil.copy(source / name, folder / name)
 
 
 def texts_of_length(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[str]:
-    """Different texts of exactly ``length`` tokens each: words that are tokens of their own.
+    """Return texts of exactly ``length`` tokens each, made of words that are single tokens.
 
     Args:
-        tokenizer: of whole words, as BERT's.
-        length: tokens with the special ones.
-        count: how many.
+        tokenizer: a tokenizer with whole words in its vocabulary, such as BERT's.
+        length: tokens per text, special tokens included.
+        count: number of texts.
     """
     words = sorted(word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha() and word.islower())
     inner = length - tokenizer.num_special_tokens_to_add()

@@ -1,6 +1,6 @@
-"""The plain way to serve a classifier with Ray Serve: ``@serve.batch`` around the model, as Serve's own guide has it."""
+"""A plain Ray Serve deployment of a classifier: ``@serve.batch`` around the model, as in Serve's guide."""
 
-# No postponed annotations here: Serve reads those of the deployment.
+# No postponed annotations here, because Serve reads the annotations of the deployment.
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ Ranking = list[dict[str, Any]]
 
 @serve.deployment(name="plain")
 class PlainClassifier:
-    """One replica.
+    """A replica of the classifier.
 
     Args:
         model: folder of the task model.
-        max_length: tokens that a text is cut to.
-        max_batch: inputs of a forward pass.
+        max_length: tokens to which a text is truncated.
+        max_batch: maximum number of inputs per forward pass.
         threads: CPU threads of the model.
     """
 
@@ -34,7 +34,7 @@ class PlainClassifier:
 
     @serve.batch(batch_wait_timeout_s=0.01)
     async def classify(self, texts: list[str]) -> list[Ranking]:
-        """Labels with their scores, best first, of each text."""
+        """Return each text's labels with their scores, best first."""
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )  # each (B, S)
@@ -52,7 +52,7 @@ class PlainClassifier:
 
 
 def build(model: str, max_length: int, max_batch: int, threads: int, max_ongoing: int) -> Application:
-    """The application, in the environment of ours; Serve lets five requests through at a time unless told otherwise."""
+    """Return the application with our environment; Serve's default of five concurrent requests is raised."""
     actor = {"num_cpus": 1, "runtime_env": {"env_vars": compute_environment()}}
     options = {"ray_actor_options": actor, "max_ongoing_requests": max_ongoing}
     deployment = PlainClassifier.options(**options, logging_config={"enable_access_log": False})  # type: ignore[attr-defined]

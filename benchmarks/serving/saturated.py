@@ -17,10 +17,10 @@ RIVALS = {"plain": "a plain @serve.batch deployment", "infinity": "infinity-emb"
 
 
 def measure_groups(servers: Servers, num_inputs: int, cut: int, pairs: int) -> list[Row]:
-    """A row for one N and l; and, at the largest N and the smallest l, those of where the time goes."""
+    """Return a row for one N and l and, at the largest N and smallest l, rows with the shares of a request's time."""
     place, sizes = servers.place, servers.place.sizes
     plain, grouped, widths, parts = [], [], [], []
-    servers.ours(num_inputs, cut, num_inputs)  # what is done only once is not measured
+    servers.ours(num_inputs, cut, num_inputs)  # a warm-up: one-time work is not measured
     for _ in range(pairs):
         plain.append(servers.ours(sizes.plain, cut, 1).per_second)
         before = servers.stage_seconds(cut)
@@ -51,7 +51,7 @@ def measure_groups(servers: Servers, num_inputs: int, cut: int, pairs: int) -> l
 
 
 def measure_rival(servers: Servers, rival: str, pairs: int) -> list[Row]:
-    """Our N = 1 over another server, by requests a second."""
+    """Compare our server at N = 1 with another server, by requests per second."""
     place, sizes = servers.place, servers.place.sizes
     name = f"over HTTP, {place.name}: our N = 1 / {RIVALS[rival]}"
     target = RIVAL_TARGET if place.has_targets else None
@@ -61,7 +61,7 @@ def measure_rival(servers: Servers, rival: str, pairs: int) -> list[Row]:
     legs: dict[str, Callable[[int], Leg]] = {"plain": servers.plain_batch, "infinity": servers.infinity}
     try:
         for leg in (legs[rival], servers.plain_model):
-            leg(FEW)  # what is done only once is not measured
+            leg(FEW)  # a warm-up: one-time work is not measured
         pairs_of = [
             (servers.plain_model(sizes.rivals).per_second, legs[rival](sizes.rivals).per_second) for _ in range(pairs)
         ]

@@ -1,4 +1,4 @@
-"""The servers that are compared, side by side on this machine: ours, the plain Ray Serve one, and Infinity."""
+"""The compared servers, all on this machine: ours, a plain Ray Serve deployment, and Infinity."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ START_SECONDS = 180.0
 
 
 class DidNotStart(Exception):
-    """A server that is not ours ended, or did not answer in time."""
+    """Another project's server exited or did not answer in time."""
 
 
 class Servers:
-    """Servers of one place, each started when it is first asked, and all stopped at the end.
+    """Servers of one backbone; each starts at its first request, and all stop at the end.
 
     Args:
-        place: what is served.
-        settings: threads of each server's model, and where Infinity is.
+        place: the backbone to serve.
+        settings: settings of the benchmark: threads per server, and the path of Infinity.
     """
 
     def __init__(self, place: Place, settings: Settings) -> None:
@@ -51,7 +51,7 @@ class Servers:
 
     @cached_property
     def _ray_serve(self) -> str:
-        """Base URL of ours, with the plain one beside it."""
+        """Base URL of our server and of the plain deployment."""
         return self._stack.enter_context(_ray_serve(self.place, self.settings))
 
     @cached_property
@@ -69,38 +69,38 @@ class Servers:
         arrivals: list[float] | None = None,
         connections: int | None = None,
     ) -> Leg:
-        """A leg on our server.
+        """Run a leg on our server.
 
         Args:
-            requests: how many.
+            requests: number of requests.
             cut: l of the adapters.
-            max_multiplex: that each request names; None leaves the width to the server.
-            arrivals: of an open loop, see :class:`benchmarks.serving.load.Load`.
-            connections: of a closed loop; None saturates, with a request ahead of it.
+            max_multiplex: maximum width that each request names; None leaves the width to the server.
+            arrivals: arrivals of an open loop, see :class:`benchmarks.serving.load.Load`.
+            connections: connections of a closed loop; None saturates the server, after a leading request.
         """
         base = self._ray_serve
         named = {} if max_multiplex is None else {"max_multiplex": max_multiplex}
         bodies = [{"inputs": text, **named} for text in self._texts(requests)]
-        # Ahead of the loop goes a request for the other task, which is not in the figures of this one.
+        # The leading request is for the other task, so that it does not count in this task's figures.
         other = next(each for each in CUTS if each != cut)
         lead = (_predict(base, other), {"inputs": self.place.texts[0], "max_multiplex": 1})
         return self._send(_predict(base, cut), bodies, lead, arrivals, connections)
 
     def plain_model(self, requests: int) -> Leg:
-        """A leg on our server at N = 1."""
+        """Run a leg on our server at N = 1."""
         return self.ours(requests, min(CUTS), 1)
 
     def plain_batch(self, requests: int, arrivals: list[float] | None = None) -> Leg:
-        """A leg on ``@serve.batch``."""
+        """Run a leg on the plain ``@serve.batch`` deployment."""
         url = f"{self._ray_serve}{PLAIN_PREFIX}"
         bodies = [{"inputs": text} for text in self._texts(requests)]
         return self._send(url, bodies, (url, bodies[0]), arrivals, None)
 
     def infinity(self, requests: int) -> Leg:
-        """A leg on Infinity.
+        """Run a leg on Infinity.
 
         Raises:
-            DidNotStart: it does not run here.
+            DidNotStart: Infinity does not run on this machine.
         """
         url = f"{self._infinity}/classify"
         bodies: list[dict[str, Any]] = [
@@ -109,7 +109,7 @@ class Servers:
         return self._send(url, bodies, (url, bodies[0]), None, None)
 
     def stage_seconds(self, cut: int) -> dict[str, float]:
-        """Seconds of all forward passes so far, by stage, of the adapters of one cut."""
+        """Return the seconds of all forward passes so far, by stage, for the adapters of one cut."""
         info = httpx.get(f"{self._ray_serve}/info", timeout=60, trust_env=False).raise_for_status().json()
         return dict(info["replica"]["tasks"][_task(cut)]["seconds"])
 
@@ -176,7 +176,7 @@ def _infinity(executable: Path, model: Path, max_batch: int, threads: int) -> It
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
             "INFINITY_ANONYMOUS_USAGE_STATS": "0",
-            "INFINITY_HOME": str(model.parent),  # else it writes a cache where this process runs
+            "INFINITY_HOME": str(model.parent),  # by default it writes a cache into the working directory
             "DO_NOT_TRACK": "1",
         }
     )

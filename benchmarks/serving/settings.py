@@ -1,4 +1,4 @@
-"""How large the benchmark is."""
+"""Settings of the serving benchmark."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WIDTHS, CUTS = (2, 4, 8), (1, 3)
 
 @dataclass(frozen=True)
 class Shape:
-    """A BERT by its shape; by default BERT-base.
+    """The shape of a BERT; by default BERT-base.
 
     Args:
-        hidden_size: d.
-        num_hidden_layers: L.
-        num_attention_heads: heads.
-        intermediate_size: width within a layer.
+        hidden_size: hidden size d.
+        num_hidden_layers: number of layers L.
+        num_attention_heads: attention heads per layer.
+        intermediate_size: inner size of the feed-forward part.
     """
 
     hidden_size: int = 768
@@ -31,7 +31,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """In the rows."""
+        """Name in the rows."""
         if self == Shape():
             return "BERT-base shape"
         return f"BERT, {self.num_hidden_layers} layers, d = {self.hidden_size}"
@@ -39,15 +39,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Requests a leg, one input each, and inputs a pass; a pair is two legs.
+    """Requests per leg, with one input each, and inputs per pass; a pair is two legs.
 
     Attributes:
-        max_batch: inputs of a forward pass, the same for every server.
-        alone: inputs of a timing without a server.
-        plain: requests of a leg at N = 1, to be compared with groups.
-        grouped: requests of a leg in groups.
-        rivals: requests of a leg of two servers at N = 1.
-        quiet: requests of a client that is alone.
+        max_batch: maximum number of inputs per forward pass, the same for every server.
+        alone: inputs per timing without a server.
+        plain: requests per leg at N = 1, compared with groups.
+        grouped: requests per leg in groups.
+        rivals: requests per leg when two servers are compared at N = 1.
+        quiet: requests of a single client without other load.
         half: arrivals at half of the capacity.
     """
 
@@ -60,7 +60,7 @@ class Sizes:
     half: int
 
     def times(self, scale: float) -> Sizes:
-        """Longer or shorter legs, still of whole passes, so that none ends with groups that are not full."""
+        """Return longer or shorter legs, still of whole passes, so that all groups are full."""
 
         def whole(inputs: int, unit: int) -> int:
             return unit * max(1, round(inputs * scale / unit))
@@ -77,24 +77,24 @@ class Sizes:
 
     @property
     def connections(self) -> int:
-        """Of a closed loop: while one pass runs, another one waits."""
+        """Connections of a closed loop: while one pass runs, the inputs of the next one wait."""
         return 2 * self.max_batch
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The benchmark.
+    """Settings of the benchmark.
 
     Args:
-        shape: of the backbone with random weights, whose inputs all have 128 tokens.
-        pairs: of each ratio.
-        scale: multiplies the requests of every leg.
-        threads: of each server's model; by default a core is left to HTTP and to the load.
-        glue: folder with SST-2, whose dev sentences the embedded encoder reads; without it those of the embedded task.
-        infinity: the executable ``infinity_emb`` of an environment of its own.
+        shape: shape of the backbone with random weights, whose inputs all have 128 tokens.
+        pairs: pairs of runs per ratio.
+        scale: factor for the requests of every leg.
+        threads: CPU threads per server's model; by default one core is left for HTTP and the load.
+        glue: folder that contains SST-2, whose dev sentences the embedded encoder classifies; default: the embedded task.
+        infinity: path of the executable ``infinity_emb`` in its own environment; without it, Infinity is not measured.
 
     Raises:
-        UserError: a number that is too small, or a folder or file that is not there.
+        UserError: a number is too small, or a folder or file does not exist.
     """
 
     shape: Shape = field(default_factory=Shape)
@@ -111,10 +111,12 @@ class Settings:
         if self.scale <= 0:
             raise UserError(f"scale is {self.scale}; choose more than 0, such as 1")
         if self.glue is not None and not (self.glue / "SST-2").is_dir():
-            raise UserError(f"glue is {str(self.glue)!r}, which has no folder SST-2; name the folder that holds it")
+            raise UserError(f"glue is {str(self.glue)!r}, which has no folder SST-2; name the folder that contains it")
         if self.infinity is not None and not self.infinity.is_file():
-            raise UserError(f"infinity is {str(self.infinity)!r}, no file; name ENVIRONMENT/bin/infinity_emb")
+            raise UserError(
+                f"infinity is {str(self.infinity)!r}, which is not a file; name ENVIRONMENT/bin/infinity_emb"
+            )
 
     def about(self) -> dict[str, Any]:
-        """What figures depend on, of which a kept stage must have the same."""
+        """Return the settings that figures depend on; a kept stage is reused only if they are equal."""
         return {name: value for name, value in asdict(self).items() if name not in ("glue", "infinity")}

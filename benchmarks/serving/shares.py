@@ -1,4 +1,4 @@
-"""Where the time of a request goes, from what the client saw, the reply's headers, and the seconds of the forward passes."""
+"""Shares of a request's time, from the client's timing, the reply's headers, and the seconds of the forward passes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from benchmarks.serving.load import Leg
 from benchmarks.serving.settings import Row
 
 PARTS = ("proxy", "queue", "tokenise", "plain", "prefill", "multiplex", "upper", "head", "reply")
-"""``plain`` is the whole model at N = 1, which has no cut."""
+"""``plain`` is the whole model at N = 1, which is not split into stages."""
 
 
 def shares(leg: Leg, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """The mean share of each part of :data:`PARTS` in the time of a request; together 1.
+    """Return the mean share of each part of :data:`PARTS` in the time of a request; the shares sum to 1.
 
     Args:
         leg: replies of our server, one input each.
-        before: seconds of its passes by stage, before the leg.
-        after: the same after it.
+        before: seconds of its forward passes by stage, before the leg.
+        after: the same after the leg.
 
-    What is neither the model's nor the queue's is ``proxy`` outside of the replica (the client, the network, Serve's
-    proxy) and ``reply`` within it.
+    Time spent in neither the model nor the queue counts as ``proxy`` outside the replica (client, network, Serve's
+    proxy) and as ``reply`` inside it.
     """
     seconds = sum(reply.seconds for reply in leg.replies) / len(leg.replies)
     total, tokenise, queue, inference = (
@@ -42,12 +42,12 @@ def shares(leg: Leg, before: Mapping[str, float], after: Mapping[str, float]) ->
 
 
 def share_rows(place: str, when: str, legs: Sequence[Mapping[str, float]]) -> list[Row]:
-    """A row for each part that takes any time.
+    """Return a row for each part whose share is not zero.
 
     Args:
         place: name of the backbone.
-        when: under which load.
-        legs: what :func:`shares` gave, once or more.
+        when: name of the load.
+        legs: results of :func:`shares`, at least one.
     """
     return [
         ratio_row(f"share of {part}, {place}, {when}", [leg[part] for leg in legs])

@@ -1,4 +1,4 @@
-"""Every system of the paper on every family of backbone: weights, cost, throughput and accuracy.
+"""Every system of the paper on every backbone family: weights, cost, throughput and accuracy.
 
 python -m benchmarks.systems
 """

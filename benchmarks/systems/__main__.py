@@ -16,7 +16,7 @@ PAIRS = 3
 
 
 def main() -> None:
-    """Measure what has not been measured yet, then write the file."""
+    """Measure what has not been measured yet, then write the result file."""
     budget = Budget()
     trained, data, backbone = measure(budget, FOLDER, PAIRS)
     families = measure_families(FOLDER, PAIRS)

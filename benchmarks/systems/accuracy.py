@@ -24,18 +24,18 @@ MAX_LENGTH, TIMED_INPUTS, BATCH = 64, 96, 32
 
 @dataclass(frozen=True)
 class Budget:
-    """How much every system may learn from.
+    """How much data and training every system gets.
 
     Attributes:
-        per_class: sentences a class of the embedded task.
+        per_class: sentences per class of the embedded task.
         epochs: passes over the training split.
-        exit_head_epochs: of exit heads, whose epochs cost next to nothing.
-        tuned_epochs: of systems that tune the backbone, whose epochs cost several times as much.
-        learning_rate: peak of AdamW's rate.
-        tuned_learning_rate: where the backbone moves too.
-        batch_size: inputs a step, or the nearest multiple of N.
-        seeds: runs of each system.
-        shuffles: groupings of the test split a run.
+        exit_head_epochs: epochs of exit heads, which cost almost nothing.
+        tuned_epochs: epochs of systems that tune the backbone, which cost several times as much.
+        learning_rate: peak learning rate of AdamW.
+        tuned_learning_rate: peak learning rate if the backbone is tuned too.
+        batch_size: inputs per step, rounded to a multiple of N.
+        seeds: runs per system.
+        shuffles: groupings of the test split per run.
     """
 
     per_class: int = 500
@@ -50,7 +50,7 @@ class Budget:
 
 
 def all_runs(budget: Budget, task: TaskData, model: Path, num_layers: int, folder: Path) -> list[Run]:
-    """Every system at every N with every seed; the first seed of all comes first."""
+    """Return every system at every N with every seed, ordered by seed."""
     backbone, data = BackboneConfig(str(model), max_length=MAX_LENGTH), DataConfig(per_class=budget.per_class)
     store = StoreConfig(root=str(folder / "features"))
     runs = []
@@ -63,7 +63,7 @@ def all_runs(budget: Budget, task: TaskData, model: Path, num_layers: int, folde
                 if system.exit_layer is not None:
                     epochs = budget.exit_head_epochs
                 rate = budget.tuned_learning_rate if system.tuned else budget.learning_rate
-                batch_size = round(budget.batch_size / num_inputs) * num_inputs  # of whole groups
+                batch_size = round(budget.batch_size / num_inputs) * num_inputs  # a whole number of groups
                 optim = OptimConfig(epochs, batch_size, rate, seed=seed)
                 recipe = Recipe(backbone, data, method, optim, LossConfig(), store, budget.shuffles)
                 runs.append(Run.named(system.title, recipe, task, folder / "runs"))
@@ -71,15 +71,15 @@ def all_runs(budget: Budget, task: TaskData, model: Path, num_layers: int, folde
 
 
 def measure(budget: Budget, folder: Path, pairs: int) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """Train what has no result yet.
+    """Train the runs that have no result yet, and time every system.
 
     Args:
-        budget: see :class:`Budget`.
-        folder: of the task model, the features and the runs' results.
-        pairs: timings of each system and of the plain model.
+        budget: how much data and training every system gets.
+        folder: folder of the task model, the features and the results.
+        pairs: number of paired timings per system.
 
     Returns:
-        Rows, the identity of the data and of the task model.
+        The rows, the identity of the data, and the identity of the task model.
     """
     data = DataConfig(per_class=budget.per_class)
     task = load_task(data)

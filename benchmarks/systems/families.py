@@ -1,4 +1,4 @@
-"""Every system on every family of backbone, at one small shape with random weights: what it costs and how fast it is."""
+"""Cost and throughput of every system on every backbone family, at one small shape with random weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Comparison:
     """A system at one N, built for a backbone.
 
     Attributes:
-        system: which.
+        system: the system.
         num_inputs: N.
         model: backbone and method.
     """
@@ -39,7 +39,7 @@ class Comparison:
     model: MultiplexedClassifier
 
     def row(self, family: str, backbone: str, length: int) -> dict[str, Any]:
-        """All that needs no clock."""
+        """Return the columns that are counted, not timed."""
         model = self.model
         tuned = model.backbone.parameters() if model.method.tunes_backbone else ()
         return {
@@ -55,7 +55,7 @@ class Comparison:
 
 
 def small_backbone(family: str) -> Backbone:
-    """Six layers of width 384 with random weights, as a classifier or, where the family speaks, with label words."""
+    """Return six layers of width 384 with random weights: a classifier or, for generative families, with label words."""
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     names = {
         "hidden_size": WIDTH,
@@ -104,13 +104,13 @@ def small_backbone(family: str) -> Backbone:
 
 
 def comparisons(backbone: Backbone, exit_layers: Iterable[int]) -> Iterator[Comparison]:
-    """Every system at every N on one backbone, and exit heads at some layers."""
+    """Yield every system at every N on one backbone, and exit heads at the given layers."""
     shape = BackboneShape.of(backbone)
     for system in [*SYSTEMS, *map(exit_head, exit_layers)]:
         for num_inputs in system.widths:
             options = dict(system.options)
             if system.method == "datamux" and shape.encoder_decoder:
-                options["demultiplexer"] = "mlp"  # index tokens are read in the encoder, the answer in the decoder
+                options["demultiplexer"] = "mlp"  # the encoder reads the index tokens, but the answer is in the decoder
             layer = system.config(num_inputs, backbone.num_layers).prefill_layers
             method = build_method(system.method, shape, num_inputs, options).to(backbone.device)
             yield Comparison(system, num_inputs, MultiplexedClassifier(backbone, method, layer).eval())
@@ -119,7 +119,7 @@ def comparisons(backbone: Backbone, exit_layers: Iterable[int]) -> Iterator[Comp
 def against_siso(
     siso: MultiplexedClassifier, rival: Comparison, batches: Sequence[TokenBatch], pairs: int
 ) -> dict[str, Any]:
-    """The measured columns of a row; batches lose what does not fill a group, so that no input runs twice."""
+    """Return the measured columns of a row; inputs that do not fill a group are dropped, so that no input runs twice."""
     full = [
         {name: tensor[: len(tensor) - len(tensor) % rival.num_inputs] for name, tensor in tokens.items()}
         for tokens in batches
@@ -134,7 +134,7 @@ def against_siso(
 
 
 def measure_backbone(backbone: Backbone, batches: Sequence[TokenBatch], pairs: int) -> dict[str, dict[str, Any]]:
-    """The measured columns of every system on one backbone, by ``TITLE N=N``; speed does not read adapter weights."""
+    """Return the measured columns of every system on one backbone, by ``TITLE N=N``; weights do not affect speed."""
     siso = plain_classifier(backbone)
     return {
         f"{rival.system.title} N={rival.num_inputs}": against_siso(siso, rival, batches, pairs)
@@ -143,7 +143,7 @@ def measure_backbone(backbone: Backbone, batches: Sequence[TokenBatch], pairs: i
 
 
 def measure_family(family: str, pairs: int) -> list[dict[str, Any]]:
-    """Rows of one family with the throughput of each system, timed in turn with SISO."""
+    """Return the rows of one family with the throughput of each system, timed in alternation with SISO."""
     backbone = small_backbone(family)
     siso = plain_classifier(backbone)
     torch.manual_seed(1)
@@ -161,7 +161,7 @@ def measure_family(family: str, pairs: int) -> list[dict[str, Any]]:
 
 
 def measure_families(folder: Path, pairs: int) -> list[dict[str, Any]]:
-    """Rows of all families."""
+    """Return the rows of all families."""
     shape = (LAYERS, WIDTH, HEADS, INNER, VOCABULARY, LENGTH, INPUTS, pairs)
     rows: list[dict[str, Any]] = []
     for family in supported_model_types():
@@ -170,7 +170,7 @@ def measure_families(folder: Path, pairs: int) -> list[dict[str, Any]]:
 
 
 def published_shapes() -> list[dict[str, Any]]:
-    """Rows of the paper's own backbones, counted on the meta device: no weights, no clock."""
+    """Return rows of the paper's backbones, counted on the meta device without weights or timing."""
     rows = []
     for name in PRESETS:
         backbone = meta_backbone(name)

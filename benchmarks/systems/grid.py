@@ -1,4 +1,4 @@
-"""The systems that are compared, as the rows of the paper's tables name them."""
+"""The compared systems, titled as in the paper's tables."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from revmux.training.config import MethodConfig
 from revmux.training.recipe import exit_head_config
 
 WIDTHS = (2, 4, 8, 16)
-WARMUP = 60  # steps on retrieval alone, for the systems that are published with it
+WARMUP = 60  # steps on the retrieval loss alone, for systems published with a warm-up
 
 
 @dataclass(frozen=True)
 class System:
-    """One line of a table.
+    """One row of a table.
 
     Attributes:
-        title: what the page calls it.
-        method: registered name.
-        options: settings of the method.
-        from_embeddings: whether it shares all layers (l = 0) as published; else l is half the layers.
+        title: name on the page.
+        method: registered name of the method.
+        options: options of the method.
+        from_embeddings: whether all layers are shared (l = 0), as published; otherwise l is half of the layers.
         widths: values of N.
-        tuned: whether the backbone moves too.
+        tuned: whether the backbone is tuned too.
     """
 
     title: str
@@ -34,14 +34,14 @@ class System:
     tuned: bool = False
 
     def config(self, num_inputs: int, num_layers: int) -> MethodConfig:
-        """The system at one N on a backbone of ``num_layers`` layers."""
+        """Return the method settings at one N on a backbone of ``num_layers`` layers."""
         shared_above = 0 if self.from_embeddings else num_layers // 2
         layers = shared_above if self.exit_layer is None else self.exit_layer
         return MethodConfig(self.method, num_inputs, layers, self.options)
 
     @property
     def exit_layer(self) -> int | None:
-        """Layer of an exit head; None for all other systems."""
+        """Layer of an exit head; None for other systems."""
         option = method_class(self.method).exit_option
         return None if option is None else int(self.options[option])
 
@@ -65,5 +65,5 @@ SYSTEMS = (
 
 
 def exit_head(layer: int) -> System:
-    """The rival of all of them: a trained head at one layer of the frozen backbone."""
+    """Return the baseline of all systems: a trained head at one layer of the frozen backbone."""
     return System(f"Exit head, layer {layer}", ExitHead.name, exit_head_config(layer).options, widths=(1,))

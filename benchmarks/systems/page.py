@@ -1,4 +1,4 @@
-"""The tables of docs/systems.md: the paper's rows with ours beside them, then every family."""
+"""The tables of docs/systems.md: our rows beside the paper's, then every backbone family."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _find(rows: list[Row], **wanted: object) -> Row | None:
 
 
 def task_table(rows: list[Row], published: list[Row]) -> str:
-    """Every system at every N: accuracy here, and what it loses against SISO here and in the paper."""
+    """Return a table of every system at every N: accuracy here, and points lost against SISO here and in the paper."""
     trained = [row for row in rows if row["accuracy_mean"] is not None]
     siso = next(row["accuracy_mean"] for row in trained if method_class(row["method"]).is_plain)
     base = next(row["accuracy"][-1] for row in published if row["title"] == "SISO")
@@ -43,7 +43,7 @@ def task_table(rows: list[Row], published: list[Row]) -> str:
 
 
 def shape_table(rows: list[Row], published: list[Row]) -> str:
-    """The paper's own backbones at N = 2: what each system trains and costs there, counted."""
+    """Return a table of the paper's backbones at N = 2: trained weights and counted cost of each system."""
     lines = [
         "| backbone | system | N | l | trained weights | cost, counted | published average |",
         "|---|---|---|---|---|---|---|",
@@ -62,7 +62,7 @@ def shape_table(rows: list[Row], published: list[Row]) -> str:
 
 
 def family_table(rows: list[Row]) -> str:
-    """Measured throughput against SISO, a line a family and system, a column an N."""
+    """Return a table of measured throughput against SISO: one row per family and system, one column per N."""
     measured = [row for row in rows if row.get("why", "").startswith("random")]
     widths = sorted({row["num_inputs"] for row in measured if row["num_inputs"] > 1})
     lines = [
@@ -80,7 +80,7 @@ def family_table(rows: list[Row]) -> str:
 
 
 def systems_words(result: Row) -> dict[str, str]:
-    """The words for each mark of the page."""
+    """Return the text for each mark of the page."""
     meta, rows = result["meta"], result["rows"]
     published = json.loads(PUBLISHED.read_text())["rows"]
     budget, data, machine = meta["budget"], meta["data"], meta["machine"]

@@ -1,4 +1,4 @@
-"""What frozen weights and the feature store save in training, measured in pairs.
+"""The time that frozen weights and the feature store save in training, measured in pairs.
 
 python -m benchmarks.training
 """

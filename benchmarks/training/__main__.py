@@ -15,7 +15,7 @@ RESULT, KEPT = Path("benchmarks/results/training.json"), Path("runs/training")
 
 
 def main() -> None:
-    """Measure all and write the file."""
+    """Measure everything, then write the result file."""
     stages = {"epochs": epochs, "sweep": sweep, "workers": workers, "memory": memory}
     rows: list[dict[str, Any]] = []
     for name, stage in stages.items():

@@ -1,4 +1,4 @@
-"""The two backbones that are timed, and text for them."""
+"""The two timed backbones, and texts for them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MAX_LENGTH = 64
 
 @dataclass(frozen=True)
 class Timed:
-    """A backbone with the inputs that one epoch of it takes here.
+    """A backbone with the inputs of one timed epoch.
 
     Attributes:
-        name: in the rows.
-        pretrained: with tokenizer; its weights are frozen.
-        split: the inputs.
-        few: eight others, for the evaluation that ends each epoch and is not timed.
+        name: name in the rows.
+        pretrained: backbone with frozen weights, and tokenizer.
+        split: inputs of an epoch.
+        few: eight other inputs for the evaluation after each epoch, which is not timed.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Timed:
 
 
 def small_task(per_class: int = 150) -> TaskData:
-    """Sentences of the embedded task."""
+    """Return a small version of the embedded task."""
     return load_task(DataConfig(per_class=per_class))
 
 
 def embedded(task: TaskData) -> Pretrained:
-    """The embedded encoder with a fresh head."""
+    """Return the embedded encoder with a new head."""
     torch.manual_seed(0)
     pretrained = load_pretrained(BackboneConfig(max_length=MAX_LENGTH), task.label_names)
     pretrained.backbone.freeze()
@@ -50,7 +50,7 @@ def embedded(task: TaskData) -> Pretrained:
 
 
 def bert_base(task: TaskData) -> Pretrained:
-    """A BERT-base shape with random weights and the embedded encoder's tokenizer."""
+    """Return a BERT-base shape with random weights and the embedded encoder's tokenizer."""
     torch.manual_seed(0)
     names = dict(enumerate(task.label_names))
     config = BertConfig(id2label=names, label2id={name: index for index, name in names.items()})
@@ -60,10 +60,10 @@ def bert_base(task: TaskData) -> Pretrained:
 
 
 def timed_backbones(inputs: dict[str, int]) -> Iterator[Timed]:
-    """Both, one after the other, so that one is in memory at a time.
+    """Yield both backbones one after the other, so that only one is in memory.
 
     Args:
-        inputs: how many an epoch takes, by the backbone's name.
+        inputs: number of inputs per epoch, by backbone name.
     """
     task = small_task()
     makers = {"all-MiniLM-L6-v2": embedded, "bert-base shape, random": bert_base}

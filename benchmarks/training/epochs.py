@@ -1,4 +1,4 @@
-"""An epoch on stored features against the same epoch without: as the released code does it, and online."""
+"""An epoch on stored features against the same epoch without the store: as in the released code, and online."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS = (BATCH, RATE, INPUTS, WIDTHS, PAIRS)
 
 
 def epochs_of(timed: Timed, num_inputs: int, layer: int, features: Features, epochs: int) -> Iterator[float]:
-    """Seconds of each epoch of our trainer."""
+    """Yield the seconds of each epoch of our trainer."""
     torch.manual_seed(0)
     backbone = timed.pretrained.backbone
     method = build_method("revmux", BackboneShape.of(backbone), num_inputs)
@@ -43,7 +43,7 @@ def epochs_of(timed: Timed, num_inputs: int, layer: int, features: Features, epo
 
 
 def released_epochs(timed: Timed, num_inputs: int, layer: int, epochs: int) -> Iterator[float]:
-    """Seconds of each epoch of the released code's step, on a copy of the backbone that asks for gradients."""
+    """Yield the seconds of each epoch with the released code's step, on a backbone copy that requires gradients."""
     torch.manual_seed(0)
     backbone = copy.deepcopy(timed.pretrained.backbone).requires_grad_(True)
     method = build_method("revmux", BackboneShape.of(backbone), num_inputs)
@@ -53,12 +53,12 @@ def released_epochs(timed: Timed, num_inputs: int, layer: int, epochs: int) -> I
 
 
 def schedule_of(timed: Timed, num_inputs: int, epoch: int) -> Tensor:
-    """The groups that the trainer makes in this epoch."""
+    """Return the groups that the trainer forms in this epoch."""
     return epoch_groups(timed.split.lengths, num_inputs, BATCH // num_inputs, 0, epoch)
 
 
 def compare(timed: Timed, num_inputs: int, pairs: int) -> Iterator[dict[str, Any]]:
-    """Rows of one backbone at one N; epochs alternate, and the first of each does not count."""
+    """Yield rows of one backbone at one N; variants alternate by epoch, and the first epoch of each does not count."""
     backbone, layer = timed.pretrained.backbone, timed.pretrained.backbone.num_layers // 2
     with tempfile.TemporaryDirectory() as folder:
         stored = open_features(timed.pretrained, timed.split, [layer], StoreConfig(root=folder))
@@ -92,7 +92,7 @@ def compare(timed: Timed, num_inputs: int, pairs: int) -> Iterator[dict[str, Any
 
 
 def measure() -> list[dict[str, Any]]:
-    """All rows."""
+    """Return all rows."""
     rows = []
     for timed in timed_backbones(INPUTS):
         for num_inputs in WIDTHS[timed.name]:

@@ -32,7 +32,7 @@ SETTINGS = SIZES
 
 
 def resident_megabytes() -> tuple[float, float]:
-    """Resident memory of this process, pages of mapped shards included, and the part that no file stands behind."""
+    """Return this process's resident memory, mapped shards included, and the anonymous part that no file backs."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {
         name: int(rest.split()[0]) / 1024 for name, _, rest in (line.partition(":") for line in lines) if "Rss" in name
@@ -41,14 +41,14 @@ def resident_megabytes() -> tuple[float, float]:
 
 
 def numbered(task: TaskData, size: int) -> Iterator[dict[str, Any]]:
-    """The sentences of the task over and over, each time with another number behind."""
+    """Yield the task's sentences repeatedly, each with a different number appended."""
     texts, labels = list(task.train["text"]), list(task.train["label"])
     for index in range(size):
         yield {"text": f"{texts[index % len(texts)]} {index}", "label": labels[index % len(labels)]}
 
 
 def train_on(size: int, folder: str, fill: bool, results: Any) -> None:
-    """One epoch over ``size`` examples; puts the peak megabytes over all steps: all that is resident, and its own."""
+    """Train one epoch on ``size`` examples; put the peak megabytes over all steps: total resident and anonymous."""
     torch.set_num_threads(1)
     task = small_task()
     names = dict(enumerate(task.label_names))
@@ -83,13 +83,16 @@ def train_on(size: int, folder: str, fill: bool, results: Any) -> None:
 
 
 def measure() -> list[dict[str, Any]]:
-    """The row, with both peaks."""
+    """Return the row, with both peaks."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
         for size in SIZES:
-            for fill in (True, False):  # the pass that fills the store is another process: its memory is not training's
+            for fill in (
+                True,
+                False,
+            ):  # the store is filled in a separate process, whose memory does not count as training's
                 process = context.Process(target=train_on, args=(size, folder, fill, results))
                 process.start()
                 process.join()

@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def training_words(result: Row) -> dict[str, str]:
-    """The words for the mark of the page."""
+    """Return the text for the page's mark."""
     meta = result["meta"]
     lines = ["| ratio | backbone | N | target | median (min–max) | result |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:

@@ -1,8 +1,8 @@
-"""A training step as the paper's released code does it, on our modules: what the feature store is measured against.
+"""The training step of the paper's released code, on our modules: the baseline for the feature store.
 
-There nothing is frozen but the optimiser's list: the prefill and the upper layers keep a graph for every weight, the
-teacher runs from the prefilled states at every step, and the whole shared sequence is demultiplexed, not the answer alone.
-Its anomaly detection, a debugging mode that slows autograd down further, is left out.
+The released code freezes weights only by leaving them out of the optimiser: prefill and upper layers keep a graph for
+every weight, the teacher runs from the prefilled states at every step, and the whole shared sequence is demultiplexed,
+not only the answer. Its anomaly detection, a debugging mode that slows autograd down further, is left out.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from revmux.training.losses import training_loss
 
 
 class ReleasedModel(MultiplexedClassifier):
-    """A multiplexed encoder whose backbone keeps its graph and whose every token is demultiplexed."""
+    """A multiplexed encoder that keeps the backbone's graph and demultiplexes every token."""
 
     def prefill(self, tokens: TokenBatch) -> HiddenState:
-        """Each input alone through layers 1..l, with gradients: tokens (B, S) to states (B, S, d)."""
+        """Run each input alone through layers 1..l, with gradients: tokens (B, S) to states (B, S, d)."""
         return self.backbone.run(self.backbone.embed(tokens), self.prefill_layers)
 
     def upper_in_training(self, mixed: HiddenState) -> HiddenState:
-        """Every token through every layer, since every token is demultiplexed."""
+        """Run every token through every upper layer, because every token is demultiplexed."""
         return self.upper(mixed)
 
     def answer(self, upper: HiddenState, own: Tensor) -> GroupOutput:
-        """As the parent's, by way of every token of the shared sequences (G, S, d)."""
+        """Return the same answers as the parent, after demultiplexing every token of the shared sequences (G, S, d)."""
         rows, length, width = upper.hidden.shape
         everywhere = own.unsqueeze(1).expand(-1, length, -1, -1).flatten(0, 1)  # (G·S, N, d)
         restored = self.method.demultiplex(upper.hidden.reshape(rows * length, 1, width), everywhere)  # (G·S, N, d)
@@ -42,13 +42,13 @@ class ReleasedModel(MultiplexedClassifier):
 
 
 class ReleasedTraining:
-    """Epochs of that step.
+    """Epochs of the released training step.
 
     Args:
-        model: with every weight of the backbone asking for gradients.
-        split: the tokens.
-        loss: the same as the rival's.
-        learning_rate: of AdamW over the adapters.
+        model: the model; every weight of its backbone requires gradients.
+        split: the tokenised inputs.
+        loss: loss settings, the same as for our trainer.
+        learning_rate: learning rate of AdamW for the adapters.
     """
 
     def __init__(self, model: ReleasedModel, split: TokenizedSplit, loss: LossConfig, learning_rate: float) -> None:
@@ -56,10 +56,10 @@ class ReleasedTraining:
         self.optimizer = torch.optim.AdamW(model.method.parameters(), lr=learning_rate, fused=True)
 
     def epoch(self, schedule: Tensor) -> float:
-        """One pass; returns its seconds.
+        """Run one epoch; return its seconds.
 
         Args:
-            schedule: (steps, G, N) long, rows of the split.
+            schedule: row indices of the split, (steps, G, N), int64.
         """
         backbone = self.model.backbone
         self.model.method.train()

@@ -1,4 +1,4 @@
-"""The second trial of a sweep against the first: the first fills the store that the second reads."""
+"""The first trial of a sweep, which fills the feature store, against the second, which reads it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ SETTINGS = (PER_CLASS, PAIRS, TRIALS)
 
 
 def trial(recipe: Recipe, task: TaskData) -> float:
-    """Seconds of one whole trial: load, prepare, train, evaluate; the driver of a sweep reads the data once for all."""
+    """Return the seconds of one trial: prepare, train, evaluate; the data is already loaded, as in a sweep."""
     started = time.perf_counter()
     train_here(prepare(recipe, task))
     return time.perf_counter() - started
 
 
 def measure() -> list[dict[str, Any]]:
-    """Rows for trials of one epoch, as a sweep's early stopping starts them, and of three."""
+    """Return rows for trials of one epoch, as early stopping in a sweep leaves many, and of three."""
     rows = []
     task = small_task(PER_CLASS)
     with tempfile.TemporaryDirectory() as folder:
         model = save_task_model(embedded(task), Path(folder) / "task-model")
         for epochs, num_inputs in TRIALS:
             ratios = []
-            for pair in range(PAIRS + 1):  # the first pair warms the process up
+            for pair in range(PAIRS + 1):  # the first pair is a warm-up
                 recipe = Recipe(
                     BackboneConfig(str(model), max_length=MAX_LENGTH),
                     DataConfig(per_class=PER_CLASS),

@@ -1,4 +1,4 @@
-"""Two workers of a thread each against one worker, with one thread and with two, and the share of the time that they wait."""
+"""Two workers with one thread each against one worker with one or two threads, and the share of time spent waiting."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SETTINGS = (NUM_INPUTS, LAYER, BATCH, PAIRS, EPOCHS)
 
 
 def work(rank: int, world: int, threads: int, store: str, meeting: str, epochs: int, results: Any) -> None:
-    """One worker: puts the inputs a second of each epoch but the first, and its own share of waiting.
+    """Run one worker; put the inputs per second of each epoch except the first, and the worker's share of waiting.
 
-    A thread that waits for the other worker sleeps, so what its processor time lacks of the clock's is waiting.
+    A thread that waits for the other worker sleeps, so waiting is the wall-clock time minus the processor time.
     """
     torch.set_num_threads(threads)
     if world > 1:
@@ -57,7 +57,7 @@ def work(rank: int, world: int, threads: int, store: str, meeting: str, epochs: 
 
 
 def run(world: int, threads: int, store: str, epochs: int) -> tuple[float, float]:
-    """Median inputs a second over all workers, and the mean share of waiting."""
+    """Return the median inputs per second over all workers, and the mean share of waiting."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,7 @@ def run(world: int, threads: int, store: str, epochs: int) -> tuple[float, float
 
 
 def measure() -> list[dict[str, Any]]:
-    """The rows, with the waiting of two workers; what one worker alone seems to wait, it is kept from running."""
+    """Return the rows, with the waiting of two workers; for one worker it is time in which it was not scheduled."""
     with tempfile.TemporaryDirectory() as store:
         run(1, 1, store, 1)  # fills the store
         against_one, against_threads, waits, kept = [], [], [], []
