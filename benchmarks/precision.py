@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.trained import tuned_task_model
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
-from revmux.features.config import DTYPES
 from revmux.features.precision import Precision, measure_precision
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
@@ -36,7 +37,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
     rows = []
     for name in ("float16", "bfloat16"):
         for layer in range(backbone.num_layers + 1):
-            loss = measure_precision(backbone, split, range(len(split)), layer, DTYPES[name])
+            loss = measure_precision(backbone, split, range(len(split)), layer, getattr(torch, name))
             print(f"layer {layer} in {name}: {loss}", flush=True)
             rows.append({"layer": layer, "dtype": name, **asdict(loss)})
     return rows, task.identity, {"name": embedded.model, "tuned": "upper half, to the task"}

@@ -1,46 +1,54 @@
-"""Command lines of the jobs: a typed configuration from YAML and flags, and one line for a mistake."""
+"""Command lines of the jobs: typed settings from YAML and flags, and one line for a mistake."""
 
 from __future__ import annotations
 
 import sys
 import traceback
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
 from revmux.errors import UserError
 from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
+from revmux.utils.parser import Parser
 from revmux.utils.redact import without_passwords
 
 Config = TypeVar("Config")
 
 
-class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Types and defaults beside each setting, and the example command on its own line."""
-
-
-def parse(config_class: type[Config], description: str | None, argv: Sequence[str] | None = None) -> Config:
-    """The configuration from ``--config FILE.yaml`` and flags; flags win.
+def parse(
+    config_class: type[Config], description: str | None, argv: Sequence[str] | None = None, prog: str | None = None
+) -> Config:
+    """The settings from ``--config FILE.yaml`` and flags; flags win.
 
     Args:
         config_class: a dataclass, whose docstring is the help.
         description: head of ``--help``, the module's docstring.
         argv: command line without the program's name; the process's own by default.
+        prog: the program's name in messages; by default ``python -m MODULE`` as this process was started.
     """
-    parser = ArgumentParser(description=(description or "").strip(), formatter_class=HelpFormatter)
-    parser.add_argument("--config", action="config", help="YAML file with the settings below; flags win over it")
+    parser = Parser(
+        prog=prog or _program(),
+        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+        description=(description or "").strip(),
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the settings below. Flags override it."
+    )
     parser.add_class_arguments(config_class, as_group=True)
     namespace = parser.parse_args(argv)
     del namespace["config"]
     return config_class(**parser.instantiate(namespace).as_dict())
 
 
+def _program() -> str | None:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def at_its_place(config: Config) -> Config:
-    """A job whose model folder is named from the root: trials and replicas run in folders of their own."""
+    """A job whose model folder is an absolute path: trials and replicas run in folders of their own."""
     backbone = getattr(config, "backbone", None)
     if not isinstance(backbone, BackboneConfig) or backbone.model == EMBEDDED_NAME:
         return config
@@ -51,15 +59,26 @@ def at_its_place(config: Config) -> Config:
 
 
 def run(
-    job: Callable[[Any], object], config_class: type, description: str | None, argv: Sequence[str] | None = None
+    job: Callable[[Any], object],
+    config_class: type,
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
 ) -> int:
-    """Parse and run a job.
+    """Parse the settings and run a job.
+
+    Args:
+        job: takes the settings. It checks them before it imports torch or Ray.
+        config_class: see :func:`parse`.
+        description: see :func:`parse`.
+        argv: see :func:`parse`.
+        prog: see :func:`parse`.
 
     Returns:
-        0; 2 for a mistake of the caller's, told in one line; 1 for any other error, with its traceback.
+        0; 2 after a mistake of the user's, which is printed on one line; 1 after any other error, with its traceback.
     """
     try:
-        job(at_its_place(parse(config_class, description, argv)))
+        job(at_its_place(parse(config_class, description, argv, prog)))
     except UserError as error:
         print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         return 2

@@ -10,8 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ray_jobs.ray_log import ray_messages_in
 from revmux.errors import UserError
 from revmux.utils.environment import compute_environment
@@ -26,17 +24,17 @@ LOCAL_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Workers and where they are.
+    """Workers and the Ray cluster that they run on.
 
     Args:
-        address: a running cluster's address, ``auto`` for the one that this machine belongs to, or ``local`` for
-            a fresh one on this machine; by default ``auto`` inside a submitted job and ``local`` elsewhere.
-        workers: training processes.
-        cpus_per_worker: cores of each; its threads follow.
-        gpus_per_worker: GPUs of each, fractions too; 0 trains on CPUs (gloo), more on GPUs (nccl).
-        max_failures: restarts from the last checkpoint after a lost worker before the job gives up.
-        wait_minutes: how long training waits for machines that its workers need and the cluster has not, at the start
-            or after a loss, before the job gives up; 0 waits for ever.
+        address: Address of a running cluster, auto for the one that this machine belongs to, or local to start a new one on
+            this machine. Default: auto inside a submitted job, otherwise local.
+        workers: Number of training processes. At least 1.
+        cpus_per_worker: CPU cores per worker, which also sets its number of threads. Above 0.
+        gpus_per_worker: GPUs per worker, a whole number or a fraction below 1. 0 trains on CPUs (gloo), more on GPUs (nccl).
+        max_failures: Number of restarts from the last checkpoint after a lost worker before the job fails. 0 or more.
+        wait_minutes: Minutes to wait for machines that the workers need and the cluster does not have yet, at the start or
+            after a loss, before the job fails. 0 waits without limit.
     """
 
     address: str | None = None
@@ -100,11 +98,25 @@ class ClusterConfig:
             UserError: GPUs were asked for and this machine has none.
         """
         require("ray", "train")
-        if self.resolved_address == "local" and self.use_gpu and not torch.cuda.is_available():
+        if self.resolved_address != "local" or not self.use_gpu:
+            return
+        import torch
+
+        if not torch.cuda.is_available():
             raise UserError(
                 f"gpus_per_worker is {self.gpus_per_worker}, but this machine has no GPU that torch sees; choose "
                 "gpus_per_worker 0, or name a cluster with --cluster.address"
             )
+
+
+def check_port_number(port: int) -> None:
+    """Refuse a number that is no TCP port.
+
+    Raises:
+        UserError: naming the legal range.
+    """
+    if not 1 <= port <= 65535:
+        raise UserError(f"port is {port}; choose 1 to 65535, such as 8000")
 
 
 @contextmanager

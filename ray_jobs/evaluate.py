@@ -1,147 +1,36 @@
-"""Evaluate an adapter on the test split of a task, over shuffles, and record the figures.
+"""Evaluate an adapter on the test split of a task, averaged over random groupings, and record the metrics.
 
-python -m ray_jobs.evaluate --backbone.model runs/task-model --adapter runs/adapters/revmux-n2-l2
+revmux evaluate --backbone.model runs/task-model --data.source reviews.csv --adapter runs/adapters/revmux-n2-l2
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
 
 from ray_jobs import cli
-from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.paths import absolute_path, absolute_storage, store_in
-from ray_jobs.tracking.config import TrackingConfig
-from ray_jobs.tracking.tracker import Tracker
-from revmux.adapters.compatibility import check_prompt
+from ray_jobs.training.config import EvaluateJob
 from revmux.adapters.config import load_adapter_config
-from revmux.adapters.folder import load_adapter
-from revmux.data.config import DataConfig
-from revmux.data.prompt import Prompt
-from revmux.data.task import TaskData, load_task
-from revmux.errors import UserError
-from revmux.features.base import Features
-from revmux.features.config import StoreConfig
-from revmux.features.online import OnlineFeatures
-from revmux.features.store import open_features
-from revmux.pretrained.config import BackboneConfig
-from revmux.pretrained.loading import check_answers, inspect, load_pretrained
-from revmux.training.evaluation import evaluate
-from revmux.training.recipe import relative_cost_at, stored_layers
-from revmux.utils.files import write_json
-
-
-@dataclass(frozen=True)
-class EvaluateJob:
-    """Settings of the job.
-
-    Args:
-        adapter: adapter folder, on a disk that the worker reaches.
-        backbone: the task model that the adapter was trained on.
-        data: the task; its test split is evaluated.
-        store: where the task model's features of the test split are kept. Each input then passes the lower layers once,
-            whatever the number of shuffles, and not at all where training stored them.
-        shuffles: groupings that the accuracy is a mean of.
-        seed: of the first grouping.
-        cluster: one worker's resources are used.
-        tracking: MLflow.
-        storage: folder of the features and the default MLflow store.
-        output: JSON file of the figures; by default ``evaluate-`` and the adapter folder's name, in storage.
-    """
-
-    adapter: str
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    store: StoreConfig = field(default_factory=StoreConfig)
-    shuffles: int = 10
-    seed: int = 0
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    storage: str = "runs"
-    output: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.shuffles < 1:
-            raise UserError(f"shuffles is {self.shuffles}; choose 1 or more")
-
-
-def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
-    """The figures of one adapter; runs where the device is."""
-    import torch
-
-    pretrained = load_pretrained(job.backbone, task.label_names if job.backbone.prompt else None)
-    pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
-    model = load_adapter(job.adapter, pretrained)
-    split = pretrained.tokenize(task.test, job.backbone.max_length)
-    layers = stored_layers(model.method, model.prefill_layers)
-    features: Features
-    if layers is None:
-        features = OnlineFeatures(split, pretrained.backbone)
-    else:
-        print(f"evaluate: features of {len(split):,} inputs, stored in {job.store.root}", flush=True)
-        store = open_features(pretrained, split, layers, job.store)
-        features = store.at(layers[0]) if layers else store.with_tokens()
-    figures = evaluate(model, features, job.shuffles, job.seed, on_shuffle=ShuffleProgress()).metrics()
-    return figures | {"cost_counted": relative_cost_at(model, features)}
-
-
-class ShuffleProgress:
-    """Prints how far an evaluation is, at most once in ``interval`` seconds and at the end.
-
-    Args:
-        interval: seconds.
-    """
-
-    def __init__(self, interval: float = 5.0) -> None:
-        self.interval = interval
-        self.started = self.printed = time.perf_counter()
-
-    def __call__(self, done: int, total: int, accuracy: float) -> None:
-        """After each shuffle; see :func:`revmux.training.evaluation.evaluate`."""
-        now = time.perf_counter()
-        if done < total and now - self.printed < self.interval:
-            return
-        self.printed = now
-        left = (now - self.started) / done * (total - done)
-        print(f"evaluate: shuffle {done} of {total}, mean accuracy {accuracy:.1%}, {left:.0f} s left", flush=True)
+from revmux.data.peek import check_source
+from revmux.pretrained.location import check_model
+from revmux.utils.extras import check_extras
 
 
 def main(job: EvaluateJob) -> dict[str, float]:
     """Check, evaluate on a worker, record."""
-    storage = absolute_storage(job.storage)
-    job = replace(job, store=store_in(storage, job.store))
-    name = f"evaluate-{Path(job.adapter).name}"
-    output = absolute_path(job.output, "output") if job.output else storage / f"{name}.json"
-    config = load_adapter_config(job.adapter)
-    job.cluster.check_here()
-    if isinstance(job.backbone.prompt, Prompt):
-        check_prompt(config, job.backbone.prompt.with_labels(config.label_names), job.adapter)
-    else:
-        job = replace(job, backbone=replace(job.backbone, prompt=config.recorded_prompt()))
-    check_answers(job.backbone)
-    _, own_labels = inspect(job.backbone)
-    task = load_task(job.data, own_labels)
-    tracker = Tracker(job.tracking, storage)
-    with tracker.run(
-        name, {"adapter": job.adapter, "method": config.method, "num_inputs": config.num_inputs}
-    ) as run_id:
-        tracker.log_data(run_id, task.identity)
-        with connected(job.cluster, storage):
-            import ray
+    check_extras("train", "mlflow")
+    load_adapter_config(job.adapter)
+    check_model(job.backbone, needs_answers=False)  # the adapter may record the prompt that the model answers by
+    check_source(job.data)
+    from ray_jobs.training.evaluate_adapter import run_evaluate
 
-            remote = ray.remote(num_cpus=job.cluster.cpus_per_worker, num_gpus=job.cluster.gpus_per_worker)(
-                evaluate_adapter
-            )
-            figures: dict[str, float] = ray.get(remote.remote(job, task))
-        tracker.log_metrics(run_id, figures)
-    write_json(output, {"adapter": job.adapter, "data": task.identity, "shuffles": job.shuffles, "metrics": figures})
-    print(json.dumps(figures, indent=2))
-    print(f"figures: {output}")
-    return figures
+    return run_evaluate(job)
+
+
+def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    return cli.run(main, EvaluateJob, __doc__, argv, prog)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, EvaluateJob, __doc__))
+    sys.exit(command())

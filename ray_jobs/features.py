@@ -1,86 +1,34 @@
-"""Fill the feature store ahead of training: one pass of the frozen task model over the data, by all workers together.
+"""Fill the feature store ahead of training. All workers together run the frozen task model over the data once.
 
-python -m ray_jobs.features --backbone.model runs/task-model --data.source reviews.csv --layers [2,3]
+revmux features --backbone.model runs/task-model --data.source reviews.csv --layers [2,3]
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from ray_jobs import cli
-from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.paths import absolute_storage, store_in
-from ray_jobs.ray_internals import in_submitted_job
-from ray_jobs.training.feature_pass import fill_stores
-from revmux.data.config import DataConfig
-from revmux.data.task import load_task
-from revmux.errors import UserError
-from revmux.features.config import StoreConfig
-from revmux.methods import BackboneShape
-from revmux.pretrained.config import BackboneConfig
-from revmux.pretrained.loading import check_answers, inspect
-from revmux.training.config import Recipe
-
-
-@dataclass(frozen=True)
-class FeaturesJob:
-    """Settings of the job.
-
-    Args:
-        backbone: the frozen task model.
-        data: the task; given as it will be given to training, since its splits decide what is stored.
-        layers: depths whose states are stored, with the teacher: every l that will be trained.
-        store: where they go. On several machines, a root that all of them reach: a shared folder or a URI.
-        cluster: workers of the pass.
-        storage: folder that holds the stores unless ``store.root`` names another place.
-    """
-
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    layers: list[int] = field(default_factory=lambda: [2])
-    store: StoreConfig = field(default_factory=StoreConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    storage: str = "runs"
+from ray_jobs.training.config import FeaturesJob
+from revmux.data.peek import check_source
+from revmux.pretrained.location import check_model
+from revmux.utils.extras import check_extras
 
 
 def main(job: FeaturesJob) -> None:
     """Check, read the data, fill the stores."""
-    storage = storage_of(job)
-    if storage is not None:
-        job = replace(job, store=store_in(storage, job.store))
-    job.cluster.check_here()
-    check_answers(job.backbone)
-    shape, own_labels = inspect(job.backbone)
-    check_layers(job.layers, shape)
-    task = load_task(job.data, own_labels)
-    recipe = Recipe(job.backbone, job.data, store=job.store)
-    with connected(job.cluster, storage):
-        fill_stores(recipe, job.layers, task, job.cluster)
-    print(f"features: complete in {job.store.root}; python -m revmux cache ls --root {job.store.root}")
+    check_extras("train")
+    check_model(job.backbone)
+    check_source(job.data)
+    from ray_jobs.training.store_features import run_features
+
+    run_features(job)
 
 
-def storage_of(job: FeaturesJob) -> Path | None:
-    """The storage folder; None for a submitted job that names its store only, and needs no other folder."""
-    if job.store.root is not None and in_submitted_job() and job.storage == FeaturesJob.storage:
-        return None
-    return absolute_storage(job.storage)
-
-
-def check_layers(layers: Sequence[int], shape: BackboneShape) -> None:
-    """Refuse depths that the backbone does not have, before anything is loaded.
-
-    Raises:
-        UserError: naming the legal ones.
-    """
-    for layer in layers:
-        if not 0 <= layer <= shape.num_layers:
-            raise UserError(
-                f"layers has {layer}, but the backbone has {shape.num_layers}; choose 0..{shape.num_layers}"
-            )
+def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    return cli.run(main, FeaturesJob, __doc__, argv, prog)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, FeaturesJob, __doc__))
+    sys.exit(command())

@@ -1,32 +1,40 @@
-"""Sweep N, l and λ: each trial a Ray Train run, all of them children of one MLflow run.
+"""Sweep N, l and λ over a search space. Each trial is a Ray Train run, and a child of one MLflow run.
 
-python -m ray_jobs.tune --backbone.model runs/task-model --space quick
+revmux tune --backbone.model runs/task-model --data.source reviews.csv --space quick
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ray_jobs import cli
-from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_storage
 from ray_jobs.sweep.config import TuneJob
-from ray_jobs.sweep.run import prepare_sweep, run_sweep
-from ray_jobs.sweep.trials import TrialRow
-from ray_jobs.tracking.tracker import Tracker
+from revmux.data.peek import check_source
+from revmux.pretrained.location import check_model
+from revmux.utils.extras import check_extras
+from tune_spaces.space import load_space
+
+if TYPE_CHECKING:
+    from ray_jobs.sweep.trials import TrialRow
 
 
 def main(job: TuneJob) -> list[TrialRow]:
     """Check every point, run the trials, record the comparison."""
-    storage = absolute_storage(job.storage)
-    sweep = prepare_sweep(job, storage)
-    tracker = Tracker(job.tracking, storage)
-    with connected(job.cluster, storage):
-        rows, _ = run_sweep(sweep, tracker)
-    done = sum(row.status == "done" for row in rows)
-    print(f"sweep: {done} of {len(rows)} trials done: {sweep.folder.path / 'sweep.json'}")
-    return rows
+    check_extras("tune", "mlflow", "report")
+    load_space(job.space)
+    check_model(job.backbone)
+    check_source(job.data)
+    from ray_jobs.sweep.run import run_tune
+
+    return run_tune(job)
+
+
+def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    return cli.run(main, TuneJob, __doc__, argv, prog)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, TuneJob, __doc__))
+    sys.exit(command())

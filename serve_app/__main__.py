@@ -8,34 +8,56 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
+from revmux.adapters.config import load_adapter_config
 from revmux.errors import UserError
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.location import check_model
+from revmux.utils.extras import check_extras
+from revmux.utils.parser import Parser
 from serve_app.config import ServerConfig, server_config
+from serve_app.sources import is_mlflow
 
 
-def parse(argv: Sequence[str] | None = None) -> ServerConfig:
+def parse(argv: Sequence[str] | None = None, prog: str = "python -m serve_app") -> ServerConfig:
     """The configuration from ``--config FILE.yaml`` and flags; flags win."""
-    parser = ArgumentParser(prog="python -m serve_app", description="Serve a classifier and its RevMUX adapters.")
-    parser.add_argument("--config", action="config", help="YAML file with the settings below; flags win over it")
+    parser = Parser(prog=prog, description="Serve a frozen task model and its RevMUX adapters over HTTP.")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the settings below. Flags override it."
+    )
     parser.add_class_arguments(ServerConfig, as_group=True, skip={"adapters"})
     parser.add_argument(
         "--adapters",
         type=list[str] | str,
         default=[],
-        help="adapter folders, models:/name@alias or runs:/id/path, one for each N, separated by commas",
+        help="Adapters separated by commas, one for each N: folders, models:/NAME@ALIAS or runs:/ID/PATH.",
     )
     settings = parser.parse_args(argv).as_dict()
     del settings["config"]
     return server_config(**settings)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted; 0, or 2 for a mistake of the operator's."""
+def check_served(config: ServerConfig) -> None:
+    """Check the models and the adapter folders before torch and Ray are imported.
+
+    Raises:
+        UserError: a folder that is missing or holds no model or no adapter.
+    """
+    for task in config.served.values():
+        # An adapter may record the prompt that the model answers by.
+        check_model(BackboneConfig(task.model, prompt=task.prompt), needs_answers=not task.adapters)
+        for adapter in task.adapters:
+            if not is_mlflow(adapter):
+                load_adapter_config(adapter)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m serve_app") -> int:
+    """Serve until interrupted; 0, or 2 after a mistake of the operator's."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("serve_app").setLevel(logging.INFO)
     try:
-        config = parse(argv)
+        config = parse(argv, prog)
+        check_extras("serve")
+        check_served(config)
         from serve_app.run import deploy, shutdown
 
         url = deploy(config)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -14,7 +15,21 @@ from revmux.serving import Limits
 ONLY_TASK = "default"
 """The name of the task where an operator describes only one."""
 
-TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_task_names(tasks: dict[str, Any]) -> dict[str, Any]:
+    """Tasks whose names can stand in a URL.
+
+    Raises:
+        ValueError: naming the first that cannot.
+    """
+    for name in tasks:
+        if not TASK_NAME.fullmatch(name):
+            raise ValueError(
+                f"task name {name!r} is illegal; use letters, digits, '.', '_' and '-', with a letter or digit first"
+            )
+    return tasks
 
 
 class _Strict(BaseModel):
@@ -59,17 +74,17 @@ class TaskConfig(_TaskSettings):
     """One task: a frozen task model with its adapters.
 
     Args:
-        model: a local folder with a trained classification head, or a Hugging Face id.
-        revision: branch, tag or commit on the hub; ignored for folders.
-        dtype: type of the frozen weights; by default what the adapters were trained with, else float32. Adapters stay
-            in float32.
-        prompt: by which a language model answers: a shipped prompt's name or a YAML file; by default what the task
-            model or the adapters were trained with.
-        adapters: adapter folders, ``models:/name@alias`` or ``runs:/id/path``, one for each N; on a
-            command line separated by commas. Without any, every input runs alone.
-        max_length: tokens that an input may have; by default what all adapters were trained with.
-        threshold: confidence below which a group's answer falls back to the plain model; by default each adapter's
-            own, 0 switches it off.
+        model: Task model: a local folder with a trained classification head, or a Hugging Face id.
+        revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
+        dtype: Data type of the frozen weights. Adapters stay in float32. Default: the type that the adapters were trained
+            with, otherwise float32.
+        prompt: Prompt by which a language model answers: the name of a shipped prompt, or a YAML file. Default: the prompt
+            that the task model or the adapters were trained with.
+        adapters: Adapters, one for each N: folders, models:/NAME@ALIAS or runs:/ID/PATH. On a command line they are separated
+            by commas. Without adapters every input runs alone.
+        max_length: Maximum number of tokens per input. Default: the length that all adapters were trained with.
+        threshold: Confidence below which a group's answer falls back to the plain model. 0 disables the fallback. Default:
+            each adapter's own threshold.
     """
 
     model: str
@@ -81,14 +96,14 @@ class TaskConfig(_TaskSettings):
 
 
 class Autoscaling(_Strict):
-    """Replicas that follow the queue, by Serve's own autoscaler.
+    """Replicas that follow the load, by Ray Serve's autoscaler.
 
     Args:
-        min_replicas: at least; 0 lets a quiet server hold no model, and its first request wait for one.
-        max_replicas: at most.
-        target_ongoing_requests: requests, waiting and running, that one replica should have.
-        upscale_delay_s: seconds of more load before replicas are added.
-        downscale_delay_s: seconds of less load before replicas are drained.
+        min_replicas: Minimum number of replicas. With 0, an idle server holds no model and its next request waits for one.
+        max_replicas: Maximum number of replicas.
+        target_ongoing_requests: Number of requests, waiting and running, that each replica should have.
+        upscale_delay_s: Seconds of higher load before replicas are added.
+        downscale_delay_s: Seconds of lower load before replicas are drained.
     """
 
     min_replicas: int = Field(default=1, ge=0)
@@ -105,46 +120,46 @@ class Autoscaling(_Strict):
 
 
 class AppConfig(_TaskSettings):
-    """The application; where it listens is the Serve instance's business.
+    """The application. The address that it listens on belongs to the Serve instance.
 
     Args:
-        model: the frozen task model, where there is one task: a local folder with a trained classification head, or
-            a Hugging Face id.
-        revision: branch, tag or commit on the hub; ignored for folders.
-        dtype: type of the frozen weights; by default what the adapters were trained with, else float32. Adapters stay
-            in float32.
-        prompt: by which a language model answers: a shipped prompt's name or a YAML file; by default what the task
-            model or the adapters were trained with.
-        adapters: adapter folders, ``models:/name@alias`` or ``runs:/id/path``, one for each N; on a
-            command line separated by commas. Without any, every input runs alone.
-        max_length: tokens that an input may have; by default what all adapters were trained with.
-        threshold: confidence below which a group's answer falls back to the plain model; by default each adapter's
-            own, 0 switches it off.
-        tasks: several tasks by name, each with the settings above.
-        max_multiplex: widest group; by default as wide as the adapters are; 1 serves the plain model alone.
-        max_queue: inputs of a task that may wait in a replica; beyond, requests are answered 429.
-        max_batch: inputs of a forward pass.
-        max_batch_tokens: tokens of a forward pass, padding included.
-        plain_load: while what waits costs no more than this many plain inputs, the plain model answers every input.
-        priority_seconds: seconds of waiting that a point of a request's priority is worth.
-        max_points_lost: an adapter that lost more points of accuracy in its own evaluation, and has no threshold, is
-            warned of when it is loaded.
-        max_texts: inputs that one request may hold.
-        max_body_bytes: bytes that one request may hold.
-        body_seconds: time that the body of a request may take to arrive.
-        stuck_seconds: time that a forward pass may take; a replica whose model is silent for longer is replaced.
-        token_file: file with bearer tokens, one a line; without it every client is served.
-        token_env: environment variable with a bearer token, set where the replicas run.
-        drain_seconds: time that a stopping replica has to answer the requests that it holds.
-        num_replicas: copies of the model.
-        autoscaling: replicas that follow the queue, instead of ``num_replicas``.
-        num_cpus: cores of each copy.
-        num_gpus: GPUs of each copy, fractions too; 0 runs on the CPU.
-        threads: CPU threads of the model; by default one a core.
+        model: Frozen task model, if there is one task: a local folder with a trained classification head, or a Hugging Face
+            id.
+        revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
+        dtype: Data type of the frozen weights. Adapters stay in float32. Default: the type that the adapters were trained
+            with, otherwise float32.
+        prompt: Prompt by which a language model answers: the name of a shipped prompt, or a YAML file. Default: the prompt
+            that the task model or the adapters were trained with.
+        adapters: Adapters, one for each N: folders, models:/NAME@ALIAS or runs:/ID/PATH. On a command line they are separated
+            by commas. Without adapters every input runs alone.
+        max_length: Maximum number of tokens per input. Default: the length that all adapters were trained with.
+        threshold: Confidence below which a group's answer falls back to the plain model. 0 disables the fallback. Default:
+            each adapter's own threshold.
+        tasks: Several tasks by name, each with the settings above. Names consist of letters, digits, '.', '_' and '-'.
+        max_multiplex: Maximum width of a group. 1 serves the plain model alone. Default: the widest adapter.
+        max_queue: Maximum number of inputs of one task that wait in a replica. Further requests are answered with 429.
+        max_batch: Maximum number of inputs per forward pass.
+        max_batch_tokens: Maximum number of tokens per forward pass, including padding.
+        plain_load: The plain model answers every input while the waiting work costs no more than this many plain inputs.
+        priority_seconds: Seconds of waiting that one point of a request's priority is worth.
+        max_points_lost: Points of accuracy that an adapter may have lost in its own evaluation. One that lost more, and has
+            no threshold, is logged with a warning when it is loaded.
+        max_texts: Maximum number of inputs per request.
+        max_body_bytes: Maximum size of a request's body in bytes.
+        body_seconds: Maximum number of seconds in which the body of a request must arrive.
+        stuck_seconds: Maximum number of seconds per forward pass. A replica whose model takes longer is replaced.
+        token_file: File with bearer tokens, one per line. Without it and token_env, requests need no token.
+        token_env: Name of an environment variable with a bearer token, set where the replicas run.
+        drain_seconds: Seconds that a stopping replica has to answer the requests that it holds.
+        num_replicas: Number of copies of the model.
+        autoscaling: Replicas that follow the load, instead of num_replicas. Default: none.
+        num_cpus: CPU cores per replica.
+        num_gpus: GPUs per replica, fractions too. 0 runs on the CPU.
+        threads: Number of CPU threads of the model. Default: one per core.
     """
 
     model: str | None = None
-    tasks: dict[TaskName, TaskConfig] = {}
+    tasks: dict[str, TaskConfig] = {}
     max_multiplex: int | None = Field(default=None, ge=1)
     max_queue: int = Field(default=512, ge=1)
     max_batch: int = Field(default=128, ge=1)
@@ -164,6 +179,11 @@ class AppConfig(_TaskSettings):
     num_cpus: float = Field(default=1.0, gt=0)
     num_gpus: float = Field(default=0.0, ge=0)
     threads: int | None = Field(default=None, ge=1)
+
+    @field_validator("tasks")
+    @classmethod
+    def _names(cls, value: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        return check_task_names(value)
 
     @model_validator(mode="after")
     def _one_or_several(self) -> AppConfig:
@@ -218,7 +238,12 @@ class LiveConfig(_Strict):
         tasks: all tasks that are to be served from now on.
     """
 
-    tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
+    tasks: dict[str, TaskConfig] = Field(min_length=1)
+
+    @field_validator("tasks")
+    @classmethod
+    def _names(cls, value: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        return check_task_names(value)
 
 
 def live_tasks(user_config: Any) -> dict[str, TaskConfig]:
@@ -234,11 +259,12 @@ def live_tasks(user_config: Any) -> dict[str, TaskConfig]:
 
 
 class ServerConfig(AppConfig):
-    """The application with the address that it listens on.
+    """The application, and the address that it listens on.
 
     Args:
-        host: interface; 127.0.0.1 is this machine alone, 0.0.0.0 every machine that reaches it.
-        port: TCP port.
+        host: Interface to listen on. 127.0.0.1 accepts connections from this machine only, 0.0.0.0 from every machine that
+            can reach it.
+        port: TCP port to listen on.
     """
 
     host: str = "127.0.0.1"
@@ -262,5 +288,6 @@ def server_config(**settings: Any) -> ServerConfig:
 def explain(error: ValidationError) -> str:
     """What pydantic found, on one line: places and reasons."""
     return "; ".join(
-        ": ".join(filter(None, [".".join(map(str, found["loc"])), found["msg"]])) for found in error.errors()
+        ": ".join(filter(None, [".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")]))
+        for found in error.errors()
     )

@@ -17,7 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import revmux
 from ray_jobs import cli
-from ray_jobs.train import TrainJob
+from ray_jobs.training.config import TrainJob
 from serve_app.config import AppConfig
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,8 @@ from revmux.backbone.verbalizer import Verbalizer
 from revmux.estimate.fake import call_valueless, valueless
 from revmux.estimate.flops import count_flops, relative_cost, rival_exit_layer, speedup_ceiling
 from revmux.estimate.memory import estimate_memory
-from revmux.estimate.shapes import PRESETS, config_of, meta_backbone
+from revmux.estimate.presets import PRESETS
+from revmux.estimate.shapes import config_of, meta_backbone
 from revmux.methods import Method, method_class, method_names
 
 pytestmark = pytest.mark.numeric

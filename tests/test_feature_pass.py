@@ -16,7 +16,8 @@ from polling import wait_until
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.features import FeaturesJob, main
+from ray_jobs.features import main
+from ray_jobs.training.config import FeaturesJob
 from ray_jobs.training.feature_pass import ShardWorker, fill_for, fill_stores
 from revmux import UserError
 from revmux.data.config import DataConfig

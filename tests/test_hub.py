@@ -232,7 +232,7 @@ def test_what_cannot_be_pushed_is_named(
 OTHER_MACHINE = """
 import json, sys, torch
 torch.set_num_threads(2)
-from revmux.adapters.classifier import TextClassifier
+from revmux import TextClassifier
 classifier = TextClassifier.from_pretrained(sys.argv[1])
 print(json.dumps(classifier.scores(json.loads(sys.argv[2])).tolist()))
 """

@@ -12,11 +12,12 @@ from tiny_models import write_tiny_model
 
 from ray_jobs import cli, evaluate, finetune, train, tune
 from ray_jobs.cluster import ClusterConfig
-from ray_jobs.features import FeaturesJob, storage_of
 from ray_jobs.paths import store_in
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.run import base_recipe
+from ray_jobs.training.config import EvaluateJob, FeaturesJob, FinetuneJob, TrainJob
 from ray_jobs.training.launch import fingerprint
+from ray_jobs.training.store_features import storage_of
 from revmux import UserError
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
@@ -59,7 +60,7 @@ def test_a_mistake_is_one_line_and_status_2(
 ) -> None:
     argv = ["--backbone.model", str(tiny_model_folder), "--backbone.max_length", "16", "--storage", str(tmp_path)]
     argv += ["--method.prefill_layers", "1", "--data.source", str(tiny_csv), *flags]
-    assert cli.run(train.main, train.TrainJob, None, argv) == 2
+    assert cli.run(train.main, TrainJob, None, argv) == 2
     line = told(capsys)
     for word in words:
         assert word in line
@@ -72,7 +73,7 @@ def test_gpus_are_refused_where_there_are_none(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     argv = ["--cluster.gpus_per_worker", "1"]
-    assert cli.run(lambda job: job.cluster.check_here(), finetune.FinetuneJob, None, argv) == 2
+    assert cli.run(lambda job: job.cluster.check_here(), FinetuneJob, None, argv) == 2
     assert "no GPU" in told(capsys)
 
 
@@ -81,7 +82,7 @@ def test_workers_that_would_share_a_gpu_are_refused(
     job: ModuleType, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--backbone.model", str(tiny_model_folder), "--storage", str(tmp_path), "--cluster.workers", "2"]
-    config = {train: train.TrainJob, finetune: finetune.FinetuneJob, tune: TuneJob}[job]
+    config = {train: TrainJob, finetune: FinetuneJob, tune: TuneJob}[job]
     assert cli.run(job.main, config, None, [*argv, "--cluster.gpus_per_worker", "0.5"]) == 2
     assert "gpus_per_worker is 0.5 with 2 workers" in told(capsys)
 
@@ -102,7 +103,7 @@ def test_resources_are_checked(settings: dict[str, float]) -> None:
 
 def test_an_adapter_folder_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--adapter", str(tmp_path / "nothing"), "--storage", str(tmp_path)]
-    assert cli.run(evaluate.main, evaluate.EvaluateJob, None, argv) == 2
+    assert cli.run(evaluate.main, EvaluateJob, None, argv) == 2
     assert "no adapter folder" in told(capsys)
 
 

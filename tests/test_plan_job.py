@@ -15,7 +15,8 @@ from mlflow.exceptions import MlflowException
 
 from ray_jobs import cli, plan
 from ray_jobs.cluster import ClusterConfig, connected
-from ray_jobs.plan import PlanJob
+from ray_jobs.planning import run as planning
+from ray_jobs.planning.config import PlanJob
 from revmux import UserError
 from revmux.adapters.config import load_adapter_config
 from revmux.data.config import DataConfig
@@ -132,7 +133,7 @@ def test_a_registry_that_is_away_leaves_the_plan(job: PlanJob, ray_here: None, m
     def away(*_: object) -> dict[str, str]:
         raise MlflowException("connection refused")
 
-    monkeypatch.setattr(plan, "register_plan", away)
+    monkeypatch.setattr(planning, "register_plan", away)
     with pytest.raises(UserError, match=r"the plan is made \(.*plan\.md\), but MLflow at sqlite.* is away"):
         plan.main(job)
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.backbone import TokenBatch
-from revmux.pretrained import identity
+from revmux.pretrained import identity, location
 from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_SHA256, BackboneConfig
 from revmux.pretrained.identity import resolve, weights_sha256
 from revmux.pretrained.loading import inspect, load_pretrained
@@ -55,7 +55,7 @@ def test_altered_weights_of_the_embedded_backbone_are_refused(monkeypatch: pytes
 
 
 def test_without_its_package_the_embedded_backbone_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "EMBEDDED_PACKAGE", "no_such_package")
+    monkeypatch.setattr(location, "EMBEDDED_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install 'revmux\[minilm\]'"):
         resolve(EMBEDDED_NAME)
 

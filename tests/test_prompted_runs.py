@@ -20,7 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ray_jobs import cli, evaluate, finetune, train
+from ray_jobs import cli, evaluate, train
+from ray_jobs.training.config import EvaluateJob, FinetuneJob, TrainJob
 from ray_jobs.training.launch import load_checked
 from revmux import BackboneShape, UserError, build_method
 from revmux.__main__ import main
@@ -165,7 +166,7 @@ def test_an_adapter_on_another_prompt_is_refused_with_both_names(
     load_adapter(adapter, renamed)
 
     argv = ["--backbone.model", str(folder), "--backbone.prompt", "sst2", "--adapter", str(adapter)]
-    assert cli.run(evaluate.main, evaluate.EvaluateJob, None, [*argv, "--storage", str(tmp_path / "runs")]) == 2
+    assert cli.run(evaluate.main, EvaluateJob, None, [*argv, "--storage", str(tmp_path / "runs")]) == 2
     assert "was trained with prompt mine, but the backbone given has prompt sst2" in capsys.readouterr().err
 
 
@@ -243,7 +244,7 @@ def test_a_plain_language_model_names_both_remedies(
             with pytest.raises(UserError, match=r"ray_jobs\.finetune .* or .* --backbone\.prompt"):
                 refuse(backbone(model_folder(family), None))
     argv = ["--backbone.model", str(model_folder("llama")), "--data.source", str(tiny_csv), "--storage", str(tmp_path)]
-    assert cli.run(train.main, train.TrainJob, None, argv) == 2
+    assert cli.run(train.main, TrainJob, None, argv) == 2
     assert "--backbone.prompt" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "before anything starts"
 
@@ -302,19 +303,17 @@ def test_a_decoders_tokenizer_without_padding_is_padded(model_folder: Callable[[
 
 def test_settings_hold_the_prompts_content(prompt_file: Path, model_folder: Callable[[str], Path]) -> None:
     argv = ["--backbone.model", str(model_folder("t5")), "--backbone.prompt", str(prompt_file)]
-    job = cli.parse(train.TrainJob, None, argv)
+    job = cli.parse(TrainJob, None, argv)
     assert job.backbone.prompt == PROMPT
     assert job.backbone.prompt.name == "mine", "no path of this machine"
     assert PROMPT.template in repr(job.recipes()).replace("\\n", "\n"), "what tells one run from another"
     inline = prompt_file.with_name("job.yaml")
     inline.write_text(json.dumps({"backbone": {"prompt": PROMPT.to_dict()}, "adapter": "x"}))
-    assert cli.parse(evaluate.EvaluateJob, None, ["--config", str(inline)]).backbone.prompt == PROMPT
+    assert cli.parse(EvaluateJob, None, ["--config", str(inline)]).backbone.prompt == PROMPT
 
 
 def soft_prompt_recipe(folder: Path, source: Path, store: Path, length: int = 4) -> Recipe:
-    job = finetune.FinetuneJob(
-        backbone(folder), DataConfig(source=str(source)), OptimConfig(20, 64, 0.02), soft_prompt=length
-    )
+    job = FinetuneJob(backbone(folder), DataConfig(source=str(source)), OptimConfig(20, 64, 0.02), soft_prompt=length)
     return replace(job.recipe(), store=StoreConfig(root=str(store)))
 
 
@@ -364,7 +363,7 @@ def test_a_language_model_itself_is_tuned_with_its_prompt(
     model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
     folder = model_folder("t5")
-    job = finetune.FinetuneJob(backbone(folder), DataConfig(source=str(tiny_csv)), OptimConfig(2, 16, 2e-3))
+    job = FinetuneJob(backbone(folder), DataConfig(source=str(tiny_csv)), OptimConfig(2, 16, 2e-3))
     ready = prepared(replace(job.recipe(), store=StoreConfig(root=str(tmp_path))))
     train_here(ready)
     loaded = load_pretrained(backbone(save_task_model(ready.pretrained, tmp_path / "task-model"), None))
@@ -390,9 +389,13 @@ def test_soft_prompts_that_cannot_be_are_refused(
     tiny_csv: Path,
     tmp_path: Path,
 ) -> None:
-    running = soft_prompt_recipe(model_folder(family), tiny_csv, tmp_path, length)
     with pytest.raises(UserError, match=message):
-        prepared(replace(running, backbone=backbone(model_folder(family), prompt)))
+        prepared(
+            replace(
+                soft_prompt_recipe(model_folder(family), tiny_csv, tmp_path, length),
+                backbone=backbone(model_folder(family), prompt),
+            )
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,7 +16,8 @@ from serving_models import CUT, load, plain_scores, text, write_adapter, write_m
 from torch import Tensor
 
 from ray_jobs.cluster import ClusterConfig
-from ray_jobs.plan import PlanJob, check_server
+from ray_jobs.planning.config import PlanJob
+from ray_jobs.planning.run import check_server
 from revmux.adapters.folder import load_adapter
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task

@@ -12,6 +12,7 @@ from revmux.methods import BackboneShape
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import inspect
 from revmux.training.config import OptimConfig, Recipe
+from tune_spaces.points import legal_points
 from tune_spaces.space import SearchSpace, load_space, space_names
 
 SHAPE = BackboneShape(768, 12, 2, 768, shared_answer=True, vocab_size=1000)
@@ -22,20 +23,20 @@ def test_every_space_of_the_project_has_points_on_the_embedded_backbone() -> Non
     shape, _ = inspect(BackboneConfig())
     assert space_names() == ["paper", "quick", "wide"]
     for name in space_names():
-        points, _ = load_space(name).legal_points(RECIPE, shape, 1)
+        points, _ = legal_points(load_space(name), RECIPE, shape, 1)
         assert len({repr(point) for point in points}) == len(points) > 1
 
 
 def test_the_paper_cuts_every_backbone_in_the_middle() -> None:
     for layers, cuts in ((12, {0, 3, 6}), (32, {0, 8, 16}), (6, {0, 2, 3})):
-        points, left_out = load_space("paper").legal_points(RECIPE, replace(SHAPE, num_layers=layers), 1)
+        points, left_out = legal_points(load_space("paper"), RECIPE, replace(SHAPE, num_layers=layers), 1)
         assert {point.method.prefill_layers for point in points} == cuts
         assert {point.method.num_inputs for point in points} == {2, 4, 8, 16}
         assert not left_out
 
 
 def test_the_wide_space_has_an_exit_head_at_every_layer() -> None:
-    points, _ = load_space("wide").legal_points(RECIPE, SHAPE, 1)
+    points, _ = legal_points(load_space("wide"), RECIPE, SHAPE, 1)
     heads = [point for point in points if point.method.name == "exit-head"]
     assert {point.method.options["layer"] for point in heads} == set(range(1, 12))
     assert {(point.method.num_inputs, point.loss.infonce_weight) for point in heads} == {(1, 0.0)}
@@ -43,7 +44,7 @@ def test_the_wide_space_has_an_exit_head_at_every_layer() -> None:
 
 def test_illegal_points_are_left_out_with_the_reason() -> None:
     space = SearchSpace(num_inputs=[2, 5], prefill_layers=[3, 13])
-    points, left_out = space.legal_points(RECIPE, SHAPE, 1)
+    points, left_out = legal_points(space, RECIPE, SHAPE, 1)
     assert [(point.method.num_inputs, point.method.prefill_layers) for point in points] == [(2, 3)]
     assert len(left_out) == 3
     assert any("0..12" in reason for reason in left_out)
@@ -52,14 +53,14 @@ def test_illegal_points_are_left_out_with_the_reason() -> None:
 
 def test_a_space_without_a_legal_point_is_refused() -> None:
     with pytest.raises(UserError, match=r"no legal point.*prefill_layers is 13"):
-        SearchSpace(prefill_layers=[13]).legal_points(RECIPE, SHAPE, 1)
+        legal_points(SearchSpace(prefill_layers=[13]), RECIPE, SHAPE, 1)
     with pytest.raises(UserError, match=r"unknown method .revmax.; known"):
-        SearchSpace(methods=["revmax"]).legal_points(RECIPE, SHAPE, 1)
+        legal_points(SearchSpace(methods=["revmax"]), RECIPE, SHAPE, 1)
 
 
 def test_a_random_search_draws_the_same_points_again() -> None:
     space = replace(load_space("wide"), search="random", trials=7)
-    first, second = (space.legal_points(RECIPE, SHAPE, 1)[0] for _ in range(2))
+    first, second = (legal_points(space, RECIPE, SHAPE, 1)[0] for _ in range(2))
     assert first == second
     assert len(first) == 7
 

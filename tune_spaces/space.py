@@ -1,9 +1,8 @@
-"""A search space: lists of values for the knobs of a method, read from a page of YAML."""
+"""A search space: lists of values for the settings of a method, read from a YAML file. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -14,9 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from revmux.errors import UserError, one_of
-from revmux.methods import BackboneShape, method_class
 from revmux.training.config import Recipe
-from revmux.training.recipe import check
 
 KNOBS = ("methods", "num_inputs", "prefill_layers", "infonce_weight")
 
@@ -69,6 +66,8 @@ class SearchSpace:
         return points
 
     def _points(self, recipe: Recipe, num_layers: int) -> Iterator[Recipe]:
+        from revmux.methods import method_class  # brings torch, which a wrong space should not wait for
+
         rates = self.learning_rate or [recipe.optim.learning_rate]
         cuts = [layer_of(value, num_layers) for value in self.prefill_layers]
         exits = [layer_of(value, num_layers) for value in self.exit_layers] or list(range(1, num_layers))
@@ -88,34 +87,6 @@ class SearchSpace:
                     recipe.method, name=name, num_inputs=inputs, prefill_layers=layers, options=dict(settings)
                 )
                 yield replace(recipe, method=method, loss=replace(recipe.loss, infonce_weight=weight), optim=optim)
-
-    def legal_points(self, recipe: Recipe, shape: BackboneShape, workers: int) -> tuple[list[Recipe], list[str]]:
-        """The points that this backbone can train, found before anything starts.
-
-        Args:
-            recipe: what the space does not say.
-            shape: of the backbone.
-            workers: of each trial.
-
-        Returns:
-            The points, drawn down to ``trials`` where the search is random; and of every other point why it is left out.
-
-        Raises:
-            UserError: an unknown method, an empty space, or none of its points is legal.
-        """
-        points, left_out = [], []
-        for point in self.points(recipe, shape.num_layers):
-            try:
-                check(point, shape, workers)
-                points.append(point)
-            except UserError as error:
-                method = point.method
-                left_out.append(f"{method.name} N={method.num_inputs} l={method.prefill_layers}: {error}")
-        if not points:
-            raise UserError(f"the search space has no legal point for this backbone: {left_out[0]}")
-        if self.search == "random" and self.trials is not None and self.trials < len(points):
-            points = random.Random(self.seed).sample(points, self.trials)
-        return points, list(dict.fromkeys(left_out))
 
 
 def layer_of(value: int | float, num_layers: int) -> int:

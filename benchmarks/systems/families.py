@@ -15,7 +15,8 @@ from benchmarks.rows import kept_rows
 from benchmarks.systems.grid import SYSTEMS, System, exit_head
 from revmux.backbone import Backbone, TokenBatch, Verbalizer, cut, supported_model_types
 from revmux.estimate.flops import relative_cost
-from revmux.estimate.shapes import GENERATIVE_TYPES, PRESETS, meta_backbone
+from revmux.estimate.presets import PRESETS
+from revmux.estimate.shapes import GENERATIVE_TYPES, meta_backbone
 from revmux.estimate.throughput import paired_throughput
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier, plain_classifier

@@ -15,14 +15,14 @@ from revmux.training.config import LossConfig, OptimConfig
 
 @dataclass(frozen=True)
 class StoppingConfig:
-    """Which trials are stopped before their end.
+    """Early stopping of trials.
 
     Args:
-        enabled: whether any is.
-        grace: epochs that every trial may run.
-        reduction: of the trials of one cost, ASHA lets the best of so many go on from each rung.
-        deviations: a trial is stopped too if one that costs no more was at the same epoch more accurate by so many
-            standard errors.
+        enabled: Whether trials are stopped early.
+        grace: Number of epochs that every trial may run. At least 1.
+        reduction: Reduction factor of ASHA. Of the trials of one cost, one in this many continues from each rung. Above 1.
+        deviations: Number of standard errors by which a trial of equal or lower cost must be more accurate at the same epoch
+            for this trial to be stopped. Above 0.
     """
 
     enabled: bool = True
@@ -44,22 +44,22 @@ class TuneJob:
     """Settings of the job.
 
     Args:
-        backbone: the frozen task model.
-        data: the task.
-        space: quick, paper, wide, or a YAML file of your own.
-        trials: at most so many points of the space; by default as many as the space says.
-        optim: how weights move, where the space does not say.
-        loss: what they move towards, where the space does not say.
-        store: where the backbone's answers are kept; all trials share it.
-        shuffles: groupings that each trial's accuracy is a mean of.
-        stopping: which trials are stopped early.
-        retry_failed: try again the trials that failed in an earlier start of the same sweep.
-        cluster: workers of one trial.
-        concurrent_trials: trials side by side; by default as many as the resources that are there now hold. On a
-            cluster that scales with demand, name how many it may grow to.
-        tracking: MLflow.
-        storage: folder of checkpoints, trials and the default MLflow store.
-        name: of the sweep; the same name on the same task model and data goes on from where it was.
+        backbone: Frozen task model.
+        data: Labelled text.
+        space: Search space: quick, paper, wide, or a YAML file.
+        trials: Maximum number of points of the space to try. At least 1. Default: as the space says.
+        optim: Optimizer and schedule, where the space does not set them.
+        loss: Training loss, where the space does not set it.
+        store: Feature store, which all trials share.
+        shuffles: Number of random groupings to average each trial's accuracy over. At least 1.
+        stopping: Early stopping of trials.
+        retry_failed: Repeat the trials that failed in an earlier start of the same sweep.
+        cluster: Workers of one trial, and the Ray cluster that they run on.
+        concurrent_trials: Maximum number of trials that run at the same time. At least 1. Default: as many as the present
+            resources allow. On a cluster that scales with demand, set how many it may grow to.
+        tracking: MLflow tracking.
+        storage: Folder for checkpoints, trials and the default MLflow store. In a submitted job it must be an absolute path.
+        name: Name of the sweep. The same name with the same task model and data resumes where it stopped.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -83,3 +83,5 @@ class TuneJob:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; choose 1 or more, or leave it out")
+        if self.shuffles < 1:
+            raise UserError(f"shuffles is {self.shuffles}; choose 1 or more")

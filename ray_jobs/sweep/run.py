@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_jobs.paths import store_in
+from ray_jobs.cluster import connected
+from ray_jobs.paths import absolute_storage, store_in
 from ray_jobs.ray_internals import out_of_memory_trials_are_retried
 from ray_jobs.sweep.comparison import record_comparison
 from ray_jobs.sweep.config import TuneJob
@@ -22,6 +23,7 @@ from revmux.methods import BackboneShape
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, outline
 from revmux.training.config import Recipe
+from tune_spaces.points import legal_points
 from tune_spaces.space import SearchSpace, load_space
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> 
     job.cluster.check_training()
     check_answers(job.backbone)
     backbone, own_labels = outline(job.backbone)
-    points, left_out = space.legal_points(base_recipe(job), BackboneShape.of(backbone), job.cluster.workers)
+    points, left_out = legal_points(space, base_recipe(job), BackboneShape.of(backbone), job.cluster.workers)
     for reason in left_out:
         print(f"left out: {reason}", flush=True)
     task = task or load_task(job.data, own_labels)
@@ -198,3 +200,15 @@ def make_tuner(
             failure_config=tune.FailureConfig(job.cluster.max_failures if trains_itself(job.cluster) else 0),
         ),
     )
+
+
+def run_tune(job: TuneJob) -> list[TrialRow]:
+    """The whole job: check every point, connect to the cluster, run the trials, record the comparison."""
+    storage = absolute_storage(job.storage)
+    sweep = prepare_sweep(job, storage)
+    tracker = Tracker(job.tracking, storage)
+    with connected(job.cluster, storage):
+        rows, _ = run_sweep(sweep, tracker)
+    done = sum(row.status == "done" for row in rows)
+    print(f"sweep: {done} of {len(rows)} trials done: {sweep.folder.path / 'sweep.json'}")
+    return rows

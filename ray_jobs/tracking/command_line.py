@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 
 from revmux.utils.redact import without_passwords
 
@@ -11,5 +12,10 @@ from revmux.utils.redact import without_passwords
 def command_line() -> str:
     """Interpreter, module or script, and arguments; without the passwords of URIs, since it is recorded."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    start = ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else ["python", sys.argv[0]]
+    if spec is not None:
+        start = ["python", "-m", spec.name.removesuffix(".__main__")]
+    elif Path(sys.argv[0]).name == "revmux":  # the console script
+        start = ["revmux"]
+    else:
+        start = ["python", sys.argv[0]]
     return without_passwords(shlex.join([*start, *sys.argv[1:]]))

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where runs are recorded.
+    """MLflow tracking.
 
     Args:
-        uri: MLflow tracking URI: a database, or a server; by default sqlite in the job's storage folder. On several
-            machines name a server, which all of them reach.
-        experiment: MLflow experiment.
+        uri: MLflow tracking URI: a database or a server. On several machines name a server that all of them reach. Default:
+            an SQLite file in the storage folder.
+        experiment: Name of the MLflow experiment.
     """
 
     uri: str | None = field(default=None, repr=False)  # it may have a password

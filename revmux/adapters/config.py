@@ -6,9 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from revmux.data.prompt import Prompt
 from revmux.errors import UserError
@@ -17,6 +15,9 @@ from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig, Dtype
 from revmux.utils.files import recover_folder
 from revmux.utils.type_check import check_types
 from revmux.version import __version__
+
+if TYPE_CHECKING:  # adapters are checked before torch is imported
+    import torch
 
 FORMAT_VERSION = 1
 

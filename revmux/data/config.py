@@ -16,19 +16,20 @@ class DataConfig:
     """The labelled text and its splits.
 
     Args:
-        source: ``docstrings`` (the embedded task: which installed library does a sentence document?), a CSV, TSV,
-            JSON lines, Parquet or Arrow file, a folder with such files named train and dev or test (GLUE layout),
-            or a data set on the hub.
-        subset: configuration of a hub data set, such as ``sst2`` of ``nyu-mll/glue``.
-        text_column: column of the text. By default, a column with a common name.
-        pair_column: column of the second text of a pair. By default, a pair of columns with common names.
-        label_column: column of the label. By default, a column with a common name.
-        selection_share: fraction of train, at most 2,000 examples, that is held out as the selection set to choose
-            checkpoints and settings.
-        test_share: fraction that is held out as the test set, if the source has no such split.
-        limit: maximum number of training examples, for a quick test.
-        per_class: number of sentences per class of the embedded task.
-        seed: determines every split.
+        source: Where the text comes from: docstrings (embedded: which installed library does a sentence document?), a CSV,
+            TSV, JSON lines, Parquet or Arrow file, a folder with such files named train and dev or test (GLUE layout), or the
+            id of a data set on the Hugging Face hub.
+        subset: Configuration of a hub data set, such as sst2 of nyu-mll/glue. Default: none.
+        text_column: Column of the text. Default: found by its usual names, such as text or sentence.
+        pair_column: Column of the second text, where each input is a pair. Default: found by the usual names of pairs, such
+            as sentence1 and sentence2.
+        label_column: Column of the label. Default: found by its usual names, such as label.
+        selection_share: Share of train to hold out as the selection set, which chooses checkpoints and settings. Above 0 and
+            below 1. At most 2,000 examples are held out.
+        test_share: Share of the rows to hold out as the test split, where the source has none. Above 0 and below 1.
+        limit: Maximum number of training examples, for a quick run. At least 1. Default: all.
+        per_class: Number of sentences per class of the embedded task. At least 20.
+        seed: Random seed of all splits.
     """
 
     source: str = EMBEDDED_TASK

@@ -19,13 +19,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from revmux.backbone import Verbalizer
 from revmux.errors import UserError, one_of
+
+if TYPE_CHECKING:  # a prompt is a setting too, and settings are read before torch and transformers are imported
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+    from revmux.backbone import Verbalizer
 
 FIELDS = ("text", "text_pair")
 READINGS = ("single", "first", "mean")
@@ -228,6 +231,8 @@ class Prompt:
                 of_class += tokens[:1] if self.reading == "first" else tokens
             ids.append(tuple(dict.fromkeys(of_class)))
         prefix = _encode(tokenizer, self.answer_prefix) if self.answer_prefix else []
+        from revmux.backbone import Verbalizer
+
         return Verbalizer(tuple(names), tuple(ids), tuple(prefix))
 
     def _word_tokens(self, tokenizer: PreTrainedTokenizerBase, label: str, word: str) -> list[int]:

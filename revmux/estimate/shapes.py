@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,59 +12,11 @@ from revmux.backbone.generative import language_model_class
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.data.prompt import Prompt
 from revmux.errors import UserError
+from revmux.estimate.presets import PRESETS, check_shape_name
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.identity import load_model_config
 from revmux.pretrained.loading import outline
 from revmux.pretrained.task_model import read_prompt
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "bert-base": {"model_type": "bert"},
-    "bert-large": {
-        "model_type": "bert",
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
-    "t5-small": {
-        "model_type": "t5",
-        "decoder_start_token_id": 0,
-        "d_model": 512,
-        "d_kv": 64,
-        "d_ff": 2048,
-        "num_layers": 6,
-        "num_heads": 8,
-    },
-    "t5-base": {
-        "model_type": "t5",
-        "decoder_start_token_id": 0,
-        "d_model": 768,
-        "d_kv": 64,
-        "d_ff": 3072,
-        "num_layers": 12,
-        "num_heads": 12,
-    },
-    "t5-large": {
-        "model_type": "t5",
-        "decoder_start_token_id": 0,
-        "d_model": 1024,
-        "d_kv": 64,
-        "d_ff": 4096,
-        "num_layers": 24,
-        "num_heads": 16,
-    },
-    "llama-3-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-    },
-}
-"""Shapes of the paper's backbones, as ``config.json`` would have them; what is missing is the type's default."""
 
 GENERATIVE_TYPES = tuple(generative_model_types())
 """Model types that are language models unless their architecture says otherwise."""
@@ -80,11 +31,8 @@ def config_of(model: str) -> Any:
     if model in PRESETS:
         settings = dict(PRESETS[model])
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
-    if (Path(model) / "config.json").is_file():
-        return load_model_config(model, BackboneConfig(model))
-    raise UserError(
-        f"model is {model!r}, neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json; choose one"
-    )
+    check_shape_name(model)
+    return load_model_config(model, BackboneConfig(model))
 
 
 def meta_backbone(

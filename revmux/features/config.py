@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
+from typing import Literal, get_args
 
 from revmux.errors import UserError, one_of
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+StoredDtype = Literal["float32", "float16", "bfloat16"]
 
 
 def default_root() -> str:
@@ -23,21 +21,20 @@ class StoreConfig:
     """Where and how features are stored.
 
     Args:
-        root: folder of all stores: a local path, or a URI that pyarrow opens, such as ``s3://bucket/features``. On
-            several machines, all of them must reach it. By default ``features`` in the storage folder of the job, and
-            ``revmux/features`` in the user's cache for programs that have no storage folder.
-        copies: local folder that shards of a URI's store are copied to when they are read, to be memory-mapped from
-            there; by default the user's cache.
-        dtype: type of the states on disk; what it loses is measured and noted in the store.
-        budget_gb: most gigabytes (10^9 bytes) that one split's store may take on disk. Beyond it only the
-            teacher is stored, and the prefill is computed online. 0 always does so.
-        batch_size: inputs a forward pass while the store is filled.
-        shard_inputs: most inputs in a file.
+        root: Folder of all feature stores: a local path, or a URI that pyarrow opens, such as s3://bucket/features. On
+            several machines, all of them must reach it. Default: features in the job's storage folder, or revmux/features
+            in the user's cache folder for programs that have no storage folder.
+        copies: Local folder for copies of shards that are read from a URI. They are memory-mapped from there.
+        dtype: Data type of the stored states. The loss of precision is measured and recorded in the store.
+        budget_gb: Maximum size of one split's store on disk, in gigabytes (10^9 bytes). Above it only the teacher's scores
+            are stored and the prefill is computed online. 0 never stores states.
+        batch_size: Inputs per forward pass while the store is filled. At least 1.
+        shard_inputs: Maximum number of inputs per file. At least 1.
     """
 
     root: str | None = None
     copies: str = field(default_factory=default_root)
-    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    dtype: StoredDtype = "float16"
     budget_gb: float = 10.0
     batch_size: int = 64
     shard_inputs: int = 2048
@@ -48,8 +45,10 @@ class StoreConfig:
                 raise UserError(f"{name} of the feature store is empty; name a folder")
         if "://" in self.copies:
             raise UserError(f"copies is {self.copies!r}; name a folder of this machine: files are mapped from there")
-        if self.dtype not in DTYPES:
-            raise one_of("dtype", self.dtype, DTYPES, "choose float16 for the smallest error at half the size")
+        if self.dtype not in get_args(StoredDtype):
+            raise one_of(
+                "dtype", self.dtype, get_args(StoredDtype), "choose float16 for the smallest error at half the size"
+            )
         if not self.budget_gb >= 0:
             raise UserError(f"budget_gb is {self.budget_gb}; choose 0 (teacher only) or more gigabytes, such as 10")
         for name in ("batch_size", "shard_inputs"):

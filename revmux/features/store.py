@@ -16,7 +16,7 @@ from revmux.backbone.base import evaluating
 from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
 from revmux.features.budget import GIGABYTE, predict_size
-from revmux.features.config import DTYPES, StoreConfig, default_root
+from revmux.features.config import StoreConfig, default_root
 from revmux.features.key import backbone_digest, combine, tokens_digest
 from revmux.features.place import Place
 from revmux.features.precision import Precision, noted_precision
@@ -178,7 +178,7 @@ class StoreBuilder:
                 raise UserError(f"prefill layer {layer} does not exist; choose 0..{self.backbone.num_layers}")
         if not len(split):
             raise UserError("the split is empty; bring at least one example")
-        self.dtype = DTYPES[self.config.dtype]
+        self.dtype: torch.dtype = getattr(torch, self.config.dtype)
         self.shard_rows = assign_shards(split.lengths.numpy(), self.config.shard_inputs)
         self.ingredients = {
             "format": FORMAT,

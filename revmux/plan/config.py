@@ -12,15 +12,15 @@ THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """How candidates are measured.
+    """How systems are measured on this hardware.
 
     Args:
-        shuffles: groupings that an accuracy is a mean of.
-        thresholds: confidences of fall-back that are on offer for every adapter; 0 is none.
-        throughput_inputs: inputs of one timing; 0 counts costs only.
-        throughput_batch: inputs a forward pass of it.
-        throughput_pairs: timings of SISO and of each system, in turn.
-        seed: of the groupings.
+        shuffles: Number of random groupings to average each accuracy over. At least 1.
+        thresholds: Fallback thresholds (confidences from 0 to 1) to consider for every adapter. 0 means no fallback.
+        throughput_inputs: Inputs per timing. 0 skips the timings and ranks by counted cost.
+        throughput_batch: Inputs per forward pass of a timing. At least 1.
+        throughput_pairs: Number of timings of SISO and of each system, in turn. At least 1.
+        seed: Random seed of the groupings.
     """
 
     shuffles: int = 5
@@ -42,11 +42,11 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """The inputs that choose: a slice of train that trains nothing.
+    """The selection set: a slice of the training data that chooses the system and trains nothing.
 
     Args:
-        share: of train.
-        limit: at most so many; the more, the smaller an allowance can be kept with confidence.
+        share: Share of train to hold out. Above 0 and below 1.
+        limit: Maximum number of inputs. At least 2. A larger set can confirm a smaller allowance.
     """
 
     share: float = 0.2
@@ -61,12 +61,12 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the user knows.
+    """The allowed loss of accuracy, or the throughput wanted. At least one of the two is required.
 
     Args:
-        allowance: accuracy that may be lost against SISO, in points (hundredths); None where only speed is asked for.
-        throughput: inputs a second wanted, as a multiple of SISO's; None where only accuracy is asked for.
-        confidence: with which a loss must stay inside the allowance.
+        allowance: Accuracy that may be lost against SISO, in percentage points from 0 to 100. Default: no limit.
+        throughput: Inputs per second wanted, as a multiple of SISO's throughput. Above 0. Default: no requirement.
+        confidence: Confidence with which the loss must stay within the allowance. Above 0.5 and below 1.
     """
 
     allowance: float | None = None

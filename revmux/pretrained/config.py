@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import Literal, get_args
 
 from revmux.data.prompt import Prompt, load_prompt
 from revmux.errors import UserError, one_of
@@ -22,22 +20,19 @@ EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 @dataclass(frozen=True)
 class BackboneConfig:
     """The pretrained model.
 
     Args:
-        model: ``all-MiniLM-L6-v2`` (embedded: no hub needed), a local folder, or a Hugging Face id.
-        revision: branch, tag or commit on the hub; ignored for folders.
-        max_length: tokens an input is cut to.
-        dtype: type of the frozen weights; adapters stay in float32.
-        attention: attention kernel of transformers.
-        prompt: lets a language model answer by label words instead of a classification head: ``sst2`` or another
-            shipped prompt, a YAML file, or in a job's own YAML the prompt itself. A task model that was tuned with a
-            prompt brings it.
+        model: all-MiniLM-L6-v2 (embedded, no hub needed), a local folder, or a Hugging Face id.
+        revision: Branch, tag or commit on the hub. Ignored for folders. Default: the default branch.
+        max_length: Maximum number of tokens per input. Longer inputs are truncated. At least 2.
+        dtype: Data type of the frozen weights. Adapters stay in float32.
+        attention: Attention kernel of transformers.
+        prompt: Prompt by which a language model answers with label words instead of a classification head: the name of a
+            shipped prompt such as sst2, a YAML file, or, in a job's own YAML, the prompt itself. Default: the prompt that the
+            task model was tuned with, if any.
     """
 
     model: str = EMBEDDED_NAME
@@ -53,5 +48,5 @@ class BackboneConfig:
             object.__setattr__(self, "prompt", load_prompt(self.prompt))
         if self.max_length < 2:
             raise UserError(f"max_length is {self.max_length}; choose 2 or more tokens, such as 128")
-        if self.dtype not in DTYPES:
-            raise one_of("dtype", self.dtype, DTYPES, "choose one of these")
+        if self.dtype not in get_args(Dtype):
+            raise one_of("dtype", self.dtype, get_args(Dtype), "choose one of these")

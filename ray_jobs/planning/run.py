@@ -1,0 +1,215 @@
+"""From an allowed loss of accuracy to the server that costs least: sweep, choose, verify, register."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ray_jobs.cluster import connected
+from ray_jobs.paths import absolute_storage, store_in
+from ray_jobs.planning.config import PlanJob
+from ray_jobs.sweep.run import base_recipe, prepare_sweep, run_sweep
+from ray_jobs.sweep.trials import TrialRow
+from ray_jobs.tracking.command_line import command_line
+from ray_jobs.tracking.model_registry import model_uris, register_plan
+from ray_jobs.tracking.outbox import is_refusal
+from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.config import FinetuneJob
+from ray_jobs.training.launch import fingerprint
+from ray_jobs.training.task_model import tune_model
+from revmux.data.task import TaskData, load_task
+from revmux.errors import UserError
+from revmux.methods import BackboneShape, build_method
+from revmux.plan.build import PAGE_NAME, PLAN_NAME, Plan, describe_system, for_choosing, make_plan
+from revmux.plan.measure import TrainedAdapter
+from revmux.pretrained.loading import outline
+from revmux.training.recipe import load_backbone
+from revmux.utils.files import recover_folder, write_durably, write_json
+from revmux.utils.redact import error_line, without_passwords
+from serve_app.config import server_config
+
+DEPLOY = (
+    "export RAY_AUTH_MODE=token      # else anyone who reaches this machine runs code on it",
+    "ray get-auth-token --generate   # once",
+    "ray start --head",
+)
+"""What comes before ``serve deploy`` in a shell."""
+
+
+def run_plan(job: PlanJob) -> Plan:
+    """Sweep, choose, verify once, register, and write the server's configuration.
+
+    Raises:
+        UserError: the goal cannot be met, or the promise did not hold on the test split; all is written down by then.
+    """
+    storage = absolute_storage(job.storage)
+    job = replace(job, store=store_in(storage, job.store))
+    job.cluster.check_training()
+    backbone, own_labels = outline(job.backbone)
+    task = load_task(job.data, own_labels)
+    choosing = for_choosing(task, job.choosing, job.data.seed)
+    check_server(job, [], "http://localhost")
+    tracker = Tracker(job.tracking, storage)
+    with connected(job.cluster, storage):
+        if own_labels is None:
+            job = replace(job, backbone=replace(job.backbone, model=str(tuned_model(job, choosing, tracker, storage))))
+        sweep = prepare_sweep(job, storage, choosing)
+        sweep = replace(sweep, trials=[trial for trial in sweep.trials if is_servable(trial.recipe.method, backbone)])
+        if not sweep.trials:
+            raise UserError(
+                "every point of the space tunes the backbone, which a server shares; plan with other methods"
+            )
+        rows, parent = run_sweep(sweep, tracker)
+        plan = measure_on_worker(job, rows, choosing, task, storage / "plans" / job.name)
+    try:
+        versions = register_plan(tracker, job.register, plan, job.backbone.model, task.is_pair)
+    except Exception as error:
+        if is_refusal(error):
+            raise
+        raise UserError(
+            f"the plan is made ({plan.folder / PAGE_NAME}), but MLflow at {without_passwords(tracker.uri)} is away "
+            f"({error_line(error)}); give the same command again when it is back, and it is registered"
+        ) from None
+    record(job, plan, versions, tracker, parent)
+    print(summary(job, plan))
+    if not plan.is_met:
+        raise UserError(plan.why_not())
+    return plan
+
+
+def is_servable(method: Any, backbone: Any) -> bool:
+    """Whether a method leaves the backbone as it is, which the plain model and other adapters share."""
+    with torch.device("meta"):
+        built = build_method(method.name, BackboneShape.of(backbone), method.num_inputs, method.options)
+    return not built.tunes_backbone
+
+
+def tuned_model(job: PlanJob, choosing: TaskData, tracker: Tracker, storage: Path) -> Path:
+    """A task model tuned on what does not choose; that of an earlier start is kept."""
+    tuning = FinetuneJob(job.backbone, job.data, job.tuning, job.frozen_layers, job.cluster, job.tracking, str(storage))
+    folder = storage / "task-models" / f"{job.name}-{fingerprint(tuning.recipe(), choosing)}"
+    recover_folder(folder)
+    if not (folder / "config.json").is_file():
+        tune_model(replace(tuning, output=str(folder)), choosing, tracker, storage)
+    return folder
+
+
+def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, task: TaskData, folder: Path) -> Plan:
+    """Candidates, choice and verification, where the device is."""
+    import ray
+
+    adapters = [
+        TrainedAdapter(row.trial, row.adapter, row.infonce_weight, row.run_id)
+        for row in rows
+        if row.status == "done" and row.adapter is not None
+    ]
+    cores = job.cluster.cpus_per_worker
+    remote = ray.remote(num_cpus=cores, num_gpus=job.cluster.gpus_per_worker)(_plan)
+    plan: Plan = ray.get(remote.remote(job, adapters, choosing, task, folder, command_line(), max(1, int(cores))))
+    return plan
+
+
+def _plan(
+    job: PlanJob,
+    adapters: list[TrainedAdapter],
+    choosing: TaskData,
+    task: TaskData,
+    folder: Path,
+    command: str,
+    threads: int,
+) -> Plan:
+    torch.set_num_threads(threads)
+    recipe = base_recipe(job)
+    pretrained = load_backbone(recipe, task.label_names)
+    pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
+    return make_plan(
+        adapters,
+        pretrained,
+        choosing,
+        task,
+        job.goal,
+        folder,
+        job.backbone.max_length,
+        job.store,
+        job.measure,
+        command,
+        partial(print, "plan:", flush=True),
+    )
+
+
+def record(job: PlanJob, plan: Plan, versions: dict[str, str], tracker: Tracker, parent: str) -> None:
+    """The plan's files in MLflow, and where the goal is met the YAML that deploys it."""
+    content = json.loads((plan.folder / PLAN_NAME).read_text())
+    content["registered"] = {"model": job.register, "versions": versions}
+    write_json(plan.folder / PLAN_NAME, content)
+    files = [PLAN_NAME, PAGE_NAME, "front.png", "front.html"]
+    serve = plan.folder / "serve.yaml"
+    serve.unlink(missing_ok=True)
+    if plan.is_met:
+        settings = check_server(job, model_uris(plan, job.register, versions), tracker.uri)
+        write_durably(serve, yaml.safe_dump(settings, sort_keys=False))
+        if without_passwords(tracker.uri) == tracker.uri:  # else whoever sees the run would see the password
+            files.append(serve.name)
+        last = plan.served[-1]
+        figures = {"promised_loss": last.judged.bound, "verified_loss": last.verification.loss}
+        figures |= {"verified_loss_upper": last.verification.upper, "throughput_ratio": 1 / last.judged.candidate.cost}
+        tracker.log_metrics(parent, figures)
+    for name in files:
+        tracker.client.log_artifact(parent, str(plan.folder / name), "plan")
+
+
+def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[str, Any]:
+    """The Serve configuration of a plan, checked by the server's own rules.
+
+    Args:
+        job: settings.
+        adapters: folders or registry URIs, narrowest first.
+        tracking_uri: of the registry.
+
+    Raises:
+        UserError: an illegal value.
+    """
+    settings = {
+        "model": job.backbone.model,
+        "revision": job.backbone.revision,
+        "dtype": job.backbone.dtype,
+        "max_length": job.backbone.max_length,
+        "adapters": adapters,
+        "num_cpus": job.cluster.cpus_per_worker,
+        "num_gpus": job.cluster.gpus_per_worker,
+    }
+    checked = server_config(**settings, host=job.host, port=job.port)
+    arguments = checked.model_dump(mode="json", include={name for name, value in settings.items() if value is not None})
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": checked.host, "port": checked.port},
+        "applications": [
+            {
+                "name": "revmux",
+                "route_prefix": "/",
+                "import_path": "serve_app.app:build",
+                "runtime_env": {"env_vars": {"MLFLOW_TRACKING_URI": tracking_uri}},
+                "args": arguments,
+            }
+        ],
+    }
+
+
+def summary(job: PlanJob, plan: Plan) -> str:
+    """The plan in a few lines, and what to type next."""
+    lines = [f"plan: {plan.folder / PAGE_NAME}"]
+    for one in plan.served:
+        seen = one.verification
+        lines.append(
+            f"N = {one.num_inputs}: {describe_system(one.judged)}; on the test split {seen.loss:.2f} points lost, "
+            f"{seen.lower:.2f} to {seen.upper:.2f}"
+        )
+    if plan.is_met:
+        lines += ["deploy it:", *(f"  {line}" for line in DEPLOY), f"  serve deploy {plan.folder / 'serve.yaml'}"]
+    return "\n".join(lines)

@@ -1,0 +1,54 @@
+"""Train adapters on a frozen task model on a cluster, for one N after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ray_jobs.cluster import connected
+from ray_jobs.paths import absolute_path, absolute_storage, store_in
+from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.config import TrainJob
+from ray_jobs.training.feature_pass import fill_for
+from ray_jobs.training.launch import Trained, launch, load_checked
+from revmux.data.task import TaskData
+
+
+def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, storage: Path) -> list[Trained]:
+    """The job on a connected cluster, with its data read, one run after the other."""
+    output = absolute_path(job.output, "output") if job.output else storage / "adapters"
+    recipes, done = job.recipes(), []
+    print(f"features: stored in {job.store.root}", flush=True)
+    if job.cluster.workers > 1:  # else the one worker fills the store as well by itself
+        fill_for(list(recipes.values()), next(iter(tasks.values())), job.cluster)
+    for name, recipe in recipes.items():
+        trained = launch(
+            recipe, tasks[name], job.cluster, tracker, storage, name, output / name, checkpoint=job.checkpoint
+        )
+        metrics = trained.metrics
+        print(
+            f"{name}: accuracy {metrics['accuracy_mean']:.1%} ± {metrics['accuracy_std']:.1%} over {job.shuffles} "
+            f"shuffles (SISO {metrics['siso_accuracy']:.1%}), agreement {metrics['siso_agreement']:.1%}, "
+            f"cost {metrics['cost_counted']:.2f} of SISO: {trained.folder}"
+        )
+        if job.register:
+            tags = {"method": recipe.method.name, "num_inputs": recipe.method.num_inputs}
+            tags |= {"prefill_layers": recipe.method.prefill_layers}
+            tags |= {key: f"{metrics[key]:.4f}" for key in ("accuracy_mean", "siso_accuracy", "cost_counted")}
+            backbone = job.backbone.model if job.register_backbone else None
+            pairs = "text_pair" in tasks[name].train.column_names
+            version = tracker.register(trained.run_id, trained.folder, job.register, tags, backbone, pairs)
+            print(f"registered: models:/{job.register}/{version}")
+        done.append(trained)
+    return done
+
+
+def run_train(job: TrainJob) -> list[Trained]:
+    """The whole job: read the data, connect to the cluster, then train, evaluate and record one adapter for each N."""
+    storage = absolute_storage(job.storage)
+    job = replace(job, store=store_in(storage, job.store))
+    job.cluster.check_training()
+    tasks = {name: load_checked(recipe, job.cluster.workers) for name, recipe in job.recipes().items()}
+    tracker = Tracker(job.tracking, storage)
+    with connected(job.cluster, storage):
+        return train_adapters(job, tasks, tracker, storage)

@@ -1,0 +1,54 @@
+"""Fill the feature store ahead of training: check, read the data, run the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ray_jobs.cluster import connected
+from ray_jobs.paths import absolute_storage, store_in
+from ray_jobs.ray_internals import in_submitted_job
+from ray_jobs.training.config import FeaturesJob
+from ray_jobs.training.feature_pass import fill_stores
+from revmux.data.task import load_task
+from revmux.errors import UserError
+from revmux.methods import BackboneShape
+from revmux.pretrained.loading import check_answers, inspect
+from revmux.training.config import Recipe
+
+
+def run_features(job: FeaturesJob) -> None:
+    """Check, read the data, fill the stores."""
+    storage = storage_of(job)
+    if storage is not None:
+        job = replace(job, store=store_in(storage, job.store))
+    job.cluster.check_here()
+    check_answers(job.backbone)
+    shape, own_labels = inspect(job.backbone)
+    check_layers(job.layers, shape)
+    task = load_task(job.data, own_labels)
+    recipe = Recipe(job.backbone, job.data, store=job.store)
+    with connected(job.cluster, storage):
+        fill_stores(recipe, job.layers, task, job.cluster)
+    print(f"features: complete in {job.store.root}; python -m revmux cache ls --root {job.store.root}")
+
+
+def storage_of(job: FeaturesJob) -> Path | None:
+    """The storage folder; None for a submitted job that names its store only, and needs no other folder."""
+    if job.store.root is not None and in_submitted_job() and job.storage == FeaturesJob.storage:
+        return None
+    return absolute_storage(job.storage)
+
+
+def check_layers(layers: Sequence[int], shape: BackboneShape) -> None:
+    """Refuse depths that the backbone does not have, before anything is loaded.
+
+    Raises:
+        UserError: naming the legal ones.
+    """
+    for layer in layers:
+        if not 0 <= layer <= shape.num_layers:
+            raise UserError(
+                f"layers has {layer}, but the backbone has {shape.num_layers}; choose 0..{shape.num_layers}"
+            )

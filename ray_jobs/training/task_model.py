@@ -1,0 +1,30 @@
+"""Tune a backbone to a task on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ray_jobs.cluster import connected
+from ray_jobs.paths import absolute_path, absolute_storage
+from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.config import FinetuneJob
+from ray_jobs.training.launch import Trained, launch, load_checked
+from revmux.data.task import TaskData
+
+
+def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: Path) -> Trained:
+    """The job on a connected cluster, with its data read."""
+    output = absolute_path(job.output, "output") if job.output else storage / "task-model"
+    trained = launch(job.recipe(), task, job.cluster, tracker, storage, job.name, output, checkpoint=job.checkpoint)
+    print(f"task model: {trained.folder}, accuracy on the test split {trained.metrics['accuracy_mean']:.1%}")
+    return trained
+
+
+def run_finetune(job: FinetuneJob) -> Trained:
+    """The whole job: read the data, connect to the cluster, tune, evaluate, record."""
+    storage = absolute_storage(job.storage)
+    job.cluster.check_training()
+    task = load_checked(job.recipe(), job.cluster.workers)
+    tracker = Tracker(job.tracking, storage)
+    with connected(job.cluster, storage):
+        return tune_model(job, task, tracker, storage)

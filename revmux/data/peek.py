@@ -1,0 +1,79 @@
+"""What can be known of labelled text before pandas and datasets are imported: that it exists, and its columns."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from revmux.data.columns import find_columns
+from revmux.data.config import EMBEDDED_TASK, SUFFIXES, DataConfig
+from revmux.errors import UserError
+from revmux.utils.plugins import has_plugins
+
+
+def check_source(config: DataConfig) -> None:
+    """Check the path of a task's data, and the columns of its header.
+
+    Nothing is checked of the embedded task, of a hub data set, or of a file that only its reader understands.
+
+    Args:
+        config: the data.
+
+    Raises:
+        UserError: no such file or folder, a folder without a training file, or a header without the columns.
+    """
+    path = Path(config.source).expanduser()
+    if config.source == EMBEDDED_TASK:
+        return
+    if path.is_dir():
+        path = next((file for file in sorted(path.iterdir()) if file.stem == "train" and file.suffix in SUFFIXES), path)
+    elif not path.exists() and _is_path(path) and not has_plugins("revmux.data_sources"):
+        raise UserError(
+            f"no file or folder {config.source!r}; name an existing one, '{EMBEDDED_TASK}', or a hub data set"
+        )
+    columns = header(path) if path.is_file() else None
+    if columns:
+        find_columns(columns, config)
+
+
+def _is_path(path: Path) -> bool:
+    # A hub id is NAME or USER/NAME.
+    return path.suffix in SUFFIXES or path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2
+
+
+def header(file: Path) -> list[str] | None:
+    """The columns of a data file by its first lines, or None where they cannot be told; its reader then decides."""
+    try:
+        return _HEADERS[file.suffix](file) if file.suffix in _HEADERS else None
+    except (OSError, ValueError, csv.Error):
+        return None
+
+
+def _delimited(file: Path) -> list[str]:
+    # In a TSV quotes are text, as in GLUE; a byte-order mark is not.
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if file.suffix == ".tsv" else csv.reader(lines)
+        return next(rows, [])
+
+
+def _json_lines(file: Path) -> list[str] | None:
+    with file.open(encoding="utf-8-sig") as lines:
+        first = json.loads(lines.readline())
+    return list(first) if isinstance(first, dict) else None
+
+
+def _parquet(file: Path) -> list[str]:
+    from pyarrow import parquet  # 0.1 s, for this kind of file alone
+
+    return list(parquet.read_schema(file).names)
+
+
+_HEADERS: dict[str, Callable[[Path], list[str] | None]] = {
+    ".csv": _delimited,
+    ".tsv": _delimited,
+    ".jsonl": _json_lines,
+    ".json": _json_lines,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,69 @@
+"""Shapes of well-known models by name. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from revmux.errors import UserError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "bert-base": {"model_type": "bert"},
+    "bert-large": {
+        "model_type": "bert",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "t5-small": {
+        "model_type": "t5",
+        "decoder_start_token_id": 0,
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+    },
+    "t5-base": {
+        "model_type": "t5",
+        "decoder_start_token_id": 0,
+        "d_model": 768,
+        "d_kv": 64,
+        "d_ff": 3072,
+        "num_layers": 12,
+        "num_heads": 12,
+    },
+    "t5-large": {
+        "model_type": "t5",
+        "decoder_start_token_id": 0,
+        "d_model": 1024,
+        "d_kv": 64,
+        "d_ff": 4096,
+        "num_layers": 24,
+        "num_heads": 16,
+    },
+    "llama-3-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+}
+"""Shapes of the paper's backbones, as ``config.json`` would have them; what is missing is the type's default."""
+
+
+def check_shape_name(model: str) -> None:
+    """Refuse a name that is neither a preset nor a model folder.
+
+    Raises:
+        UserError: listing the presets.
+    """
+    if model not in PRESETS and not (Path(model).expanduser() / "config.json").is_file():
+        raise UserError(
+            f"model is {model!r}, neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json; choose one"
+        )

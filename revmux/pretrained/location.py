@@ -1,0 +1,80 @@
+"""Where a model is: the embedded package, a local folder or a hub id. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from revmux.errors import UserError
+from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_PACKAGE, BackboneConfig
+from revmux.utils.files import recover_folder
+
+CONFIG_NAME = "config.json"
+PROMPT_NAME = "prompt.json"
+"""The prompt that a task model was tuned with, beside its configuration."""
+
+
+def locate(model: str) -> str:
+    """The folder or hub id that a model name stands for. Weights are not read.
+
+    Args:
+        model: as :class:`BackboneConfig` takes it.
+
+    Raises:
+        UserError: the embedded package is not installed, or a folder is missing or holds no model.
+    """
+    if model == EMBEDDED_NAME:
+        spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise UserError(f"the embedded backbone {model} is not installed; run: pip install 'revmux[minilm]'")
+        return str(Path(spec.origin).parent / "model")
+    path = Path(model).expanduser()
+    recover_folder(path)
+    if path.is_dir():
+        if not (path / CONFIG_NAME).is_file():
+            raise UserError(f"folder {model!r} holds no {CONFIG_NAME}; name a folder that save_pretrained wrote")
+        return str(path)
+    # A hub id is NAME or USER/NAME.
+    if path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2:
+        raise UserError(f"no folder {model!r}; name an existing folder, a Hugging Face id, or {EMBEDDED_NAME}")
+    return model
+
+
+def check_model(config: BackboneConfig, needs_answers: bool = True) -> None:
+    """Check what can be known of a model before torch and transformers are imported.
+
+    Args:
+        config: the model. Of a hub id nothing is checked here.
+        needs_answers: whether the model must have a trained classification head or a prompt.
+
+    Raises:
+        UserError: as :func:`locate`; a damaged configuration; or a model without head and prompt.
+    """
+    folder = Path(locate(config.model))
+    if not folder.is_dir():
+        return
+    try:
+        settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        architectures = list(settings.get("architectures") or [])
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError(
+            f"{folder / CONFIG_NAME} is not the configuration of a model ({error}); save it again"
+        ) from None
+    if needs_answers and config.prompt is None and not has_head(architectures) and not (folder / PROMPT_NAME).is_file():
+        raise no_answers(config.model, architectures)
+
+
+def has_head(architectures: Sequence[str] | None) -> bool:
+    """Whether ``architectures`` of a model's configuration names a trained classification head."""
+    return any("SequenceClassification" in name for name in architectures or [])
+
+
+def no_answers(model: str, architectures: Sequence[str] | None) -> UserError:
+    """The error for a model that has neither a classification head nor a prompt, with the remedies."""
+    names = list(architectures or ["model"])
+    remedy = f"tune a task model first: python -m ray_jobs.finetune --backbone.model {model}"
+    if any("ForCausalLM" in name or "ForConditionalGeneration" in name for name in names):
+        remedy += ", or let it answer by label words: --backbone.prompt sst2 (or another prompt)"
+    return UserError(f"{model} is a {', '.join(names)} without a trained classification head; {remedy}")

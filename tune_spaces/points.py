@@ -1,0 +1,43 @@
+"""The points of a search space that a backbone can train."""
+
+from __future__ import annotations
+
+import random
+
+from revmux.errors import UserError
+from revmux.methods import BackboneShape
+from revmux.training.config import Recipe
+from revmux.training.recipe import check
+from tune_spaces.space import SearchSpace
+
+
+def legal_points(
+    space: SearchSpace, recipe: Recipe, shape: BackboneShape, workers: int
+) -> tuple[list[Recipe], list[str]]:
+    """The points of a space that a backbone can train, found before anything starts.
+
+    Args:
+        space: its lists of values.
+        recipe: everything that the space does not set.
+        shape: of the backbone.
+        workers: of each trial.
+
+    Returns:
+        The points, drawn down to ``trials`` where the search is random; and for every other point why it is left out.
+
+    Raises:
+        UserError: an unknown method, an empty space, or none of its points is legal.
+    """
+    points, left_out = [], []
+    for point in space.points(recipe, shape.num_layers):
+        try:
+            check(point, shape, workers)
+            points.append(point)
+        except UserError as error:
+            method = point.method
+            left_out.append(f"{method.name} N={method.num_inputs} l={method.prefill_layers}: {error}")
+    if not points:
+        raise UserError(f"the search space has no legal point for this backbone: {left_out[0]}")
+    if space.search == "random" and space.trials is not None and space.trials < len(points):
+        points = random.Random(space.seed).sample(points, space.trials)
+    return points, list(dict.fromkeys(left_out))
