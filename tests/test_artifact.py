@@ -176,7 +176,8 @@ def test_weights_that_are_gone_or_cut_short_are_no_traceback(saved: Path, tiny_p
 def test_a_newer_format_names_both_versions(saved: Path) -> None:
     edit_config(saved, format_version=FORMAT_VERSION + 1, library_version="9.0")
     with pytest.raises(
-        UserError, match=rf"format version {FORMAT_VERSION + 1} \(revmux 9\.0\), this is revmux {revmux.__version__}"
+        UserError,
+        match=rf"format version {FORMAT_VERSION + 1} \(revmux 9\.0\), but revmux {revmux.__version__} supports",
     ):
         load_adapter_config(saved)
 
@@ -184,8 +185,8 @@ def test_a_newer_format_names_both_versions(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "is not JSON"),
-        ("[]", "no JSON object"),
+        ("{", "is not valid JSON"),
+        ("[]", "not contain a JSON object"),
         ('{"format_version": 1, "rank": 8}', "unknown keys rank"),
         ('{"format_version": 1, "method": "revmux"}', "incomplete"),
         ("{}", "format version None"),
@@ -226,7 +227,7 @@ def test_loading_copies_no_weights_to_compare_their_shapes(
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "mistyped"):
-        with pytest.raises(UserError, match="is no adapter folder"):
+        with pytest.raises(UserError, match="is not an adapter folder"):
             load_adapter_config(folder)
 
 
@@ -264,7 +265,7 @@ def test_other_labels_are_refused(saved: Path, tmp_path: Path) -> None:
     edited = json.loads((folder / "config.json").read_text()) | {"id2label": {"0": "good", "1": "bad"}}
     (folder / "config.json").write_text(json.dumps(edited))
     swapped = load_pretrained(BackboneConfig(model=str(folder), max_length=16))
-    with pytest.raises(UserError, match="has the labels bad, good, the backbone has good, bad"):
+    with pytest.raises(UserError, match="has the labels bad, good, but the backbone has good, bad"):
         load_adapter(saved, swapped)
 
 

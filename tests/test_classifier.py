@@ -77,7 +77,7 @@ def test_long_texts_are_cut_unless_that_is_refused(tiny_pretrained: Pretrained) 
     classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 5)
     cut = classifier.scores(["w1 w2 w3 w4 w5", "w6"])
     assert_close(cut, classifier.scores(["w1 w2 w3", "w6"]))
-    with pytest.raises(UserError, match="7 tokens, at most 5 tokens are allowed"):
+    with pytest.raises(UserError, match="7 tokens, but at most 5 tokens are allowed"):
         classifier.scores(["w1 w2 w3 w4 w5"], truncate=False)
 
 
@@ -92,7 +92,7 @@ def test_an_empty_list_has_no_scores_and_a_text_is_no_list(tiny_pretrained: Pret
     classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 16)
     assert classifier.scores([]).shape == (0, 2)
     assert classifier([]) == []
-    with pytest.raises(UserError, match=r"texts is the one text 'w1 w2'; give a list, such as \[text\]"):
+    with pytest.raises(UserError, match=r"texts is a single string, 'w1 w2'; pass a list, such as \[text\]"):
         classifier.scores("w1 w2")
     with pytest.raises(UserError, match="empty text"):
         classifier.scores(["w1", ""])
@@ -125,7 +125,7 @@ def test_the_backbone_has_the_dtype_of_training_unless_the_caller_chooses(
         classifier = TextClassifier.from_pretrained(folder, tiny_model_folder)
     assert classifier.model.backbone.dtype == torch.bfloat16
     assert torch.equal(classifier.scores(TEXTS), TextClassifier(model, half, 16).scores(TEXTS))
-    with pytest.warns(UserWarning, match="trained on a bfloat16 backbone, but the one given is float32"):
+    with pytest.warns(UserWarning, match="trained on a bfloat16 backbone, but the given backbone is float32"):
         chosen = TextClassifier.from_pretrained(folder, BackboneConfig(str(tiny_model_folder)))
     assert chosen.model.backbone.dtype == torch.float32
 

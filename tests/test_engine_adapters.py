@@ -76,7 +76,7 @@ def test_what_does_not_fit_changes_nothing(
 ) -> None:
     with pytest.raises(UserError, match="serves N = 8, but max_multiplex is 4"):
         engine.load(folders[8])
-    with pytest.raises(UserError, match="no adapter folder"):
+    with pytest.raises(UserError, match="not an adapter folder"):
         engine.load(tmp_path)
     with pytest.raises(UserError, match=r"no adapter of N = 4; loaded: 2"):
         engine.retire(4)

@@ -418,7 +418,7 @@ def test_a_long_text_is_cut_only_on_request_and_says_so(
     engine = make_engine()
     engine.start()
     long = " ".join(WORDS + WORDS)
-    with pytest.raises(TextError, match="122 tokens, at most 64"):
+    with pytest.raises(TextError, match="122 tokens, but at most 64"):
         engine.submit([long])
     cut, fits = [future.result(60) for future in engine.submit([long, " ".join(WORDS)], truncate=True)]
     assert cut.truncated

@@ -104,7 +104,7 @@ def test_resources_are_checked(settings: dict[str, float]) -> None:
 def test_an_adapter_folder_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--adapter", str(tmp_path / "nothing"), "--storage", str(tmp_path)]
     assert cli.run(evaluate.main, EvaluateJob, None, argv) == 2
-    assert "no adapter folder" in told(capsys)
+    assert "not an adapter folder" in told(capsys)
 
 
 def test_a_recipe_is_checked_by_shape_alone() -> None:

@@ -126,9 +126,9 @@ def test_an_unknown_model_is_no_traceback(name: str) -> None:
 
 
 def test_a_folder_that_is_missing_or_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="cannot find folder"):
         resolve(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"contains no config\.json"):
         resolve(str(tmp_path))
 
 
@@ -140,7 +140,8 @@ def test_an_unsupported_family_lists_those_supported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "says"), [("*.safetensors", r"holds no \*\.safetensors file"), ("tokenizer*", "holds no tokenizer")]
+    ("pattern", "says"),
+    [("*.safetensors", r"contains no \*\.safetensors file"), ("tokenizer*", "contains no tokenizer")],
 )
 def test_a_folder_with_a_part_missing_says_which(pattern: str, says: str, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model")
@@ -152,7 +153,7 @@ def test_a_folder_with_a_part_missing_says_which(pattern: str, says: str, tmp_pa
 
 def test_inputs_longer_than_the_model_reads_are_refused(tiny_model_folder: Path) -> None:
     load_pretrained(config(tiny_model_folder, max_length=40))
-    with pytest.raises(UserError, match=r"max_length is 41, .* reads at most 40 tokens; choose 40 or fewer"):
+    with pytest.raises(UserError, match=r"max_length is 41, .* accepts at most 40 tokens; choose 40 or fewer"):
         load_pretrained(config(tiny_model_folder, max_length=41))
     with pytest.raises(UserError, match="max_length is 1; choose 2 or more"):
         config(tiny_model_folder, max_length=1)

@@ -167,7 +167,7 @@ def test_an_adapter_on_another_prompt_is_refused_with_both_names(
 
     argv = ["--backbone.model", str(folder), "--backbone.prompt", "sst2", "--adapter", str(adapter)]
     assert cli.run(evaluate.main, EvaluateJob, None, [*argv, "--storage", str(tmp_path / "runs")]) == 2
-    assert "was trained with prompt mine, but the backbone given has prompt sst2" in capsys.readouterr().err
+    assert "was trained with prompt mine, but the given backbone has prompt sst2" in capsys.readouterr().err
 
 
 def test_a_server_is_told_no_prompt_and_takes_the_adapters(
@@ -205,7 +205,7 @@ def test_long_texts_are_cut_and_the_template_never(model_folder: Callable[[str],
     first = split.batch([0])["input_ids"][0]
     assert tokenizer.decode(first) == "<s> Text: w0 w1 w2 w3 w4 w5 Is it bad or good? Answer:"
     with Engine(pretrained, max_length=14) as engine:
-        with pytest.raises(TextError, match="an input has 38 tokens, at most 14"):
+        with pytest.raises(TextError, match="an input has 38 tokens, but at most 14"):
             engine.submit([long])
         cut = engine.submit([long], truncate=True)[0].result(60)
     with torch.inference_mode():
@@ -261,7 +261,7 @@ def test_prompts_for_models_that_cannot_answer_by_words_are_refused(
     tuned = load_pretrained(backbone(model_folder("llama"), None), LABELS)
     tuned.backbone.model.save_pretrained(classifier)
     tuned.tokenizer.save_pretrained(classifier)
-    with pytest.raises(UserError, match=r"answers by a trained classification head; leave --backbone\.prompt out"):
+    with pytest.raises(UserError, match=r"answers by a trained classification head; omit --backbone\.prompt"):
         load_pretrained(backbone(classifier))
     assert load_pretrained(backbone(classifier, None)).has_head
 
@@ -342,7 +342,7 @@ def test_a_soft_prompt_is_tuned_kept_and_carries_adapters(
     assert loaded.identity["sha256"] != plain.identity["sha256"], "another soft prompt is another backbone"
     with pytest.raises(UserError, match="was tuned with prompt mine, not other"):
         load_pretrained(backbone(tuned, replace(PROMPT, name="other", template="{text}")))
-    with pytest.raises(UserError, match=r"max_length is 37, .* reads at most 36 tokens"):
+    with pytest.raises(UserError, match=r"max_length is 37, .* accepts at most 36 tokens"):
         load_pretrained(backbone(tuned, None, max_length=37))
 
     adapters = prepared(
@@ -376,7 +376,7 @@ def test_a_language_model_itself_is_tuned_with_its_prompt(
     ("family", "prompt", "length", "message"),
     [
         ("t5", None, 4, r"--backbone\.prompt"),
-        ("t5", PROMPT, 39, "max_length is 24, but .* reads at most 1 tokens"),
+        ("t5", PROMPT, 39, "max_length is 24, but .* accepts at most 1 tokens"),
         ("t5", PROMPT, -1, "soft_prompt is -1; choose 0"),
     ],
 )

@@ -246,7 +246,7 @@ def test_a_folder_without_an_adapter_is_refused_before_anything_starts(folders: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(UserError, match="no adapter folder"):
+    with pytest.raises(UserError, match="not an adapter folder"):
         deploy(server_config(model=str(folders[0]), adapters=[str(folders[0])], port=port))
 
 
@@ -266,7 +266,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_starts(
     shown = capsys.readouterr().err.strip()
     assert "\n" not in shown
     assert f"adapter {adapter!r} was trained on {folders[0].name} (sha256 " in shown
-    assert f"but the backbone given is {other} (sha256 " in shown
+    assert f"but the given backbone is {other} (sha256 " in shown
 
 
 def test_configuration_is_strict() -> None:

@@ -674,7 +674,7 @@ def test_adapters_and_tasks_come_and_go_while_requests_are_answered(tasks: dict[
             assert "known keys: tasks" in httpx.get(f"{url}/info").json()["update_error"]
             bad = mood.model_copy(update={"adapters": [str(tmp_path)]})
             service.update(_live({"mood": bad}))
-            assert "no adapter folder" in httpx.get(f"{url}/info").json()["update_error"]
+            assert "not an adapter folder" in httpx.get(f"{url}/info").json()["update_error"]
             assert widths(url) == [1, 2, 4]
             service.update(_live({"mood": mood.model_copy(update={"model": topic.model})}))
             assert "is served with model" in httpx.get(f"{url}/info").json()["update_error"]

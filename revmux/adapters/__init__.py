@@ -1,1 +1,1 @@
-"""Adapters on disk and on their backbone."""
+"""Adapters: saving, loading, publishing and use."""

@@ -1,4 +1,4 @@
-"""Texts to label scores in a few lines: an adapter on its backbone, for notebooks and batch jobs."""
+"""Classification of texts with an adapter and its backbone, for notebooks and batch jobs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from revmux.pretrained.pretrained import Pretrained
 
 
 class TextClassifier:
-    """Classifies texts, N of like length in each pass.
+    """Classifies texts, N of similar length per forward pass.
 
     Args:
-        model: an adapter on its backbone, as :func:`revmux.adapters.folder.load_adapter` gives it.
+        model: an adapter on its backbone, as returned by :func:`revmux.adapters.folder.load_adapter`.
         pretrained: the backbone with its tokenizer.
-        max_length: tokens that an input may have.
+        max_length: maximum number of tokens per input.
 
     Attributes:
         label_names: classes in the order of the scores.
@@ -54,15 +54,15 @@ class TextClassifier:
 
         Args:
             adapter: a folder, or ``user/name`` on the hub.
-            backbone: a folder, an id on the hub, settings, or a loaded one; by default the one that the adapter
-                records, at its recorded revision. Settings and a loaded one have their own dtype, else it is the
-                recorded one.
-            revision: of the adapter on the hub: branch, tag or commit.
-            device: where both run.
+            backbone: a folder, an id on the hub, settings, or a loaded backbone. By default, the backbone that the
+                adapter records, at its recorded revision. Settings and a loaded backbone have their own dtype;
+                otherwise the recorded dtype is used.
+            revision: branch, tag or commit of the adapter on the hub.
+            device: the device of adapter and backbone.
 
         Raises:
-            UserError: no such adapter, a recorded backbone that is only known by the name of its folder, or one that
-                the adapter was not trained on.
+            UserError: the adapter cannot be found, its recorded backbone is a local folder that must be named, or the
+                adapter was not trained on the given backbone.
         """
         folder = local_adapter_folder(adapter, revision)
         config = load_adapter_config(folder)
@@ -82,22 +82,22 @@ class TextClassifier:
     def scores(self, texts: Sequence[Text], truncate: bool = True, batch_size: int = 64) -> Tensor:
         """Label scores before softmax.
 
-        Texts of like length share a group, the longest first; the last group is filled with its own members again.
-        Who shares a group with whom moves the scores a little, so the same list gives the same scores.
+        Texts of similar length share a group, the longest first. The last group repeats its members to fill its slots.
+        The other members of a group affect a score slightly. The same list of texts always has the same scores.
 
         Args:
             texts: strings, or pairs of strings.
-            truncate: cut long texts as in training; otherwise they are refused.
-            batch_size: texts a forward pass.
+            truncate: whether to truncate long texts, as in training. Otherwise they are an error.
+            batch_size: texts per forward pass.
 
         Returns:
             (M, C) float32 on the CPU, in the order of ``texts``.
 
         Raises:
-            UserError: something that is no list of texts, an empty text, or one that is too long.
+            UserError: ``texts`` is not a list of texts, or a text is empty or too long.
         """
         if isinstance(texts, str):
-            raise UserError(f"texts is the one text {texts!r:.80}; give a list, such as [text]")
+            raise UserError(f"texts is a single string, {texts!r:.80}; pass a list, such as [text]")
         scores = torch.zeros(len(texts), len(self.label_names))
         if not len(texts):
             return scores
@@ -106,11 +106,11 @@ class TextClassifier:
         order = lengths.argsort(descending=True, stable=True)
         groups = order[consecutive_groups(len(texts), self.num_inputs)]  # (G, N)
         for chunk in groups.split(max(1, batch_size // self.num_inputs)):
-            rows, inside = local_rows(chunk)
+            rows, local_groups = local_rows(chunk)
             columns = {name: [encoded[row][name] for row in rows.tolist()] for name in encoded[0]}
             padded = self._tokenizer.pad(columns, return_tensors="pt")
             tokens = {name: tensor.to(self.model.backbone.device) for name, tensor in padded.items()}
-            scores[rows] = self.model(tokens, inside.to(self.model.backbone.device)).float().cpu()
+            scores[rows] = self.model(tokens, local_groups.to(self.model.backbone.device)).float().cpu()
         return scores
 
     def __call__(
@@ -121,14 +121,17 @@ class TextClassifier:
         truncate: bool = True,
         batch_size: int = 64,
     ) -> list[list[tuple[str, float]]]:
-        """Labels with their scores, best first, a list a text.
+        """One list per text of labels with their scores, highest score first.
 
         Args:
             texts: as in :meth:`scores`.
-            function: ``softmax``, ``sigmoid`` or ``none``; None is softmax, or sigmoid where there is one class only.
-            top_k: how many labels; None is all.
+            function: ``softmax``, ``sigmoid`` or ``none``. None means softmax, or sigmoid if there is only one class.
+            top_k: number of labels per text. None means all.
             truncate: as in :meth:`scores`.
             batch_size: as in :meth:`scores`.
+
+        Raises:
+            UserError: as in :meth:`scores`, or the function is unknown.
         """
         scores = self.scores(texts, truncate, batch_size)
         return [rank_labels(own, self.label_names, function, top_k) for own in scores]

@@ -1,4 +1,4 @@
-"""Whether an adapter fits the backbone that it is put on."""
+"""Checks that an adapter fits a backbone."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from revmux.pretrained.pretrained import Pretrained
 
 
 def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path) -> None:
-    """Refuse an adapter on another backbone than its own; warn of the same one in another dtype.
+    """Check that a backbone is the one that an adapter was trained on. A different dtype causes a warning.
 
     Raises:
-        UserError: naming both backbones.
+        UserError: the weights, the prompt or the labels differ.
     """
     check_model(config, pretrained.identity, folder)
     check_prompt(config, pretrained.prompt, folder)
     if config.label_names != pretrained.backbone.label_names:
         raise UserError(
-            f"adapter {str(folder)!r} has the labels {', '.join(config.label_names)}, the backbone has "
+            f"adapter {str(folder)!r} has the labels {', '.join(config.label_names)}, but the backbone has "
             f"{', '.join(pretrained.backbone.label_names)}; load the task model that it was trained on"
         )
     given = dtype_name(pretrained.backbone.dtype)
     if config.dtype is not None and config.dtype != given:
         warnings.warn(
-            f"adapter {str(folder)!r} was trained on a {config.dtype} backbone, but the one given is {given}: scores will "
-            f"differ a little; load the backbone with dtype {config.dtype} for those of training",
+            f"adapter {str(folder)!r} was trained on a {config.dtype} backbone, but the given backbone is {given}, so scores "
+            f"will differ slightly; load the backbone with dtype {config.dtype} for the scores of training",
             stacklevel=2,
         )
 
@@ -37,47 +37,47 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
 def check_model(
     config: AdapterConfig, identity: Mapping[str, str | None], folder: str | Path, model: str | Path | None = None
 ) -> None:
-    """Refuse an adapter of another model; no weights are loaded.
+    """Check that a model is the one that an adapter was trained on. No weights are loaded.
 
     Args:
-        config: of the adapter.
-        identity: of the model, as :func:`revmux.pretrained.identity.identify` gives it.
-        folder: of the adapter, for the message.
-        model: where the model is, for the message; by default its name.
+        config: the adapter's config.
+        identity: the model's identity, from :func:`revmux.pretrained.identity.identify`.
+        folder: the adapter's folder, for the error message.
+        model: the model's location, for the error message. By default, its name.
 
     Raises:
-        UserError: naming both models.
+        UserError: the models differ.
     """
     name = str(model or identity["name"])
     for key in ("sha256", "revision"):
         wanted, given = config.base_model.get(key), identity.get(key)
         if wanted and given and wanted != given:
             raise UserError(
-                f"adapter {str(folder)!r} was trained on {config.base_model['name']} ({key} {wanted[:12]}…), but the backbone "
-                f"given is {name} ({key} {given[:12]}…); load that backbone, or train the adapter on this one"
+                f"adapter {str(folder)!r} was trained on {config.base_model['name']} ({key} {wanted[:12]}…), but the given "
+                f"backbone is {name} ({key} {given[:12]}…); load the former, or train the adapter on the latter"
             )
         if wanted and given:
             return
     if config.base_model["name"] != identity["name"]:
         raise UserError(
-            f"adapter {str(folder)!r} was trained on {config.base_model['name']}, but the backbone given is {name}; "
-            "load that backbone"
+            f"adapter {str(folder)!r} was trained on {config.base_model['name']}, but the given backbone is {name}; "
+            f"load {config.base_model['name']}, or train the adapter on {name}"
         )
 
 
 def check_prompt(config: AdapterConfig, prompt: Prompt | None, folder: str | Path) -> None:
-    """Refuse an adapter on a backbone with another prompt than its own.
+    """Check that a backbone has the prompt that an adapter was trained with.
 
     Raises:
-        UserError: naming both prompts, and where they differ.
+        UserError: the prompts differ.
     """
     own = config.recorded_prompt()
     if own == prompt:
         return
-    names = [f"prompt {known.name}" if known else "no prompt" for known in (own, prompt)]
+    names = [f"prompt {one.name}" if one else "no prompt" for one in (own, prompt)]
     where = f" ({own.difference(prompt)})" if own and prompt else ""
     raise UserError(
-        f"adapter {str(folder)!r} was trained with {names[0]}, but the backbone given has {names[1]}{where}; leave "
-        "the prompt out of a command, which then takes the adapter's own, or in Python load the backbone with "
+        f"adapter {str(folder)!r} was trained with {names[0]}, but the given backbone has {names[1]}{where}; omit the "
+        "prompt in a command, which then uses the adapter's prompt, or in Python load the backbone with "
         f"recorded_prompt([{str(folder)!r}])"
     )

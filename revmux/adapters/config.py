@@ -1,4 +1,4 @@
-"""``adapter_config.json``: what an adapter is, and the backbone that it was trained on."""
+"""``adapter_config.json``: the description of an adapter and of its backbone."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ CARD_NAME = "README.md"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """All that is needed to put an adapter on its backbone again, and where it came from.
+    """All that is needed to load an adapter onto its backbone, and its origin.
 
     Attributes:
         method: registered name of the method.
-        options: its settings.
+        options: settings of the method.
         num_inputs: N.
         prefill_layers: l.
-        max_length: tokens that inputs were cut to in training.
+        max_length: maximum number of tokens per input in training.
         label_names: classes in the order of the scores.
         base_model: ``name``, ``revision`` and ``sha256`` of the backbone.
         task: identity of the data.
-        training: loss, optimiser and seed.
-        metrics: what was measured on data that chose nothing.
-        prompt: what every input was put into, as plain data; None with a classification head.
-        fallback_threshold: confidence below which a server lets an answer fall back, see :mod:`revmux.fallback`;
-            None is never.
-        dtype: type of the backbone's weights in training, such as ``bfloat16``; None where it is not recorded.
-        tunable_parameters: how many weights were trained, the backbone's not counted.
-        format_version: of these files.
-        library_version: that wrote them.
+        training: loss, optimizer and seed.
+        metrics: results on the test set.
+        prompt: the prompt in training, as plain data; None if the backbone has a classification head.
+        fallback_threshold: confidence below which a served input falls back, see :mod:`revmux.fallback`;
+            None means no fallback.
+        dtype: type of the backbone's weights in training, such as ``bfloat16``; None if it is not recorded.
+        tunable_parameters: number of trained weights, without those of the backbone.
+        format_version: version of the file format.
+        library_version: version of revmux that wrote the files.
     """
 
     method: str
@@ -74,7 +74,7 @@ class AdapterConfig:
 
     @property
     def backbone_is_found(self) -> bool:
-        """Whether ``base_model`` leads to the backbone on any machine: it is the embedded one, or one of the hub."""
+        """Whether any machine can find the backbone from ``base_model``: it is the embedded model, or on the hub."""
         return self.base_model.get("revision") is not None or self.base_model["name"] == EMBEDDED_NAME
 
     def recorded_prompt(self) -> Prompt | None:
@@ -83,19 +83,19 @@ class AdapterConfig:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` of ``torch.bfloat16``, as configurations name it."""
+    """The name of a dtype in configurations, such as ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def local_adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an adapter: the one named, or one of the hub, downloaded once.
+    """The local folder of an adapter. An adapter on the hub is downloaded if it is not cached.
 
     Args:
-        adapter: a folder; or on the hub ``user/name``, also with its revision as ``user/name@revision``.
-        revision: branch, tag or commit on the hub; ignored for folders.
+        adapter: a folder, or ``user/name`` or ``user/name@revision`` on the hub.
+        revision: branch, tag or commit on the hub. Ignored for folders.
 
     Raises:
-        UserError: no such folder, and the hub has no such adapter either.
+        UserError: there is no such folder, and the adapter cannot be downloaded from the hub.
     """
     folder = Path(adapter).expanduser()
     recover_folder(folder)
@@ -105,72 +105,73 @@ def local_adapter_folder(adapter: str | Path, revision: str | None = None) -> Pa
     try:
         return hub.fetch(name, revision or inline or None, [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME])
     except UserError as error:
-        raise UserError(f"no adapter folder {name!r} here, and as an id of the hub: {error}") from None
+        raise UserError(f"cannot find adapter folder {name!r}, and as an id on the hub: {error}") from None
 
 
 def load_adapter_config(adapter: str | Path, revision: str | None = None) -> AdapterConfig:
     """Read and check ``adapter_config.json``.
 
     Args:
-        adapter: a folder or an id of the hub, see :func:`adapter_folder`.
-        revision: on the hub.
+        adapter: a folder or an id on the hub, see :func:`local_adapter_folder`.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        UserError: no such adapter, not an adapter, written in a newer format, or with values of another type.
+        UserError: the adapter cannot be found, the folder is not an adapter, its format is newer than this version of
+            revmux supports, or a value has the wrong type.
     """
     path = local_adapter_folder(adapter, revision) / CONFIG_NAME
     if not path.is_file():
         raise UserError(
-            f"{str(adapter)!r} is no adapter folder: it has no {CONFIG_NAME}; name a folder that training wrote"
+            f"{str(adapter)!r} is not an adapter folder: it has no {CONFIG_NAME}; name a folder that training wrote"
         )
     try:
         raw = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); the folder is damaged, write it again") from None
+        raise UserError(f"{path} is not valid JSON ({error}); the folder is damaged, save the adapter again") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no JSON object; the folder is damaged, write it again")
+        raise UserError(f"{path} does not contain a JSON object; the folder is damaged, save the adapter again")
     version = raw.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version} (revmux {raw.get('library_version')}), this is revmux "
-            f"{__version__} that reads up to {FORMAT_VERSION}; run: pip install --upgrade revmux"
+            f"{path} has format version {version} (revmux {raw.get('library_version')}), but revmux {__version__} "
+            f"supports format versions up to {FORMAT_VERSION}; run: pip install --upgrade revmux"
         )
     known = {item.name for item in fields(AdapterConfig)}
     if odd := sorted(raw.keys() - known):
-        raise UserError(f"{path} has unknown keys {', '.join(odd)}; known: {', '.join(sorted(known))}")
+        raise UserError(f"{path} has unknown keys {', '.join(odd)}; known: {', '.join(sorted(known))}; remove them")
     check_types(AdapterConfig, raw, str(path))
     try:
         return AdapterConfig(**raw)
     except TypeError as error:
-        raise UserError(f"{path} is incomplete: {error}") from None
+        raise UserError(f"{path} is incomplete ({error}); the folder is damaged, save the adapter again") from None
 
 
 def recorded_prompt(adapters: Sequence[str | Path]) -> Prompt | None:
-    """The prompt that adapters of one backbone were trained with, so that whoever loads the backbone can give it.
+    """The prompt that adapters of one backbone were trained with, which is needed to load the backbone.
 
     Raises:
-        UserError: no such adapter, or not an adapter.
+        UserError: an adapter cannot be found or read.
     """
     prompts = (load_adapter_config(adapter).recorded_prompt() for adapter in adapters)
     return next((prompt for prompt in prompts if prompt is not None), None)
 
 
 def recorded_backbone(config: AdapterConfig, adapter: str | Path) -> BackboneConfig:
-    """Where the backbone of an adapter is found again.
+    """The settings to load the backbone of an adapter.
 
     Raises:
-        UserError: it was a local folder, of which only the name is recorded.
+        UserError: the backbone was a local folder, of which only the name is recorded.
     """
     base = config.base_model
     name, revision = str(base["name"]), base.get("revision")
     if not config.backbone_is_found:
         raise UserError(
             f"adapter {str(adapter)!r} was trained on the local model {name!r} (sha256 {str(base.get('sha256'))[:12]}…); "
-            "say where it is: backbone=FOLDER, or its id on the hub"
+            "pass its location: backbone=FOLDER, or its id on the hub"
         )
     return BackboneConfig(name, revision, dtype=recorded_dtype(config))
 
 
 def recorded_dtype(config: AdapterConfig) -> Dtype:
-    """The type that the backbone's weights had in training; float32 where it is not recorded."""
-    return cast("Dtype", config.dtype or "float32")  # BackboneConfig refuses others
+    """The type of the backbone's weights in training, or float32 if it is not recorded."""
+    return cast("Dtype", config.dtype or "float32")  # BackboneConfig checks the value

@@ -40,7 +40,7 @@ def describe_adapter(
     training: dict[str, Any] | None = None,
     metrics: dict[str, float] | None = None,
 ) -> AdapterConfig:
-    """The config of a model as it stands."""
+    """The config of a model in its current state."""
     return AdapterConfig(
         method=model.method.name,
         options=model.method.options_dict(),
@@ -60,11 +60,11 @@ def describe_adapter(
 
 
 def adapter_weights(model: MultiplexedClassifier) -> dict[str, Tensor]:
-    """What answering takes, copied to the CPU: the method's state, and the backbone's too where the method tunes it."""
-    return {name: value.detach().cpu().contiguous().clone() for name, value in _answering_state(model).items()}
+    """CPU copies of the weights for inference: those of the method, and of the backbone if the method tunes it."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in _inference_state(model).items()}
 
 
-def _answering_state(model: MultiplexedClassifier) -> dict[str, Tensor]:
+def _inference_state(model: MultiplexedClassifier) -> dict[str, Tensor]:
     weights = {f"method.{name}": value for name, value in model.method.inference_state().items()}
     if model.method.tunes_backbone:
         weights |= {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
@@ -74,13 +74,13 @@ def _answering_state(model: MultiplexedClassifier) -> dict[str, Tensor]:
 def save_adapter(
     model: MultiplexedClassifier, config: AdapterConfig, folder: str | Path, weights: dict[str, Tensor] | None = None
 ) -> Path:
-    """Write an adapter folder whole or not at all; the hub is not asked.
+    """Write an adapter folder atomically, without access to the hub.
 
     Args:
-        model: gives the weights, unless they are given.
-        config: see :func:`describe`.
-        folder: replaced if it exists.
-        weights: as :func:`adapter_weights` gives them, such as those of the best epoch.
+        model: the model, whose weights are saved unless ``weights`` is given.
+        config: see :func:`describe_adapter`.
+        folder: the target folder, replaced if it exists.
+        weights: weights from :func:`adapter_weights`, such as those of the best epoch.
     """
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
@@ -96,16 +96,16 @@ def _write_description(config: AdapterConfig, folder: Path) -> None:
 
 
 def load_adapter(adapter: str | Path, pretrained: Pretrained, revision: str | None = None) -> MultiplexedClassifier:
-    """Put an adapter on its backbone, in eval mode.
+    """Load an adapter onto its backbone, in eval mode.
 
     Args:
-        adapter: a folder or an id of the hub, see :func:`adapter_folder`.
-        pretrained: the backbone that it was trained on. Where the method tuned it, the model gets a copy.
-        revision: of the adapter on the hub: branch, tag or commit.
+        adapter: a folder or an id on the hub, see :func:`local_adapter_folder`.
+        pretrained: the backbone that the adapter was trained on. If the method tuned it, the model has a copy.
+        revision: branch, tag or commit of the adapter on the hub.
 
     Raises:
-        UserError: no such adapter, another backbone, other labels, no readable weights, or missing, unexpected or
-            misshaped weights.
+        UserError: the adapter cannot be found, the backbone or its labels differ from those in training, or weights
+            are unreadable, missing, unexpected or of the wrong shape.
     """
     folder = local_adapter_folder(adapter, revision)
     config = load_adapter_config(folder)
@@ -114,10 +114,12 @@ def load_adapter(adapter: str | Path, pretrained: Pretrained, revision: str | No
     method = build_method(config.method, BackboneShape.of(backbone), config.num_inputs, config.options)
     method.drop_training_parts()
     if method.tunes_backbone:
-        backbone = copy.deepcopy(backbone)  # the one given stays what others were trained on
+        backbone = copy.deepcopy(
+            backbone
+        )  # the given backbone must not change, since other adapters were trained on it
     model = MultiplexedClassifier(backbone, method, config.prefill_layers)
     weights = _load_weights(folder / WEIGHTS_NAME)
-    expected = _answering_state(model)
+    expected = _inference_state(model)
     problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
     problems += [
@@ -141,4 +143,4 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}); the folder is damaged, write it again") from None
+        raise UserError(f"cannot read {path} ({error}); the folder is damaged, save the adapter again") from None

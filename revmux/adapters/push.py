@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face hub."""
+"""Publication of adapters on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def push_to_hub(
     base_model: str | None = None,
     message: str = "Add adapter",
 ) -> str:
-    """Put an adapter on the hub, in one commit; the token is that of ``HF_TOKEN`` or of ``hf auth login``.
+    """Push an adapter to the hub in one commit. The token comes from ``HF_TOKEN`` or ``hf auth login``.
 
     Args:
         adapter: a folder, or a model with its ``config``.
-        repository: ``user/name``; made where it is missing.
-        config: of a model, see :func:`describe`; a folder has its own.
-        revision: branch; None is the default one.
-        private: whether a new repository is private; None is the account's setting.
-        base_model: id on the hub of the backbone, where the adapter was trained on a local copy: recorded with its
-            revision, after its weights were found to be the same ones.
-        message: of the commit.
+        repository: ``user/name``, created if it is missing.
+        config: the config of a model, see :func:`describe_adapter`. A folder contains its own.
+        revision: branch. None means the default branch.
+        private: whether a new repository is private. None means the account's setting.
+        base_model: id of the backbone on the hub, if the adapter was trained on a local copy. It is recorded with its
+            revision, after a check that its weights are the same.
+        message: commit message.
 
     Returns:
-        The commit, which ``from_pretrained(..., revision=commit)`` takes.
+        The commit, for ``from_pretrained(..., revision=commit)``.
 
     Raises:
-        UserError: no adapter, another base model, or the hub refuses.
+        UserError: the adapter cannot be found or is damaged, the base model differs, or the hub rejects the push.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         if isinstance(adapter, MultiplexedClassifier):
             if config is None:
-                raise UserError("a model alone does not say where it comes from; give its config too: describe(...)")
+                raise UserError("config is None, but a model needs one; pass config=describe_adapter(...)")
             save_adapter(adapter, config, folder)
         else:
             config = load_adapter_config(adapter)
@@ -60,18 +60,24 @@ def push_to_hub(
         if base_model is not None:
             _write_description(replace(config, base_model=_on_hub(config, base_model)), folder)
         files = [folder / name for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)]
-        if gone := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{str(adapter)!r} has no {', '.join(gone)}; the folder is damaged, write it again")
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UserError(
+                f"{str(adapter)!r} has no {', '.join(missing)}; the folder is damaged, save the adapter again"
+            )
         return hub.push(files, repository, revision, private, message)
 
 
 def _on_hub(config: AdapterConfig, name: str) -> dict[str, str | None]:
-    """The base model of a config under its id on the hub."""
+    """The base model of a config, identified by its id on the hub.
+
+    Raises:
+        UserError: the weights on the hub differ.
+    """
     revision, sha256 = hub.weights_on_hub(name)
     wanted = config.base_model.get("sha256")
     if wanted is None or wanted != sha256:
         raise UserError(
             f"the adapter was trained on {config.base_model['name']} (sha256 {wanted}), but {name} on the hub has sha256 "
-            f"{sha256}; push that model first, or leave base_model out"
+            f"{sha256}; push that model first, or omit base_model"
         )
     return config.base_model | {"name": name, "revision": revision}

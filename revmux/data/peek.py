@@ -1,4 +1,4 @@
-"""What can be known of labelled text before pandas and datasets are imported: that it exists, and its columns."""
+"""Checks of labelled text that do not import pandas or datasets: that it exists, and that it has the columns."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from revmux.utils.plugins import has_plugins
 
 
 def check_source(config: DataConfig) -> None:
-    """Check the path of a task's data, and the columns of its header.
+    """Check the path of a task's data and the columns in its header.
 
-    Nothing is checked of the embedded task, of a hub data set, or of a file that only its reader understands.
+    The embedded task, hub data sets and files without a readable header are not checked.
 
     Args:
-        config: the data.
+        config: the data settings.
 
     Raises:
-        UserError: no such file or folder, a folder without a training file, or a header without the columns.
+        UserError: the file or folder cannot be found, or the header does not have the columns.
     """
     path = Path(config.source).expanduser()
     if config.source == EMBEDDED_TASK:
@@ -31,7 +31,7 @@ def check_source(config: DataConfig) -> None:
         path = next((file for file in sorted(path.iterdir()) if file.stem == "train" and file.suffix in SUFFIXES), path)
     elif not path.exists() and _is_path(path) and not has_plugins("revmux.data_sources"):
         raise UserError(
-            f"no file or folder {config.source!r}; name an existing one, '{EMBEDDED_TASK}', or a hub data set"
+            f"cannot find file or folder {config.source!r}; name an existing one, '{EMBEDDED_TASK}', or a hub data set"
         )
     columns = header(path) if path.is_file() else None
     if columns:
@@ -44,7 +44,7 @@ def _is_path(path: Path) -> bool:
 
 
 def header(file: Path) -> list[str] | None:
-    """The columns of a data file by its first lines, or None where they cannot be told; its reader then decides."""
+    """The columns of a data file, from its first lines, or None if they cannot be determined."""
     try:
         return _HEADERS[file.suffix](file) if file.suffix in _HEADERS else None
     except (OSError, ValueError, csv.Error):
@@ -52,7 +52,7 @@ def header(file: Path) -> list[str] | None:
 
 
 def _delimited(file: Path) -> list[str]:
-    # In a TSV quotes are text, as in GLUE; a byte-order mark is not.
+    # Quotes in a TSV file are text, as in GLUE. The encoding skips a byte-order mark.
     with file.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if file.suffix == ".tsv" else csv.reader(lines)
         return next(rows, [])
@@ -65,7 +65,7 @@ def _json_lines(file: Path) -> list[str] | None:
 
 
 def _parquet(file: Path) -> list[str]:
-    from pyarrow import parquet  # 0.1 s, for this kind of file alone
+    from pyarrow import parquet  # imported only for this kind of file, since it takes 0.1 s
 
     return list(parquet.read_schema(file).names)
 

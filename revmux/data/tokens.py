@@ -86,9 +86,8 @@ class TokenizedSplit:
             for name, rows in encoded.items():
                 values = np.fromiter(chain.from_iterable(rows), np.int32)
                 parts.setdefault(name, []).append(values.astype(np.min_scalar_type(values.max(initial=0))))
-        self.columns = {
-            name: np.concatenate(values) for name, values in parts.items()
-        }  # in the widest dtype of the parts
+        # Concatenation converts the parts to the widest of their dtypes.
+        self.columns = {name: np.concatenate(values) for name, values in parts.items()}
         self.lengths = torch.tensor(lengths, dtype=torch.long)
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
 

@@ -1,1 +1,1 @@
-"""Where a backbone comes from, how it is loaded, and what identifies it."""
+"""Loading of backbones from a package, a folder or the hub, and their identity."""

@@ -1,4 +1,4 @@
-"""Which pretrained model, and how it is loaded. Nothing heavy is imported here."""
+"""The settings of the pretrained model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, str):
-            # Its content, since the file may change, and lies on one machine.
+            # The content is kept, since the file may change and is stored on one machine.
             object.__setattr__(self, "prompt", load_prompt(self.prompt))
         if self.max_length < 2:
             raise UserError(f"max_length is {self.max_length}; choose 2 or more tokens, such as 128")

@@ -1,4 +1,4 @@
-"""Texts to tokens for threads to share, each text by itself."""
+"""Thread-safe tokenization of single texts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Text = str | tuple[str, str]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text as tokens.
+    """The tokens of one text.
 
     Attributes:
-        tokens: ``input_ids`` and the like, each a list of S numbers.
-        truncated: whether the text was cut.
+        tokens: ``input_ids`` and so on, each a list of S numbers.
+        truncated: whether the text was truncated.
     """
 
     tokens: dict[str, list[int]]
@@ -31,18 +31,18 @@ class Encoded:
 
 
 class Encoder:
-    """The prompt and the tokenizer of a backbone, for threads to share.
+    """Applies a backbone's prompt and tokenizer. Several threads can share an encoder.
 
-    A fast tokenizer keeps its truncation setting in itself and fails when another thread changes it meanwhile, so
-    every thread gets a copy.
+    A fast tokenizer stores its truncation setting and fails if another thread changes it during a call. Each thread
+    therefore has its own copy.
 
     Args:
         pretrained: the backbone.
-        max_length: tokens that an input may have, a prompt's own included.
-        pairs: whether the task has pairs of texts; False refuses them, None takes what the backbone records.
+        max_length: maximum number of tokens per input, including those of the prompt.
+        pairs: whether the task has pairs of texts. If False, a pair is an error. None means the backbone's setting.
 
     Attributes:
-        example: some input that can be answered.
+        example: a valid input, for example for warm-up.
 
     Raises:
         UserError: the prompt alone is longer than ``max_length``.
@@ -68,24 +68,25 @@ class Encoder:
         return tokenizer
 
     def encode(self, text: Text, truncate: bool = False) -> Encoded:
-        """One text, or one pair, to tokens.
+        """Tokenize one text, or one pair of texts.
 
         Args:
-            text: a string, or two.
-            truncate: cut a long text as in training; otherwise it is refused.
+            text: a string, or two strings.
+            truncate: whether to truncate a long text, as in training. Otherwise it is an error.
 
         Raises:
-            TextError: not a text, or longer than ``max_length`` tokens.
+            TextError: the input is not a text, is longer than ``max_length`` tokens, or is a pair although the model was
+                trained on single texts.
         """
         parts = tuple(text) if isinstance(text, (tuple, list)) else (text,)
         if not 1 <= len(parts) <= 2 or not all(isinstance(part, str) for part in parts):
-            raise TextError(f"an input is {text!r:.80}; give a string, or two strings for a sentence pair")
+            raise TextError(f"an input is {text!r:.80}; send a string, or two strings for a sentence pair")
         if not all(parts):
-            raise EmptyText("an input is an empty text; give at least one character")
+            raise EmptyText("an input is an empty text; send at least one character")
         if len(parts) == 2 and self._pairs is False:
             raise TextError(
-                "an input is a pair of texts, but the model was trained on single texts; give each text as an input of its "
-                'own, over HTTP as [["one text"], ["another"]]'
+                "an input is a pair of texts, but the model was trained on single texts; send each text as a separate "
+                'input, over HTTP as [["one text"], ["another"]]'
             )
         try:
             for part in parts:
@@ -97,7 +98,7 @@ class Encoder:
         except TextError:
             raise
         except UserError as error:
-            raise TextError(str(error)) from None  # a pair where the prompt is for one text, or the reverse
+            raise TextError(str(error)) from None  # a pair although the prompt is for one text, or the reverse
 
     def _encode(self, parts: tuple[str, ...], truncate: bool) -> Encoded:
         tokenizer = self._tokenizer()
@@ -113,14 +114,14 @@ class Encoder:
             found = f"more than {self._bound.characters} characters"
         if not truncate:
             raise TextError(
-                f"an input has {found}, at most {self.max_length} tokens are allowed; shorten it, or set truncate to true"
+                f"an input has {found}, but at most {self.max_length} tokens are allowed; shorten it, or set truncate to true"
             )
         first, *second = parts
         encoded, _ = encode_texts(tokenizer, [first], second or None, self.max_length, self._prompt)
         return Encoded({name: rows[0] for name, rows in encoded.items()}, truncated=True)
 
     def _tokens(self, tokenizer: PreTrainedTokenizerBase, parts: tuple[str, ...]) -> dict[str, list[int]]:
-        """All tokens of an input."""
+        """All tokens of an input, without truncation."""
         if self._prompt is None:
             return dict(tokenizer(*parts, truncation=False, verbose=False))
         written = [self._prompt.write(tokenizer, *parts)]

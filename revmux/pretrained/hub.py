@@ -1,4 +1,4 @@
-"""Files on the Hugging Face hub: what is cached here of a repository, fetching a part of one, pushing a commit."""
+"""Files on the Hugging Face Hub: the local cache of a repository, downloads of single files, and pushes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of its HTTP library
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError comes from its HTTP library
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
@@ -28,22 +28,29 @@ def is_repository(name: str) -> bool:
 
 
 def cached_folder(repository: str, revision: str | None = None, file: str = "config.json") -> Path | None:
-    """Where this machine keeps one commit of a repository; the folder's name is the commit.
+    """The folder that caches one commit of a repository on this machine. Its name is the commit.
 
     Args:
-        repository: ``user/name``, or a name without user.
-        revision: branch, tag or commit; None is the default branch.
-        file: that must be there.
+        repository: ``user/name``, or a name without a user.
+        revision: branch, tag or commit. None means the default branch.
+        file: a file that must be in the cache.
+
+    Returns:
+        The folder, or None if the file is not cached.
     """
     found = try_to_load_from_cache(repository, file, revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 
 
 def fetch(repository: str, revision: str | None, files: Sequence[str]) -> Path:
-    """A folder with some files of a repository at one commit; only what is not cached here is downloaded.
+    """Download some files of a repository at one commit, except those that are already cached.
+
+    Returns:
+        The folder that contains the files.
 
     Raises:
-        UserError: no such repository or revision, no access, or no network and nothing cached.
+        UserError: the repository or revision cannot be found or accessed, or there is no network and the files are not
+            cached.
     """
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
@@ -51,25 +58,25 @@ def fetch(repository: str, revision: str | None, files: Sequence[str]) -> Path:
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(
             f"cannot get {repository!r}{at} from {constants.ENDPOINT} ({_reason(error)}); check its id and revision, the "
-            "network, and HF_TOKEN where it is private"
+            "network, and HF_TOKEN if it is private"
         ) from None
 
 
 def push(files: Sequence[Path], repository: str, revision: str | None, private: bool | None, message: str) -> str:
-    """Put files at the root of a repository, in one commit; repository and branch are made where they are missing.
+    """Push files to the root of a repository in one commit. A missing repository or branch is created.
 
     Args:
-        files: what is pushed, by its own name.
+        files: the files. Each keeps its name.
         repository: ``user/name``.
-        revision: branch; None is the default one.
-        private: whether a new repository is private; None is the account's setting.
-        message: of the commit.
+        revision: branch. None means the default branch.
+        private: whether a new repository is private. None means the account's setting.
+        message: commit message.
 
     Returns:
         The commit.
 
     Raises:
-        UserError: no ``user/name``, no token, or the hub refuses.
+        UserError: the repository is not of the form ``user/name``, there is no token, or the hub rejects the push.
     """
     if not is_repository(repository):
         raise UserError(f"repository is {repository!r}; choose USER/NAME, such as me/revmux-n2")
@@ -81,22 +88,22 @@ def push(files: Sequence[Path], repository: str, revision: str | None, private: 
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
         return str(api.create_commit(repository, operations, commit_message=message, revision=revision).oid)
     except _FAILURES as error:
-        told = (
-            "log in: hf auth login, or set HF_TOKEN"
+        remedy = (
+            "log in with hf auth login, or set HF_TOKEN"
             if _unauthorised(error)
-            else "check its id, your rights and the network"
+            else "check its id, your permissions and the network"
         )
-        raise UserError(f"cannot push to {repository!r} at {api.endpoint} ({_reason(error)}); {told}") from None
+        raise UserError(f"cannot push to {repository!r} at {api.endpoint} ({_reason(error)}); {remedy}") from None
 
 
 def weights_on_hub(repository: str, revision: str | None = None) -> tuple[str, str | None]:
-    """The commit of a repository and the sha256 of its weights there, as the hub tells them: nothing is downloaded.
+    """Ask the hub for the commit of a repository and the sha256 of its weights, without downloading them.
 
     Returns:
-        The commit, and :func:`combined_sha256` of the safetensors files, or None where there are none.
+        The commit, and :func:`combined_sha256` of the safetensors files, or None if there are none.
 
     Raises:
-        UserError: no such repository or revision, or no network.
+        UserError: the repository or revision cannot be found, or there is no network.
     """
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -114,7 +121,7 @@ def weights_on_hub(repository: str, revision: str | None = None) -> tuple[str, s
 
 
 def combined_sha256(digests: Sequence[str]) -> str:
-    """One digest for several files: that of the one file, or of all digests in the order of the files' names."""
+    """One digest for several files: the digest of a single file, or a digest of all digests in the given order."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What identifies a model: its folder or hub id, commit, weights and architecture."""
+"""The identity of a model: its folder or hub id, commit, weights and architecture."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _identities: dict[tuple[str, int, float], str] = {}
 
 
 def resolve(model: str) -> str:
-    """The folder or hub id that a model name stands for; the embedded one is checked against its sha256.
+    """The folder or hub id of a model name. The embedded model is checked against its sha256.
 
     Raises:
-        UserError: the embedded package is missing or altered, or a folder is no model.
+        UserError: the embedded package is missing or altered, or a folder is missing or contains no model.
     """
     location = locate(model)
     if model == EMBEDDED_NAME:
@@ -38,10 +38,14 @@ def resolve(model: str) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the safetensors files of a folder, in the order of their names."""
+    """The combined sha256 of the safetensors files of a folder, in the order of their names.
+
+    Raises:
+        UserError: the folder contains no such file.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{folder} holds no *.safetensors file; save the model with safe serialization")
+        raise UserError(f"{folder} contains no *.safetensors file; save the model with safe serialization")
     digests = []
     for file in files:
         status = file.stat()
@@ -54,20 +58,20 @@ def weights_sha256(folder: Path) -> str:
 
 
 def identity_of(config: BackboneConfig) -> dict[str, str | None]:
-    """What identifies a model, without loading it: see :func:`identify`."""
+    """The identity of a model that is not loaded; see :func:`identify`."""
     location = resolve(config.model)
     load_model_config(location, config)
     return identify(config.model, location, config.revision)
 
 
 def identify(name: str, location: str, revision: str | None) -> dict[str, str | None]:
-    """Name, commit on the hub and weights hash, as far as each exists.
+    """The ``name``, the ``revision`` on the hub and the ``sha256`` of the weights, each None if it does not exist.
 
-    Of the hub it is what is cached here, and what the hub tells of weights that are not: the same before they are
-    downloaded and after.
+    For a hub id, the values come from the local cache, or from the hub if the weights are not cached. Both give the same
+    identity, before and after the download.
 
     Raises:
-        UserError: weights are not cached here, and the hub cannot be reached.
+        UserError: the weights are not cached, and the hub cannot be reached.
     """
     folder = Path(location)
     if folder.is_dir():
@@ -81,16 +85,15 @@ def identify(name: str, location: str, revision: str | None) -> dict[str, str | 
 
 
 def load_model_config(location: str, config: BackboneConfig) -> Any:
-    """The configuration of a model folder or hub id; code that comes with it is never run.
+    """The configuration of a model folder or hub id. Code in the repository is never run.
 
     Raises:
-        UserError: an unknown model, or an architecture that no family here serves.
+        UserError: the model is unknown, or no backbone family supports its architecture.
     """
     try:
         settings, _ = PretrainedConfig.get_config_dict(location, revision=config.revision)
-        if (
-            "model_type" in settings
-        ):  # first, since transformers may not know the type, or only by code that comes with it
+        # Checked before AutoConfig, which may not support the type, or only through code in the repository.
+        if "model_type" in settings:
             _check_architecture(config.model, settings["model_type"])
         model_config = AutoConfig.from_pretrained(location, revision=config.revision, trust_remote_code=False)
     except UserError:

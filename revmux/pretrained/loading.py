@@ -1,4 +1,4 @@
-"""Where a backbone comes from: the embedded package, a local folder or the hub; and what identifies it."""
+"""Loading of a backbone from the embedded package, a local folder or the hub."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 
 
 def inspect(config: BackboneConfig) -> tuple[BackboneShape, list[str] | None]:
-    """Shape and classes of a model, from its configuration and its tokenizer alone: no weights are loaded.
+    """The shape and classes of a model, from its configuration and tokenizer. No weights are loaded.
 
     Returns:
-        The shape, and the classes of the checkpoint's own head or of the prompt, or None where neither has any.
+        The shape, and the classes of the checkpoint's own head or of the prompt, or None if neither has classes.
 
     Raises:
-        UserError: an unknown model, an unsupported family, or a prompt that does not fit it.
+        UserError: the model is unknown, its family is unsupported, or the prompt does not fit it.
     """
     backbone, names = outline(config)
     return BackboneShape.of(backbone), names
 
 
 def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
-    """The cut model on the meta device, whose cost can be counted, and its classes; see :func:`inspect`."""
+    """The cut model on the meta device, to count its cost, and its classes; see :func:`inspect`."""
     location = resolve(config.model)
     model_config = load_model_config(location, config)
     prompt = _prompt_of(config, location, model_config)
@@ -53,7 +53,7 @@ def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
         return backbone, backbone.label_names if _has_head(model_config) else None
     names = list(prompt.labels) or None
     if names is None:
-        verbalizer = Verbalizer(("0", "1"), ((0,), (1,)))  # as good as the words of classes that only the data knows
+        verbalizer = Verbalizer(("0", "1"), ((0,), (1,)))  # placeholders: the data determines the classes
     else:
         verbalizer = prompt.verbalizer(_load_tokenizer(config, location))
     with torch.device("meta"):
@@ -64,10 +64,10 @@ def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
 
 
 def check_answers(config: BackboneConfig) -> None:
-    """Refuse a model that has neither a trained classification head nor a prompt to answer by; nothing is loaded.
+    """Check that a model has a trained classification head or a prompt. No weights are loaded.
 
     Raises:
-        UserError: with the remedies.
+        UserError: it has neither.
     """
     location = resolve(config.model)
     model_config = load_model_config(location, config)
@@ -77,16 +77,16 @@ def check_answers(config: BackboneConfig) -> None:
 
 
 def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None) -> Pretrained:
-    """Load a model with its head, or with its prompt's label words in place of one, and cut it.
+    """Load a model with its head, or with the label words of its prompt, and cut it.
 
     Args:
-        config: which model, and how.
-        label_names: class names for a fresh head or for a prompt that lists none; None insists on the checkpoint's
-            head or the prompt's own classes.
+        config: the model and its settings.
+        label_names: class names for a new head, or for a prompt that lists none. With None, the checkpoint must have a
+            head, or the prompt its own classes.
 
     Raises:
-        UserError: an unknown model, an unsupported family, a head, weights or tokenizer that are missing, a prompt
-            that does not fit, or inputs longer than the model reads.
+        UserError: the model is unknown, its family is unsupported, its head, weights or tokenizer are missing, the
+            prompt does not fit, or ``max_length`` is above the model's limit.
     """
     location = resolve(config.model)
     model_config = load_model_config(location, config)
@@ -94,9 +94,9 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
     if label_names is None:
         check_answers(config)
     if Path(location).is_dir():
-        weights_sha256(Path(location))  # refuses a folder without weights
+        weights_sha256(Path(location))  # raises an error for a folder without weights
     elif (cached := hub.cached_folder(location, config.revision)) is not None:
-        # What is recorded is what is loaded, whatever is pushed meanwhile.
+        # The commit is fixed, so that the recorded revision is the loaded one even after a new push.
         config = replace(config, revision=cached.name)
     tokenizer = _load_tokenizer(config, location)
     if prompt is None:
@@ -113,14 +113,14 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
 
 
 def check_length(config: BackboneConfig, backbone: Backbone) -> None:
-    """Refuse inputs longer than a model reads.
+    """Check that ``max_length`` is not above the model's limit.
 
     Raises:
-        UserError: naming both lengths.
+        UserError: it is above.
     """
     if config.max_length > backbone.max_length:
         raise UserError(
-            f"max_length is {config.max_length}, but {config.model} reads at most {backbone.max_length} tokens; "
+            f"max_length is {config.max_length}, but {config.model} accepts at most {backbone.max_length} tokens; "
             f"choose {backbone.max_length} or fewer"
         )
 
@@ -132,7 +132,7 @@ def _load_classifier(
     label_names: list[str] | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Any:
-    """A model with the checkpoint's head, or a fresh one for these classes."""
+    """Load a model with the checkpoint's head, or with a newly initialized head for these classes."""
     arguments: dict[str, Any] = {}
     if not _has_head(model_config):
         names = label_names or []
@@ -142,7 +142,7 @@ def _load_classifier(
             "label2id": {name: index for index, name in enumerate(names)},
         }
         if model_config.pad_token_id is None:
-            arguments["pad_token_id"] = tokenizer.pad_token_id  # by which a decoder's head finds the end of a text
+            arguments["pad_token_id"] = tokenizer.pad_token_id  # a decoder's head needs it to find the end of a text
     with _quiet():
         return AutoModelForSequenceClassification.from_pretrained(location, **_weights(config), **arguments)
 
@@ -171,10 +171,10 @@ def _weights(config: BackboneConfig) -> dict[str, Any]:
 
 
 def _prompt_of(config: BackboneConfig, location: str, model_config: Any) -> Prompt | None:
-    """The prompt that a model answers by: the one it was tuned with, else the one that is asked for.
+    """The prompt of a model: the prompt that it was tuned with, otherwise the configured prompt.
 
     Raises:
-        UserError: another prompt than the model's own, or a model that cannot answer by label words.
+        UserError: the configured prompt differs from the model's own, or the model cannot answer by label words.
     """
     prompt = config.prompt
     assert not isinstance(prompt, str)
@@ -184,7 +184,7 @@ def _prompt_of(config: BackboneConfig, location: str, model_config: Any) -> Prom
         if prompt is not None and prompt.with_labels(list(own.labels)) != own:
             raise UserError(
                 f"{config.model} was tuned with prompt {own.name}, not {prompt.name} ({own.difference(prompt)}); "
-                "leave --backbone.prompt out"
+                "omit --backbone.prompt"
             )
         return own
     if prompt is None:
@@ -192,21 +192,21 @@ def _prompt_of(config: BackboneConfig, location: str, model_config: Any) -> Prom
     if model_config.model_type not in generative_model_types():
         raise UserError(
             f"prompt is {prompt.name}, but {config.model} is a {model_config.model_type}, which cannot answer by words; "
-            f"leave --backbone.prompt out, or choose a model of {', '.join(generative_model_types())}"
+            f"omit --backbone.prompt, or choose a model of type {', '.join(generative_model_types())}"
         )
     if _has_head(model_config):
         raise UserError(
             f"prompt is {prompt.name}, but {config.model} answers by a trained classification head; "
-            "leave --backbone.prompt out, or name the language model that it was made of"
+            "omit --backbone.prompt, or name the language model from which it was tuned"
         )
     return prompt
 
 
 def _load_tokenizer(config: BackboneConfig, location: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, able to pad.
+    """The model's tokenizer, with a padding token.
 
     Raises:
-        UserError: there is none, or it has no token to pad with.
+        UserError: there is no tokenizer, or it has no token that can be used for padding.
     """
     _check_tokenizer(config.model, location)
     with _quiet():
@@ -217,16 +217,16 @@ def _load_tokenizer(config: BackboneConfig, location: str) -> PreTrainedTokenize
                 f"the tokenizer of {config.model} has neither a padding nor an end-of-sequence token; set its pad_token "
                 "and save it again"
             )
-        tokenizer.pad_token = tokenizer.eos_token  # padding is never read, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token can be used
     return tokenizer
 
 
 def _check_tokenizer(name: str, location: str) -> None:
-    """Refuse a folder without one: transformers would make an empty tokenizer that knows no word."""
+    """Check that a folder contains a tokenizer. Without one, transformers would create a tokenizer with no vocabulary."""
     folder = Path(location)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise UserError(
-            f"folder {name!r} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it there: "
+            f"folder {name!r} contains no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it there with "
             "tokenizer.save_pretrained(folder)"
         )
 
@@ -236,7 +236,7 @@ def _has_head(model_config: Any) -> bool:
 
 
 class _quiet:
-    """No warnings about fresh heads and no progress bars of weight loading: callers say what they load."""
+    """Context manager that suppresses warnings about new heads and the progress bars of weight loading."""
 
     def __enter__(self) -> None:
         self.verbosity = transformers_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Where a model is: the embedded package, a local folder or a hub id. Nothing heavy is imported here."""
+"""The location of a model: the embedded package, a local folder or a hub id. This module imports no large library."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from revmux.utils.files import recover_folder
 
 CONFIG_NAME = "config.json"
 PROMPT_NAME = "prompt.json"
-"""The prompt that a task model was tuned with, beside its configuration."""
+"""File name of the prompt that a task model was tuned with, next to its configuration."""
 
 
 def locate(model: str) -> str:
     """The folder or hub id that a model name stands for. Weights are not read.
 
     Args:
-        model: as :class:`BackboneConfig` takes it.
+        model: see :class:`BackboneConfig`.
 
     Raises:
-        UserError: the embedded package is not installed, or a folder is missing or holds no model.
+        UserError: the embedded package is not installed, or a folder is missing or contains no model.
     """
     if model == EMBEDDED_NAME:
         spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
@@ -34,23 +34,23 @@ def locate(model: str) -> str:
     recover_folder(path)
     if path.is_dir():
         if not (path / CONFIG_NAME).is_file():
-            raise UserError(f"folder {model!r} holds no {CONFIG_NAME}; name a folder that save_pretrained wrote")
+            raise UserError(f"folder {model!r} contains no {CONFIG_NAME}; name a folder that save_pretrained wrote")
         return str(path)
     # A hub id is NAME or USER/NAME.
     if path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2:
-        raise UserError(f"no folder {model!r}; name an existing folder, a Hugging Face id, or {EMBEDDED_NAME}")
+        raise UserError(f"cannot find folder {model!r}; name an existing folder, a Hugging Face id, or {EMBEDDED_NAME}")
     return model
 
 
 def check_model(config: BackboneConfig, needs_answers: bool = True) -> None:
-    """Check what can be known of a model before torch and transformers are imported.
+    """Check a model as far as possible without importing torch and transformers.
 
     Args:
-        config: the model. Of a hub id nothing is checked here.
+        config: the model. A hub id is not checked.
         needs_answers: whether the model must have a trained classification head or a prompt.
 
     Raises:
-        UserError: as :func:`locate`; a damaged configuration; or a model without head and prompt.
+        UserError: as in :func:`locate`, the configuration is damaged, or the model has neither a head nor a prompt.
     """
     folder = Path(locate(config.model))
     if not folder.is_dir():
@@ -60,14 +60,14 @@ def check_model(config: BackboneConfig, needs_answers: bool = True) -> None:
         architectures = list(settings.get("architectures") or [])
     except (ValueError, AttributeError, OSError) as error:
         raise UserError(
-            f"{folder / CONFIG_NAME} is not the configuration of a model ({error}); save it again"
+            f"{folder / CONFIG_NAME} is not a valid model configuration ({error}); save the model again"
         ) from None
     if needs_answers and config.prompt is None and not has_head(architectures) and not (folder / PROMPT_NAME).is_file():
         raise no_answers(config.model, architectures)
 
 
 def has_head(architectures: Sequence[str] | None) -> bool:
-    """Whether ``architectures`` of a model's configuration names a trained classification head."""
+    """Whether the ``architectures`` of a model's configuration include a classification head."""
     return any("SequenceClassification" in name for name in architectures or [])
 
 

@@ -22,10 +22,10 @@ class Pretrained:
     Attributes:
         backbone: the cut model.
         tokenizer: its tokenizer.
-        identity: ``name``, ``revision`` and ``sha256`` of the weights, as artifacts record them.
-        has_head: whether the checkpoint brought a trained classification head.
-        prompt: what every input is put into, with a word for every class; None with a classification head.
-        pairs: whether the model was tuned on pairs of texts; None where that is not known.
+        identity: ``name``, ``revision`` and ``sha256`` of the weights, as recorded in artifacts.
+        has_head: whether the checkpoint contains a trained classification head.
+        prompt: the template around each input, with words for every class; None if there is a classification head.
+        pairs: whether the model was tuned on pairs of texts; None if this is not recorded.
     """
 
     backbone: Backbone
@@ -36,15 +36,15 @@ class Pretrained:
     pairs: bool | None = None
 
     def tokenize(self, split: Dataset, max_length: int) -> TokenizedSplit:
-        """A split as this backbone reads it, each input in its prompt.
+        """Tokenize a split for this backbone, with each input in the prompt.
 
         Raises:
-            UserError: a template that does not fit the inputs or ``max_length``.
+            UserError: the template does not fit the inputs or ``max_length``.
         """
         return TokenizedSplit(split, self.tokenizer, max_length, self.prompt)
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int = 128) -> TokenBatch:
-        """Texts, or pairs of texts, as one padded batch on the backbone's device, each (B, S); see :meth:`tokenize`."""
+        """Tokenize texts, or pairs of texts, as one padded batch on the backbone's device, each (B, S)."""
         encoded, _ = encode_texts(self.tokenizer, texts, pairs, max_length, self.prompt)
         return {
             name: tensor.to(self.backbone.device)

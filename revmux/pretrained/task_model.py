@@ -1,4 +1,4 @@
-"""A task model on disk: as Hugging Face writes it, with the prompt and the soft prompt that it was tuned with beside it."""
+"""Task models on disk, in Hugging Face format, with the prompt and soft prompt that they were tuned with."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ TASK_NAME = "task.json"
 
 
 def save_task_model(pretrained: Pretrained, folder: str | Path, pairs: bool | None = None) -> Path:
-    """Write a backbone as it stands; :func:`revmux.pretrained.loading.load_pretrained` reads all of it again.
+    """Save a backbone, which :func:`revmux.pretrained.loading.load_pretrained` can load again.
 
     Args:
-        pretrained: with or without a prompt.
-        folder: made where it is missing.
-        pairs: whether it was tuned on pairs of texts; None where that is not known.
+        pretrained: the backbone, with or without a prompt.
+        folder: the target folder, created if it is missing.
+        pairs: whether the backbone was tuned on pairs of texts; None if this is not known.
+
+    Returns:
+        The target folder.
     """
     folder = Path(folder)
     pretrained.backbone.model.save_pretrained(folder)
@@ -45,21 +48,21 @@ def save_task_model(pretrained: Pretrained, folder: str | Path, pairs: bool | No
 
 
 def read_prompt(location: str, revision: str | None = None) -> Prompt | None:
-    """The prompt that a model was tuned with, if it was.
+    """The prompt that a model was tuned with, or None.
 
     Args:
         location: a folder, or a Hugging Face id.
-        revision: on the hub.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        UserError: the hub cannot be reached, and what is cached here does not tell whether there is one.
+        UserError: the hub cannot be reached, and the local cache does not show whether the model has a prompt.
     """
     file = _file(location, PROMPT_NAME, revision)
     return None if file is None else Prompt.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def read_pairs(location: str) -> bool | None:
-    """Whether a task model was tuned on pairs of texts; None where its folder does not say, or for ids of the hub."""
+    """Whether a task model was tuned on pairs of texts; None if its folder does not record this, or for a hub id."""
     file = Path(location) / TASK_NAME
     if not file.is_file():
         return None
@@ -72,7 +75,7 @@ def read_pairs(location: str) -> bool | None:
 
 
 def read_soft_prompt(location: str, revision: str | None = None) -> SoftPrompt | None:
-    """The soft prompt of a model, if it has one; arguments as :func:`read_prompt`."""
+    """The soft prompt of a model, or None. The arguments and errors are those of :func:`read_prompt`."""
     file = _file(location, SOFT_PROMPT_NAME, revision)
     return None if file is None else SoftPrompt(load_file(file)["vectors"])
 
@@ -83,11 +86,11 @@ def _file(location: str, name: str, revision: str | None) -> Path | None:
         return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(location, name, revision=revision))
-    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but it says nothing of the repository
+    except LocalEntryNotFoundError as error:  # no network; the repository may still have the file
         if try_to_load_from_cache(location, name, revision=revision) is _CACHED_NO_EXIST:
             return None
         raise UserError(
-            f"whether {location!r} has a {name} is not known: it is not cached here, and the hub cannot be reached "
+            f"cannot determine whether {location!r} has a {name}: it is not cached here, and the hub cannot be reached "
             f"({type(error).__name__}); load the model once with a network, or name a local folder"
         ) from None
     except EntryNotFoundError:

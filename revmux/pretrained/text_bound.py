@@ -1,4 +1,4 @@
-"""How much of a long text a tokenizer must see, so that memory and time do not grow with what a client sends."""
+"""A limit on the characters of a text that are tokenized, so that memory and time do not grow with its length."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 CHARACTERS_PER_TOKEN = 128
-"""Characters that one token covers at most, unless the vocabulary has longer ones.
+"""Maximum number of characters per token, unless the vocabulary has longer tokens.
 
-Longer tokens exist only for what a tokenizer does not know, such as words of thousands of letters.
+Longer tokens occur only for text that is not in the vocabulary, such as words of thousands of letters.
 """
 _SPACES = re.compile(r"[ \t\n\r]{2,}")
 _WORDS = re.compile(rf"([A-Za-z0-9]{{{CHARACTERS_PER_TOKEN}}})[A-Za-z0-9]+")
@@ -24,19 +24,19 @@ _WORD_SAMPLES = [
 
 
 class TextBound:
-    """Cuts texts to what can matter for ``max_length`` tokens.
+    """Truncates texts to the characters that can affect the first ``max_length`` tokens.
 
     Args:
-        tokenizer: of the backbone.
-        max_length: tokens that an input may have.
+        tokenizer: the backbone's tokenizer.
+        max_length: maximum number of tokens per input.
 
     Attributes:
-        characters: that a text may have; any longer one has more than ``max_length`` tokens.
+        characters: maximum number of characters. A longer text has more than ``max_length`` tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         longest = max(map(len, tokenizer.get_vocab()))
-        # Two tokens to spare, since a cut may change the last ones.
+        # Two additional tokens, since the cut may change the last tokens.
         self.characters = (max_length + 2) * max(longest, CHARACTERS_PER_TOKEN)
         self._keeps_end = tokenizer.truncation_side == "left"
 
@@ -44,7 +44,7 @@ class TextBound:
             found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return found
 
-        # Some tokenizers read a run of spaces as one, and some any very long word as one unknown token.
+        # Some tokenizers treat a run of spaces as one space, and some treat a very long word as one unknown token.
         self._squeezed: list[tuple[re.Pattern[str], str]] = [
             (pattern, shorter)
             for pattern, shorter, samples in ((_SPACES, " ", _SPACE_SAMPLES), (_WORDS, r"\1", _WORD_SAMPLES))
@@ -52,11 +52,11 @@ class TextBound:
         ]
 
     def shorten(self, text: str) -> tuple[str, bool]:
-        """A text of at most :attr:`characters` characters that the tokenizer reads alike.
+        """A text of at most :attr:`characters` characters with equivalent tokens.
 
         Returns:
-            The text, and whether it was cut. Its first ``max_length`` tokens, or its last ones where the tokenizer
-            truncates on the left, are those of the whole text either way.
+            The text, and whether it was truncated. In both cases, its first ``max_length`` tokens are those of the whole
+            text (its last tokens, if the tokenizer truncates on the left).
         """
         if len(text) <= self.characters:
             return text, False
