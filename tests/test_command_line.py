@@ -106,10 +106,10 @@ MISTAKES = {
     "missing required setting": ("ray_jobs.evaluate", [], "adapter"),
     "unknown choice": ("ray_jobs.train", ["--backbone.dtype", "int4"], "int4"),
     "unknown method": ("ray_jobs.train", ["--method.name", "revmax"], "unknown method 'revmax'"),
-    "missing model folder": ("ray_jobs.train", ["--backbone.model", "./nowhere"], "no folder './nowhere'"),
-    "folder that is no model": ("ray_jobs.features", ["--backbone.model", "EMPTY"], "holds no config.json"),
+    "missing model folder": ("ray_jobs.train", ["--backbone.model", "./nowhere"], "cannot find folder './nowhere'"),
+    "folder that is no model": ("ray_jobs.features", ["--backbone.model", "EMPTY"], "contains no config.json"),
     "model without a head": ("ray_jobs.train", [], "without a trained classification head; tune a task model first"),
-    "folder that is no adapter": ("ray_jobs.evaluate", ["--adapter", "EMPTY"], "no adapter folder"),
+    "folder that is no adapter": ("ray_jobs.evaluate", ["--adapter", "EMPTY"], "not an adapter folder"),
     "missing space": (
         "ray_jobs.tune",
         ["--space", "nowhere"],
@@ -120,8 +120,8 @@ MISTAKES = {
     "plan without a goal": ("ray_jobs.plan", [], "goal"),
     "tour of a missing file": ("ray_jobs.quickstart", ["--data.source", "nowhere.csv"], "nowhere.csv"),
     "server without a model": ("serve_app", [], "nothing to serve"),
-    "server of a missing folder": ("serve_app", ["--model", "./nowhere"], "no folder './nowhere'"),
-    "server of no adapter": ("serve_app", ["--model", "MODEL", "--adapters", "EMPTY"], "no adapter folder"),
+    "server of a missing folder": ("serve_app", ["--model", "./nowhere"], "cannot find folder './nowhere'"),
+    "server of no adapter": ("serve_app", ["--model", "MODEL", "--adapters", "EMPTY"], "not an adapter folder"),
     "server with an illegal port": ("serve_app", ["--model", "MODEL", "--port", "0"], "port"),
     "cost of an unknown method": ("revmux", ["cost", "--method", "revmax"], "unknown method 'revmax'"),
     "cost with a wrong flag": (
@@ -129,7 +129,7 @@ MISTAKES = {
         ["cost", "--methd", "revmux"],
         "unknown setting --methd; did you mean --method?",
     ),
-    "push of no adapter": ("revmux", ["push", "EMPTY", "me/adapter"], "no adapter folder"),
+    "push of no adapter": ("revmux", ["push", "EMPTY", "me/adapter"], "not an adapter folder"),
     "unknown tool": ("revmux", ["costs"], "costs"),
     "unknown command": ("ray_jobs.console", ["trains"], "unknown command 'trains'; did you mean train?"),
 }
