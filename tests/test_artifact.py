@@ -81,7 +81,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
         ("exit-head", 1, {"layer": 2}),
     ],
 )
-def test_a_round_trip_keeps_the_scores(
+def test_saving_and_loading_an_adapter_keeps_the_scores(
     name: str, num_inputs: int, options: dict, tiny_pretrained: Pretrained, tmp_path: Path
 ) -> None:
     model = adapter(tiny_pretrained, name, num_inputs, options)
@@ -94,7 +94,7 @@ def test_a_round_trip_keeps_the_scores(
     assert loaded.method.options_dict() == model.method.options_dict()
 
 
-def test_a_tuned_backbone_comes_with_its_adapter_and_leaves_the_given_one_alone(
+def test_a_tuned_backbone_is_loaded_with_its_adapter_and_the_given_backbone_is_unchanged(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     own, other = (load_pretrained(BackboneConfig(model=str(tiny_model_folder), max_length=16)) for _ in range(2))
@@ -120,7 +120,7 @@ RETRIEVAL = [
 
 
 @pytest.mark.parametrize(("name", "options"), RETRIEVAL)
-def test_what_only_training_needs_is_not_stored(
+def test_weights_used_only_in_training_are_not_stored(
     name: str, options: dict, tiny_pretrained: Pretrained, tmp_path: Path
 ) -> None:
     model = adapter(tiny_pretrained, name, options=options)
@@ -138,32 +138,32 @@ def test_what_only_training_needs_is_not_stored(
         load_adapter(folder, tiny_pretrained)
 
 
-def test_given_weights_are_written_instead_of_the_model(tiny_pretrained: Pretrained, tmp_path: Path) -> None:
+def test_given_weights_are_saved_instead_of_those_of_the_model(tiny_pretrained: Pretrained, tmp_path: Path) -> None:
     model = adapter(tiny_pretrained)
     best = {name: torch.zeros_like(value) for name, value in artifact.adapter_weights(model).items()}
     save_adapter(model, describe_adapter(model, tiny_pretrained, 16, {"source": "t"}), tmp_path / "a", best)
     assert all(bool((value == 0).all()) for value in load_file(tmp_path / "a" / WEIGHTS_NAME).values())
 
 
-def test_missing_weights_are_named(saved: Path, tiny_pretrained: Pretrained) -> None:
+def test_an_error_names_missing_weights(saved: Path, tiny_pretrained: Pretrained) -> None:
     edit_weights(saved, lambda weights: weights.pop("method.down.weight"))
     with pytest.raises(UserError, match=r"missing method\.down\.weight"):
         load_adapter(saved, tiny_pretrained)
 
 
-def test_unexpected_weights_are_named(saved: Path, tiny_pretrained: Pretrained) -> None:
+def test_an_error_names_unexpected_weights(saved: Path, tiny_pretrained: Pretrained) -> None:
     edit_weights(saved, lambda weights: weights.update({"method.extra": torch.zeros(1)}))
     with pytest.raises(UserError, match=r"unexpected method\.extra"):
         load_adapter(saved, tiny_pretrained)
 
 
-def test_misshaped_weights_are_named_with_both_shapes(saved: Path, tiny_pretrained: Pretrained) -> None:
+def test_an_error_names_weights_of_the_wrong_shape_and_both_shapes(saved: Path, tiny_pretrained: Pretrained) -> None:
     edit_weights(saved, lambda weights: weights.update({"method.down.bias": torch.zeros(1)}))
     with pytest.raises(UserError, match=r"method\.down\.bias is \(1,\), not \(16,\)"):
         load_adapter(saved, tiny_pretrained)
 
 
-def test_weights_that_are_gone_or_cut_short_are_no_traceback(saved: Path, tiny_pretrained: Pretrained) -> None:
+def test_a_missing_or_truncated_weights_file_raises_a_user_error(saved: Path, tiny_pretrained: Pretrained) -> None:
     path = saved / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot read"):
@@ -173,7 +173,7 @@ def test_weights_that_are_gone_or_cut_short_are_no_traceback(saved: Path, tiny_p
         load_adapter(saved, tiny_pretrained)
 
 
-def test_a_newer_format_names_both_versions(saved: Path) -> None:
+def test_a_newer_format_is_refused_with_both_versions(saved: Path) -> None:
     edit_config(saved, format_version=FORMAT_VERSION + 1, library_version="9.0")
     with pytest.raises(
         UserError,
@@ -206,19 +206,19 @@ def test_a_damaged_config_is_refused(text: str, says: str, saved: Path) -> None:
         ({"base_model": "tiny-bert"}, "base_model is 'tiny-bert': input should be a valid dict"),
     ],
 )
-def test_values_of_another_type_are_refused(changes: dict, says: str, saved: Path) -> None:
+def test_config_values_of_the_wrong_type_are_refused(changes: dict, says: str, saved: Path) -> None:
     edit_config(saved, **changes)
     with pytest.raises(UserError, match=says):
         load_adapter_config(saved)
 
 
-def test_options_of_another_type_are_refused(saved: Path, tiny_pretrained: Pretrained) -> None:
+def test_options_of_the_wrong_type_are_refused(saved: Path, tiny_pretrained: Pretrained) -> None:
     edit_config(saved, options={"dropout": "x"})
     with pytest.raises(UserError, match="options of revmux: dropout is 'x': input should be a valid number"):
         load_adapter(saved, tiny_pretrained)
 
 
-def test_loading_copies_no_weights_to_compare_their_shapes(
+def test_loading_compares_shapes_without_copying_weights(
     saved: Path, tiny_pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifact, "adapter_weights", fail)
@@ -231,7 +231,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
             load_adapter_config(folder)
 
 
-def test_another_backbone_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_backbone_is_refused(saved: Path, tmp_path: Path) -> None:
     other = load_pretrained(BackboneConfig(model=str(write_tiny_model(tmp_path / "other", seed=1)), max_length=16))
     with pytest.raises(UserError, match=r"trained on tiny-bert \(sha256 .* is other \(sha256"):
         load_adapter(saved, other)
@@ -248,7 +248,7 @@ def test_the_same_weights_under_another_name_are_the_same_backbone(
 
 
 @pytest.mark.parametrize("key", ["revision", "name"])
-def test_a_backbone_of_the_hub_is_told_by_revision_then_by_name(
+def test_a_backbone_of_the_hub_is_compared_by_revision_then_by_name(
     key: str, saved: Path, tiny_pretrained: Pretrained
 ) -> None:
     edit_config(saved, base_model={"name": "org/model", "revision": "a" * 40, "sha256": None})
@@ -260,7 +260,7 @@ def test_a_backbone_of_the_hub_is_told_by_revision_then_by_name(
         load_adapter(saved, replace(tiny_pretrained, identity=other))
 
 
-def test_other_labels_are_refused(saved: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_other_labels_is_refused(saved: Path, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "tiny-bert")
     edited = json.loads((folder / "config.json").read_text()) | {"id2label": {"0": "good", "1": "bad"}}
     (folder / "config.json").write_text(json.dumps(edited))
@@ -273,7 +273,7 @@ def fail(*_: object, **__: object) -> str:
     raise OSError("no space left")
 
 
-def test_a_write_that_breaks_off_leaves_nothing(
+def test_an_interrupted_write_leaves_no_folder(
     tiny_pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapter(tiny_pretrained)
@@ -284,7 +284,7 @@ def test_a_write_that_breaks_off_leaves_nothing(
 
 
 @pytest.mark.parametrize("breaks_at", ["a file", "the exchange"])
-def test_a_rewrite_that_breaks_off_leaves_the_old_adapter(
+def test_an_interrupted_rewrite_leaves_the_old_adapter(
     breaks_at: str, saved: Path, tiny_pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
@@ -299,7 +299,7 @@ def test_a_rewrite_that_breaks_off_leaves_the_old_adapter(
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_an_adapter_whose_replacement_was_killed_is_found_again(saved: Path, tiny_pretrained: Pretrained) -> None:
+def test_an_adapter_is_recovered_after_its_replacement_was_killed(saved: Path, tiny_pretrained: Pretrained) -> None:
     files._move_aside(saved)  # as on a file system without an exchange, where the process was then killed
     assert not saved.exists()
     assert load_adapter_config(saved).method == "revmux"
@@ -316,7 +316,7 @@ def test_a_rewrite_replaces_the_whole_folder(saved: Path, tiny_pretrained: Pretr
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_the_card_tells_what_was_measured_and_no_path_of_the_machine(
+def test_the_card_contains_the_measured_figures_and_no_local_path(
     tiny_pretrained: Pretrained, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tiny_csv.parent))
@@ -336,7 +336,7 @@ def test_the_card_tells_what_was_measured_and_no_path_of_the_machine(
     assert card.startswith("---\nlibrary_name: revmux\n")
 
 
-def test_a_card_without_figures_says_so(tiny_pretrained: Pretrained, saved: Path) -> None:
+def test_a_card_without_figures_says_that_nothing_was_measured(tiny_pretrained: Pretrained, saved: Path) -> None:
     assert "Not evaluated." in (saved / "README.md").read_text()
 
 

@@ -157,7 +157,9 @@ def side_by_side(first: HiddenState, second: HiddenState) -> HiddenState:
 @pytest.mark.parametrize("depth", range(LAYERS + 1))
 @pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 @torch.no_grad()
-def test_cut_at_any_layer_is_the_whole_model(family: str, implementation: str, depth: int, lengths: list[int]) -> None:
+def test_a_backbone_cut_at_any_layer_computes_the_same_as_the_whole_model(
+    family: str, implementation: str, depth: int, lengths: list[int]
+) -> None:
     backbone = frozen(family, implementation)
     tokens = token_batch(backbone, lengths)
     whole = backbone.model(**tokens).logits
@@ -169,7 +171,7 @@ def test_cut_at_any_layer_is_the_whole_model(family: str, implementation: str, d
 
 @pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 @torch.no_grad()
-def test_tokens_without_a_mask(family: str, implementation: str) -> None:
+def test_tokens_without_a_mask_are_all_read(family: str, implementation: str) -> None:
     backbone = frozen(family, implementation)
     ids = {"input_ids": token_batch(backbone, [LENGTH, LENGTH])["input_ids"]}
     assert torch.equal(backbone(ids), backbone.model(**ids).logits)
@@ -189,7 +191,7 @@ def test_sizes_come_from_the_configuration(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_readout_is_what_the_last_linear_reads(family: str) -> None:
+def test_readout_returns_the_input_of_the_last_linear_layer(family: str) -> None:
     backbone = frozen(family)
     tokens = token_batch(backbone, [LENGTH, 9])
     head = backbone.model.classifier
@@ -207,7 +209,7 @@ def test_readout_is_what_the_last_linear_reads(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_dropout_acts_in_training_mode_alone_and_where_the_model_has_it(family: str) -> None:
+def test_dropout_is_applied_only_in_training_mode_and_where_the_model_has_it(family: str) -> None:
     backbone = cut(build(FAMILIES[family](), "eager")).freeze()
     tokens = token_batch(backbone, [LENGTH, 9])
     settled = backbone(tokens)
@@ -235,7 +237,7 @@ def test_gradients_pass_through_frozen_layers(family: str, implementation: str, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
+def test_encoder_gradients_are_the_same_with_gradient_checkpointing(family: str) -> None:
     backbone = frozen(family)
     lower = backbone.embed(token_batch(backbone, [LENGTH, 9]))
 
@@ -267,7 +269,9 @@ ANSWERS_ALONE = {"bert", "roberta", "electra", "distilbert"}
 
 @pytest.mark.parametrize("depth", [0, LAYERS - 1])
 @pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
-def test_a_last_layer_for_the_answers_alone_is_the_same_function(family: str, implementation: str, depth: int) -> None:
+def test_computing_only_the_answers_in_the_last_layer_gives_the_same_result(
+    family: str, implementation: str, depth: int
+) -> None:
     backbone = frozen(family, implementation)
     first, second = (backbone.embed(token_batch(backbone, lengths)) for lengths in ([LENGTH, 9], [3, LENGTH]))
     for lower in (first, side_by_side(first, second)):
@@ -284,7 +288,7 @@ def test_a_last_layer_for_the_answers_alone_is_the_same_function(family: str, im
         assert upper.depth == LAYERS
 
 
-def test_dropout_needs_the_whole_last_layer() -> None:
+def test_with_dropout_the_whole_last_layer_is_computed() -> None:
     backbone = cut(build(FAMILIES["bert"](), "sdpa")).train()
     state = backbone.embed(token_batch(backbone, [LENGTH, 9]))
     assert backbone.run_to_answers(state, LAYERS).hidden.shape[1] == LENGTH
@@ -292,7 +296,7 @@ def test_dropout_needs_the_whole_last_layer() -> None:
 
 @pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 @torch.no_grad()
-def test_padding_columns_change_nothing(family: str, implementation: str) -> None:
+def test_padding_columns_do_not_change_the_scores(family: str, implementation: str) -> None:
     backbone = frozen(family, implementation)
     tokens = token_batch(backbone, [LENGTH, 9, 2])
     assert_close(backbone(pad(backbone, tokens, 7)), backbone(tokens))
@@ -301,7 +305,9 @@ def test_padding_columns_change_nothing(family: str, implementation: str) -> Non
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 @torch.no_grad()
-def test_inputs_side_by_side_answer_as_alone(family: str, implementation: str, depth: int) -> None:
+def test_inputs_side_by_side_in_one_sequence_get_the_same_answers_as_alone(
+    family: str, implementation: str, depth: int
+) -> None:
     backbone = frozen(family, implementation)
     first = backbone.run(backbone.embed(token_batch(backbone, [LENGTH, 5], seed=1)), depth)
     second = backbone.run(backbone.embed(token_batch(backbone, [3, 10], seed=2)), depth)
@@ -312,7 +318,7 @@ def test_inputs_side_by_side_answer_as_alone(family: str, implementation: str, d
 
 @pytest.mark.parametrize(("family", "implementation"), [row for row in IMPLEMENTATIONS if row[0] in EXPLICIT_POSITIONS])
 @torch.no_grad()
-def test_dropped_tokens_leave_the_others_in_place(family: str, implementation: str) -> None:
+def test_dropping_tokens_does_not_move_the_other_tokens(family: str, implementation: str) -> None:
     """Dropping tokens is hiding them: what is left keeps its positions, alone and side by side."""
     backbone = frozen(family, implementation)
     tokens = token_batch(backbone, [LENGTH, LENGTH])
@@ -338,7 +344,7 @@ def test_dropped_tokens_leave_the_others_in_place(family: str, implementation: s
 
 @pytest.mark.parametrize(("family", "implementation"), [row for row in IMPLEMENTATIONS if row[0] in EXPLICIT_POSITIONS])
 @torch.no_grad()
-def test_segments_hold_when_positions_run_on(family: str, implementation: str) -> None:
+def test_segments_stay_separate_when_positions_continue_across_them(family: str, implementation: str) -> None:
     """Only distances count, so the second input may start where the first one ended."""
     backbone = frozen(family, implementation)
     first, second = (backbone.embed(token_batch(backbone, [LENGTH, LENGTH], seed=seed)) for seed in (1, 2))
@@ -362,7 +368,7 @@ def test_multiplexed_answers_do_not_depend_on_padding(family: str, prefill_layer
 
 
 @torch.no_grad()
-def test_mean_pooling_reads_each_input_over_its_own_tokens() -> None:
+def test_mean_pooling_averages_each_input_over_its_own_tokens() -> None:
     backbone = frozen("modernbert-mean", "sdpa")
     assert BackboneShape.of(backbone).shared_answer is False
     assert BackboneShape.of(frozen("modernbert", "sdpa")).shared_answer is True
@@ -376,7 +382,7 @@ def test_mean_pooling_reads_each_input_over_its_own_tokens() -> None:
     assert_close(backbone.own_answers(prefilled)[1], prefilled.hidden[1, :4].mean(dim=0))
 
 
-def test_unsupported_architecture_is_refused_with_the_list() -> None:
+def test_an_unsupported_architecture_is_refused_with_the_list_of_supported_ones() -> None:
     class Other(nn.Module):
         config = SimpleNamespace(model_type="other-net")
 

@@ -171,7 +171,7 @@ def multiplexer(backbone: GenerativeBackbone, depth: int, seed: int = 0) -> Mult
 @ALL
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_every_cut_is_the_whole_model(name: str, attention: str, padding: str) -> None:
+def test_a_model_cut_at_any_layer_computes_the_same_as_the_whole_model(name: str, attention: str, padding: str) -> None:
     expected = own_forward(name, batch(), attention)
     assert expected.std(dim=0).min() > 0.05, "inputs must be told apart for this to mean anything"
     tokens = batch("left" if padding == "left" else "right")
@@ -187,7 +187,7 @@ def test_every_cut_is_the_whole_model(name: str, attention: str, padding: str) -
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if is_decoder(name)])
-def test_decoder_on_left_padding_is_the_whole_model_given_positions(name: str) -> None:
+def test_a_left_padded_decoder_computes_the_same_as_the_whole_model_with_explicit_positions(name: str) -> None:
     tokens = batch("left")
     positions = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_decoder_on_left_padding_is_the_whole_model_given_positions(name: str) -
         assert_close(backbone_of(name)(tokens), expected)
 
 
-def test_classifier_reads_where_the_model_reads_when_texts_end_with_the_padding_token() -> None:
+def test_a_classifier_reads_the_same_token_as_the_model_when_texts_end_with_the_padding_token() -> None:
     tokens = batch()
     ids = torch.where(tokens["input_ids"] == END, PAD, tokens["input_ids"])
     tokens = {**tokens, "input_ids": ids}
@@ -227,7 +227,7 @@ def test_verbalizer_scores_are_columns_of_the_vocabulary_scores(name: str, monke
 
 @ALL
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_inputs_side_by_side_answer_as_alone(name: str, attention: str) -> None:
+def test_inputs_side_by_side_in_one_sequence_get_the_same_answers_as_alone(name: str, attention: str) -> None:
     backbone = backbone_of(name, attention)
     with torch.no_grad():
         for depth in (0, 2):
@@ -237,7 +237,7 @@ def test_inputs_side_by_side_answer_as_alone(name: str, attention: str) -> None:
             assert_close(shared, alone)
 
 
-def test_sliding_window_of_segments_counts_positions_not_places() -> None:
+def test_the_sliding_window_of_segments_counts_positions_within_a_segment() -> None:
     backbone = backbone_of("mistral-words")
     state = side_by_side(backbone.embed({key: tensor[:1] for key, tensor in batch().items()}))
     assert state.positions is not None
@@ -253,7 +253,7 @@ def test_sliding_window_of_segments_counts_positions_not_places() -> None:
 
 
 @ALL
-def test_gradient_reaches_the_adapters_and_no_frozen_weight(name: str) -> None:
+def test_gradients_reach_the_adapters_and_no_frozen_weight(name: str) -> None:
     backbone = backbone_of(name)
     model = multiplexer(backbone, 1).train()
     assert not backbone.training
@@ -265,7 +265,7 @@ def test_gradient_reaches_the_adapters_and_no_frozen_weight(name: str) -> None:
 
 
 @ALL
-def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
+def test_gradients_are_the_same_with_gradient_checkpointing(name: str) -> None:
     found = []
     for checkpointing in (False, True):
         backbone = backbone_of(name)
@@ -289,7 +289,9 @@ def test_multiplexed_answers_do_not_depend_on_padding(name: str, side: str) -> N
 
 
 @ALL
-def test_shared_answer_says_how_many_answers_a_group_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_decoders_with_label_words_have_one_answer_per_group(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone = backbone_of(name)
     assert backbone.shared_answer == (name.endswith("-words") and not is_decoder(name))
     model = multiplexer(backbone, 1)
@@ -306,7 +308,7 @@ def test_shared_answer_says_how_many_answers_a_group_has(name: str, monkeypatch:
 
 
 @pytest.mark.parametrize("name", ["t5-words", "t5-head", "bart-words", "bart-head"])
-def test_decoder_runs_once_a_group(name: str) -> None:
+def test_the_decoder_runs_once_per_group(name: str) -> None:
     backbone: Any = backbone_of(name)
     rows: list[int] = []
     handle = backbone.decoder_layers()[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
@@ -331,7 +333,7 @@ def test_answer_prefix_moves_the_answer_to_a_later_step(name: str) -> None:
 
 @WITH_WORDS
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_soft_prompt_is_the_model_on_longer_embeddings(name: str, side: str) -> None:
+def test_a_soft_prompt_computes_the_same_as_the_model_on_longer_embeddings(name: str, side: str) -> None:
     backbone = backbone_of(name)
     limit = backbone.max_length
     with torch.no_grad():
@@ -354,7 +356,7 @@ def test_soft_prompt_is_the_model_on_longer_embeddings(name: str, side: str) -> 
 
 
 @ALL
-def test_soft_prompt_alone_is_tuned_and_frozen_with_the_backbone(name: str) -> None:
+def test_only_the_soft_prompt_is_tuned_and_it_is_frozen_with_the_backbone(name: str) -> None:
     backbone = backbone_of(name)
     prompt = backbone.add_soft_prompt(2)
     backbone(batch()).square().sum().backward()
@@ -370,7 +372,7 @@ def test_soft_prompt_alone_is_tuned_and_frozen_with_the_backbone(name: str) -> N
 
 @ALL
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_own_answer_is_the_last_token(name: str, side: str) -> None:
+def test_the_own_answer_is_read_at_the_last_token(name: str, side: str) -> None:
     backbone = backbone_of(name)
     backbone.add_soft_prompt(3)
     with torch.no_grad():
@@ -399,7 +401,7 @@ def test_positions_count_from_the_first_token() -> None:
     assert token_positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
 
 
-def test_verbalizer_is_made_where_the_model_is() -> None:
+def test_the_verbalizer_is_created_on_the_device_of_the_model() -> None:
     model = MODELS["llama-words"]().to("meta")
     backbone = cut(model, TWO_TOKENS)
     assert {buffer.device.type for name, buffer in backbone.named_buffers() if name.startswith("label_rows")} == {

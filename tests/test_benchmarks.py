@@ -19,7 +19,7 @@ from revmux.training.config import MethodConfig, OptimConfig, Recipe
 pytestmark = pytest.mark.numeric
 
 
-def test_the_released_step_gives_the_answers_and_adapter_gradients_of_ours():
+def test_the_released_step_gives_the_same_answers_and_adapter_gradients_as_our_step():
     tokens, groups = texts(4), groups_of(2)
     ours, released = (
         model(backbone, randomised(backbone, "revmux", 2, {}), 1)
@@ -37,13 +37,13 @@ def test_the_released_step_gives_the_answers_and_adapter_gradients_of_ours():
     assert released.backbone.layer(0).attention.self.query.weight.grad.any()  # what the released code pays for
 
 
-def test_every_published_row_finds_its_system():
+def test_every_published_row_has_a_system():
     rows = json.loads(PUBLISHED.read_text())["rows"]
     titles = {system.title: system.widths for system in SYSTEMS} | {"SISO": (1,)}
     assert all(row["num_inputs"] in titles[row["title"]] for row in rows)
 
 
-def test_the_page_sets_published_figures_beside_ours():
+def test_the_page_shows_published_figures_beside_ours():
     place = {"family": "bert", "backbone": "small", "task": "toy", "cost_counted": 0.75, "prefill_layers": 3}
     trained = {"title": "RevMUX", "method": "revmux", "num_inputs": 2, "seeds": 3, "tunable_params": 9}
     trained |= {"accuracy_mean": 0.5, "accuracy_std": 0.01, "throughput_ratio": 1.25}
@@ -61,7 +61,7 @@ def test_the_page_sets_published_figures_beside_ours():
     assert "| bert-base | RevMUX | 2 | 3 | 9,445,248 | 0.750 | 81.22 |" in words["systems-shapes"]
 
 
-def test_a_kept_result_counts_only_for_what_was_asked(tiny_csv, tiny_model_folder, tmp_path):
+def test_a_kept_result_is_reused_only_for_the_same_settings(tiny_csv, tiny_model_folder, tmp_path):
     data = DataConfig(source=str(tiny_csv))
     task = load_task(data)
 

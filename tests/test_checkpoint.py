@@ -38,7 +38,7 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_last_ones_and_their_best_weights_are_kept(tmp_path: Path) -> None:
+def test_the_last_checkpoints_and_their_best_weights_are_kept(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     assert folder.load() is None
     for step, best in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 1)):
@@ -67,7 +67,7 @@ def halve(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, halve, Path.unlink], ids=["flipped", "halved", "gone"])
 @pytest.mark.parametrize("suffix", ["pt", "json"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+def test_the_previous_checkpoint_is_loaded_if_the_newest_is_damaged(
     damage: Callable[[Path], None], suffix: str, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(saved / f"step-00000030.{suffix}")
@@ -88,7 +88,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
 
 @pytest.mark.parametrize("damage", [halve, Path.unlink], ids=["halved", "gone"])
 @pytest.mark.parametrize("name", ["step-00000020.pt", "step-00000020.json"])
-def test_what_is_damaged_pushes_nothing_out(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+def test_damaged_checkpoints_do_not_evict_good_ones(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
     folder = CheckpointFolder(path, keep=2)
     save(folder, 10, best_epoch=1)
@@ -107,7 +107,7 @@ def test_what_is_damaged_pushes_nothing_out(damage: Callable[[Path], None], name
 
 
 @pytest.mark.parametrize("damage", [halve, Path.unlink], ids=["halved", "gone"])
-def test_best_weights_that_were_lost_are_written_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_lost_best_weights_are_written_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
     """Later checkpoints share the file: without it, none of them could be read."""
     folder = CheckpointFolder(tmp_path)
     save(folder, 10, best_epoch=1)
@@ -118,7 +118,7 @@ def test_best_weights_that_were_lost_are_written_again(damage: Callable[[Path], 
     assert (found.step, found.best["w"].item()) == (20, 1)
 
 
-def test_when_all_are_damaged_nothing_is_trained_anew_unasked(saved: Path) -> None:
+def test_training_does_not_restart_silently_when_all_checkpoints_are_damaged(saved: Path) -> None:
     flip(saved / "best-00000001.pt")
     with pytest.raises(
         UserError, match=r"every checkpoint in .*run is damaged \(step 30: best.*; step 20: .*remove that"
@@ -126,7 +126,7 @@ def test_when_all_are_damaged_nothing_is_trained_anew_unasked(saved: Path) -> No
         CheckpointFolder(saved).load()
 
 
-def test_what_was_never_finished_does_not_count(saved: Path) -> None:
+def test_unfinished_checkpoints_are_ignored(saved: Path) -> None:
     (saved / "step-00000040.pt").write_bytes(b"half")
     (saved / ".step-00000050.pt.77").write_bytes(b"half")
     folder = CheckpointFolder(saved)
@@ -137,7 +137,7 @@ def test_what_was_never_finished_does_not_count(saved: Path) -> None:
     assert not names(saved) & {"step-00000040.pt", ".step-00000050.pt.77"}
 
 
-def test_a_checkpoint_runs_no_code(saved: Path, tmp_path: Path) -> None:
+def test_loading_a_checkpoint_does_not_execute_code(saved: Path, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple:
             return Path.touch, (tmp_path / "harmed",)
@@ -155,7 +155,9 @@ def test_a_checkpoint_runs_no_code(saved: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "harmed").exists()
 
 
-def test_one_process_holds_a_folder_and_the_next_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_process_waits_for_the_lock_of_a_checkpoint_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The workers of a killed driver live on while those of the next one start."""
     path, told, entered = tmp_path / "run", SimpleQueue[str](), threading.Event()
     monkeypatch.setattr("revmux.training.checkpoint._log.warning", lambda words, *values: told.put(words % values))
@@ -177,14 +179,14 @@ def test_one_process_holds_a_folder_and_the_next_waits_for_it(tmp_path: Path, mo
     assert found.step == 10
 
 
-def test_a_folder_that_cannot_be_held_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_locked_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused = pytest.raises(UserError, match=r"cannot write checkpoints to .*file/run .*; make room")
     with refused, CheckpointFolder(tmp_path / "file" / "run").held():
         pass
 
 
-def test_settings_that_mean_nothing_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(UserError, match="steps is -1; choose 0 or more"):
         CheckpointConfig(steps=-1)
     with pytest.raises(UserError, match="keep is 1; choose 2 or more"):
@@ -203,5 +205,5 @@ def fail_on_second(first: int) -> str:
     return "went on"
 
 
-def test_one_workers_mistake_ends_all(run_workers: Callable) -> None:
+def test_an_error_of_one_worker_ends_all_workers(run_workers: Callable) -> None:
     assert run_workers(fail_on_second, 2, 5) == ["the second has no disk"] * 2

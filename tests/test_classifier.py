@@ -47,7 +47,7 @@ def expected(model: MultiplexedClassifier, pretrained: Pretrained, groups: list[
     ],
 )
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_texts_of_like_length_share_a_group_and_the_last_one_is_filled(
+def test_texts_of_similar_length_share_a_group_and_the_last_group_is_filled(
     name: str, num_inputs: int, groups: list[list[int]], batch_size: int, tiny_pretrained: Pretrained
 ) -> None:
     options = {"tune_backbone": False} if name == "datamux" else {}
@@ -56,7 +56,7 @@ def test_texts_of_like_length_share_a_group_and_the_last_one_is_filled(
     assert_close(found, expected(model, tiny_pretrained, groups))
 
 
-def test_labels_come_with_their_scores_best_first(tiny_pretrained: Pretrained) -> None:
+def test_labels_are_returned_with_their_scores_best_first(tiny_pretrained: Pretrained) -> None:
     classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 16)
     scores = classifier.scores(TEXTS).softmax(-1)
     for own, ranked in zip(scores, classifier(TEXTS), strict=True):
@@ -65,7 +65,7 @@ def test_labels_come_with_their_scores_best_first(tiny_pretrained: Pretrained) -
     assert [len(ranked) for ranked in classifier(TEXTS, top_k=1)] == [1] * len(TEXTS)
 
 
-def test_pairs_are_read_as_in_training(tiny_pretrained: Pretrained) -> None:
+def test_text_pairs_are_encoded_as_in_training(tiny_pretrained: Pretrained) -> None:
     model = build(tiny_pretrained)
     found = TextClassifier(model, tiny_pretrained, 16).scores([("w1 w2", "w3"), ("w4", "w5 w6")])
     tokens = dict(tiny_pretrained.tokenizer(["w1 w2", "w4"], ["w3", "w5 w6"], padding=True, return_tensors="pt"))
@@ -73,7 +73,7 @@ def test_pairs_are_read_as_in_training(tiny_pretrained: Pretrained) -> None:
         assert_close(found, model(tokens))
 
 
-def test_long_texts_are_cut_unless_that_is_refused(tiny_pretrained: Pretrained) -> None:
+def test_long_texts_are_truncated_unless_truncation_is_disabled(tiny_pretrained: Pretrained) -> None:
     classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 5)
     cut = classifier.scores(["w1 w2 w3 w4 w5", "w6"])
     assert_close(cut, classifier.scores(["w1 w2 w3", "w6"]))
@@ -81,14 +81,14 @@ def test_long_texts_are_cut_unless_that_is_refused(tiny_pretrained: Pretrained) 
         classifier.scores(["w1 w2 w3 w4 w5"], truncate=False)
 
 
-def test_tokens_that_the_method_adds_leave_room_for_less_text(tiny_pretrained: Pretrained) -> None:
+def test_tokens_added_by_the_method_reduce_the_maximum_text_length(tiny_pretrained: Pretrained) -> None:
     model = build(tiny_pretrained, "datamux", 2, tune_backbone=False)
     classifier = TextClassifier(model, tiny_pretrained, 40)
     assert classifier.max_length == 37
     assert classifier.scores([" ".join(["w1"] * 50)]).isfinite().all()
 
 
-def test_an_empty_list_has_no_scores_and_a_text_is_no_list(tiny_pretrained: Pretrained) -> None:
+def test_an_empty_list_gives_no_scores_and_a_single_text_is_refused(tiny_pretrained: Pretrained) -> None:
     classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 16)
     assert classifier.scores([]).shape == (0, 2)
     assert classifier([]) == []
@@ -98,7 +98,7 @@ def test_an_empty_list_has_no_scores_and_a_text_is_no_list(tiny_pretrained: Pret
         classifier.scores(["w1", ""])
 
 
-def test_an_adapter_is_loaded_with_a_backbone_given_in_any_way(
+def test_a_backbone_can_be_given_by_name_by_folder_or_as_an_object(
     tiny_pretrained: Pretrained, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     model = build(tiny_pretrained)
@@ -113,7 +113,7 @@ def test_an_adapter_is_loaded_with_a_backbone_given_in_any_way(
         assert_close(classifier.scores(TEXTS), wanted)
 
 
-def test_the_backbone_has_the_dtype_of_training_unless_the_caller_chooses(
+def test_the_backbone_has_the_dtype_of_training_unless_the_caller_chooses_another(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     half = load_pretrained(BackboneConfig(str(tiny_model_folder), max_length=16, dtype="bfloat16"))

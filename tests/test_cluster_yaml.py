@@ -65,7 +65,7 @@ def test_images_are_pinned_to_the_constraints(cluster: dict[str, Any], image: st
     assert {kubernetes_cluster(name)["rayVersion"] for name in KUBERNETES} == {pins["ray"]}
 
 
-def test_head_gives_no_gpu_and_workers_come_with_demand(cluster: dict[str, Any]) -> None:
+def test_the_head_offers_no_gpu_and_workers_start_on_demand(cluster: dict[str, Any]) -> None:
     types = dict(cluster["available_node_types"])
     head = types.pop(cluster["head_node_type"])
     assert head["resources"]["GPU"] == 0
@@ -77,7 +77,7 @@ def test_head_gives_no_gpu_and_workers_come_with_demand(cluster: dict[str, Any])
 
 
 @pytest.mark.parametrize("name", KUBERNETES)
-def test_kubernetes_head_gives_nothing_and_workers_come_with_demand(name: str) -> None:
+def test_the_kubernetes_head_offers_no_resources_and_workers_start_on_demand(name: str) -> None:
     spec = kubernetes_cluster(name)
     assert spec["enableInTreeAutoscaling"]
     assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
@@ -87,20 +87,20 @@ def test_kubernetes_head_gives_nothing_and_workers_come_with_demand(name: str) -
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_every_node_has_the_token_and_asks_for_it(cluster: dict[str, Any]) -> None:
+def test_every_node_has_the_token_and_requires_it(cluster: dict[str, Any]) -> None:
     assert any("RAY_AUTH_MODE=token" in option for option in cluster["docker"]["run_options"])
     assert cluster["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
     for name in KUBERNETES:
         assert kubernetes_cluster(name)["authOptions"] == {"mode": "token"}
 
 
-def test_dashboard_listens_to_the_head_alone(cluster: dict[str, Any]) -> None:
+def test_the_dashboard_listens_only_on_the_head(cluster: dict[str, Any]) -> None:
     (start,) = [command for command in cluster["head_start_ray_commands"] if "ray start" in command]
     assert "--dashboard-host=127.0.0.1" in start
     assert "security_group" not in cluster["provider"]  # Ray's own opens ssh alone
 
 
-def test_setup_installs_what_is_mounted(cluster: dict[str, Any]) -> None:
+def test_the_setup_commands_install_the_mounted_code(cluster: dict[str, Any]) -> None:
     for name in (cluster["setup_commands"][0], (EXAMPLES / "Dockerfile").read_text()):
         (text,) = re.findall(r'"(revmux\[.*?)"', name)
         requirement = Requirement(text)
@@ -123,7 +123,7 @@ def test_every_placeholder_says_that_it_must_be_changed(file: Path) -> None:
             assert number in marked or number - 1 in marked, f"{file.name}:{number + 1}: {line}"
 
 
-def test_served_application_is_what_the_server_accepts() -> None:
+def test_the_server_accepts_the_served_application() -> None:
     spec = yaml.safe_load((EXAMPLES / "rayservice.yaml").read_text())["spec"]
     page = yaml.safe_load(spec["serveConfigV2"])
     (application,) = ServeDeploySchema(**page).applications
@@ -136,7 +136,7 @@ def test_served_application_is_what_the_server_accepts() -> None:
     assert config.num_gpus <= int(limits["nvidia.com/gpu"])
 
 
-def test_documented_jobs_are_legal(tmp_path: Path) -> None:
+def test_documented_jobs_have_valid_settings(tmp_path: Path) -> None:
     (page,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/jobs.md").read_text(), re.S)
     (tmp_path / "train.yaml").write_text(page)
     entrypoint = yaml.safe_load((EXAMPLES / "rayjob.yaml").read_text())["spec"]["entrypoint"]

@@ -127,7 +127,7 @@ def test_counts_agree_with_torch_for_every_family(family, name):
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.parametrize(("name", "num_inputs", "options"), [("exit-head", 1, {"layer": 2}), ("mux-plm", 2, {})])
-def test_counts_of_rivals_agree_with_torch_where_answers_are_read_elsewhere(family, name, num_inputs, options):
+def test_counts_of_the_other_methods_agree_with_torch(family, name, num_inputs, options):
     backbone = tiny(family)
     method = build_method(name, BackboneShape.of(backbone), num_inputs, options).eval()
     counted = count_flops(backbone, method, 1, LENGTH).per_input
@@ -166,13 +166,13 @@ def test_revmux_is_faster_than_siso_by_count(bert_base, prefill_layers, speedup)
     assert 1 / cost < speedup_ceiling(12, prefill_layers, 2)
 
 
-def test_siso_costs_one_and_an_exit_head_its_share(bert_base):
+def test_siso_costs_one_and_an_exit_head_the_share_of_its_layers(bert_base):
     assert relative_cost(bert_base, on_meta(bert_base, "siso", 1), 0, 128) == pytest.approx(1.0)
     exit_head = on_meta(bert_base, "exit-head", 1, {"layer": 3})
     assert relative_cost(bert_base, exit_head, 0, 128) == pytest.approx(3 / 12, rel=0.01)
 
 
-def test_stages_add_up():
+def test_the_stages_sum_to_the_total():
     backbone = tiny("bert")
     method = build_method("revmux", BackboneShape.of(backbone), 2)
     cost = count_flops(backbone, method, 1, LENGTH)
@@ -230,7 +230,7 @@ def test_counting_leaves_a_model_in_another_thread_alone(monkeypatch):
         (12, 0, 4, 4),
     ],
 )
-def test_ceiling(num_layers, prefill_layers, num_inputs, ceiling):
+def test_the_ceiling_is_the_speedup_with_free_adapters(num_layers, prefill_layers, num_inputs, ceiling):
     assert speedup_ceiling(num_layers, prefill_layers, num_inputs) == pytest.approx(ceiling, abs=0.005)
 
 
@@ -259,7 +259,7 @@ def kept_by_torch(model: MultiplexedClassifier, batch_size: int, length: int) ->
 
 
 @pytest.mark.parametrize(("name", "num_inputs"), [("revmux", 2), ("token-split", 4), ("datamux", 2)])
-def test_estimated_activations_are_those_that_autograd_keeps(name, num_inputs):
+def test_estimated_activations_equal_what_autograd_keeps(name, num_inputs):
     torch.manual_seed(0)
     backbone = cut(BertForSequenceClassification(BertConfig(**{**BERT, "num_hidden_layers": 6}))).freeze()
     options = {"demultiplexer": "mlp", "dropout": 0.0} if name == "datamux" else {}
@@ -275,7 +275,7 @@ def test_estimated_activations_are_those_that_autograd_keeps(name, num_inputs):
 @pytest.mark.parametrize(
     ("name", "options"), [("revmux", {}), ("mux-plm", {"learn_keys": True, "tune_backbone": False})]
 )
-def test_estimated_activations_of_t5_are_those_that_autograd_keeps(name, options, checkpointing):
+def test_estimated_activations_of_t5_equal_what_autograd_keeps(name, options, checkpointing):
     backbone = tiny("t5").to(torch.bfloat16)
     method = build_method(name, BackboneShape.of(backbone), 2, options).eval()
     estimate = estimate_memory(backbone, method, 1, 16, 32, torch.bfloat16, checkpointing)
@@ -316,7 +316,7 @@ def test_estimate_counts_weights_by_type(bert_base):
     )
 
 
-def test_checkpointing_and_tuning_move_the_estimate(bert_base):
+def test_checkpointing_and_tuning_change_the_estimate(bert_base):
     frozen, tuned = on_meta(bert_base, "revmux", 2), on_meta(bert_base, "revmux", 2, {"tune_backbone": True})
     whole = estimate_memory(bert_base, frozen, 6, 32, 128)
     again = estimate_memory(bert_base, frozen, 6, 32, 128, gradient_checkpointing=True)
@@ -328,7 +328,7 @@ def test_checkpointing_and_tuning_move_the_estimate(bert_base):
     assert every.activations > 3 * whole.activations
 
 
-def test_estimate_refuses_a_batch_that_is_no_whole_groups(bert_base):
+def test_the_estimate_refuses_a_batch_that_is_not_a_whole_number_of_groups(bert_base):
     with pytest.raises(UserError, match=r"batch_size \(30\) must be divisible by num_inputs \(4\)"):
         estimate_memory(bert_base, on_meta(bert_base, "revmux", 4), 6, 30, 128)
 
@@ -350,18 +350,18 @@ def test_presets_have_the_size_of_the_published_models(model, millions):
     assert all(parameter.is_meta for parameter in backbone.parameters())
 
 
-def test_an_unknown_model_names_the_presets():
+def test_an_unknown_model_is_refused_with_the_list_of_presets():
     with pytest.raises(UserError, match=f"neither a preset \\({', '.join(PRESETS)}\\)"):
         config_of("bert-huge")
 
 
-def test_a_local_folder_is_read_by_its_config(tmp_path):
+def test_a_local_model_folder_is_estimated_from_its_config(tmp_path):
     BertConfig(**BERT, architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
     assert meta_backbone(str(tmp_path)).hidden_size == 64
 
 
 @pytest.mark.parametrize("model_type", ["vit", "nobody-knows-it"])
-def test_an_unsupported_architecture_is_refused_and_its_code_never_run(command, tmp_path, monkeypatch, model_type):
+def test_an_unsupported_architecture_is_refused_without_running_its_code(command, tmp_path, monkeypatch, model_type):
     ran = tmp_path / "ran"
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # as one would who is asked whether to trust it
     (tmp_path / "own.py").write_text(
@@ -378,7 +378,7 @@ def test_an_unsupported_architecture_is_refused_and_its_code_never_run(command, 
     assert not ran.exists()
 
 
-def test_code_beside_a_supported_architecture_is_not_run(tmp_path, monkeypatch):
+def test_remote_code_of_a_supported_architecture_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     BertConfig(**BERT, auto_map={"AutoConfig": "own.Own"}).save_pretrained(tmp_path)
     (tmp_path / "own.py").write_text("raise RuntimeError('the code of a folder ran')\n")
@@ -410,7 +410,7 @@ def test_command_line_prints_speedups_and_memory(command, tmp_path):
     assert [line.split()[2] for line in memory.splitlines()[2:]] == ["no", "yes"]
 
 
-def test_command_line_takes_the_options_of_a_method(command):
+def test_the_command_line_accepts_the_options_of_a_method(command):
     arguments = ("--num_inputs", "[2]", "--prefill_layers", "[3]", "--length", "32")
     status, _, errors = command("cost", "--model", "t5-small", "--method", "datamux", *arguments)
     assert status == 2
@@ -447,7 +447,7 @@ def test_command_line_lists_every_method_with_its_options(command):
 
 
 @pytest.mark.parametrize(("name", "legal"), [("revmux", 64), ("datamux", 61)])
-def test_a_length_beyond_the_positions_is_an_error(name, legal):
+def test_a_length_beyond_the_position_embeddings_is_refused(name, legal):
     backbone = tiny("bert")
     method = build_method(name, BackboneShape.of(backbone), 2)
     message = f"the backbone accepts at most 64; truncate texts to {legal}"
@@ -464,7 +464,7 @@ def test_command_line_reports_a_mistake_on_one_line(command):
     assert len(errors.strip().splitlines()) == 1
 
 
-def test_the_rival_exit_layer_is_the_deepest_that_costs_no_more() -> None:
+def test_the_compared_exit_layer_is_the_deepest_one_that_costs_no_more() -> None:
     backbone = meta_backbone("bert-base")
     method = build_method("revmux", BackboneShape.of(backbone), 2)
     layer = rival_exit_layer(backbone, method, 6, 128)

@@ -71,7 +71,7 @@ def test_splits_are_disjoint_sized_and_seeded(tiny_csv: Path, tiny_rows: list) -
     assert set(texts(other, "test")) != set(texts(task, "test"))
 
 
-def test_a_limit_takes_some_of_train_and_keeps_the_other_splits_and_classes(tmp_path: Path) -> None:
+def test_a_limit_reduces_train_and_keeps_the_other_splits_and_all_classes(tmp_path: Path) -> None:
     file = write(tmp_path, "many.csv", "text,label\n" + "".join(f"text {row},c{row % 10}\n" for row in range(200)))
     task, whole = load(file, limit=5), load(file)
     assert len(task.train) == 5
@@ -80,7 +80,7 @@ def test_a_limit_takes_some_of_train_and_keeps_the_other_splits_and_classes(tmp_
     assert task.label_names == [f"c{label}" for label in range(10)], "classes that the few examples lack count too"
 
 
-def test_a_tsv_of_glue_reads_quotes_as_text_and_drops_the_mark(tmp_path: Path) -> None:
+def test_a_glue_tsv_reads_quotes_as_text_and_drops_the_byte_order_mark(tmp_path: Path) -> None:
     lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"]
     lines += [f'{row % 2}\t{row}\t{row}\tHe said " {row} .\t" It \'s so {row} , "" he said .\r\n' for row in range(20)]
     (tmp_path / "MRPC").mkdir()
@@ -95,13 +95,13 @@ def test_a_tsv_of_glue_reads_quotes_as_text_and_drops_the_mark(tmp_path: Path) -
     assert task.identity["source"] == "MRPC"
 
 
-def test_a_csv_has_quoting_and_may_have_a_mark(tmp_path: Path) -> None:
+def test_a_csv_supports_quoting_and_a_byte_order_mark(tmp_path: Path) -> None:
     rows = "".join(f'"one, ""two"" {row}",{row % 2}\n' for row in range(10))
     task = load(write(tmp_path, "marked.csv", b"\xef\xbb\xbf" + f"text,label\n{rows}".encode()))
     assert set(texts(task)) <= {f'one, "two" {row}' for row in range(10)}
 
 
-def test_words_that_pandas_takes_for_missing_stay_words(tmp_path: Path) -> None:
+def test_words_that_pandas_reads_as_missing_values_stay_text(tmp_path: Path) -> None:
     task = load(write(tmp_path, "na.csv", table(20, "NA,{label}")))
     assert set(texts(task)) == {"NA"}
 
@@ -129,7 +129,7 @@ def test_columns_are_found_by_their_usual_names(header: str, text: str, pair: st
         assert task.train["text_pair"][0].startswith(f"{pair} ")
 
 
-def test_columns_may_be_named(tmp_path: Path) -> None:
+def test_columns_can_be_named_in_the_settings(tmp_path: Path) -> None:
     file = write(tmp_path, "own.csv", table(10, "a{row},b{row},{label}", "left,right,stars"))
     task = load(file, text_column="right", pair_column="left", label_column="stars")
     assert texts(task)[0][0] == "b"
@@ -142,7 +142,7 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     assert not reversed_pair.is_pair
 
 
-def test_a_wrong_column_lists_those_there_are(tmp_path: Path) -> None:
+def test_a_wrong_column_is_refused_with_the_list_of_columns(tmp_path: Path) -> None:
     file = write(tmp_path, "own.csv", table(10, "a{row},{label}", "words,stars"))
     with pytest.raises(UserError, match=r"unknown text_column 'body'; columns of .*: words, stars"):
         load(file, text_column="body")
@@ -154,7 +154,7 @@ def test_a_wrong_column_lists_those_there_are(tmp_path: Path) -> None:
         load(file, text_column="words", label_column="words")
 
 
-def test_an_unknown_label_is_named_with_its_row_and_the_label_set(tmp_path: Path) -> None:
+def test_an_unknown_label_is_refused_with_its_row_and_the_label_set(tmp_path: Path) -> None:
     (tmp_path / "task").mkdir()
     write(tmp_path / "task", "train.csv", table(20))
     write(tmp_path / "task", "dev.csv", "text,label\nfirst,1\nsecond,maybe\n")
@@ -162,7 +162,7 @@ def test_an_unknown_label_is_named_with_its_row_and_the_label_set(tmp_path: Path
         load(tmp_path / "task")
 
 
-def test_numbers_are_positions_only_where_they_are_no_names(tmp_path: Path) -> None:
+def test_numeric_labels_are_indices_only_if_they_are_not_class_names(tmp_path: Path) -> None:
     task = load(write(tmp_path, "numbers.csv", table(20)), ["negative", "positive"])
     assert task.label_names == ["negative", "positive"]
     assert all(text.endswith(("1", "3", "5", "7", "9")) == bool(label) for text, label in zip(*columns(task)))
@@ -181,7 +181,7 @@ def columns(task: TaskData) -> tuple[list[str], list[int]]:
     return list(task.train["text"]), list(task.train["label"])
 
 
-def test_classes_of_a_data_set_keep_their_names_even_if_those_are_numbers(tmp_path: Path) -> None:
+def test_numeric_class_names_of_a_data_set_are_kept(tmp_path: Path) -> None:
     kinds = Features({"text": Value("string"), "label": ClassLabel(names=["1", "2", "3"])})
     rows = {"text": [f"t{row}" for row in range(30)], "label": [row % 3 for row in range(30)]}
     Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / "stars.parquet")
@@ -202,7 +202,7 @@ def test_a_row_without_a_label_is_refused(label: str | None, tmp_path: Path) -> 
         load(file)
 
 
-def test_hidden_labels_of_a_data_set_are_refused(tmp_path: Path) -> None:
+def test_a_split_with_hidden_labels_is_refused(tmp_path: Path) -> None:
     kinds = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     rows = {"text": [f"t{row}" for row in range(10)], "label": [-1] * 10}
     Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / "hidden.parquet")
@@ -231,13 +231,13 @@ def test_an_empty_text_is_refused(text: str, tmp_path: Path) -> None:
         ("notes.txt", "text", "ends in '.txt'; known: .csv"),
     ],
 )
-def test_files_that_hold_no_task_are_refused(name: str, content: str | bytes, says: str, tmp_path: Path) -> None:
+def test_files_without_a_usable_task_are_refused(name: str, content: str | bytes, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         load(write(tmp_path, name, content))
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "missing.csv", "/no/folder", "no-such-name"])
-def test_an_unknown_source_is_no_traceback(source: str) -> None:
+def test_an_unknown_source_raises_a_user_error(source: str) -> None:
     with pytest.raises(UserError, match=r"cannot find file or folder|unknown data 'no-such-name'"):
         load_task(DataConfig(source=source))
 
@@ -246,7 +246,9 @@ def test_an_unknown_source_is_no_traceback(source: str) -> None:
     ("present", "reported"),
     [(("train", "dev"), "dev"), (("train", "dev", "test"), "dev"), (("train", "test"), "test")],
 )
-def test_a_folder_brings_its_own_reported_split(present: tuple[str, ...], reported: str, tmp_path: Path) -> None:
+def test_a_folder_reports_on_its_own_test_or_validation_split(
+    present: tuple[str, ...], reported: str, tmp_path: Path
+) -> None:
     for name in present:
         write(tmp_path, f"{name}.csv", table(20, name + " {row},{label}"))
     task = load(tmp_path)
@@ -267,12 +269,12 @@ def test_a_folder_without_both_splits_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{"test_share": 0.0}, {"selection_share": 1.0}, {"limit": 0}, {"per_class": 3}], ids=str
 )
-def test_settings_that_mean_nothing_are_refused(settings: dict) -> None:
+def test_invalid_settings_are_refused(settings: dict) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
         DataConfig(**settings)
 
 
-def test_tokens_count_what_was_cut_and_nothing_else(tiny_pretrained: Pretrained) -> None:
+def test_the_truncation_count_covers_only_truncated_texts(tiny_pretrained: Pretrained) -> None:
     given = ["w1", "w1 w2 w3", "w1 w2 w3 w4", "w1 w2 w3 w4 w5 w6"]  # and two special tokens each
     split = TokenizedSplit(Dataset.from_dict({"text": given, "label": [0] * 4}), tiny_pretrained.tokenizer, 5)
     assert split.lengths.tolist() == [3, 5, 5, 5]
@@ -305,7 +307,7 @@ def test_the_embedded_task_is_balanced(docstrings: DatasetDict) -> None:
         assert labels != sorted(labels), "classes come mixed"
 
 
-def test_the_embedded_task_names_no_library_of_its_own(docstrings: DatasetDict) -> None:
+def test_the_embedded_task_masks_the_names_of_its_libraries(docstrings: DatasetDict) -> None:
     masked = 0
     for split in docstrings.values():
         for text, label in zip(split["text"], split["label"]):
@@ -315,7 +317,7 @@ def test_the_embedded_task_names_no_library_of_its_own(docstrings: DatasetDict) 
     assert masked > 0
 
 
-def test_no_sentence_of_the_embedded_task_is_in_two_splits(docstrings: DatasetDict) -> None:
+def test_the_splits_of_the_embedded_task_share_no_sentence(docstrings: DatasetDict) -> None:
     everything = [skeleton(text) for rows in docstrings.values() for text in rows["text"]]
     assert len(set(everything)) == len(everything), "sentences alike but for names and numbers are kept once"
     assert skeleton("Return the 3 rows of `DataFrame`.") == skeleton("Return the 14 rows of `Series`.")
@@ -357,7 +359,7 @@ def test_a_library_is_read_module_by_module_with_its_names_masked(toy_libraries:
     assert [sentence.module for sentence in read_sentences("alib", 1)] != [sentence.module for sentence in sentences]
 
 
-def test_a_module_is_in_one_split_and_a_sentence_comes_once(toy_libraries: None) -> None:
+def test_a_module_is_in_one_split_and_a_sentence_occurs_once(toy_libraries: None) -> None:
     task = build_docstring_task(seed=0, per_class=60)
     homes: dict[str, set[str]] = {}
     texts: list[str] = []
@@ -373,13 +375,13 @@ def test_a_module_is_in_one_split_and_a_sentence_comes_once(toy_libraries: None)
     assert sum("columns" in text for text in texts) <= 1, "alike but for names and numbers"
 
 
-def test_the_seed_alone_fixes_the_task(toy_libraries: None) -> None:
+def test_the_same_seed_gives_the_same_task(toy_libraries: None) -> None:
     first, second, other = (build_docstring_task(seed, per_class=60) for seed in (0, 0, 1))
     assert all(first[split][:] == second[split][:] for split in SPLIT_SHARES)
     assert set(first["test"]["text"]) != set(other["test"]["text"])
 
 
-def test_the_embedded_task_loads_with_the_versions_that_fix_it(
+def test_the_embedded_task_loads_with_the_pinned_versions_of_its_libraries(
     docstrings: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("revmux.data.sources.docstrings.build_docstring_task", lambda seed, per_class: docstrings)
@@ -414,5 +416,5 @@ def test_the_documented_source_works(monkeypatch: pytest.MonkeyPatch, tiny_rows:
         ("nyu-mll/glue", "HubSource"),
     ],
 )
-def test_each_kind_of_source_claims_its_own_names(source: str, kind: str) -> None:
+def test_each_source_kind_accepts_only_its_own_names(source: str, kind: str) -> None:
     assert type(source_of(DataConfig(source=source))).__name__ == kind

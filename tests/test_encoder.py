@@ -92,7 +92,9 @@ def long_texts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", long_texts())
-def test_a_text_is_cut_as_the_whole_text_would_be(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def test_a_text_is_truncated_to_the_same_tokens_as_the_whole_text(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
     text = long_texts()[name]
     own = encoder(tokenizer)
     for parts in ((text,), ("the lazy dog", text), (text, "again and again")):
@@ -103,7 +105,9 @@ def test_a_text_is_cut_as_the_whole_text_would_be(tokenizer: PreTrainedTokenizer
 
 
 @pytest.mark.parametrize("name", long_texts())
-def test_a_prompted_text_is_cut_as_the_whole_text_would_be(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def test_a_prompted_text_is_truncated_to_the_same_tokens_as_the_whole_text(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
     text = long_texts()[name]
     prompt = Prompt("toy", "text: {text}\nis it?", {"a": ("a",)}, pair_template="one: {text} two: {text_pair} and")
     own = encoder(tokenizer, prompt)
@@ -125,7 +129,7 @@ def test_a_text_that_fits_is_never_refused(tokenizer: PreTrainedTokenizerFast, n
             encoder(tokenizer).encode(text)
 
 
-def test_spaces_that_make_no_tokens_do_not_count(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_spaces_that_give_no_tokens_do_not_count(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "the quick" + " " * 2_000_000 + "fox"
     whole = tokenizer(text, verbose=False)["input_ids"]
     if len(whole) > MAX_LENGTH:
@@ -135,7 +139,7 @@ def test_spaces_that_make_no_tokens_do_not_count(tokenizer: PreTrainedTokenizerF
 
 @pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize("prompted", [False, True])
-def test_the_tokenizer_sees_a_bounded_part_of_two_megabytes(
+def test_the_tokenizer_gets_a_bounded_part_of_a_two_megabyte_text(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, truncate: bool, prompted: bool
 ) -> None:
     own = encoder(tokenizer, Prompt("toy", "text: {text}", {"a": ("a",)}) if prompted else None)
@@ -158,7 +162,7 @@ def test_the_tokenizer_sees_a_bounded_part_of_two_megabytes(
     assert bool(seen) or not truncate
 
 
-def test_a_tokenizer_that_cuts_on_the_left_keeps_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_that_truncates_on_the_left_keeps_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
     text = long_texts()["words"]
     tokenizer.truncation_side = "left"
     try:

@@ -49,7 +49,7 @@ def answered(engine: Engine, **wanted: int) -> list[Answer]:
     return answers
 
 
-def test_requests_ride_with_what_is_loaded_now(engine: Engine, folders: dict[int, Path]) -> None:
+def test_requests_use_the_adapters_that_are_loaded_now(engine: Engine, folders: dict[int, Path]) -> None:
     engine.start()
     assert {answer.width for answer in answered(engine)} == {2}
     assert engine.load(folders[4]).route.width == 4
@@ -61,7 +61,7 @@ def test_requests_ride_with_what_is_loaded_now(engine: Engine, folders: dict[int
     assert {answer.width for answer in answered(engine)} == {1}
 
 
-def test_another_adapter_takes_the_place_of_the_one_with_its_n(
+def test_an_adapter_replaces_the_one_with_the_same_n(
     engine: Engine, folders: dict[int, Path], pretrained: Pretrained, tmp_path: Path
 ) -> None:
     former = engine.task().lineup.adapters[0]
@@ -71,7 +71,7 @@ def test_another_adapter_takes_the_place_of_the_one_with_its_n(
     assert newer.route.stem == "layer 2"
 
 
-def test_what_does_not_fit_changes_nothing(
+def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
     engine: Engine, folders: dict[int, Path], pretrained: Pretrained, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="serves N = 8, but max_multiplex is 4"):

@@ -54,7 +54,9 @@ def make_engine(pretrained: Pretrained, adapters: list[Path]) -> Iterator[Callab
         engine.close()
 
 
-def test_alone_is_bit_for_bit_the_plain_model(make_engine: Callable[..., Engine], pretrained: Pretrained) -> None:
+def test_a_single_input_is_bit_for_bit_the_plain_model(
+    make_engine: Callable[..., Engine], pretrained: Pretrained
+) -> None:
     engine = make_engine()
     engine.start()
     for index in range(5):
@@ -63,7 +65,7 @@ def test_alone_is_bit_for_bit_the_plain_model(make_engine: Callable[..., Engine]
         assert torch.equal(answer.scores, plain_scores(pretrained, [text(index)])[0])
 
 
-def test_plain_inputs_share_a_batch_that_is_bit_for_bit_the_plain_models(
+def test_a_batch_of_plain_inputs_is_bit_for_bit_the_plain_model(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
     engine = make_engine()
@@ -77,7 +79,7 @@ def test_plain_inputs_share_a_batch_that_is_bit_for_bit_the_plain_models(
     assert torch.equal(torch.stack([answer.scores for answer in answers]), plain_scores(pretrained, texts))
 
 
-def test_plain_answers_are_bit_for_bit_those_of_the_hugging_face_model_on_the_batch_that_ran(
+def test_plain_answers_are_bit_for_bit_those_of_the_hugging_face_model_on_the_same_batch(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
     """Texts of many lengths: the padded batch that the engine made is what the promise is exact against."""
@@ -105,7 +107,7 @@ def test_plain_answers_are_bit_for_bit_those_of_the_hugging_face_model_on_the_ba
 
 
 @pytest.mark.parametrize(("waiting", "width"), [(1, 1), (3, 1), (64, 4)])
-def test_engine_takes_all_that_waits_and_chooses_the_width_from_it(
+def test_the_engine_takes_all_waiting_inputs_and_chooses_the_width_from_their_number(
     make_engine: Callable[..., Engine], waiting: int, width: int
 ) -> None:
     engine = make_engine()
@@ -115,7 +117,7 @@ def test_engine_takes_all_that_waits_and_chooses_the_width_from_it(
     assert engine.stats()["groups"] == {width: waiting // width}
 
 
-def test_width_stays_below_the_operators_and_the_requests_bound(
+def test_the_width_respects_the_bounds_of_the_operator_and_of_the_request(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
     engine = make_engine(max_multiplex=3)
@@ -131,7 +133,7 @@ def test_width_stays_below_the_operators_and_the_requests_bound(
         free.submit(["w1"], max_multiplex=0)
 
 
-def test_nobody_gets_anothers_answer(make_engine: Callable[..., Engine], pretrained: Pretrained) -> None:
+def test_every_request_gets_its_own_answer(make_engine: Callable[..., Engine], pretrained: Pretrained) -> None:
     texts = [text(index) for index in range(500)]
     expected = plain_scores(pretrained, texts)
     engine = make_engine(max_batch=60, max_batch_tokens=700)
@@ -169,7 +171,7 @@ def test_adapters_cut_at_different_layers_serve_one_batch(
     )
 
 
-def test_inputs_of_one_cut_share_the_prefill(make_engine: Callable[..., Engine]) -> None:
+def test_adapters_with_the_same_cut_share_the_prefill(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     engine.submit(["w1 w2 w3"] * 8, max_multiplex=2)
     futures = engine.submit(["w4 w5 w6"] * 8)
@@ -207,7 +209,7 @@ def test_adapter_that_tuned_the_backbone_is_refused(
         make_engine([folder])
 
 
-def test_cancelled_requests_leave_the_queue_and_never_run(make_engine: Callable[..., Engine]) -> None:
+def test_cancelled_requests_leave_the_queue_and_are_not_computed(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_queue=4)
     futures = [engine.submit([text(index)])[0] for index in range(4)]
     assert futures[1].cancel()
@@ -219,7 +221,7 @@ def test_cancelled_requests_leave_the_queue_and_never_run(make_engine: Callable[
     assert engine.stats()["cancelled"] == 2
 
 
-def test_a_full_queue_refuses_whole_requests(make_engine: Callable[..., Engine]) -> None:
+def test_a_full_queue_refuses_the_whole_request(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_queue=5)
     kept = engine.submit(["w1", "w2", "w3"])
     with pytest.raises(Overloaded, match="at most 5"):
@@ -271,7 +273,7 @@ def test_a_failing_batch_fails_its_own_requests_and_no_others(
     assert engine.stats()["failed"] == 8
 
 
-def test_scores_that_are_not_finite_are_no_answer(
+def test_scores_that_are_not_finite_fail_the_request(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine()
@@ -384,7 +386,7 @@ def test_a_failed_pass_leaves_none_of_its_tensors_behind(
     assert kept[0]() is None
 
 
-def test_answers_keep_their_dtype_while_another_model_loads(
+def test_answers_keep_their_dtype_while_another_model_is_loaded(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
     engine = make_engine()
@@ -404,7 +406,9 @@ def test_answers_keep_their_dtype_while_another_model_loads(
 
 
 @pytest.mark.parametrize("bad", ["", ("w1", ""), 7, ("a", "b", "c"), "bad \ud800", "w1 " * 63])
-def test_a_bad_text_is_refused_before_it_meets_its_neighbours(make_engine: Callable[..., Engine], bad: Any) -> None:
+def test_an_invalid_text_is_refused_before_it_is_batched_with_others(
+    make_engine: Callable[..., Engine], bad: Any
+) -> None:
     engine = make_engine()
     with pytest.raises(TextError) as caught:
         engine.submit(["w1", bad, "w2"])
@@ -412,7 +416,7 @@ def test_a_bad_text_is_refused_before_it_meets_its_neighbours(make_engine: Calla
     assert engine.stats()["waiting"] == 0
 
 
-def test_a_long_text_is_cut_only_on_request_and_says_so(
+def test_a_long_text_is_truncated_only_on_request_and_the_answer_reports_it(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
     engine = make_engine()
@@ -438,7 +442,7 @@ def test_a_pair_is_one_input(make_engine: Callable[..., Engine], pretrained: Pre
 
 @pytest.mark.parametrize("recorded_by", ["the task model", "the adapter"])
 @pytest.mark.parametrize("pairs", [True, False, None])
-def test_a_pair_is_refused_where_the_task_was_trained_on_single_texts(
+def test_a_pair_is_refused_if_the_task_was_trained_on_single_texts(
     pretrained: Pretrained, tmp_path: Path, recorded_by: str, pairs: bool | None
 ) -> None:
     adapter = write_adapter(tmp_path, pretrained, 2)
@@ -459,7 +463,7 @@ def test_a_pair_is_refused_where_the_task_was_trained_on_single_texts(
             assert engine.submit([("w1 w2", "w3")])[0].result(60)
 
 
-def test_closing_answers_what_waits_and_refuses_what_comes(make_engine: Callable[..., Engine]) -> None:
+def test_closing_answers_waiting_requests_and_refuses_new_ones(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     futures = engine.submit([text(index) for index in range(9)])
     engine.start()
@@ -472,14 +476,14 @@ def test_closing_answers_what_waits_and_refuses_what_comes(make_engine: Callable
         engine.probe()
 
 
-def test_closing_an_engine_that_never_ran_fails_what_waits(make_engine: Callable[..., Engine]) -> None:
+def test_closing_an_engine_that_never_ran_fails_waiting_requests(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     future = engine.submit(["w1"])[0]
     engine.close()
     assert isinstance(future.exception(), Draining)
 
 
-def test_probe_goes_ahead_of_a_full_queue(make_engine: Callable[..., Engine]) -> None:
+def test_a_probe_runs_ahead_of_a_full_queue(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine([], max_queue=3, max_batch=1)
     futures = engine.submit(["w1", "w2", "w3"])
     order: list[str] = []
@@ -492,7 +496,7 @@ def test_probe_goes_ahead_of_a_full_queue(make_engine: Callable[..., Engine]) ->
     assert order == ["probe", "first"]
 
 
-def test_answer_leaves_the_event_loop_free_and_a_cancelled_call_costs_nothing(
+def test_answering_does_not_block_the_event_loop_and_a_cancelled_call_is_not_computed(
     make_engine: Callable[..., Engine],
 ) -> None:
     engine = make_engine()
@@ -516,7 +520,7 @@ def test_answer_leaves_the_event_loop_free_and_a_cancelled_call_costs_nothing(
     assert sum(engine.stats()["inputs"].values()) == 40
 
 
-def test_labels_come_best_first() -> None:
+def test_labels_are_sorted_best_first() -> None:
     scores = torch.tensor([0.0, 2.0, 1.0])
     assert [label for label, _ in rank_labels(scores, ["a", "b", "c"])] == ["b", "c", "a"]
     assert sum(score for _, score in rank_labels(scores, ["a", "b", "c"])) == pytest.approx(1)

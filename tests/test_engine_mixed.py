@@ -98,7 +98,9 @@ def test_labels_identify_their_text(tasks: dict[str, tuple[Path, dict[str, str]]
     assert sum(even[one] == odd[one] for one in even) < 5  # another task's answer would show too
 
 
-def test_ten_thousand_mixed_inputs(tasks: dict[str, tuple[Path, dict[str, str]]], tmp_path: Path) -> None:
+def test_ten_thousand_mixed_inputs_each_get_their_own_answer(
+    tasks: dict[str, tuple[Path, dict[str, str]]], tmp_path: Path
+) -> None:
     reports: list[PassReport] = []
     engine = Engine(limits=Limits(max_queue=200, max_batch=48, max_batch_tokens=700), on_pass=reports.append)
     adapters: dict[str, dict[int, Path]] = {}

@@ -57,7 +57,7 @@ def run_next(queue: PullQueue, seconds: float = 1.0, most: int = 1) -> list[Tick
     return claimed
 
 
-def test_a_point_of_priority_is_a_head_start_and_no_more(queue: PullQueue, clock: Clock) -> None:
+def test_one_point_of_priority_is_a_bounded_head_start(queue: PullQueue, clock: Clock) -> None:
     first = ticket()
     put(queue, first)
     clock.now = 0.9
@@ -75,7 +75,7 @@ def test_a_point_of_priority_is_a_head_start_and_no_more(queue: PullQueue, clock
     assert window.waiting == 5
 
 
-def test_a_task_that_floods_the_queue_does_not_hold_up_the_other(queue: PullQueue) -> None:
+def test_a_task_that_floods_the_queue_does_not_delay_the_other_task(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(50)))
     assert run_next(queue)[0].task is A
     put(queue, *(ticket(B) for _ in range(3)))
@@ -83,7 +83,7 @@ def test_a_task_that_floods_the_queue_does_not_hold_up_the_other(queue: PullQueu
     assert order == ["b", "a", "b", "a", "b", "a", "a", "a"]
 
 
-def test_device_time_is_shared_and_not_turns(queue: PullQueue) -> None:
+def test_tasks_share_device_time_rather_than_the_number_of_passes(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(20)), *(ticket(B) for _ in range(20)))
     spent = {"a": 0.0, "b": 0.0}
     for _ in range(16):
@@ -97,7 +97,7 @@ def test_device_time_is_shared_and_not_turns(queue: PullQueue) -> None:
     assert abs(spent["a"] - spent["b"]) <= 3.0
 
 
-def test_a_task_gathers_no_credit_while_it_asks_nothing(queue: PullQueue) -> None:
+def test_an_idle_task_accumulates_no_credit(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(30)))
     for _ in range(20):
         run_next(queue)
@@ -106,13 +106,13 @@ def test_a_task_gathers_no_credit_while_it_asks_nothing(queue: PullQueue) -> Non
     assert order.count("a") == order.count("b") == 5
 
 
-def test_priority_goes_before_fairness_for_its_seconds_only(queue: PullQueue) -> None:
+def test_priority_overrides_fairness_only_for_its_head_start(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(9)), *(ticket(B, priority=3) for _ in range(9)))
     order = "".join(run_next(queue)[0].task.name for _ in range(18))
     assert order == "bbbb" + "ab" * 5 + "aaaa"  # B may be three seconds of device time ahead, and no more
 
 
-def test_who_has_expired_is_told_and_never_runs(queue: PullQueue, clock: Clock) -> None:
+def test_expired_requests_fail_and_are_not_computed(queue: PullQueue, clock: Clock) -> None:
     tight, loose, patient = ticket(deadline=1.0), ticket(deadline=5.0), ticket()
     other = ticket(B, deadline=1.5)
     put(queue, tight, loose, patient, other)
@@ -127,7 +127,7 @@ def test_who_has_expired_is_told_and_never_runs(queue: PullQueue, clock: Clock) 
     assert len(queue) == 2
 
 
-def test_room_is_a_tasks_own(queue: PullQueue) -> None:
+def test_each_task_has_its_own_queue_limit(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(100)))
     with pytest.raises(Overloaded, match="100 inputs wait and at most 100 may"):
         queue.put([ticket(A)])
@@ -138,7 +138,7 @@ def test_room_is_a_tasks_own(queue: PullQueue) -> None:
     assert "b" not in counts
 
 
-def test_room_is_kept_for_inputs_that_are_on_their_way(queue: PullQueue) -> None:
+def test_reserved_places_count_towards_the_queue_limit(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(90)))
     with queue.room(A, 10):
         with pytest.raises(Overloaded, match="100 inputs wait"), queue.room(A, 1):
@@ -153,7 +153,7 @@ def test_room_is_kept_for_inputs_that_are_on_their_way(queue: PullQueue) -> None
         pass
 
 
-def test_who_is_ahead_comes_before_every_task_and_priority(queue: PullQueue) -> None:
+def test_requests_ahead_of_the_queue_come_before_every_task_and_priority(queue: PullQueue) -> None:
     put(queue, *(ticket(A, priority=10) for _ in range(100)), ticket(B, priority=10))
     probe = ticket(B)
     queue.put([probe], ahead=True)
@@ -171,7 +171,7 @@ def test_a_cancelled_ticket_of_a_window_is_not_claimed(queue: PullQueue) -> None
     assert queue.metrics.snapshot()["cancelled"] == 1
 
 
-def test_what_was_cleared_meanwhile_is_not_claimed_again(queue: PullQueue) -> None:
+def test_tickets_cleared_in_the_meantime_are_not_claimed(queue: PullQueue) -> None:
     put(queue, ticket(), ticket())
     window = queue.window(1)
     assert window is not None

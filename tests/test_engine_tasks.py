@@ -62,7 +62,9 @@ def test_each_task_answers_with_its_own_head_and_labels(engine: Engine, folders:
         assert found.shape[1] == len(engine.task(name).label_names)
 
 
-def test_a_quiet_engine_answers_every_task_bit_for_bit_as_its_model(engine: Engine, folders: dict[str, Path]) -> None:
+def test_without_load_every_task_is_answered_bit_for_bit_as_by_its_model(
+    engine: Engine, folders: dict[str, Path]
+) -> None:
     engine.start()
     for name, folder in folders.items():
         answer = engine.submit([TEXTS[3]], task=name)[0].result(60)
@@ -70,7 +72,7 @@ def test_a_quiet_engine_answers_every_task_bit_for_bit_as_its_model(engine: Engi
         assert torch.equal(answer.scores, plain_scores(load(folder), [TEXTS[3]])[0])
 
 
-def test_weights_that_tasks_have_in_common_are_kept_once(engine: Engine) -> None:
+def test_weights_common_to_several_tasks_are_kept_once(engine: Engine) -> None:
     one, other = (engine.task(name).backbone for name in ("plain", "named"))
     places = {name: tensor.data_ptr() for name, tensor in one.named_parameters()}
     own = {name for name, tensor in other.named_parameters() if tensor.data_ptr() != places[name]}
@@ -97,7 +99,7 @@ def test_an_unknown_task_is_refused_with_the_known_ones(engine: Engine) -> None:
         engine.add_task("plain", engine.task("plain").pretrained)
 
 
-def test_a_task_that_floods_the_queue_leaves_room_and_turns_to_the_other(engine: Engine) -> None:
+def test_a_task_that_floods_the_queue_leaves_places_and_passes_to_the_other_task(engine: Engine) -> None:
     flood = engine.submit(TEXTS, task="plain") + engine.submit(TEXTS[:20], task="plain")
     with pytest.raises(Overloaded):
         engine.submit(["w1"], task="plain")
@@ -115,7 +117,7 @@ def test_a_task_that_floods_the_queue_leaves_room_and_turns_to_the_other(engine:
     assert stats["named"]["rejected"] == 0
 
 
-def test_a_removed_task_takes_no_requests_and_answers_those_that_wait(engine: Engine) -> None:
+def test_a_removed_task_refuses_new_requests_and_answers_waiting_ones(engine: Engine) -> None:
     waiting = engine.submit(TEXTS[:5], task="named")
     engine.remove_task("named")
     with pytest.raises(UnknownTask, match="known tasks: plain"):
@@ -126,7 +128,7 @@ def test_a_removed_task_takes_no_requests_and_answers_those_that_wait(engine: En
     assert engine.submit(["w1"])[0].result(60).scores.shape == (3,)  # one task is left: it need not be named
 
 
-def test_a_task_joins_while_others_are_served(engine: Engine, folders: dict[str, Path]) -> None:
+def test_a_task_can_be_added_while_others_are_served(engine: Engine, folders: dict[str, Path]) -> None:
     engine.start()
     futures = engine.submit(TEXTS, task="plain")
     engine.add_task("second", load(folders["named"]))
@@ -148,7 +150,7 @@ def test_priorities_order_requests_and_are_bounded(engine: Engine) -> None:
     assert order == ["high", "usual", "low"]
 
 
-def test_an_expired_request_is_told_so_and_not_computed(engine: Engine) -> None:
+def test_an_expired_request_fails_with_a_deadline_error_and_is_not_computed(engine: Engine) -> None:
     late = engine.submit(TEXTS[:3], task="plain", timeout=1e-9)
     timely = engine.submit(TEXTS[:3], task="plain", timeout=600)
     engine.start()
@@ -176,7 +178,7 @@ def test_every_task_can_be_probed(engine: Engine) -> None:
         Engine().probe()
 
 
-def test_counts_and_reports_say_what_ran(models: dict[str, Pretrained], tmp_path: Path) -> None:
+def test_counts_and_reports_match_what_was_computed(models: dict[str, Pretrained], tmp_path: Path) -> None:
     pretrained = models["plain"]
     reports: list[PassReport] = []
     adapter = write_adapter(tmp_path, pretrained, 2)
@@ -202,7 +204,7 @@ def test_counts_and_reports_say_what_ran(models: dict[str, Pretrained], tmp_path
     assert {key: value for key, value in stats.items() if key != "tasks"} == own  # the only task
 
 
-def test_a_report_that_fails_costs_no_answer(models: dict[str, Pretrained]) -> None:
+def test_a_failing_report_loses_no_answer(models: dict[str, Pretrained]) -> None:
     def broken(report: PassReport) -> None:
         raise ZeroDivisionError
 
@@ -220,7 +222,7 @@ def test_a_failing_task_does_not_harm_the_other(engine: Engine, monkeypatch: pyt
     assert engine.stats()["tasks"]["plain"]["failed"] == 9
 
 
-def test_a_removed_task_is_let_go(engine: Engine) -> None:
+def test_the_memory_of_a_removed_task_is_released(engine: Engine) -> None:
     engine.start()
     engine.probe("named").result(60)
     engine.submit(TEXTS[:9], task="named")[-1].result(60)
@@ -230,7 +232,7 @@ def test_a_removed_task_is_let_go(engine: Engine) -> None:
     assert gone() is None
 
 
-def test_closing_without_draining_fails_what_waits_in_every_task(engine: Engine) -> None:
+def test_closing_without_draining_fails_the_waiting_requests_of_every_task(engine: Engine) -> None:
     futures = engine.submit(TEXTS[:3], task="plain") + engine.submit(TEXTS[:3], task="named")
     engine.close(drain=False)
     assert all(isinstance(future.exception(0), Draining) for future in futures)

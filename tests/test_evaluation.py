@@ -44,7 +44,7 @@ def own_labels(pretrained: Pretrained, data: OnlineFeatures) -> Tensor:
         return torch.cat([pretrained.backbone.model(**data.split.batch([row])).logits for row in range(len(data))])
 
 
-def test_siso_is_the_plain_model_and_is_asked_once(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_siso_is_the_plain_model_and_is_evaluated_once(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     data = features(tiny_pretrained, tiny_rows)
     expected = (own_labels(tiny_pretrained, data).argmax(-1) == data.labels).double().mean().item()
     found = evaluate(multiplexed(tiny_pretrained, "siso", 1), data, shuffles=10)
@@ -106,14 +106,14 @@ def test_shuffles_are_averaged_and_seeded(tiny_pretrained: Pretrained, tiny_rows
     assert set(found.metrics()) == set(asdict(found)) - {"accuracies"}
 
 
-def test_without_a_teacher_nothing_is_said_of_siso(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_without_a_teacher_there_are_no_siso_metrics(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     found = evaluate(multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows, with_teacher=False), shuffles=2)
     assert math.isnan(found.siso_agreement)
     assert math.isnan(found.siso_accuracy)
     assert 0.0 < found.accuracy_mean < 1.0
 
 
-def test_training_goes_on_in_the_mode_it_was_in(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_evaluation_restores_the_training_mode(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     model = multiplexed(tiny_pretrained).train()
     evaluate(model, features(tiny_pretrained, tiny_rows[:6]), shuffles=1)
     assert model.training
@@ -129,7 +129,9 @@ def evaluated(folder: str, rows: list[dict[str, str]]) -> tuple[list[float], flo
     return found.accuracies, found.siso_agreement, predict(model, data, shuffled_groups(len(data), 2, 0))[0]
 
 
-def test_workers_divide_the_groups_and_agree(run_workers: Callable, tiny_model_folder: Path, tiny_rows: list) -> None:
+def test_workers_divide_the_groups_and_return_the_same_result(
+    run_workers: Callable, tiny_model_folder: Path, tiny_rows: list
+) -> None:
     rows = tiny_rows[:37]  # 19 groups: an odd number, the last of them short
     expected = evaluated(str(tiny_model_folder), rows)
     for accuracies, agreement, predicted in run_workers(evaluated, 2, str(tiny_model_folder), rows):

@@ -68,7 +68,7 @@ def test_confidence_is_the_probability_of_the_likeliest_class() -> None:
 
 
 @pytest.mark.parametrize("layers", [0, 1, 4])
-def test_resuming_is_the_plain_model_to_the_bit(pretrained: Pretrained, layers: int) -> None:
+def test_resuming_from_the_cut_is_bit_for_bit_the_plain_model(pretrained: Pretrained, layers: int) -> None:
     backbone = pretrained.backbone
     tokens = dict(pretrained.tokenizer(TEXTS, padding=True, return_tensors="pt"))
     with torch.inference_mode():
@@ -85,7 +85,7 @@ def test_a_resumed_input_costs_the_layers_above_the_cut_and_the_head(pretrained:
         assert resume_cost(backbone, layers, 12) == pytest.approx(expected / whole.per_input)
 
 
-def test_thresholds_lie_between_the_adapter_and_the_plain_model(
+def test_thresholds_interpolate_between_the_adapter_and_the_plain_model(
     model: MultiplexedClassifier, features: OnlineFeatures
 ) -> None:
     never, some, always = evaluate_fallback(model, features, [0, 0.6, 1.0], shuffles=3, seed=4)
@@ -122,7 +122,7 @@ def test_an_exit_head_falls_back_too(pretrained: Pretrained, features: OnlineFea
     assert always.accuracy_mean == evaluate(MultiplexedClassifier(pretrained.backbone, head, 2), features).siso_accuracy
 
 
-def test_what_cannot_fall_back_is_refused(
+def test_a_threshold_for_a_method_that_cannot_fall_back_is_refused(
     pretrained: Pretrained, model: MultiplexedClassifier, features: OnlineFeatures
 ) -> None:
     shape = BackboneShape.of(pretrained.backbone)
@@ -153,7 +153,7 @@ def make_engine(pretrained: Pretrained, model: MultiplexedClassifier, tmp_path: 
     return make
 
 
-def test_unsure_answers_are_the_plain_models_and_resume_where_they_stopped(
+def test_unsure_answers_resume_at_the_cut_and_are_the_plain_models(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
     expected = plain_scores(pretrained, TEXTS)
@@ -183,7 +183,7 @@ def test_unsure_answers_are_the_plain_models_and_resume_where_they_stopped(
 
 
 @pytest.mark.parametrize(("own", "override", "share"), [(None, None, 0), (0.6, 0.0, 0), (None, 1.0, 1), (0.01, 1.0, 1)])
-def test_the_operators_threshold_goes_before_the_adapters_own(
+def test_the_threshold_of_the_operator_overrides_that_of_the_adapter(
     make_engine: Callable[..., Engine], own: float | None, override: float | None, share: int
 ) -> None:
     with make_engine(own, override) as engine:
@@ -196,7 +196,9 @@ def test_plain_answers_never_fall_back(make_engine: Callable[..., Engine]) -> No
         assert not engine.submit(["w1"], max_multiplex=1)[0].result(60).fell_back
 
 
-def test_an_operators_threshold_that_an_adapter_cannot_serve_is_refused(pretrained: Pretrained, tmp_path: Path) -> None:
+def test_a_threshold_of_the_operator_that_an_adapter_cannot_use_is_refused(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
     folder = write_adapter(tmp_path, pretrained, 2, 0, method="datamux", demultiplexer="index", tune_backbone=False)
     with pytest.raises(UserError, match=r"datamux-2.*cannot fall back"):
         Engine(pretrained, [folder], threshold=0.9)

@@ -221,7 +221,7 @@ def job(tiny_model_folder: Path, tiny_csv: Path) -> Iterator[TrainJob]:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_worker_killed_within_an_epoch_is_made_up_for(job: TrainJob, undisturbed: Ended) -> None:
+def test_training_resumes_after_a_worker_is_killed_within_an_epoch(job: TrainJob, undisturbed: Ended) -> None:
     with job.started() as process:
         step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
         workers = train_workers(process.pid)
@@ -238,7 +238,7 @@ def test_a_worker_killed_within_an_epoch_is_made_up_for(job: TrainJob, undisturb
 @pytest.mark.cluster
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_the_same_command_goes_on_after_its_driver_was_killed(job: TrainJob, undisturbed: Ended) -> None:
+def test_the_same_command_resumes_after_its_driver_was_killed(job: TrainJob, undisturbed: Ended) -> None:
     with job.started() as process:
         step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
         workers = train_workers(process.pid)
@@ -285,7 +285,7 @@ def two_nodes(job: TrainJob) -> Iterator[Callable[[], subprocess.Popen]]:
 @pytest.mark.cluster
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_node_that_is_lost_and_replaced_ends_no_training(
+def test_training_resumes_after_a_node_is_lost_and_replaced(
     job: TrainJob, undisturbed: Ended, two_nodes: Callable[[], subprocess.Popen]
 ) -> None:
     second = two_nodes()
@@ -339,7 +339,7 @@ def small_files(folder: Path) -> Iterator[Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("disk", [small_disk, small_files])
-def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(
+def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(
     disk: Callable, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
 ) -> None:
     def trainer(folder: Path | None, on_step: Callable | None = None) -> Trainer:
@@ -377,7 +377,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(
 @pytest.mark.cluster
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_job_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
+def test_a_job_on_a_full_disk_ends_with_one_line_and_resumes_when_there_is_space(
     job: TrainJob, undisturbed: Ended
 ) -> None:
     job.storage.mkdir()

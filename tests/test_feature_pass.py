@@ -95,7 +95,7 @@ def kill_a_worker(recipe: Recipe, after: int, jobs: list[Future[None]]) -> int:
     return wait_until(killed, every=0.001, failure=over)
 
 
-def test_a_pass_is_completed_by_workers_that_may_die(
+def test_a_feature_pass_completes_although_a_worker_is_killed(
     recipe: Recipe,
     data: DataConfig,
     task: TaskData,
@@ -138,7 +138,7 @@ def test_a_pass_is_completed_by_workers_that_may_die(
         torch.testing.assert_close(batch.teacher_vectors, expected.teacher_vectors, atol=1e-5, rtol=1e-5)
 
 
-def test_machines_that_do_not_come_are_told_and_end_the_pass(
+def test_a_feature_pass_reports_missing_machines_and_ends_after_the_limit(
     recipe: Recipe, task: TaskData, cluster: ClusterConfig
 ) -> None:
     cores = ray.cluster_resources()["CPU"]
@@ -148,7 +148,7 @@ def test_machines_that_do_not_come_are_told_and_end_the_pass(
         fill_stores(recipe, LAYERS, task, large)
 
 
-def test_a_mistake_that_a_worker_finds_is_told_in_one_line(
+def test_a_user_error_in_a_worker_is_printed_on_one_line(
     recipe: Recipe, task: TaskData, cluster: ClusterConfig, tmp_path: Path
 ) -> None:
     model = BertForSequenceClassification.from_pretrained(recipe.backbone.model)

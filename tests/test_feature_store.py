@@ -141,7 +141,7 @@ def expect_equal(store: Any, backbone: Backbone, tokens: TokenizedSplit, layer: 
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3), ("bfloat16", 8e-3)])
-def test_batches_are_what_the_backbone_says(config: StoreConfig, dtype: str, tolerance: float) -> None:
+def test_stored_batches_equal_the_output_of_the_backbone(config: StoreConfig, dtype: str, tolerance: float) -> None:
     backbone, tokens = bert(), split()
     backbone.train()  # the store runs it in eval mode all the same
     store = open_features(pretrained(backbone), tokens, range(LAYERS + 1), same(config, dtype=dtype))
@@ -157,14 +157,16 @@ def test_batches_are_what_the_backbone_says(config: StoreConfig, dtype: str, tol
 @pytest.mark.parametrize(
     ("build", "side"), [(modernbert, "right"), (llama, "left"), (llama, "right")], ids=["spans", "left", "right"]
 )
-def test_what_families_say_of_tokens_is_kept(config: StoreConfig, build: Callable[[], Backbone], side: str) -> None:
+def test_stored_batches_keep_the_token_data_of_each_family(
+    config: StoreConfig, build: Callable[[], Backbone], side: str
+) -> None:
     backbone, tokens = build(), split(side=side)
     store = open_features(pretrained(backbone), tokens, [0, 2], config)
     for layer in (0, 2):
         expect_equal(store, backbone, tokens, layer, 1e-5)
 
 
-def test_upper_layers_go_on_from_the_store(config: StoreConfig) -> None:
+def test_upper_layers_resume_from_the_store(config: StoreConfig) -> None:
     backbone, tokens = bert(), split()
     batch = open_features(pretrained(backbone), tokens, [1], config).at(1).batch(range(INPUTS))
     assert batch.prefilled is not None
@@ -173,7 +175,7 @@ def test_upper_layers_go_on_from_the_store(config: StoreConfig) -> None:
     assert_close(scores, batch.teacher_scores)
 
 
-def test_reopening_writes_nothing_and_a_further_layer_only_itself(config: StoreConfig) -> None:
+def test_reopening_a_store_writes_nothing_and_a_new_layer_writes_only_its_shards(config: StoreConfig) -> None:
     model, tokens = pretrained(bert()), split()
     open_features(model, tokens, [1], config)
     first = shard_files(config)
@@ -230,7 +232,7 @@ def test_a_touched_but_unchanged_shard_is_kept(config: StoreConfig) -> None:
     assert shard_files(config)[path] == 1
 
 
-def test_a_full_disk_leaves_what_is_complete(config: StoreConfig) -> None:
+def test_a_full_disk_keeps_complete_shards(config: StoreConfig) -> None:
     model, tokens = pretrained(bert()), split()
     teacher = open_features(model, tokens, [], config)
     kept = shard_files(config)
@@ -249,7 +251,7 @@ def test_a_full_disk_leaves_what_is_complete(config: StoreConfig) -> None:
     expect_equal(store, model.backbone, tokens, 1, 1e-5)
 
 
-def test_what_workers_wrote_elsewhere_is_missed(config: StoreConfig) -> None:
+def test_shards_that_workers_wrote_elsewhere_are_reported_as_missing(config: StoreConfig) -> None:
     builder = StoreBuilder(pretrained(bert()), split(), [1], config)
     with pytest.raises(UserError, match="not seen from here; name a root that every node reaches"), builder.filling():
         pass
@@ -263,7 +265,9 @@ def test_a_worker_with_another_backbone_is_refused(config: StoreConfig) -> None:
         missing.check_backbone(bert(seed=1))
 
 
-def test_an_interrupted_writer_is_carried_on(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_store_is_completed_by_the_next_process(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokens = pretrained(bert()), split()
     write, written = Place.write, []
 
@@ -287,7 +291,7 @@ def test_an_interrupted_writer_is_carried_on(config: StoreConfig, monkeypatch: p
     assert not list(Path(config.root).rglob("*.tmp"))
 
 
-def test_every_ingredient_is_in_the_key(config: StoreConfig) -> None:
+def test_the_key_depends_on_everything_that_determines_the_features(config: StoreConfig) -> None:
     model, tokens = pretrained(bert()), split()
     keys = [open_features(model, tokens, [], config).key]
     keys.append(open_features(pretrained(bert(seed=1)), tokens, [], config).key)  # the identity names the same file
@@ -306,7 +310,7 @@ def test_every_ingredient_is_in_the_key(config: StoreConfig) -> None:
     assert open_features(pretrained(bert()), split(), [], config, weights=known).key == keys[0]
 
 
-def test_dtypes_lie_side_by_side(config: StoreConfig) -> None:
+def test_stores_of_several_dtypes_exist_side_by_side(config: StoreConfig) -> None:
     model, tokens = pretrained(bert()), split()
     keys = {open_features(model, tokens, [1], same(config, dtype=dtype)).key for dtype in ("float32", "bfloat16")}
     assert len(keys) == 1
@@ -329,7 +333,7 @@ def open_and_log(config: StoreConfig, log: str, barrier: Any) -> None:
         expect_equal(open_features(pretrained(backbone), tokens, [1], config), backbone, tokens, 1, 1e-5)
 
 
-def test_processes_that_want_the_same_store_do_the_work_once(config: StoreConfig, tmp_path: Path) -> None:
+def test_concurrent_processes_compute_the_same_store_once(config: StoreConfig, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     log, barrier = tmp_path / "log", context.Barrier(2)
     other = context.Process(target=open_and_log, args=(config, str(log), barrier))
@@ -370,7 +374,7 @@ def test_the_budget_counts_what_is_stored_already(config: StoreConfig) -> None:
     expect_equal(store, model.backbone, tokens, 1, 1e-5)
 
 
-def test_a_full_disk_is_seen_before_writing(
+def test_insufficient_disk_space_is_detected_before_writing(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Place, "free", lambda place: 1000)
@@ -378,7 +382,9 @@ def test_a_full_disk_is_seen_before_writing(
     assert "over the 1e-06 GB that the disk has" in caplog.text
 
 
-def test_decoders_that_read_the_text_are_not_stored(config: StoreConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_features_of_decoders_that_read_the_text_are_not_stored(
+    config: StoreConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     backbone, tokens = bart(), split()
     store = open_features(pretrained(backbone), tokens, [1], config)
     assert "decoder" in caplog.text
@@ -388,7 +394,7 @@ def test_decoders_that_read_the_text_are_not_stored(config: StoreConfig, caplog:
     assert_close(batch.teacher_scores, expected.teacher_scores)
 
 
-def test_a_type_too_narrow_is_refused(config: StoreConfig) -> None:
+def test_a_dtype_that_is_too_narrow_is_refused(config: StoreConfig) -> None:
     backbone = bert()
     with torch.no_grad():
         backbone.model.bert.encoder.layer[0].output.LayerNorm.weight.mul_(1e6)
@@ -415,7 +421,7 @@ def test_answers_that_depend_on_padding_are_refused(config: StoreConfig) -> None
         open_features(pretrained(bert()), split(side="left"), [1], config)
 
 
-def test_precision_is_measured_and_noted(config: StoreConfig) -> None:
+def test_precision_is_measured_and_recorded(config: StoreConfig) -> None:
     backbone, tokens = bert(), split()
     half, brain, exact = (
         measure_precision(backbone, tokens, range(INPUTS), 1, dtype, batch_size=5)
@@ -449,7 +455,7 @@ def _no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_settling")
 @pytest.mark.parametrize("kind", ["subtree", "memory"])
-def test_any_filesystem_will_do(config: StoreConfig, tmp_path: Path, kind: str) -> None:
+def test_any_fsspec_filesystem_can_be_used(config: StoreConfig, tmp_path: Path, kind: str) -> None:
     filesystem = SubTreeFileSystem(str(tmp_path), LocalFileSystem())
     if kind == "memory":
         filesystem = FileSystem.from_uri("mock:///")[0]
@@ -465,7 +471,7 @@ def test_any_filesystem_will_do(config: StoreConfig, tmp_path: Path, kind: str) 
 
 
 @pytest.mark.usefixtures("_no_settling")
-def test_workers_that_copy_at_once_leave_each_other_s_files_alone(
+def test_workers_that_copy_at_the_same_time_do_not_remove_each_others_files(
     config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One opens the store while the other is between writing a copy and giving it its name."""
@@ -488,7 +494,9 @@ def test_workers_that_copy_at_once_leave_each_other_s_files_alone(
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
-def test_a_sweep_passes_over_what_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_removal_of_stale_files_ignores_files_already_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     place = Place.open(str(tmp_path / "swept") if kind == "local" else "mock:///swept")
     place.create()
     place.write("left.tmp", b"half")
@@ -502,7 +510,9 @@ def test_a_sweep_passes_over_what_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("_no_settling")
 @pytest.mark.parametrize("side", ["deep", "copies"])
-def test_remote_shards_are_copied_once_and_mended(config: StoreConfig, tmp_path: Path, side: str) -> None:
+def test_remote_shards_are_copied_once_and_damaged_copies_are_replaced(
+    config: StoreConfig, tmp_path: Path, side: str
+) -> None:
     filesystem, remote = SubTreeFileSystem(str(tmp_path), LocalFileSystem()), same(config, root="deep/features")
     model, tokens = pretrained(bert()), split()
     for _ in range(2):
@@ -521,7 +531,7 @@ def test_remote_shards_are_copied_once_and_mended(config: StoreConfig, tmp_path:
 
 @pytest.mark.usefixtures("_no_settling")
 @pytest.mark.parametrize("remote", [False, True])
-def test_states_are_mapped_not_read(config: StoreConfig, tmp_path: Path, remote: bool) -> None:
+def test_states_are_memory_mapped_rather_than_read(config: StoreConfig, tmp_path: Path, remote: bool) -> None:
     model, tokens = pretrained(bert()), split()
     filesystem = SubTreeFileSystem(str(tmp_path), LocalFileSystem()) if remote else None
     before = pa.total_allocated_bytes()
@@ -544,7 +554,7 @@ def resident_bytes(folder: str) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="this system does not tell what is resident")
-def test_reading_keeps_little_resident(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_keeps_little_memory_resident(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pretrained(bert())
     texts = [" ".join(WORDS[(row + place) % len(WORDS)] for place in range(38)) for row in range(400)]
     tokens = TokenizedSplit(Dataset.from_dict({"text": texts, "label": [0] * len(texts)}), tokenizer(), 40)
@@ -580,7 +590,7 @@ class Clock:
         return self.seconds
 
 
-def test_a_lease_has_one_holder_and_outlives_no_dead_one() -> None:
+def test_a_lease_has_one_holder_and_expires_when_the_holder_dies() -> None:
     filesystem, clock = FileSystem.from_uri("mock:///")[0], Clock()
     first, second, third = (
         Lease(filesystem, "lease", lifetime=100, sleep=clock.sleep, now=clock.now) for _ in range(3)
@@ -599,7 +609,7 @@ def test_a_lease_has_one_holder_and_outlives_no_dead_one() -> None:
     assert third.acquire(wait=False)
 
 
-def test_a_lease_lost_while_it_settles_is_waited_for() -> None:
+def test_a_process_that_loses_a_lease_race_waits() -> None:
     filesystem, clock = FileSystem.from_uri("mock:///")[0], Clock()
     winner, loser = (Lease(filesystem, "lease", sleep=clock.sleep, now=clock.now) for _ in range(2))
     steps = iter([winner._write, winner.release])
@@ -608,7 +618,7 @@ def test_a_lease_lost_while_it_settles_is_waited_for() -> None:
     assert next(steps, None) is None
 
 
-def test_a_lease_is_kept_for_as_long_as_its_holder_works() -> None:
+def test_a_lease_is_renewed_while_its_holder_works() -> None:
     filesystem = FileSystem.from_uri("mock:///")[0]
     lease = Lease(filesystem, "lease", lifetime=0.2, settle=0.0)
     assert lease.acquire()
@@ -660,7 +670,7 @@ def test_a_store_that_is_being_written_is_not_removed(config: StoreConfig) -> No
     assert [store.key for store in list_stores(config.root)] == [key]
 
 
-def test_shards_hold_every_input_once_and_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_contain_every_input_once_and_respect_their_maximum_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("revmux.features.shards.SHARD_TOKENS", 40)
     lengths = torch.randint(1, 30, (50,), generator=torch.Generator().manual_seed(0)).numpy()
     lengths[7] = 100  # longer than a shard may be

@@ -109,7 +109,7 @@ def test_a_folder_survives_a_kill_at_every_step_of_its_replacement(way: str, tmp
 
 
 @pytest.mark.usefixtures("_either_way")
-def test_a_folder_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_completely_and_no_temporary_files_remain(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "adapter"
     write(folder, weights="old", other="old")
     write(folder, weights="new")
@@ -118,7 +118,7 @@ def test_a_folder_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path
 
 
 @pytest.mark.usefixtures("_either_way")
-def test_a_folder_stays_as_it_was_when_its_writer_fails(tmp_path: Path) -> None:
+def test_a_folder_is_unchanged_when_its_writer_fails(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     write(folder, weights="old")
     with pytest.raises(UnicodeEncodeError):
@@ -221,7 +221,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are found in /proc")
-def test_files_and_folders_reach_the_disk_before_the_name_and_the_name_before_the_end(
+def test_data_is_synced_before_the_rename_and_the_rename_before_the_call_returns(
     tmp_path: Path, steps: list[tuple[str, str]]
 ) -> None:
     folder = tmp_path / "adapter"
@@ -250,7 +250,7 @@ def fail_half_way(path: Path) -> None:
         raise ZeroDivisionError
 
 
-def test_a_file_stays_as_it_was_when_its_writer_fails(tmp_path: Path) -> None:
+def test_a_file_is_unchanged_when_its_writer_fails(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "plot.png"
     write_durably(path, "old")
     with pytest.raises(ZeroDivisionError):
@@ -264,7 +264,7 @@ def test_json_is_indented_and_readable(tmp_path: Path) -> None:
     assert (tmp_path / "one.json").read_text(encoding="utf-8") == '{\n  "a": 1,\n  "b": "ä"\n}\n'
 
 
-def test_a_removal_that_is_killed_leaves_no_part_under_the_name(
+def test_a_killed_removal_leaves_no_partial_folder_under_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"

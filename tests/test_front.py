@@ -33,7 +33,7 @@ items = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(items, st.randoms())
-def test_front_is_what_nothing_beats_in_any_order(given_items: list[Item], chance: random.Random) -> None:
+def test_the_front_is_the_undominated_rows_in_any_order(given_items: list[Item], chance: random.Random) -> None:
     unbeaten = [one for one in given_items if not any(beats(other, one) for other in given_items)]
     first_of_equals = {
         (one.cost, one.accuracy): min(
@@ -48,7 +48,7 @@ def test_front_is_what_nothing_beats_in_any_order(given_items: list[Item], chanc
     assert front(given_items) == front(shuffled) == expected
 
 
-def test_measured_cost_goes_before_the_counted_one() -> None:
+def test_measured_cost_takes_precedence_over_counted_cost() -> None:
     assert cost_of(0.5, None) == 0.5
     assert cost_of(0.5, 1.25) == pytest.approx(0.8)
     slow = FrontRow("slow", "revmux", 2, 1, 0.25, 0.7, 0.8, cost_counted=0.6, throughput_ratio=1.1)

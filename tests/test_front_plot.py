@@ -22,7 +22,7 @@ ROWS = [
 ]
 
 
-def test_the_png_is_written_whole(tmp_path: Path) -> None:
+def test_the_png_is_written_atomically(tmp_path: Path) -> None:
     path = plot_front_png(ROWS, tmp_path / "deep" / "front.png", "a title")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [item.name for item in path.parent.iterdir()] == ["front.png"]
@@ -38,11 +38,11 @@ def test_the_page_shows_every_row_and_loads_nothing(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["front.html"]
 
 
-def test_labels_say_what_a_point_is() -> None:
+def test_labels_describe_each_point() -> None:
     assert [label_of(row) for row in ROWS] == ["SISO", "N=2 l=3", "N=4 l=3, 12% fall back", "layer 2"]
 
 
-def test_a_row_of_results_becomes_a_mark_at_its_counted_cost() -> None:
+def test_a_result_row_is_drawn_at_its_counted_cost() -> None:
     row = {
         "method": "exit-head",
         "num_inputs": 1,
@@ -69,6 +69,6 @@ def test_every_method_names_itself_in_tables_and_sentences() -> None:
     assert [name for name in method_names() if not method_class(name).multiplexes()] == ["exit-head", "siso"]
 
 
-def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
+def test_an_empty_plot_is_refused_with_a_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row to plot"):
         plot_front_png([], tmp_path / "front.png", "")

@@ -25,7 +25,7 @@ def lengths(total: int) -> Tensor:
     epoch=st.integers(0, 3),
 )
 @settings(deadline=None, max_examples=300, derandomize=True)
-def test_an_epoch_leaves_nobody_out_and_lets_nobody_meet_itself(
+def test_an_epoch_uses_every_input_and_no_group_contains_an_input_twice(
     total: int, num_inputs: int, per_step: int, window_steps: int, epoch: int
 ) -> None:
     assume(total >= num_inputs)
@@ -41,7 +41,7 @@ def test_an_epoch_leaves_nobody_out_and_lets_nobody_meet_itself(
         assert times.max() == 1
 
 
-def test_a_short_group_is_filled_with_inputs_of_like_length() -> None:
+def test_a_short_group_is_filled_with_inputs_of_similar_length() -> None:
     sizes = torch.arange(3, 38)  # 35 inputs: two steps of 16 and a group of 3
     schedule = epoch_groups(sizes, 4, 4, seed=0, epoch=0)
     (longest,) = [group for group in schedule.flatten(0, 1).tolist() if {32, 33, 34} <= set(group)]
@@ -59,7 +59,7 @@ def test_workers_share_the_steps_of_one_schedule(workers: int) -> None:
     assert torch.equal(torch.cat(shares, dim=1), schedule)
 
 
-def test_seed_and_epoch_alone_fix_the_schedule() -> None:
+def test_the_schedule_depends_only_on_seed_and_epoch() -> None:
     def schedule(seed: int, epoch: int) -> Tensor:
         return epoch_groups(lengths(64), 2, 4, seed, epoch)
 
@@ -69,7 +69,7 @@ def test_seed_and_epoch_alone_fix_the_schedule() -> None:
     assert not torch.equal(schedule(1, 2), schedule(2, 1)), "seed and epoch are not simply added"
 
 
-def test_members_of_a_group_are_of_like_length() -> None:
+def test_members_of_a_group_have_similar_lengths() -> None:
     sizes = lengths(512)
     schedule = epoch_groups(sizes, 4, 8, seed=0, epoch=0, window_steps=16)
     spread = (sizes[schedule].amax(-1) - sizes[schedule].amin(-1)).double().mean()
@@ -91,7 +91,7 @@ def test_lengths_are_matched_within_a_window_only() -> None:
         assert pairs <= {tuple(group) for group in groups}, "neighbours by length in a window share a group"
 
 
-def test_chance_decides_slots_and_the_order_of_steps() -> None:
+def test_slots_and_the_order_of_steps_are_random() -> None:
     schedule = epoch_groups(torch.arange(256), 2, 4, seed=0, epoch=0)
     longer_first = (schedule[..., 0] > schedule[..., 1]).double().mean()
     assert 0.3 < longer_first < 0.7, "the longer of two is not always in the same slot"
@@ -104,7 +104,7 @@ def test_fewer_examples_than_a_group_are_refused() -> None:
         epoch_groups(lengths(3), 4, 1, seed=0, epoch=0)
 
 
-def test_a_batch_that_does_not_divide_names_one_that_does() -> None:
+def test_a_batch_size_that_is_no_multiple_of_n_is_refused_with_one_that_is() -> None:
     with pytest.raises(UserError, match=r"batch_size \(34\) must be divisible .* \(4 × 2 = 8\); choose 32"):
         OptimConfig(batch_size=34).check_groups(4, 2)
     with pytest.raises(UserError, match="choose 8"):
@@ -112,7 +112,9 @@ def test_a_batch_that_does_not_divide_names_one_that_does() -> None:
 
 
 @pytest.mark.parametrize(("total", "num_inputs"), [(12, 4), (13, 4), (3, 4), (7, 2), (5, 1)])
-def test_a_shuffle_asks_every_input_and_fills_the_last_group_with_its_own(total: int, num_inputs: int) -> None:
+def test_a_shuffle_contains_every_input_and_fills_the_last_group_with_its_own_members(
+    total: int, num_inputs: int
+) -> None:
     groups = shuffled_groups(total, num_inputs, seed=3)
     full, rest = divmod(total, num_inputs)
     assert groups.shape == (full + bool(rest), num_inputs)
@@ -128,7 +130,7 @@ def test_shuffles_differ() -> None:
     assert not torch.equal(shuffled_groups(40, 2, seed=0), shuffled_groups(40, 2, seed=1))
 
 
-def test_inputs_as_they_come() -> None:
+def test_unshuffled_groups_keep_the_order_of_the_inputs() -> None:
     assert consecutive_groups(5, 2).tolist() == [[0, 1], [2, 3], [4, 4]]
     assert consecutive_groups(6, 4).tolist() == [[0, 1, 2, 3], [4, 5, 4, 5]]
     assert consecutive_groups(0, 4).shape == (0, 4)
@@ -141,7 +143,7 @@ def test_slots_of_one_input_are_averaged() -> None:
     torch.testing.assert_close(gather_rows(values, groups, 3), torch.tensor(expected))
 
 
-def test_slots_go_back_to_their_inputs() -> None:
+def test_slot_answers_are_returned_to_their_inputs() -> None:
     values = torch.arange(6.0).view(3, 2)
     groups = torch.tensor([[4, 0], [2, 5], [3, 1]])
     assert gather_rows(values, groups, 6).tolist() == [1.0, 5.0, 2.0, 4.0, 0.0, 3.0]

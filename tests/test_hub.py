@@ -69,7 +69,9 @@ def load_from_hub(name: str) -> Pretrained:
     return pretrained
 
 
-def test_an_adapter_comes_back_from_the_hub_as_it_was(hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path) -> None:
+def test_an_adapter_loaded_from_the_hub_equals_the_pushed_one(
+    hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path
+) -> None:
     folder = save(tiny_pretrained, tmp_path / "adapter")
     assert hub.requests == [], "saving asks no hub"
     commit = push_to_hub(folder, "me/adapter", private=True)
@@ -84,7 +86,7 @@ def test_an_adapter_comes_back_from_the_hub_as_it_was(hub: Hub, tiny_pretrained:
     assert (served.folder, served.route.width) == (f"me/adapter@{commit}", 2)
 
 
-def test_a_revision_is_a_branch_or_a_commit(hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path) -> None:
+def test_a_revision_can_be_a_branch_or_a_commit(hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path) -> None:
     first = push_to_hub(save(tiny_pretrained, tmp_path / "a"), "me/adapter")
     model = build(tiny_pretrained, seed=4)
     config = describe_adapter(model, tiny_pretrained, 12, {"source": "toy.csv"})
@@ -102,7 +104,7 @@ def test_a_revision_is_a_branch_or_a_commit(hub: Hub, tiny_pretrained: Pretraine
     assert not torch.equal(*down)
 
 
-def test_an_adapter_alone_brings_its_backbone_at_the_revision_it_was_trained_on(
+def test_an_adapter_loads_its_backbone_at_the_revision_of_training(
     hub: Hub, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = hub.add("org/tiny", tiny_model_folder)
@@ -149,7 +151,7 @@ def test_a_local_backbone_is_recorded_under_its_id_on_the_hub(
     assert_close(scores("me/adapter"), scores(folder, backbone=tiny_pretrained))
 
 
-def test_a_model_is_the_same_one_before_and_after_its_weights_are_downloaded(hub: Hub, tiny_model_folder: Path) -> None:
+def test_the_identity_of_a_model_is_the_same_before_and_after_the_download(hub: Hub, tiny_model_folder: Path) -> None:
     commit = hub.add("org/tiny", tiny_model_folder)
     before = identity_of(BackboneConfig("org/tiny"))
     assert before == {"name": "org/tiny", "revision": commit, "sha256": weights_sha256(tiny_model_folder)}
@@ -160,7 +162,7 @@ def test_a_model_is_the_same_one_before_and_after_its_weights_are_downloaded(hub
 
 
 @pytest.mark.parametrize("written", [PROMPT_NAME, None])
-def test_a_prompt_that_cannot_be_read_offline_is_no_missing_prompt(
+def test_a_prompt_that_cannot_be_read_offline_is_not_treated_as_missing(
     written: str | None, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
@@ -189,7 +191,7 @@ def test_the_hash_of_several_files_is_the_same_here_and_on_the_hub(hub: Hub, tmp
     assert library.weights_on_hub("org/shards") == (commit, weights_sha256(tmp_path / "shards"))
 
 
-def test_what_cannot_be_loaded_is_named(
+def test_an_error_names_what_cannot_be_loaded(
     hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push_to_hub(save(tiny_pretrained, tmp_path / "adapter"), "me/adapter", private=True)
@@ -209,7 +211,7 @@ def test_what_cannot_be_loaded_is_named(
         load_adapter_config("me/elsewhere")
 
 
-def test_what_cannot_be_pushed_is_named(
+def test_an_error_names_what_cannot_be_pushed(
     hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save(tiny_pretrained, tmp_path / "adapter")
@@ -238,7 +240,7 @@ print(json.dumps(classifier.scores(json.loads(sys.argv[2])).tolist()))
 """
 
 
-def test_pushed_from_one_machine_and_loaded_on_another_the_scores_are_the_same(
+def test_an_adapter_pushed_on_one_machine_gives_the_same_scores_on_another(
     hub: Hub, tiny_pretrained: Pretrained, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     hub.add("me/tiny", tiny_model_folder)

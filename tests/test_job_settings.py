@@ -50,7 +50,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
         (["--data.source", "nowhere.csv"], ["nowhere.csv"]),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(
+def test_a_user_error_is_one_line_and_exit_status_2(
     flags: list[str],
     words: list[str],
     tiny_model_folder: Path,
@@ -67,7 +67,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_gpus_are_refused_where_there_are_none(
+def test_gpus_are_refused_on_a_machine_without_gpus(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -101,13 +101,13 @@ def test_resources_are_checked(settings: dict[str, float]) -> None:
         ClusterConfig(**settings)  # type: ignore[arg-type]
 
 
-def test_an_adapter_folder_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_an_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--adapter", str(tmp_path / "nothing"), "--storage", str(tmp_path)]
     assert cli.run(evaluate.main, EvaluateJob, None, argv) == 2
     assert "not an adapter folder" in told(capsys)
 
 
-def test_a_recipe_is_checked_by_shape_alone() -> None:
+def test_a_recipe_is_checked_without_loading_weights() -> None:
     shape, labels = inspect(BackboneConfig())
     assert labels is None
     assert (shape.hidden_size, shape.num_layers) == (384, 6)
@@ -115,7 +115,7 @@ def test_a_recipe_is_checked_by_shape_alone() -> None:
         check(Recipe(method=MethodConfig(num_inputs=5)), shape)
 
 
-def test_texts_that_leave_no_room_for_added_tokens_are_refused_by_every_worker(
+def test_every_worker_refuses_texts_that_leave_no_room_for_added_tokens(
     tiny_model_folder: Path, tiny_csv: Path
 ) -> None:
     """Else the worker that meets a long text would end alone, and the others wait for it."""
@@ -125,7 +125,7 @@ def test_texts_that_leave_no_room_for_added_tokens_are_refused_by_every_worker(
         prepare(recipe, load_task(recipe.data))
 
 
-def test_only_what_decides_the_weights_makes_another_run(tiny_csv: Path, tmp_path: Path) -> None:
+def test_only_settings_that_affect_the_weights_start_a_new_run(tiny_csv: Path, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model")
     data = DataConfig(source=str(tiny_csv))
     task, recipe = load_task(data), Recipe(BackboneConfig(model=str(model), max_length=16), data)
@@ -144,7 +144,7 @@ def test_settings_come_from_yaml_and_flags_win(tmp_path: Path) -> None:
     assert (job.space, job.optim.epochs, job.optim.learning_rate) == ("wide", 3, 0.002)
 
 
-def test_a_relative_model_folder_is_named_from_the_root_for_trials_and_replicas(
+def test_a_relative_model_folder_becomes_absolute_for_trials_and_replicas(
     monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
 ) -> None:
     monkeypatch.chdir(tiny_model_folder.parent)
@@ -159,7 +159,7 @@ def test_a_relative_model_folder_is_named_from_the_root_for_trials_and_replicas(
         assert seen[-1].backbone.model == other
 
 
-def test_features_are_in_the_storage_folder_unless_another_place_is_named(tmp_path: Path) -> None:
+def test_features_are_stored_in_the_storage_folder_unless_another_folder_is_given(tmp_path: Path) -> None:
     assert store_in(tmp_path, StoreConfig()).root == str(tmp_path / "features")
     assert store_in(tmp_path, StoreConfig(root="s3://bucket/features")).root == "s3://bucket/features"
     assert store_in(tmp_path, StoreConfig(root="/mnt/features")).root == "/mnt/features"

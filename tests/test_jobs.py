@@ -158,7 +158,7 @@ def test_submission_without_the_token_is_refused(head: Head) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_mistake_ends_the_job_with_status_2_and_one_line(head: Head, settings: list[str | Path]) -> None:
+def test_a_user_error_ends_the_job_with_status_2_and_one_line(head: Head, settings: list[str | Path]) -> None:
     failed = head.submit("finetune", *settings, "--data.text_column", "reviews")
     assert failed.returncode != 0
     assert "failed with exit code 2" in failed.stdout
@@ -170,7 +170,7 @@ def test_mistake_ends_the_job_with_status_2_and_one_line(head: Head, settings: l
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_finetune_train_and_evaluate_leave_results_and_runs(
+def test_finetune_train_and_evaluate_write_results_and_record_runs(
     head: Head, settings: list[str | Path], task_model: Path
 ) -> None:
     flags = ["--backbone.model", task_model, *settings]
@@ -207,7 +207,7 @@ def test_finetune_train_and_evaluate_leave_results_and_runs(
 @pytest.mark.cluster
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_trials_of_a_sweep_are_runs_with_the_same_keys(
+def test_trials_of_a_sweep_are_runs_with_the_same_metric_names(
     head: Head, settings: list[str | Path], tiny_model_folder: Path
 ) -> None:
     space = head.folder / "space.yaml"
@@ -227,7 +227,9 @@ def test_trials_of_a_sweep_are_runs_with_the_same_keys(
 @pytest.mark.cluster
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_what_a_plan_wrote_is_deployed_from_the_registry(head: Head, tiny_csv: Path, tiny_model_folder: Path) -> None:
+def test_the_configuration_written_by_a_plan_is_deployed_from_the_registry(
+    head: Head, tiny_csv: Path, tiny_model_folder: Path
+) -> None:
     """README's commands: a plan, ``serve deploy`` of the page that it wrote, and requests over HTTP."""
     space, storage = head.folder / "planned.yaml", head.folder / "planned"
     space.write_text("{num_inputs: [2, 4], prefill_layers: [1], infonce_weight: [0.25], epochs: 1}")

@@ -35,12 +35,12 @@ def test_every_module_imports_without_the_outer_packages() -> None:
     assert int(done.stdout.splitlines()[-1]) == len(modules)
 
 
-def test_a_missing_extra_names_the_command_that_brings_it() -> None:
+def test_a_missing_extra_is_reported_with_the_pip_command() -> None:
     with pytest.raises(
         UserError, match=r"no_such_plotter\.pyplot is not installed; run: pip install 'revmux\[report\]'"
     ):
         require("no_such_plotter.pyplot", "report")
 
 
-def test_a_package_that_is_there_is_given() -> None:
+def test_an_installed_package_is_returned() -> None:
     assert require("json.decoder", "report") is sys.modules["json.decoder"]

@@ -30,7 +30,7 @@ def axes(*scales: float) -> Tensor:
 
 
 @pytest.mark.parametrize("negatives", ["group", "batch"])
-def test_one_group_by_hand(negatives: str) -> None:
+def test_the_loss_of_one_group_equals_the_value_computed_by_hand(negatives: str) -> None:
     restored, teacher = axes(2.0, 1.0), axes(3.0, 1.0)
     # Cosines are 1 and 0; dot products are 6 and 1 on the diagonal, 0 beside it.
     assert infonce(restored, teacher, config(negatives, "cosine")).item() == approx(ONE_APART)
@@ -40,13 +40,13 @@ def test_one_group_by_hand(negatives: str) -> None:
     assert infonce(restored, teacher, config(negatives, "dot")).item() == approx(expected)
 
 
-def test_batch_negatives_stand_against_other_groups_and_group_negatives_do_not() -> None:
+def test_batch_negatives_include_other_groups_and_group_negatives_do_not() -> None:
     twice = axes(1.0, 1.0).repeat(2, 1, 1)  # (2, 2, 2): every vector has its double in the other group
     assert infonce(twice, twice, config("group", "cosine")).item() == approx(ONE_APART)
     assert infonce(twice, twice, config("batch", "cosine")).item() == approx(ONE_APART + math.log(2))
 
 
-def test_an_input_that_comes_twice_is_no_negative_of_itself() -> None:
+def test_an_input_that_occurs_twice_is_not_its_own_negative() -> None:
     twice, settings = axes(1.0, 1.0).repeat(2, 1, 1), config("batch", "cosine")
     rows = torch.tensor([7, 8, 7, 8])
     known = infonce(twice, twice, settings, ContrastSet(twice.flatten(0, 1), 0, rows))
@@ -55,7 +55,7 @@ def test_an_input_that_comes_twice_is_no_negative_of_itself() -> None:
     assert second.item() == approx((ONE_APART + math.log(2) + math.log(1 + 2 * math.exp(-1))) / 2)
 
 
-def test_the_own_teacher_is_the_one_of_the_same_slot() -> None:
+def test_the_teacher_of_an_input_is_the_one_of_the_same_slot() -> None:
     swapped = axes(1.0, 1.0).flip(1)
     for negatives in ("group", "batch"):
         right = infonce(axes(1.0, 1.0), axes(1.0, 1.0), config(negatives, "dot"))
@@ -63,7 +63,7 @@ def test_the_own_teacher_is_the_one_of_the_same_slot() -> None:
         assert wrong.item() == approx(right.item() + 1)
 
 
-def test_parts_add_up_by_their_weights() -> None:
+def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     scores = torch.zeros(1, 2, 2)
     teacher_scores = torch.tensor([[[math.log(3), 0.0], [0.0, 0.0]]])  # 3/4 and 1/4; even
     labels = torch.tensor([[0, 1]])
@@ -76,7 +76,7 @@ def test_parts_add_up_by_their_weights() -> None:
     assert parts["loss"].item() == approx(math.log(2) + 0.5 * ONE_APART + 2 * divergence)
 
 
-def test_what_has_no_weight_or_no_teacher_is_left_out() -> None:
+def test_loss_terms_without_weight_or_teacher_are_left_out() -> None:
     scores, labels, vectors = torch.randn(2, 2, 3), torch.zeros(2, 2, dtype=torch.long), torch.randn(2, 2, 4)
     alone = training_loss(scores, vectors, labels, None, None, LossConfig(distillation_weight=1.0))
     unweighted = training_loss(scores, vectors, labels, vectors, scores, LossConfig(infonce_weight=0.0))
@@ -93,7 +93,7 @@ def test_what_has_no_weight_or_no_teacher_is_left_out() -> None:
         ({"similarity": "l2"}, "cosine, dot"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(setting: dict, names: str) -> None:
+def test_invalid_settings_are_refused(setting: dict, names: str) -> None:
     with pytest.raises(UserError, match=names):
         LossConfig(**setting)
 
@@ -127,7 +127,7 @@ def half_the_groups(settings: list[LossConfig]) -> list[tuple[Tensor, Tensor]]:
     return [loss_and_gradient(slice(16 * rank, 16 * rank + 16), choice) for choice in settings]
 
 
-def test_two_workers_of_32_learn_what_one_of_64_does(run_workers: Callable) -> None:
+def test_two_workers_with_32_inputs_have_the_gradient_of_one_with_64(run_workers: Callable) -> None:
     settings = [config(negatives, "cosine", 0.1, distillation_weight=0.5) for negatives in ("batch", "group")]
     whole = [loss_and_gradient(slice(None), choice) for choice in settings]
     halves = [loss_and_gradient(half, settings[0])[0] for half in (slice(16), slice(16, 32))]
@@ -147,7 +147,7 @@ def gathered_gradient() -> tuple[int, Tensor, Tensor]:
     return offset, everything.detach(), rows.grad
 
 
-def test_gathered_rows_come_by_rank_and_carry_gradients(run_workers: Callable) -> None:
+def test_gathered_rows_are_ordered_by_rank_and_carry_gradients(run_workers: Callable) -> None:
     for rank, (offset, everything, gradient) in enumerate(run_workers(gathered_gradient, 2)):
         assert offset == 2 * rank
         assert everything[:, 0].tolist() == [1.0, 1.0, 2.0, 2.0]

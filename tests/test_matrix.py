@@ -72,7 +72,7 @@ SYSTEMS = [
 every = pytest.mark.parametrize(("family", "name", "options", "num_inputs"), SYSTEMS)
 
 
-def test_no_family_no_method_and_no_width_is_left_out():
+def test_the_matrix_covers_every_family_method_and_width():
     assert {(family, name, repr(options)) for family, name, options, _ in SYSTEMS} == {
         (family, name, repr(options)) for family in FAMILIES for name, options in (*METHODS, *ALONE)
     }
@@ -142,7 +142,7 @@ def test_shapes_and_gradients(family, name, options, num_inputs):
 
 
 @every
-def test_files_and_padding_change_no_answer(family, name, options, num_inputs, tmp_path: Path):
+def test_saving_loading_and_padding_change_no_answer(family, name, options, num_inputs, tmp_path: Path):
     model = system(family, name, options, num_inputs)
     tokens, groups = texts(2 * num_inputs), groups_of(num_inputs)
     with torch.no_grad():

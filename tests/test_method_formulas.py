@@ -89,7 +89,7 @@ def test_reverse_demultiplexer_of_four():
     close(method.demultiplex(answers, torch.zeros(1, 4, 4)), expected)
 
 
-def test_each_answer_position_gives_its_own_slot():
+def test_each_answer_position_is_read_for_its_own_slot():
     method = reversible_pair("revmux")
     method.up = nn.Linear(1, 2)
     fill(method.up, [[1], [0]])
@@ -106,7 +106,7 @@ def test_revmux_skip_adds_the_own_state():
     close(method.demultiplex(torch.zeros(1, 1, 2), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])), [[[3, 4], [7, 8]]])
 
 
-def test_vanilla_of_two():
+def test_vanilla_multiplexer_of_two():
     method = build_method("vanilla-adapter", shape(1), 2)
     fill(method.mapping, [[2]], [1])
     fill(method.inner, [[1, 1], [1, -1], [0, 1]], [0, 0, 6])
@@ -121,7 +121,7 @@ def test_vanilla_of_two():
     close(method.demultiplex(torch.tensor([[[2.0]]]), torch.zeros(1, 2, 1)), [[[6], [4]]])
 
 
-def test_vanilla_of_four():
+def test_vanilla_multiplexer_of_four():
     method = build_method("vanilla-adapter", shape(1), 4)
     fill(method.mapping, [[1]])
     fill(method.inner, [[1, 1, 1, 1], [1, -1, 1, -1], [0, 0, 0, 2]])
@@ -135,7 +135,7 @@ def test_vanilla_of_four():
     close(method.demultiplex(torch.tensor([[[2.0]]]), torch.zeros(1, 4, 1)), [[[6], [12], [18], [-6]]])
 
 
-def test_output_relu_cuts_what_is_negative():
+def test_output_relu_sets_negative_values_to_zero():
     method = build_method("vanilla-adapter", shape(1), 2, {"output_relu": True})
     fill(method.outer, [[0, 0, 0]], [-1])
     close(method.multiplex(states([[[1]], [[-3]]])).hidden, [[[0]]])
@@ -153,7 +153,7 @@ def test_gaussian_keys(name):
     close(four.multiplex(states([[[1]], [[-1]], [[2]], [[0.5]]])).hidden, [[[1.75]]])
 
 
-def test_gaussian_keys_have_the_norm_asked_for():
+def test_gaussian_keys_have_the_given_norm():
     method = build_method("datamux", shape(8), 4, {"key_norm": 20.0})
     close(method.keys.keys.norm(dim=-1), [20.0] * 4)
 
@@ -185,7 +185,7 @@ def test_index_prefix_marks_each_slot():
 
 
 @pytest.mark.parametrize("num_inputs", [2, 4])
-def test_index_demultiplexer_pairs_place_and_cls(num_inputs):
+def test_index_demultiplexer_combines_index_token_and_cls(num_inputs):
     method = build_method("datamux", shape(1), num_inputs)
     fill(method.dense, [[2, 3]])
     method.norm = nn.Identity()
@@ -197,7 +197,7 @@ def test_index_demultiplexer_pairs_place_and_cls(num_inputs):
 
 
 @pytest.mark.parametrize("num_inputs", [2, 4])
-def test_mlp_demultiplexer_has_a_layer_for_each_slot(num_inputs):
+def test_mlp_demultiplexer_has_one_layer_per_slot(num_inputs):
     method = build_method("datamux", shape(1), num_inputs, {"demultiplexer": "mlp"}).eval()
     for k, layer in enumerate(method.slots.dense, start=2):
         fill(layer, [[k]])

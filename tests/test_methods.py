@@ -88,7 +88,7 @@ def test_shapes(bert, name, options, num_inputs):
 
 @pytest.mark.parametrize("num_inputs", [2, 4, 8, 16])
 @pytest.mark.parametrize(("name", "options"), SYSTEMS)
-def test_gradient_reaches_every_adapter_weight_and_no_frozen_one(bert, name, options, num_inputs):
+def test_gradients_reach_every_adapter_weight_and_no_frozen_weight(bert, name, options, num_inputs):
     method = randomised(bert, name, num_inputs, options)
     model = MultiplexedClassifier(bert, method, 1)
     tokens, groups = texts(2 * num_inputs), groups_of(num_inputs)
@@ -111,7 +111,7 @@ def test_gradient_reaches_every_adapter_weight_and_no_frozen_one(bert, name, opt
 
 @pytest.mark.parametrize(("name", "options"), [*SYSTEMS, ("exit-head", {"layer": 2}), ("siso", {})])
 @torch.no_grad()
-def test_training_reads_what_inference_reads(bert, name, options):
+def test_training_reads_the_same_tokens_as_inference(bert, name, options):
     num_inputs = 1 if name in ("exit-head", "siso") else 4
     model = MultiplexedClassifier(bert, randomised(bert, name, num_inputs, options), 1).eval()
     tokens, groups = model.slot_tokens(texts(2 * num_inputs), groups_of(num_inputs))
@@ -122,7 +122,7 @@ def test_training_reads_what_inference_reads(bert, name, options):
     assert_close(trained.answers, whole.answers)
 
 
-def test_tuned_methods_send_gradient_into_the_prefill():
+def test_methods_that_tune_the_backbone_send_gradients_into_the_prefill():
     backbone = tiny_bert()
     backbone.requires_grad_(True)
     method = randomised(backbone, "datamux", 2, {})
@@ -181,7 +181,7 @@ def test_padding_changes_no_answer_of_a_causal_backbone(llama, name, side):
 
 
 @pytest.mark.parametrize("backbone", ["bert", "llama"])
-def test_token_split_inputs_do_not_read_each_other(backbone, request):
+def test_token_split_inputs_do_not_attend_to_each_other(backbone, request):
     cut_model = request.getfixturevalue(backbone)
     model = MultiplexedClassifier(cut_model, randomised(cut_model, "token-split", 2, {}), 1).eval()
     tokens = texts(3)
@@ -198,7 +198,7 @@ def test_token_split_costs_what_mixing_costs(bert, num_inputs):
     assert shared.hidden.shape == (1, 32 + num_inputs, 80)  # 33 - 1 tokens pooled, N answer tokens whole
 
 
-def test_token_split_starts_as_the_mean_of_neighbours(bert):
+def test_token_split_is_initialised_as_the_mean_of_neighbouring_tokens(bert):
     torch.manual_seed(4)
     model = MultiplexedClassifier(bert, build_method("token-split", BackboneShape.of(bert), 4), 1).eval()
     tokens = {"input_ids": torch.randint(1, 50, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
@@ -209,14 +209,14 @@ def test_token_split_starts_as_the_mean_of_neighbours(bert):
     assert_close(shared[:, 2], prefilled.hidden[:, 5:9].mean(dim=1))
 
 
-def test_token_split_is_refused_where_the_decoder_reads_the_text(bert):
+def test_token_split_is_refused_if_the_decoder_reads_the_text(bert):
     method = build_method("token-split", BackboneShape.of(bert), 2)
     state = bert.embed(texts(2)).take(torch.tensor([[0, 1]]))
     with pytest.raises(UserError, match="decoder also reads the text"):
         method.multiplex(type(state)(state.hidden, state.mask, state.answer, 0, decoder=state))
 
 
-def test_leaving_early_skips_the_last_layers(bert):
+def test_an_early_exit_skips_the_last_layers(bert):
     for name in ("revmux", "token-split"):
         method = randomised(bert, name, 2, {"exit_layer": 2})
         model = MultiplexedClassifier(bert, method, 1)
@@ -226,7 +226,7 @@ def test_leaving_early_skips_the_last_layers(bert):
             MultiplexedClassifier(bert, method, 3)
 
 
-def test_index_demultiplexer_takes_any_prefill_and_limits_length(bert):
+def test_index_demultiplexer_accepts_any_prefill_and_limits_the_length(bert):
     method = randomised(bert, "datamux", 4, {})
     assert method.added_tokens == 5
     tokens = {"input_ids": torch.ones(4, 36, dtype=torch.long)}
@@ -248,7 +248,7 @@ def test_index_demultiplexer_reads_own_last_tokens_of_a_causal_backbone(llama):
     assert difference[1].max() < 1e-6
 
 
-def test_retrieval_falls_as_it_is_learned(bert):
+def test_the_retrieval_loss_decreases_in_training(bert):
     """The warm-up's objective can be learned by the adapters alone, where a place tells its tokens."""
     torch.manual_seed(5)
     method = build_method("mux-plm", BackboneShape.of(bert), 2, {"retrieval_fraction": 1.0, "retrieval_weight": 1.0})
@@ -266,7 +266,7 @@ def test_retrieval_falls_as_it_is_learned(bert):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_retrieval_never_asks_for_padding(bert):
+def test_retrieval_ignores_padding(bert):
     method = build_method("mux-plm", BackboneShape.of(bert), 2, {"retrieval_fraction": 1.0})
     model = MultiplexedClassifier(bert, method, 0)
     shared = model.run_tokens(texts(2), torch.tensor([[0, 1]])).shared
@@ -275,7 +275,7 @@ def test_retrieval_never_asks_for_padding(bert):
 
 
 @pytest.mark.parametrize("name", ["datamux", "mux-plm"])
-def test_retrieval_asks_no_padding_of_a_backbone_without_a_padding_token(name):
+def test_retrieval_ignores_padding_on_a_backbone_without_a_padding_token(name):
     """Padded with the end token, as decoders are: only the mask tells padding from the text's own end tokens."""
     backbone = tiny_llama()
     backbone.model.config.pad_token_id = None
@@ -302,14 +302,14 @@ def test_retrieval_asks_no_padding_of_a_backbone_without_a_padding_token(name):
     ("name", "weights"),
     [("revmux", 9_445_248), ("vanilla-adapter", 16_525_056), ("only-multiplexer-reversible", 12_100_224)],
 )
-def test_weights_are_as_many_as_in_the_paper(name, weights):
+def test_methods_have_as_many_weights_as_in_the_paper(name, weights):
     with torch.device("meta"):
         shape = BackboneShape(768, num_layers=12, num_labels=2, readout_size=768, shared_answer=True, vocab_size=30522)
         assert build_method(name, shape, 2).tunable_parameters() == weights
 
 
 @pytest.mark.parametrize("name", ["revmux", "only-multiplexer-reversible"])
-def test_a_width_that_cannot_be_divided_is_an_error(bert, name):
+def test_a_hidden_size_that_cannot_be_divided_is_refused(bert, name):
     with pytest.raises(
         UserError, match=r"hidden_size \(80\) must be divisible by num_inputs \(3\); choose N from 2, 4"
     ):
@@ -333,7 +333,7 @@ def test_a_width_that_cannot_be_divided_is_an_error(bert, name):
         ("vanilla-adapter", {"skip": True}, "known options: dropout, output_relu"),
     ],
 )
-def test_wrong_settings_name_the_legal_ones(bert, name, options, message):
+def test_wrong_settings_are_refused_with_the_legal_ones(bert, name, options, message):
     with pytest.raises(UserError, match=message):
         build_method(name, BackboneShape.of(bert), 2, options)
 
@@ -343,7 +343,7 @@ def test_every_method_of_the_paper_is_registered():
     assert expected <= set(method_names())
 
 
-def test_a_method_comes_back_from_its_state(bert):
+def test_a_method_is_restored_from_its_state(bert):
     for name, options in SYSTEMS:
         method = randomised(bert, name, 2, options)
         copy = build_method(name, BackboneShape.of(bert), 2, method.options_dict())
@@ -374,7 +374,7 @@ sys.exit(__main__.main())
 """
 
 
-def test_what_an_installed_package_brings_is_found_by_commands(tmp_path):
+def test_commands_find_methods_and_backbones_of_an_installed_package(tmp_path):
     """The packages of both pages, installed as pip would, and one that is broken."""
     docs = Path(__file__).parents[1] / "docs"
     files, groups = {"__init__.py": ""}, ""

@@ -92,15 +92,15 @@ def test_a_server_that_is_down_at_the_start_is_refused_at_once(tmp_path: Path) -
         Tracker(TrackingConfig(f"http://127.0.0.1:{free_port()}"), tmp_path)
 
 
-def test_a_database_without_its_driver_names_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_without_its_driver_is_refused_with_the_name_of_a_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     with pytest.raises(UserError, match=r"run: pip install 'revmux\[postgres\]'"):
         Tracker(TrackingConfig("postgresql+psycopg2://me@localhost/runs"), tmp_path)
 
 
-def test_what_a_server_missed_is_sent_in_order_when_it_is_back(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_records_are_sent_in_order_when_the_server_is_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     port, storage = free_port(), tmp_path / "runs"
     adapter = storage / "adapter"
     adapter.mkdir(parents=True)
@@ -138,7 +138,7 @@ def test_what_a_server_missed_is_sent_in_order_when_it_is_back(
         assert kept.read_text() == "as trained"
 
 
-def test_what_a_store_refuses_is_told_at_once(tmp_path: Path) -> None:
+def test_a_record_that_the_store_refuses_is_reported_at_once(tmp_path: Path) -> None:
     tracker = Tracker(TrackingConfig(), tmp_path)
     with tracker.run("one", {"rate": 1}) as run_id:
         with pytest.raises(MlflowException, match="rate"):
@@ -172,7 +172,9 @@ def coded(code: int, kind: type[MlflowException] = MlflowException) -> MlflowExc
         (ENDPOINT_NOT_FOUND, False),  # a proxy before a server that is away says so
     ],
 )
-def test_only_what_mlflow_will_never_take_is_a_refusal(code: int, refusal: bool, kind: type[MlflowException]) -> None:
+def test_only_permanent_errors_of_mlflow_count_as_a_refusal(
+    code: int, refusal: bool, kind: type[MlflowException]
+) -> None:
     assert is_refusal(coded(code, kind)) is refusal
 
 
@@ -186,7 +188,7 @@ def test_only_what_mlflow_will_never_take_is_a_refusal(code: int, refusal: bool,
         (TypeError("a mistake in our code"), True),
     ],
 )
-def test_a_refusal_is_told_from_an_absence(error: Exception, refusal: bool) -> None:
+def test_a_refusal_is_distinguished_from_an_unreachable_server(error: Exception, refusal: bool) -> None:
     assert is_refusal(error) is refusal
 
 
@@ -250,7 +252,7 @@ def away(call: str, *_: Any) -> Exception:
 @pytest.mark.parametrize(
     "error", [ObjectStoreError("SlowDown"), coded(REQUEST_LIMIT_EXCEEDED), coded(UNAUTHENTICATED, RestException)]
 )
-def test_artifacts_wait_while_their_store_fails_and_hold_back_nothing(
+def test_artifacts_wait_while_their_store_fails_and_do_not_block_other_records(
     error: Exception, case: Case, tmp_path: Path
 ) -> None:
     run_id, adapter = case.make_run(), tmp_path / "adapter"
@@ -290,7 +292,7 @@ def test_a_finished_training_does_not_fail_when_its_adapter_cannot_be_stored(
     assert [item.path for item in again.client.list_artifacts(run_id)] == ["adapter"]
 
 
-def test_artifacts_may_be_named_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifact_paths_may_be_relative_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("plot.png").write_text("a plot")
     tracker = Tracker(TrackingConfig(), Path("runs").absolute())
@@ -299,7 +301,7 @@ def test_artifacts_may_be_named_from_the_working_folder(tmp_path: Path, monkeypa
     assert [item.path for item in tracker.client.list_artifacts(run_id)] == ["plot.png"]
 
 
-def test_a_worker_whose_clock_is_behind_records_nothing_before_its_run_is_made(
+def test_a_worker_with_a_slow_clock_records_nothing_before_its_run_is_created(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.faulty.fault = away
@@ -331,7 +333,7 @@ def test_the_records_of_an_earlier_version_are_sent_first(case: Case) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"call": "batch"}', b"\xff\x00"])
-def test_a_damaged_record_goes_to_quarantine_and_what_follows_is_sent(
+def test_a_damaged_record_is_quarantined_and_later_records_are_sent(
     content: bytes, case: Case, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     tracker = Tracker(TrackingConfig(), tmp_path)
@@ -348,7 +350,7 @@ def test_a_damaged_record_goes_to_quarantine_and_what_follows_is_sent(
     assert "was moved to" in caplog.text
 
 
-def test_artifacts_whose_copy_is_missing_go_to_quarantine(case: Case, tmp_path: Path) -> None:
+def test_artifacts_whose_copy_is_missing_are_quarantined(case: Case, tmp_path: Path) -> None:
     run_id = case.make_run()
     (tmp_path / "plot.png").write_text("a plot")
     case.faulty.fault = away
@@ -361,7 +363,7 @@ def test_artifacts_whose_copy_is_missing_go_to_quarantine(case: Case, tmp_path: 
     assert case.names("quarantine") == ["artifacts"]
 
 
-def test_a_record_that_always_fails_holds_back_its_own_run_until_it_is_given_up(
+def test_a_record_that_always_fails_blocks_only_its_own_run_until_it_is_dropped(
     case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(outbox_module, "TRIES", 3)
@@ -384,7 +386,9 @@ def test_a_record_that_always_fails_holds_back_its_own_run_until_it_is_given_up(
     assert "was moved to" in caplog.text
 
 
-def test_a_server_that_is_away_costs_no_record_its_tries(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_does_not_use_up_the_attempts_of_a_record(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(outbox_module, "TRIES", 1)
     monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.0)
     run_id = case.make_run()
@@ -397,7 +401,7 @@ def test_a_server_that_is_away_costs_no_record_its_tries(case: Case, monkeypatch
     assert case.losses(run_id) == [0.5]
 
 
-def test_records_of_a_run_that_was_never_made_do_not_wait_for_ever(case: Case) -> None:
+def test_records_of_a_run_that_cannot_be_created_are_quarantined(case: Case) -> None:
     case.faulty.fault = away
     case.outbox.send("create", f"{LOCAL}1", experiment_id="no such", start_time=0, tags={}, name="one")
     case.log(f"{LOCAL}1", 0.5)
@@ -406,7 +410,7 @@ def test_records_of_a_run_that_was_never_made_do_not_wait_for_ever(case: Case) -
     assert case.names("quarantine") == ["create", "batch"]
 
 
-def test_damaged_ids_end_no_job(case: Case, tmp_path: Path) -> None:
+def test_damaged_run_ids_do_not_end_a_job(case: Case, tmp_path: Path) -> None:
     case.faulty.fault = away
     case.outbox.send("create", f"{LOCAL}1", experiment_id=case.experiment, start_time=0, tags={}, name="one")
     (case.outbox.folder / "ids.json").write_text("")

@@ -68,7 +68,7 @@ def test_allowances_are_choices_among_the_same_adapters(planned: Planned) -> Non
     assert "| – | – | – | not measured: no GLUE folder was named |" in words
 
 
-def test_a_promise_that_was_not_kept_ships_nothing(tmp_path: Path) -> None:
+def test_a_plan_that_fails_verification_ships_nothing(tmp_path: Path) -> None:
     siso = np.ones(200)
     system = Candidate("revmux-n2", "revmux", 2, 1, siso, cost_counted=0.7, folder="adapter")
     choice = choose(siso, [system], Goal(3.0))
@@ -82,7 +82,7 @@ def test_a_promise_that_was_not_kept_ships_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 2])
-def test_trials_with_and_without_the_store_come_to_the_same(planned: Planned, tmp_path: Path, index: int) -> None:
+def test_trials_with_and_without_the_store_give_the_same_result(planned: Planned, tmp_path: Path, index: int) -> None:
     recipe = replace(planned.recipes[index], store=StoreConfig(root=str(tmp_path), dtype="float32"), shuffles=2)
     stored, online = train_here(prepare(recipe, planned.choosing)), sweep.train_online(recipe, planned.choosing)
     assert online == stored

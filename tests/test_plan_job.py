@@ -60,7 +60,7 @@ def ray_here(job: PlanJob) -> Iterator[None]:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_plan_ends_with_a_server_of_the_promised_widths(job: PlanJob, ray_here: None) -> None:
+def test_a_plan_can_be_deployed_with_the_promised_widths(job: PlanJob, ray_here: None) -> None:
     found = plan.main(job)
     folder = Path(job.storage) / "plans" / "plan"
     written = json.loads((folder / "plan.json").read_text())
@@ -106,7 +106,7 @@ def test_a_plan_ends_with_a_server_of_the_promised_widths(job: PlanJob, ray_here
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_goal_out_of_reach_is_told_and_ships_nothing(
+def test_an_unreachable_goal_is_reported_and_ships_nothing(
     job: PlanJob, ray_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same sweep goes on from its rows: nothing is trained again, and the champion loses its name."""
@@ -129,7 +129,9 @@ def test_a_goal_out_of_reach_is_told_and_ships_nothing(
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_registry_that_is_away_leaves_the_plan(job: PlanJob, ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_registry_keeps_the_plan_files(
+    job: PlanJob, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def away(*_: object) -> dict[str, str]:
         raise MlflowException("connection refused")
 
@@ -148,7 +150,7 @@ def test_a_registry_that_is_away_leaves_the_plan(job: PlanJob, ray_here: None, m
         (["--goal.allowance", "1", "--data.source", "nowhere.csv"], "nowhere.csv"),
     ],
 )
-def test_mistakes_are_told_before_a_cluster_starts(
+def test_user_errors_are_reported_before_a_cluster_starts(
     flags: list[str],
     words: str,
     tiny_model_folder: Path,

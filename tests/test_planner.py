@@ -56,7 +56,7 @@ def plan(recipes: list[Recipe], task: TaskData, tmp_path_factory: pytest.TempPat
     return plan_here(recipes, task, Goal(allowance=100.0), tmp_path_factory.mktemp("plan"), measure=measure)
 
 
-def test_the_inputs_that_choose_are_taken_from_train_and_never_from_test(task: TaskData) -> None:
+def test_the_selection_set_is_taken_from_train_and_never_from_test(task: TaskData) -> None:
     choosing = for_choosing(task, SplitConfig(share=0.25))
     assert len(choosing.test) == round(0.25 * len(task.train))
     before = sorted(row["text"] for row in task.train)
@@ -67,7 +67,7 @@ def test_the_inputs_that_choose_are_taken_from_train_and_never_from_test(task: T
         for_choosing(replace(task, train=task.train.select(range(3))), SplitConfig())
 
 
-def test_the_cheapest_is_chosen_and_written_with_its_reasons(plan: Plan) -> None:
+def test_the_cheapest_system_is_chosen_and_its_reasons_are_written(plan: Plan) -> None:
     assert plan.is_met
     written = json.loads((plan.folder / "plan.json").read_text())
     systems = written["systems"]
@@ -88,7 +88,7 @@ def test_the_cheapest_is_chosen_and_written_with_its_reasons(plan: Plan) -> None
     assert written["meta"]["data"]["test"] == written["served"][-1]["verification"]["inputs"]
 
 
-def test_served_adapters_carry_their_thresholds_and_answer_as_verified(
+def test_served_adapters_contain_their_thresholds_and_answer_as_verified(
     plan: Plan, recipes: list[Recipe], task: TaskData, tiny_pretrained: Pretrained, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(plan.folder, tmp_path / "plan"))
@@ -107,7 +107,7 @@ def test_served_adapters_carry_their_thresholds_and_answer_as_verified(
             assert one.verification.accuracy == pytest.approx(found.accuracy_mean)
 
 
-def test_what_was_trained_is_kept(plan: Plan, recipes: list[Recipe], task: TaskData) -> None:
+def test_trained_adapters_are_reused(plan: Plan, recipes: list[Recipe], task: TaskData) -> None:
     trained = {path: path.stat().st_mtime_ns for path in plan.folder.glob("trials/*/*.safetensors")}
     assert len(trained) == len(recipes)
     again = plan_here(recipes, task, Goal(allowance=0.0), plan.folder, measure=COUNTED)
@@ -119,7 +119,7 @@ def test_what_was_trained_is_kept(plan: Plan, recipes: list[Recipe], task: TaskD
     assert "the plain model is the choice" in (plan.folder / "plan.md").read_text()
 
 
-def test_a_goal_out_of_reach_says_by_how_much_and_what_is_nearest(
+def test_an_unreachable_goal_is_reported_with_the_gap_and_the_nearest_system(
     plan: Plan, recipes: list[Recipe], task: TaskData
 ) -> None:
     missed = plan_here(recipes, task, Goal(allowance=0.0, throughput=50.0), plan.folder, measure=COUNTED)
@@ -130,7 +130,7 @@ def test_a_goal_out_of_reach_says_by_how_much_and_what_is_nearest(
     assert (written["chosen"], written["served"]) == (None, [])
 
 
-def test_a_promise_that_does_not_hold_is_told(plan: Plan) -> None:
+def test_a_promise_that_fails_verification_is_reported(plan: Plan) -> None:
     served = plan.served[-1]
     broken = replace(served, verification=replace(served.verification, held=False, loss=3.5, allowance=1.0))
     found = replace(plan, served=[broken])

@@ -69,7 +69,7 @@ def test_the_choice_is_optimal_by_brute_force(seed: int) -> None:
     assert choice == choose(siso, made[::-1], goal) or names(choice) == names(choose(siso, made[::-1], goal))
 
 
-def test_wide_groups_are_served_beside_the_narrow_ones_they_undercut() -> None:
+def test_wide_groups_are_served_beside_more_expensive_narrow_ones() -> None:
     siso = np.ones(2000)
     slightly = siso.copy()
     slightly[:4] = 0.0
@@ -88,7 +88,7 @@ def test_wide_groups_are_served_beside_the_narrow_ones_they_undercut() -> None:
     assert names(choose(siso, [*made[:-1], dear], Goal(allowance=1.0))) == ["head", "two", "eight"]
 
 
-def test_an_exit_head_or_siso_is_chosen_where_it_is_better() -> None:
+def test_an_exit_head_or_siso_is_chosen_if_it_is_better() -> None:
     siso = np.ones(2000)
     head = candidate("head", siso, 0.5, 1)
     bad = candidate("wide", siso * 0.8, 0.3, 4)
@@ -97,7 +97,7 @@ def test_an_exit_head_or_siso_is_chosen_where_it_is_better() -> None:
     assert names(choose(siso, [], Goal(allowance=0.0))) == ["siso"]
 
 
-def test_a_fall_back_threshold_is_a_candidate_like_any_other() -> None:
+def test_a_fallback_threshold_is_a_candidate_like_any_other() -> None:
     siso = np.ones(2000)
     plain = candidate("n4", np.r_[np.zeros(100), np.ones(1900)], 0.4, 4)
     sure = candidate("n4@0.9", siso, 0.5, 4, threshold=0.9, fallback=0.2)
@@ -107,7 +107,7 @@ def test_a_fall_back_threshold_is_a_candidate_like_any_other() -> None:
     assert choice.chosen.candidate.threshold == 0.9
 
 
-def test_a_throughput_wanted_takes_what_loses_least_among_the_fast() -> None:
+def test_a_throughput_goal_selects_the_system_with_the_least_loss_among_the_fast_ones() -> None:
     siso = np.ones(1000)
     made = [candidate("fast", siso * 0.9, 0.3, 8), candidate("good", siso * 0.95, 0.5, 4)]
     choice = choose(siso, made, Goal(throughput=1.8))
@@ -115,7 +115,7 @@ def test_a_throughput_wanted_takes_what_loses_least_among_the_fast() -> None:
     assert choice.chosen.candidate.name == "good"
 
 
-def test_what_cannot_be_met_says_by_how_much_and_what_is_nearest() -> None:
+def test_an_unmet_goal_is_reported_with_the_gap_and_the_nearest_system() -> None:
     siso = np.ones(1000)
     made = [candidate("fast", siso * 0.9, 0.4, 8), candidate("good", siso, 0.8, 2)]
     both = choose(siso, made, Goal(allowance=2.0, throughput=2.0))
@@ -147,7 +147,7 @@ def test_bounds_hold_for_all_systems_at_once(inputs: int) -> None:
     assert held_alone / worlds < 0.7  # one bound a system, as if only one had been tried, is not enough
 
 
-def test_few_inputs_without_a_difference_prove_little() -> None:
+def test_few_inputs_without_a_difference_give_a_wide_bound() -> None:
     siso = np.ones(30)
     losses, bounds = loss_bounds(siso, siso[None], 0.95)
     assert losses[0] == 0.0
@@ -155,7 +155,7 @@ def test_few_inputs_without_a_difference_prove_little() -> None:
     assert loss_bounds(np.ones(3000), np.ones((1, 3000)), 0.95)[1][0] < 0.1
 
 
-def test_verification_against_the_interval_by_hand() -> None:
+def test_the_verification_interval_equals_the_one_computed_by_hand() -> None:
     """100 inputs, 6 lost and 2 won: Wilson's limits of both shares, joined."""
     siso = np.r_[np.ones(90), np.zeros(10)]
     correct = np.r_[np.zeros(6), np.ones(84), np.ones(2), np.zeros(8)]
@@ -185,12 +185,12 @@ def test_siso_loses_nothing_against_itself() -> None:
         ({"allowance": 1.0, "confidence": 1.0}, "confidence is 1.0"),
     ],
 )
-def test_goals_are_checked(settings: dict[str, float], words: str) -> None:
+def test_invalid_goals_are_refused(settings: dict[str, float], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Goal(**settings)
 
 
-def test_candidates_must_have_answered_the_same_inputs_under_names_of_their_own() -> None:
+def test_candidates_must_have_the_same_inputs_and_distinct_names() -> None:
     siso = np.ones(10)
     with pytest.raises(UserError, match="two answered 9 inputs, SISO 10"):
         choose(siso, [candidate("two", np.ones(9), 0.5)], Goal(allowance=1.0))

@@ -82,7 +82,7 @@ def parent(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return parent
 
 
-def test_a_sweep_is_compared_by_what_the_database_holds(uri: str, parent: str) -> None:
+def test_a_sweep_can_be_compared_from_the_database(uri: str, parent: str) -> None:
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("revmux")
     assert experiment is not None
@@ -98,7 +98,7 @@ def test_a_sweep_is_compared_by_what_the_database_holds(uri: str, parent: str) -
     assert children[0].inputs.dataset_inputs[0].dataset.name == "mine"
 
 
-def test_every_child_has_the_same_keys_and_the_parent_the_front(uri: str, parent: str) -> None:
+def test_every_child_run_has_the_same_keys_and_the_parent_run_has_the_front(uri: str, parent: str) -> None:
     client = MlflowClient(uri)
     children = Tracker(TrackingConfig(uri), Path("unused")).children(parent)
     assert {run.info.run_name for run in children} == {"narrow", "wide", "lost"}

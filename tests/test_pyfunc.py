@@ -112,7 +112,7 @@ print(json.dumps(model.predict(json.loads(sys.argv[1])).to_numpy().tolist()))
 """
 
 
-def test_another_process_elsewhere_finds_all_in_the_registry(registered: Registered, tmp_path: Path) -> None:
+def test_another_process_loads_the_model_from_the_registry_alone(registered: Registered, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", OTHER_MACHINE, json.dumps(TEXTS)],
         cwd=tmp_path,
@@ -126,7 +126,7 @@ def test_another_process_elsewhere_finds_all_in_the_registry(registered: Registe
     assert_close(found, registered.expected)
 
 
-def test_a_model_is_signed_pinned_and_holds_no_pickle(tracked: Registered) -> None:
+def test_a_model_has_a_signature_and_pinned_requirements_and_no_pickle(tracked: Registered) -> None:
     info = mlflow.models.get_model_info("models:/toy@champion")
     assert info.signature.inputs.to_dict() == [{"type": "string", "required": True}]
     assert info.signature.outputs.input_names() == LABELS
@@ -140,7 +140,7 @@ def test_a_model_is_signed_pinned_and_holds_no_pickle(tracked: Registered) -> No
     assert kinds == {"", ".json", ".md", ".py", ".safetensors", ".txt", ".yaml"}
 
 
-def test_the_server_loads_what_was_registered(tracked: Registered, adapter: Path, tmp_path: Path) -> None:
+def test_the_server_loads_a_registered_model(tracked: Registered, adapter: Path, tmp_path: Path) -> None:
     for uri in ("models:/toy@champion", "models:/toy/1", f"runs:/{tracked.run_id}/adapter"):
         folder = fetch_adapter(uri, tmp_path)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
@@ -148,7 +148,7 @@ def test_the_server_loads_what_was_registered(tracked: Registered, adapter: Path
         }
 
 
-def test_a_backbone_that_is_not_found_is_named_at_loading(
+def test_loading_names_a_backbone_that_cannot_be_found(
     adapter: Path, tiny_model_folder: Path, registered: Registered, tmp_path: Path
 ) -> None:
     folder = save_pyfunc(adapter, tmp_path / "alone")

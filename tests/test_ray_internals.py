@@ -98,7 +98,7 @@ def test_an_attribute_that_does_not_exist_is_an_attribute_error() -> None:
         _ = ray_internals.Nothing
 
 
-def test_an_error_of_the_user_that_waits_ends_the_run() -> None:
+def test_a_pending_user_error_ends_the_run() -> None:
     waiting = Waiting("run", minutes=1)
 
     def give_up(workers: int, each: object) -> None:
@@ -143,7 +143,7 @@ def test_names_of_variables_that_the_jobs_set() -> None:
     assert f'"{CALLBACK_VARIABLE}"' in inspect.getsource(serve_constants)
 
 
-def test_errors_of_ray_train_are_known_by_their_class_names() -> None:
+def test_errors_of_ray_train_are_recognised_by_their_class_names() -> None:
     inner = ValueError("the worker's own")
     failed = pickle.loads(pickle.dumps(WorkerHealthCheckFailedError("worker 1 is not healthy", inner)))  # noqa: S301
     assert str(ray_internals.unwrap_health_check(failed)) == str(inner)
@@ -182,7 +182,7 @@ def test_a_trial_sees_that_tune_stops_it(trial_storage: StorageContext) -> None:
     assert "stop_event.set()" in inspect.getsource(_TrainSession.finish)
 
 
-def test_a_process_that_the_memory_monitor_ended_is_lost_like_any_other() -> None:
+def test_a_process_that_the_memory_monitor_ended_counts_as_lost() -> None:
     original = RayActorManager._actor_task_failed
     assert list(inspect.signature(original).parameters) == ["self", "tracked_actor_task", "exception"]
     told: list[Exception] = []
@@ -211,7 +211,7 @@ def test_the_newest_failure_of_a_trial_is_read_from_tunes_error_file(trial_stora
     assert not ray_internals.process_was_lost(ray_internals.last_error("Failure # 1\nValueError: x"))
 
 
-def test_the_memory_monitor_still_writes_the_text_that_is_looked_for() -> None:
+def test_the_memory_monitor_still_writes_the_expected_text() -> None:
     raylet = Path(ray.__file__).parent / "core/src/ray/raylet/raylet"
     if sys.platform == "win32" or not raylet.is_file():
         pytest.skip("Ray's raylet is elsewhere on this platform")

@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
         "INFO 2026-11-24 17:22:00,260 proxy 192.0.2.2 -- Got updated endpoints: {}.",
     ],
 )
-def test_lines_of_ray_are_known_by_their_form(line: str) -> None:
+def test_log_lines_of_ray_are_recognised_by_their_format(line: str) -> None:
     assert is_from_ray({"pid": 1}, line)
 
 
-def test_lines_of_rays_own_processes_are_rays() -> None:
+def test_log_lines_of_rays_own_processes_count_as_rays() -> None:
     assert is_from_ray({"pid": "raylet"}, "Task failed. There are infinite retries remaining")
     assert is_from_ray({"pid": 1, "actor_name": "ServeController"}, "anything")
     assert not is_from_ray({"pid": "autoscaler"}, "Adding 1 node(s)")
@@ -67,7 +67,7 @@ def test_messages_of_ray_go_to_the_file_and_all_others_to_the_terminal(tmp_path:
         assert part in text
 
 
-def test_the_logger_of_ray_has_its_handlers_back(tmp_path: Path) -> None:
+def test_the_handlers_of_rays_logger_are_restored(tmp_path: Path) -> None:
     from ray_jobs.ray_log import ray_messages_in
 
     before = list(logging.getLogger("ray").handlers)

@@ -18,7 +18,7 @@ from revmux.training.recipe import prepare, train_here
 pytestmark = pytest.mark.numeric
 
 
-def test_gradient_checkpointing_runs_upper_layers_again_and_trains_the_same_weights(
+def test_gradient_checkpointing_recomputes_upper_layers_and_trains_the_same_weights(
     tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
 ) -> None:
     passes, weights = [], []

@@ -57,7 +57,7 @@ def uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         ("two\nlines http://me:one@a\nend", "two\nlines http://me:***@a\nend"),
     ],
 )
-def test_passwords_are_left_out_of_a_whole_message(text: str, clean: str) -> None:
+def test_passwords_are_removed_from_a_whole_message(text: str, clean: str) -> None:
     assert without_passwords(f"cannot open {text} (refused)") == f"cannot open {clean} (refused)"
 
 
@@ -72,7 +72,7 @@ def test_passwords_are_left_out_of_a_whole_message(text: str, clean: str) -> Non
         "batch_size=4, tokens=128",
     ],
 )
-def test_a_text_without_a_password_is_left_as_it_is(text: str) -> None:
+def test_a_text_without_a_password_is_unchanged(text: str) -> None:
     assert without_passwords(text) == text
 
 
@@ -86,7 +86,7 @@ def clean(caplog: pytest.LogCaptureFixture, words: str) -> None:
     assert SECRET not in caplog.text
 
 
-def test_a_tracker_that_cannot_open_its_store(uri: str, tmp_path: Path) -> None:
+def test_a_tracker_that_cannot_open_its_store_shows_no_password(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot open the MLflow store '.*://me:\*\*\*@127") as raised:
         Tracker(TrackingConfig(uri), tmp_path)
     assert SECRET not in str(raised.value)
@@ -102,7 +102,7 @@ def lose_connection(client: Any, uri: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(client, name, fail)
 
 
-def test_an_outbox_whose_server_is_away(
+def test_an_outbox_with_an_unreachable_server_shows_no_password(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = PatientClient("http://127.0.0.1:1", tmp_path / "outbox")
@@ -111,7 +111,7 @@ def test_an_outbox_whose_server_is_away(
     clean(caplog, r"MLflow took no record .*me:\*\*\*@")
 
 
-def test_an_outbox_that_gives_a_record_up(
+def test_an_outbox_that_drops_a_record_shows_no_password(
     uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = PatientClient("http://127.0.0.1:1", tmp_path / "outbox")
@@ -126,7 +126,7 @@ def test_an_outbox_that_gives_a_record_up(
     clean(caplog, r"cannot be sent to MLflow \(not for .*me:\*\*\*@")
 
 
-def test_progress_whose_server_is_away(
+def test_progress_with_an_unreachable_server_shows_no_password(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if not uri.startswith("http"):
@@ -137,7 +137,7 @@ def test_progress_whose_server_is_away(
     clean(caplog, r"MLflow at http://me:\*\*\*@.* did not take metrics")
 
 
-def test_system_metrics_whose_server_is_away(
+def test_system_metrics_with_an_unreachable_server_show_no_password(
     uri: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("psutil")
@@ -146,7 +146,7 @@ def test_system_metrics_whose_server_is_away(
     assert SECRET not in caplog.text + "".join(capfd.readouterr())
 
 
-def test_logs_of_mlflow_itself(capfd: pytest.CaptureFixture[str]) -> None:
+def test_logs_of_mlflow_show_no_password(capfd: pytest.CaptureFixture[str]) -> None:
     redact_logs("mlflow")
     log = logging.getLogger("mlflow.some.module")
     log.warning("Failed to get %s: %s.", "a run", "http://me:s3cret@host")
@@ -159,19 +159,19 @@ def test_logs_of_mlflow_itself(capfd: pytest.CaptureFixture[str]) -> None:
     assert SECRET not in shown
 
 
-def test_settings_that_ray_shows_on_its_dashboard(uri: str) -> None:
+def test_settings_on_the_ray_dashboard_show_no_password(uri: str) -> None:
     shown = {item.name: item.repr for item in fields(WorkerConfig)}
     assert [name for name, is_shown in shown.items() if not is_shown] == ["tracking_uri"]
     assert SECRET not in f"{TrackingConfig(uri)}"
 
 
-def test_reasons_of_failures(uri: str) -> None:
+def test_reasons_of_failures_show_no_password(uri: str) -> None:
     assert SECRET not in reason_of(f"Traceback\nmlflow.exceptions.MlflowException: {uri} is away")
     assert SECRET not in in_words(RuntimeError(f"{uri} is away"))
 
 
 @pytest.mark.parametrize(("error", "status"), [(UserError, 2), (ConnectionError, 1)])
-def test_the_error_that_ends_a_job(
+def test_the_error_that_ends_a_job_shows_no_password(
     error: type[Exception], status: int, uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: Any) -> None:
@@ -184,7 +184,9 @@ def test_the_error_that_ends_a_job(
     assert SECRET not in shown
 
 
-def test_a_server_that_cannot_fetch_its_adapter(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_fetch_its_adapter_shows_no_password(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setattr("mlflow.get_tracking_uri", lambda: uri)
     with pytest.raises(UserError, match=r"MLflow at .*://me:\*\*\*@127.* has no 'models:/reviews@champion'") as raised:

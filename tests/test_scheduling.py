@@ -31,7 +31,7 @@ def test_width_grows_with_the_queue_and_is_as_narrow_as_the_load_allows() -> Non
     assert widest == [1, 1, 2, 4, 4, 4]
 
 
-def test_an_exit_head_comes_between_the_plain_model_and_groups_that_are_cheaper() -> None:
+def test_an_exit_head_is_used_between_the_plain_model_and_cheaper_groups() -> None:
     routes = useful_routes([FOUR, TWO, HEAD])
     assert routes == [PLAIN, HEAD, FOUR]  # a pair costs more an input than the head does
     chosen = [choose_routes(waiting, routes, 4)[-1] for waiting in (1, 4, 5, 6, 7, 500)]
@@ -39,7 +39,7 @@ def test_an_exit_head_comes_between_the_plain_model_and_groups_that_are_cheaper(
     assert useful_routes([HEAD]) == [PLAIN, HEAD]
 
 
-def test_an_exit_head_answers_what_is_left_over_and_never_who_demands_the_plain_model() -> None:
+def test_an_exit_head_answers_left_over_inputs_except_those_that_require_the_plain_model() -> None:
     groups = form_groups([9] * 7, [None, 1, None, None, 2, None, None], [PLAIN, HEAD, FOUR])
     found = {index: group.route for group in groups for index in group.members}
     assert found[1] == PLAIN
@@ -65,13 +65,13 @@ def test_an_adapter_no_cheaper_than_the_plain_model_is_never_used() -> None:
     assert useful_routes([Route(1, "layer 0", 0.0, 1.0, "siso")]) == [PLAIN]
 
 
-def test_groups_take_every_input_once_with_neighbours_in_length() -> None:
+def test_groups_contain_every_input_once_with_inputs_of_similar_length() -> None:
     lengths = [5, 60, 6, 50, 7, 55, 8, 58]
     groups = form_groups(lengths, [None] * 8, [PLAIN, TWO, FOUR])
     assert [set(group.members) for group in groups] == [{1, 3, 5, 7}, {0, 2, 4, 6}]
 
 
-def test_an_input_never_rides_wider_than_it_allows() -> None:
+def test_an_input_never_shares_a_wider_group_than_it_allows() -> None:
     caps = [1, 4, 2, 4, 3, 4, 4, 1]
     groups = form_groups([9] * 8, caps, [PLAIN, TWO, FOUR])
     assert sorted(index for group in groups for index in group.members) == list(range(8))
@@ -89,14 +89,14 @@ def test_an_input_never_rides_wider_than_it_allows() -> None:
         (7, 1.4, [(4, 4), (4, 3)]),
     ],
 )
-def test_what_is_left_over_fills_a_group_or_goes_narrower_whichever_is_cheaper(
+def test_left_over_inputs_fill_a_group_or_use_a_narrower_width_whichever_is_cheaper(
     inputs: int, shared: float, expected: list[tuple[int, int]]
 ) -> None:
     groups = form_groups([9] * inputs, [4] * inputs, [PLAIN, TWO, Route(4, "layer 1", 0.1, shared)])
     assert [(group.width, len(group.members)) for group in groups] == expected
 
 
-def test_passes_share_a_stem_bound_their_tokens_and_do_not_pad_short_texts_to_long_ones() -> None:
+def test_passes_share_a_prefill_limit_their_tokens_and_do_not_pad_short_texts_to_long_ones() -> None:
     groups = [Group(PLAIN, (4,)), Group(TWO, (0, 1)), Group(TWO, (2, 3)), Group(FOUR, (5, 6, 7, 8))]
     lengths = [30, 30, 10, 9, 8, 29, 28, 27, 26]
     found = [
@@ -107,7 +107,7 @@ def test_passes_share_a_stem_bound_their_tokens_and_do_not_pad_short_texts_to_lo
     assert len(form_passes(groups, lengths, 6 * 30 - 1)) == 4
 
 
-def test_the_next_pass_is_the_one_whose_turn_it_is_whatever_its_length() -> None:
+def test_the_next_pass_is_chosen_by_order_regardless_of_its_length() -> None:
     lengths = [4, 60, 61, 62, 63, 5]
     forward = next_pass(lengths, [4] * 6, 6, [PLAIN, TWO, FOUR], plain_load=0, max_tokens=1000)
     assert [group.members for group in forward.groups] == [(5, 0)]
@@ -164,14 +164,14 @@ class Named:
 TASK = Named()
 
 
-def test_under_little_load_every_input_rides_alone_and_at_once() -> None:
+def test_under_light_load_every_input_runs_alone_at_once() -> None:
     quiet = Simulation().run(rate=0.5, inputs=200)
     assert set(quiet.widths) == {1}
     assert max(quiet.waits) == 0
 
 
 @pytest.mark.parametrize(("rate", "least", "most"), [(1.3, 1.1, 3.0), (1.9, 3.0, 4.0)])
-def test_groups_are_as_wide_as_the_load_needs(rate: float, least: float, most: float) -> None:
+def test_groups_are_as_wide_as_the_load_requires(rate: float, least: float, most: float) -> None:
     """One input alone a second, two in groups of four: between them the server keeps up, and waits stay short."""
     loaded = Simulation().run(rate, inputs=2000)
     assert loaded.rejected == 0
@@ -180,7 +180,7 @@ def test_groups_are_as_wide_as_the_load_needs(rate: float, least: float, most: f
     assert max(loaded.waits) < 40
 
 
-def test_overload_is_refused_and_forgotten() -> None:
+def test_overload_is_refused_and_leaves_no_backlog() -> None:
     flooded = Simulation().run(rate=6, inputs=3000)
     assert flooded.rejected > 1500
     assert flooded.widths.count(4) > 0.95 * len(flooded.widths)

@@ -130,7 +130,7 @@ def test_the_inference_client_of_huggingface_hub_understands_the_reply(
 
 
 @pytest.mark.cluster
-def test_many_clients_ride_in_groups_and_each_gets_its_own_answer(server: Server) -> None:
+def test_concurrent_clients_share_groups_and_each_gets_its_own_answer(server: Server) -> None:
     before = httpx.get(server.url + "/info", timeout=60).json()["replica"]
     requests = [[text(index) for index in range(start, start + 8)] for start in range(0, 128, 8)]
 
@@ -161,7 +161,7 @@ def test_many_clients_ride_in_groups_and_each_gets_its_own_answer(server: Server
 
 
 @pytest.mark.cluster
-def test_a_request_bounds_its_own_width(server: Server) -> None:
+def test_a_request_can_limit_its_own_width(server: Server) -> None:
     batch = [[text(index)] for index in range(16)]
     assert post(server, {"inputs": batch, "max_multiplex": 2}).headers["x-revmux-width"] == ",".join(["2"] * 16)
     assert post(server, {"inputs": batch, "max_multiplex": 1}).headers["x-revmux-width"] == ",".join(["1"] * 16)
@@ -184,7 +184,9 @@ def test_a_request_bounds_its_own_width(server: Server) -> None:
         (json.dumps({"inputs": " ".join(WORDS * 2)}).encode(), 422, "validation"),
     ],
 )
-def test_refusals_say_whose_fault_it_is(server: Server, body: bytes, status: int, kind: str) -> None:
+def test_the_status_of_a_refusal_says_whether_client_or_server_is_at_fault(
+    server: Server, body: bytes, status: int, kind: str
+) -> None:
     reply = httpx.post(server.url + "/predict", content=body, timeout=60)
     assert reply.status_code == status
     assert reply.json()["error_type"] == kind
@@ -194,20 +196,20 @@ def test_refusals_say_whose_fault_it_is(server: Server, body: bytes, status: int
 
 
 @pytest.mark.cluster
-def test_a_long_text_is_cut_on_request_and_the_reply_says_so(server: Server) -> None:
+def test_a_long_text_is_truncated_on_request_and_the_reply_reports_it(server: Server) -> None:
     reply = post(server, {"inputs": [[" ".join(WORDS * 2)], ["w1"]], "truncate": True})
     assert reply.status_code == 200
     assert reply.headers["x-revmux-truncated"] == "true,false"
 
 
 @pytest.mark.cluster
-def test_unknown_paths_and_verbs_are_json_too(server: Server) -> None:
+def test_unknown_paths_and_methods_get_json_errors(server: Server) -> None:
     assert httpx.get(server.url + "/predict", timeout=60).json()["error_type"] == "method_not_allowed"
     assert httpx.get(server.url + "/nothing", timeout=60).json()["error_type"] == "not_found"
 
 
 @pytest.mark.cluster
-def test_health_asks_the_model(server: Server) -> None:
+def test_the_health_check_probes_the_model(server: Server) -> None:
     asked = httpx.get(server.url + "/info", timeout=60).json()["replica"]["inputs"]["1"]
     assert httpx.get(server.url + "/health", timeout=60).json() == {"status": "ok"}
     assert httpx.get(server.url + "/info", timeout=60).json()["replica"]["inputs"]["1"] > asked
@@ -226,7 +228,7 @@ def test_info_names_the_model_its_adapters_and_every_limit(server: Server) -> No
 
 
 @pytest.mark.cluster
-def test_the_port_of_a_running_server_is_busy(server: Server) -> None:
+def test_the_port_of_a_running_server_is_detected_as_busy(server: Server) -> None:
     with pytest.raises(UserError, match="in use"):
         check_port("127.0.0.1", int(server.url.rpartition(":")[2]))
 
@@ -269,7 +271,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_starts(
     assert f"but the given backbone is {other} (sha256 " in shown
 
 
-def test_configuration_is_strict() -> None:
+def test_unknown_or_invalid_configuration_is_refused() -> None:
     with pytest.raises(UserError, match=r"max_multiplx.*known keys: .*max_multiplex, "):
         server_config(model="m", max_multiplx=4)
     with pytest.raises(UserError, match="max_queue"):
@@ -291,13 +293,13 @@ def test_command_line_strings_become_settings(folders: tuple[Path, list[Path]]) 
         assert parse_flags(["--model", "m", "--adapters", given]).adapters == ["a", "b"]
 
 
-def test_the_address_is_this_machine_unless_told(folders: tuple[Path, list[Path]]) -> None:
+def test_the_address_is_localhost_by_default(folders: tuple[Path, list[Path]]) -> None:
     assert server_config(model="m").host == "127.0.0.1"
     assert base_url("0.0.0.0", 80) == "http://127.0.0.1:80"
     assert base_url("::", 80) == "http://[::1]:80"
 
 
-def test_the_deployment_file_is_valid_and_local() -> None:
+def test_the_deployment_file_is_valid_and_listens_on_localhost() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     raw = yaml.safe_load((ROOT / "serve_app" / "serve.yaml").read_text())
@@ -319,7 +321,7 @@ def test_serve_lets_more_requests_through_than_the_queue_holds() -> None:
     assert deployment.max_ongoing_requests > 150 * 300 + 128
 
 
-def test_replicas_have_the_environment_of_processes_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_have_the_environment_variables_of_compute_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     from serve_app.app import build
 
     def variables() -> dict[str, str]:
@@ -332,7 +334,7 @@ def test_replicas_have_the_environment_of_processes_that_compute(monkeypatch: py
     assert variables()["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
-def test_what_may_change_while_replicas_run_is_kept_apart() -> None:
+def test_settings_that_may_change_without_a_restart_are_in_user_config() -> None:
     from serve_app.app import build
 
     config = AppConfig(model="m", adapters=["a"], drain_seconds=7, num_gpus=0.5, autoscaling={"max_replicas": 3})
@@ -366,7 +368,7 @@ def test_one_task_or_several_but_not_both() -> None:
         ([["a", "b"]], [("a", "b")]),
     ],
 )
-def test_forms_of_inputs(inputs: Any, texts: list[Any]) -> None:
+def test_all_documented_input_forms_are_accepted(inputs: Any, texts: list[Any]) -> None:
     asked = parse(json.dumps({"inputs": inputs}).encode(), PredictRequest)
     assert asked.texts == texts
     answers = [Answer(torch.zeros(2), 1, 0.0, 0.0)] * len(texts)
@@ -378,12 +380,12 @@ def test_forms_of_inputs(inputs: Any, texts: list[Any]) -> None:
 @pytest.mark.parametrize(
     "inputs", [None, 1, True, {"text": "a"}, ["a", "b", "c"], [["a"], "b"], [["a", 1]], [[]], [["a", "b", "c"]]]
 )
-def test_other_forms_are_refused(inputs: Any) -> None:
+def test_other_input_forms_are_refused(inputs: Any) -> None:
     with pytest.raises(TextError):
         _ = parse(json.dumps({"inputs": inputs}).encode(), PredictRequest).texts
 
 
-def test_parameters_nest_the_reply_and_choose_the_scores() -> None:
+def test_parameters_control_the_nesting_of_the_reply_and_the_scores() -> None:
     answers = [Answer(torch.tensor([0.0, 2.0]), 1, 0.0, 0.0)]
     empty = parse(b'{"inputs": "a", "parameters": {}}', PredictRequest)
     assert [len(ranking) for ranking in empty.reply(answers, ["x", "y"])] == [2]
@@ -407,7 +409,7 @@ def test_parameters_nest_the_reply_and_choose_the_scores() -> None:
         (KeyError("secret"), 500, "internal"),
     ],
 )
-def test_every_failure_has_its_status(error: Exception, status: int, kind: str) -> None:
+def test_every_failure_has_its_http_status(error: Exception, status: int, kind: str) -> None:
     from fastapi.testclient import TestClient
 
     app = FastAPI()

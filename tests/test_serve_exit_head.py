@@ -78,7 +78,7 @@ def head_scores(pretrained: Pretrained, folder: Path, texts: list[str]) -> Tenso
         return model(dict(pretrained.tokenizer(texts, padding=True, return_tensors="pt")))
 
 
-def test_a_quiet_engine_is_exact_and_a_loaded_one_answers_by_the_head(
+def test_the_engine_is_exact_without_load_and_answers_with_the_exit_head_under_load(
     make_engine: Callable[..., Engine], pretrained: Pretrained, head: Path
 ) -> None:
     engine = make_engine()
@@ -95,7 +95,7 @@ def test_a_quiet_engine_is_exact_and_a_loaded_one_answers_by_the_head(
     assert engine.stats()["methods"] == {"exit-head": len(TEXTS), "siso": 1}
 
 
-def test_who_demands_the_plain_model_gets_it_whatever_waits(
+def test_a_request_for_the_plain_model_gets_it_under_any_load(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
     engine = make_engine(plain_load=0)
@@ -109,9 +109,7 @@ def test_who_demands_the_plain_model_gets_it_whatever_waits(
     assert engine.probe().result(60).method == "siso"
 
 
-def test_an_operator_who_allows_no_company_allows_no_head_either(
-    make_engine: Callable[..., Engine], head: Path
-) -> None:
+def test_with_a_maximum_width_of_one_exit_heads_are_not_used(make_engine: Callable[..., Engine], head: Path) -> None:
     engine = make_engine(plain_load=0, max_multiplex=1)
     engine.start()
     assert engine.submit(["w1"])[0].result(60).method == "siso"
@@ -119,7 +117,7 @@ def test_an_operator_who_allows_no_company_allows_no_head_either(
         engine.load(head)
 
 
-def test_a_head_stands_beside_groups_that_are_cheaper_and_in_place_of_those_that_are_not(
+def test_an_exit_head_is_used_beside_cheaper_groups_and_instead_of_others(
     make_engine: Callable[..., Engine], pretrained: Pretrained, head: Path, four: Path
 ) -> None:
     # Cut after 1 of 4 layers, a group of four costs 1/4 + 3/16 an input: more than a head there, less than one at 3.
@@ -142,7 +140,7 @@ def write_head(pretrained: Pretrained, beside: Path, layer: int) -> Path:
     return write_adapter(folder, pretrained, 1, layer, "exit-head", layer=layer)
 
 
-def test_an_unsure_head_falls_back_to_the_plain_model(
+def test_an_unsure_exit_head_falls_back_to_the_plain_model(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
     engine = make_engine(plain_load=0, threshold=1.0)
@@ -154,7 +152,9 @@ def test_an_unsure_head_falls_back_to_the_plain_model(
     assert_close(found, plain_scores(pretrained, TEXTS))
 
 
-def test_heads_come_and_go(make_engine: Callable[..., Engine], pretrained: Pretrained, head: Path) -> None:
+def test_exit_heads_can_be_added_and_removed(
+    make_engine: Callable[..., Engine], pretrained: Pretrained, head: Path
+) -> None:
     engine = make_engine(plain_load=0)
     engine.start()
     deeper = engine.load(write_head(pretrained, head, 2))
@@ -186,7 +186,7 @@ def plan(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return plan_here(recipes, load_task(recipe.data), Goal(allowance=100.0), folder, measure=measure)
 
 
-def test_a_plan_that_chose_an_exit_head_is_deployed_and_answers(plan: Plan, recipe: Recipe) -> None:
+def test_a_plan_that_chose_an_exit_head_can_be_deployed(plan: Plan, recipe: Recipe) -> None:
     assert plan.choice.chosen is not None
     assert plan.choice.chosen.candidate.method == "exit-head"
     job = PlanJob(

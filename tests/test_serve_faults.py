@@ -221,12 +221,12 @@ def _kill(prefix: str) -> None:
     ray.kill(ray.get_actor(name, namespace="serve"))
 
 
-def test_a_scrape_shows_all_replicas_whichever_answers(cluster: Cluster) -> None:
+def test_metrics_include_all_replicas_whichever_one_replies(cluster: Cluster) -> None:
     wait_until(lambda: len(_replicas(cluster.url)) == 2)
     assert all(_replicas(cluster.url) == _replicas(cluster.url) for _ in range(4))
 
 
-def test_a_killed_replica_costs_no_answer(cluster: Cluster) -> None:
+def test_a_killed_replica_loses_no_answer(cluster: Cluster) -> None:
     before = _replicas(cluster.url)
     with Load(cluster) as clients:
         clients.wait_for(100)
@@ -238,7 +238,7 @@ def test_a_killed_replica_costs_no_answer(cluster: Cluster) -> None:
     assert "broken" not in clients.statuses
 
 
-def test_requests_that_die_with_their_replica_are_told_to_come_back(cluster: Cluster) -> None:
+def test_requests_lost_with_their_replica_get_a_retryable_error(cluster: Cluster) -> None:
     wait_until(lambda: len(_replicas(cluster.url)) == 2)
     own = next(iter(cluster.expected))
     body = json.dumps({"inputs": own}).encode()
@@ -261,7 +261,7 @@ def test_requests_that_die_with_their_replica_are_told_to_come_back(cluster: Clu
 
 
 @pytest.mark.long
-def test_a_killed_proxy_comes_back(cluster: Cluster) -> None:
+def test_a_killed_proxy_is_restarted(cluster: Cluster) -> None:
     with Load(cluster) as clients:
         clients.wait_for(100)
         _kill("SERVE_PROXY_ACTOR")
@@ -270,7 +270,7 @@ def test_a_killed_proxy_comes_back(cluster: Cluster) -> None:
     clients.check()
 
 
-def test_an_overload_is_refused_cleanly_and_passes(cluster: Cluster) -> None:
+def test_an_overload_is_refused_with_503_and_service_recovers(cluster: Cluster) -> None:
     wait_until(lambda: len(_replicas(cluster.url)) == 2)
     with Load(cluster, clients=24, texts_a_request=32) as clients:  # several times what two queues hold
         wait_until(lambda: clients.statuses[429] > 5)
@@ -282,7 +282,7 @@ def test_an_overload_is_refused_cleanly_and_passes(cluster: Cluster) -> None:
     assert set(calm.statuses) == {200}
 
 
-def test_a_change_of_adapters_restarts_nothing_and_loses_nothing(cluster: Cluster) -> None:
+def test_changing_adapters_restarts_no_replica_and_loses_no_request(cluster: Cluster) -> None:
     before = _replicas(cluster.url)
     with Load(cluster) as clients:
         clients.wait_for(50)
@@ -301,7 +301,7 @@ def _widths(url: str) -> list[int]:
 
 
 @pytest.mark.long
-def test_a_rolling_update_loses_nothing(cluster: Cluster) -> None:
+def test_a_rolling_update_loses_no_request(cluster: Cluster) -> None:
     before = _replicas(cluster.url)
     with Load(cluster) as clients:
         clients.wait_for(50)
@@ -314,7 +314,7 @@ def test_a_rolling_update_loses_nothing(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_bodies_come_through_serve_as_json(cluster: Cluster, name: str) -> None:
+def test_hostile_bodies_get_json_errors_through_serve(cluster: Cluster, name: str) -> None:
     body, status = HOSTILE[name]
     reply = httpx.post(f"{cluster.url}/predict", content=body, timeout=60)
     # The proxy takes bodies of any size to the replica, whose limit here is the usual one: too long in tokens instead.
@@ -322,7 +322,7 @@ def test_hostile_bodies_come_through_serve_as_json(cluster: Cluster, name: str) 
     assert reply.headers["content-type"] == "application/json"
 
 
-def test_huge_and_dribbling_bodies_are_given_up(cluster: Cluster) -> None:
+def test_huge_and_slow_bodies_are_refused(cluster: Cluster) -> None:
     chunk = b"10000\r\n" + b"w" * 0x10000 + b"\r\n"
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
     chunked = talk(cluster.url, head + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 40)
@@ -333,7 +333,7 @@ def test_huge_and_dribbling_bodies_are_given_up(cluster: Cluster) -> None:
     assert _answers(cluster.url)
 
 
-def test_what_the_proxy_itself_refuses_is_json_too(cluster: Cluster) -> None:
+def test_refusals_by_the_proxy_are_json_too(cluster: Cluster) -> None:
     """Serve fails on a request id that is no UTF-8, before any replica is asked."""
     reply = talk(cluster.url, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: \xff\xfe\r\n\r\n")
     assert b"content-type: application/json" in reply.lower()
@@ -341,7 +341,7 @@ def test_what_the_proxy_itself_refuses_is_json_too(cluster: Cluster) -> None:
 
 
 @pytest.mark.long
-def test_replicas_follow_the_queue_up_and_down_and_lose_nothing(cluster: Cluster) -> None:
+def test_replicas_scale_up_and_down_with_the_queue_and_lose_no_request(cluster: Cluster) -> None:
     scale = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}
     cluster.deploy(autoscaling={**scale, "upscale_delay_s": 0, "downscale_delay_s": 0})
     wait_until(lambda: len(_replicas(cluster.url)) == 1)

@@ -71,7 +71,7 @@ def post(url: str, body: Any, **more: Any) -> httpx.Response:
     return httpx.post(url, json=body, timeout=60, **more)
 
 
-def test_a_task_is_chosen_by_path_or_by_field(url: str) -> None:
+def test_a_task_is_selected_by_path_or_by_field(url: str) -> None:
     by_path = post(f"{url}/tasks/topic/predict", {"inputs": "w1 w2"})
     by_field = post(f"{url}/predict", {"inputs": "w1 w2", "task": "topic"})
     assert by_path.json() == by_field.json()
@@ -89,7 +89,7 @@ def test_a_task_is_chosen_by_path_or_by_field(url: str) -> None:
         ("/v2/models/weather/infer", {"inputs": []}),
     ],
 )
-def test_an_unknown_task_is_404_with_the_known_ones(url: str, path: str, body: Any) -> None:
+def test_an_unknown_task_gets_404_with_the_known_ones(url: str, path: str, body: Any) -> None:
     reply = post(url + path, body)
     assert (reply.status_code, reply.json()["error_type"]) == (404, "unknown_task")
     assert reply.json()["error"].endswith("known tasks: mood, topic")
@@ -101,7 +101,7 @@ def test_a_path_and_a_field_must_not_contradict_each_other(url: str) -> None:
     assert "topic" in reply.json()["error"]
 
 
-def test_headers_tell_how_each_input_rode(url: str) -> None:
+def test_headers_report_how_each_input_was_computed(url: str) -> None:
     batch = {"inputs": [["w1"], ["w2 w3"], ["w4"], ["w5 w6 w7"]], "task": "topic"}
     grouped = post(f"{url}/predict", batch).headers
     assert grouped["x-revmux-width"] == "2,2,2,2"
@@ -120,7 +120,7 @@ def test_headers_tell_how_each_input_rode(url: str) -> None:
     assert alone["x-revmux-group"] == "1,2,3,4"
 
 
-def test_an_answer_below_the_threshold_falls_back_and_says_so(tasks: dict[str, Any]) -> None:
+def test_an_answer_below_the_threshold_falls_back_and_the_reply_reports_it(tasks: dict[str, Any]) -> None:
     config = AppConfig.model_validate({**tasks["mood"], "plain_load": 0, "threshold": 1.0})
     service = Service(config)
     service.serve(config.served)
@@ -159,7 +159,7 @@ def held(tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[tup
         service.close()
 
 
-def test_a_model_within_a_long_pass_is_healthy(held: tuple[Service, threading.Event]) -> None:
+def test_a_model_in_a_long_pass_is_healthy(held: tuple[Service, threading.Event]) -> None:
     service, go_on = held
     asyncio.run(service.probe())
     go_on.set()
@@ -167,7 +167,7 @@ def test_a_model_within_a_long_pass_is_healthy(held: tuple[Service, threading.Ev
     assert service.engine.silent_seconds < service.config.stuck_seconds
 
 
-def test_a_model_that_is_stuck_is_not(held: tuple[Service, threading.Event]) -> None:
+def test_a_stuck_model_is_unhealthy(held: tuple[Service, threading.Event]) -> None:
     service, go_on = held
     service.config = service.config.model_copy(update={"stuck_seconds": 0.01})
     with pytest.raises(Unhealthy, match="neither begun nor ended a pass"):
@@ -177,7 +177,9 @@ def test_a_model_that_is_stuck_is_not(held: tuple[Service, threading.Event]) -> 
     asyncio.run(service.probe())
 
 
-def test_a_model_whose_thread_has_ended_is_told_at_once(tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_thread_has_ended_is_unhealthy_at_once(
+    tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = AppConfig.model_validate(tasks["mood"])
     service = Service(config)
     service.serve(config.served)
@@ -296,7 +298,7 @@ def test_open_inference_answers_as_predict_does(url: str) -> None:
     assert tensors["scores"]["data"] == pytest.approx([item["score"] for ranking in expected for item in ranking])
 
 
-def test_open_inference_takes_pairs_and_gives_the_outputs_that_were_asked_for(url: str) -> None:
+def test_open_inference_accepts_pairs_and_returns_the_requested_outputs(url: str) -> None:
     pair = {"name": "text", "shape": [1, 2], "datatype": "BYTES", "data": [["w1 w2", "w3"]]}
     reply = post(
         f"{url}/v2/models/mood/infer", {"inputs": [pair], "outputs": [{"name": "labels"}], "parameters": {"top_k": 1}}
@@ -319,14 +321,14 @@ def test_open_inference_takes_pairs_and_gives_the_outputs_that_were_asked_for(ur
         ({"unknown": 1}, 422),
     ],
 )
-def test_other_tensors_are_refused(url: str, change: dict[str, Any], status: int) -> None:
+def test_unsupported_tensors_are_refused(url: str, change: dict[str, Any], status: int) -> None:
     tensor = {"name": "text", "shape": [2], "datatype": "BYTES", "data": ["w1", "w2"], **change}
     reply = post(f"{url}/v2/models/mood/infer", {"inputs": [tensor]})
     assert reply.status_code == status
     assert reply.json()["error"]
 
 
-def test_open_inference_tells_health_and_metadata(url: str) -> None:
+def test_open_inference_serves_health_and_metadata(url: str) -> None:
     assert httpx.get(f"{url}/v2/health/live").json() == {"live": True}
     assert httpx.get(f"{url}/v2/health/ready").json() == {"ready": True}
     assert httpx.get(f"{url}/v2").json()["name"] == "revmux"
@@ -337,7 +339,7 @@ def test_open_inference_tells_health_and_metadata(url: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["path", "field", "open inference", "unnamed"])
-def test_a_request_in_flight_keeps_its_task_whatever_becomes_of_it(
+def test_a_request_in_flight_keeps_its_task_when_the_task_is_removed_or_replaced(
     tasks: dict[str, Any], held: tuple[Service, threading.Event], name: str
 ) -> None:
     service, go_on = held  # serves mood under the name default
@@ -370,7 +372,7 @@ def test_a_request_in_flight_keeps_its_task_whatever_becomes_of_it(
 
 
 @pytest.mark.parametrize("error", [OSError("disk gone"), torch.OutOfMemoryError("CUDA out of memory."), KeyError("x")])
-def test_an_update_that_fails_in_any_way_is_reported_and_the_server_goes_on(
+def test_a_failing_update_is_reported_and_the_server_keeps_running(
     tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     mood, topic = (TaskConfig.model_validate(tasks[task]) for task in ("mood", "topic"))
@@ -410,7 +412,7 @@ def test_an_update_that_fails_in_any_way_is_reported_and_the_server_goes_on(
         (float("nan"), None, "INFO", "its accuracy was not measured"),
     ],
 )
-def test_the_log_says_what_each_adapter_costs_and_warns_above_the_bound(
+def test_the_log_reports_the_cost_of_each_adapter_and_warns_above_the_limit(
     tasks: dict[str, Any],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -496,7 +498,7 @@ def test_metrics_count_requests_groups_and_stages(url: str) -> None:
     assert after["revmux_queue_limit",] == 512
 
 
-def test_the_metrics_of_several_replicas_make_one_page(service: Service) -> None:
+def test_the_metrics_of_several_replicas_are_merged_into_one_page(service: Service) -> None:
     text = page({"b": service.metrics.families(), "a": service.metrics.families()}).decode()
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
@@ -506,18 +508,18 @@ def test_the_metrics_of_several_replicas_make_one_page(service: Service) -> None
     assert text.count("# TYPE revmux_queue_inputs gauge") == 1
 
 
-def test_a_deadline_that_passes_in_the_queue_is_504(url: str) -> None:
+def test_a_deadline_that_expires_in_the_queue_gets_504(url: str) -> None:
     reply = post(f"{url}/tasks/mood/predict", {"inputs": [["w1"]] * 64, "timeout_ms": 0.0001})
     assert (reply.status_code, reply.json()["error_type"]) == (504, "deadline")
 
 
-def test_one_bad_text_harms_no_other_request(url: str) -> None:
+def test_one_invalid_text_does_not_affect_other_requests(url: str) -> None:
     assert post(f"{url}/tasks/mood/predict", {"inputs": [["w1"], [""]]}).status_code == 400
     assert post(f"{url}/tasks/mood/predict", {"inputs": "w1"}).status_code == 200
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_bodies_get_a_json_refusal_and_the_server_goes_on(url: str, name: str) -> None:
+def test_hostile_bodies_get_a_json_error_and_the_server_keeps_running(url: str, name: str) -> None:
     body, status = HOSTILE[name]
     reply = httpx.post(f"{url}/tasks/mood/predict", content=body, timeout=60)
     assert reply.status_code == status
@@ -528,19 +530,19 @@ def test_hostile_bodies_get_a_json_refusal_and_the_server_goes_on(url: str, name
     assert post(f"{url}/tasks/mood/predict", {"inputs": "w1"}).status_code == 200
 
 
-def test_a_declared_length_above_the_limit_is_refused_unread(url: str) -> None:
+def test_a_declared_length_above_the_limit_is_refused_without_reading_the_body(url: str) -> None:
     reply = talk(url, b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_chunked_body_is_bounded_too(url: str) -> None:
+def test_a_chunked_body_is_limited_too(url: str) -> None:
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     reply = talk(url, head, *[b"4000\r\n" + b"w" * 0x4000 + b"\r\n"] * 10)
     assert reply.startswith(b"HTTP/1.1 413 ")
     assert b'"error_type":"too_large"' in reply
 
 
-def test_a_dribbling_body_is_given_up_and_its_connection_closed(url: str) -> None:
+def test_a_slow_body_is_refused_and_its_connection_closed(url: str) -> None:
     never = threading.Event()
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n"
     reply = talk(url, head, *[b"w"] * 30, pause=never)
@@ -565,7 +567,7 @@ def guarded(tasks: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("token", ["old-token", "new-token", "third-tökén"])
-def test_any_known_token_opens_the_server(guarded: str, token: str) -> None:
+def test_any_configured_token_is_accepted(guarded: str, token: str) -> None:
     headers = {"Authorization": f"Bearer {token}".encode()}
     assert post(f"{guarded}/predict", {"inputs": "w1"}, headers=headers).status_code == 200
 
@@ -573,7 +575,7 @@ def test_any_known_token_opens_the_server(guarded: str, token: str) -> None:
 @pytest.mark.parametrize(
     "given", [None, "", "Bearer", "Bearer old", "Bearer old-tokenx", "Basic old-token", "old-token"]
 )
-def test_other_clients_are_refused(guarded: str, given: str | None) -> None:
+def test_clients_without_a_valid_token_are_refused(guarded: str, given: str | None) -> None:
     headers = {} if given is None else {"Authorization": given}
     for method, path in (("POST", "/predict"), ("GET", "/info"), ("GET", "/metrics"), ("GET", "/v2/models/default")):
         reply = httpx.request(method, guarded + path, headers=headers, timeout=60)
@@ -587,7 +589,7 @@ def test_health_and_pages_need_no_token(guarded: str, path: str) -> None:
     assert httpx.post(f"{guarded}/", json={"inputs": "w1"}, timeout=60).status_code == 401
 
 
-def test_health_needs_no_token_below_a_route_prefix_and_the_rest_does(tasks: dict[str, Any], tmp_path: Path) -> None:
+def test_with_a_route_prefix_only_health_needs_no_token(tasks: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("secret\n")
     config = AppConfig.model_validate({**tasks["mood"], "token_file": str(tmp_path / "tokens")})
     service = Service(config)
@@ -607,7 +609,7 @@ def test_health_needs_no_token_below_a_route_prefix_and_the_rest_does(tasks: dic
         service.close()
 
 
-def test_a_server_that_should_be_closed_never_opens(tmp_path: Path) -> None:
+def test_a_missing_or_empty_token_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     for file, variable in ((str(tmp_path / "none"), None), (str(tmp_path / "empty"), None), (None, "REVMUX_NO_SUCH")):
         with pytest.raises(UserError, match="token"):
@@ -615,7 +617,7 @@ def test_a_server_that_should_be_closed_never_opens(tmp_path: Path) -> None:
     assert read_tokens(None, None) == ()
 
 
-def test_the_api_page_needs_no_other_server(url: str) -> None:
+def test_the_api_page_loads_nothing_from_other_servers(url: str) -> None:
     shown = httpx.get(f"{url}/docs").text
     assert "https://" not in shown
     assert httpx.get(f"{url}/static-offline-docs/swagger-ui-bundle.js").status_code == 200
@@ -626,7 +628,7 @@ def test_the_api_page_needs_no_other_server(url: str) -> None:
     assert "429" in schema["paths"]["/predict"]["post"]["responses"]
 
 
-def test_the_examples_of_the_api_page_are_answered(url: str) -> None:
+def test_the_examples_on_the_api_page_work(url: str) -> None:
     paths = httpx.get(f"{url}/openapi.json").json()["paths"]
     for path in ("/tasks/{task}/predict", "/v2/models/{task}/infer"):
         content = paths[path]["post"]["requestBody"]["content"]["application/json"]
@@ -640,7 +642,7 @@ def _live(tasks: dict[str, TaskConfig]) -> dict[str, Any]:
     return LiveConfig(tasks=tasks).model_dump()
 
 
-def test_adapters_and_tasks_come_and_go_while_requests_are_answered(tasks: dict[str, Any], tmp_path: Path) -> None:
+def test_adapters_and_tasks_can_be_changed_while_requests_are_answered(tasks: dict[str, Any], tmp_path: Path) -> None:
     mood, topic = (TaskConfig.model_validate(tasks[name]) for name in ("mood", "topic"))
     narrow = mood.model_copy(update={"adapters": mood.adapters[:1]})
     config = AppConfig.model_validate({"tasks": {"mood": narrow.model_dump()}, "plain_load": 0})
@@ -745,24 +747,26 @@ def _fuzz(api: Any, path: str, method: str, mode: GenerationMode, examples: int,
 
 
 @pytest.mark.parametrize(("path", "method"), _OPERATIONS)
-def test_what_is_described_is_answered_as_described(api: Any, path: str, method: str) -> None:
+def test_valid_requests_get_the_replies_of_the_openapi_description(api: Any, path: str, method: str) -> None:
     statuses = _fuzz(api, path, method, GenerationMode.POSITIVE, 40 if method == "POST" else 4, True)
     assert 200 in statuses
 
 
 @pytest.mark.parametrize(("path", "method"), [operation for operation in _OPERATIONS if "POST" in operation])
-def test_what_is_not_described_is_refused_as_described(api: Any, path: str, method: str) -> None:
+def test_invalid_requests_get_the_errors_of_the_openapi_description(api: Any, path: str, method: str) -> None:
     assert 422 in _fuzz(api, path, method, GenerationMode.NEGATIVE, 40, True)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize(("path", "method"), [operation for operation in _OPERATIONS if "POST" in operation])
-def test_the_description_holds_in_depth(api: Any, path: str, method: str, mode: GenerationMode) -> None:
+def test_the_openapi_description_holds_in_a_long_fuzz_run(
+    api: Any, path: str, method: str, mode: GenerationMode
+) -> None:
     _fuzz(api, path, method, mode, 300, False)
 
 
-def test_bodies_are_json_whatever_their_content_type(url: str) -> None:
+def test_bodies_are_parsed_as_json_whatever_their_content_type(url: str) -> None:
     body = json.dumps({"inputs": "w1", "task": "mood"})
     for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
         assert httpx.post(f"{url}/predict", content=body, headers={"content-type": kind}).status_code == 200

@@ -116,9 +116,7 @@ def _answers(browser: Browser) -> list[list[str]]:
     return browser.run(f"{rows}.map(row => [...row.cells].map(cell => cell.innerText))")
 
 
-def test_a_person_types_texts_and_sees_labels_and_who_shared_a_pass(
-    browser: Browser, url: str, tasks: dict[str, Any]
-) -> None:
+def test_the_page_shows_labels_and_groups_of_typed_texts(browser: Browser, url: str, tasks: dict[str, Any]) -> None:
     browser.open(f"{url}/")
     browser.wait("!document.getElementById('token-entry').hidden")  # the server has asked for one
     browser.run("document.getElementById('token').focus()")
@@ -156,7 +154,7 @@ def test_the_page_shows_throughput_and_width_while_there_is_load(browser: Browse
     browser.run("clearInterval(window.load)")
 
 
-def test_a_refusal_is_shown_in_words(browser: Browser, url: str) -> None:
+def test_a_refusal_is_shown_as_text(browser: Browser, url: str) -> None:
     browser.run(f"document.getElementById('texts').value = {json.dumps('w ' * 500)}")
     browser.run("document.querySelector('#ask button[type=submit]').click()")
     browser.wait("document.getElementById('status').className === 'error'")
@@ -193,7 +191,7 @@ def _luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_every_control_has_a_name_and_the_page_asks_no_other_server(browser: Browser, url: str) -> None:
+def test_every_control_has_a_name_and_the_page_contacts_no_other_server(browser: Browser, url: str) -> None:
     unnamed = "[...document.querySelectorAll('textarea, select, input')].filter(field => !field.labels.length).length"
     assert browser.run(unnamed) == 0
     sources = browser.run("performance.getEntriesByType('resource').map(entry => entry.name)")

@@ -74,7 +74,7 @@ def test_a_closed_loop_keeps_its_connections_busy_after_a_lead(seen: Seen, url: 
     assert leg.per_second > 0
 
 
-def test_arrivals_wait_for_no_reply(seen: Seen, url: str) -> None:
+def test_arrivals_do_not_wait_for_replies(seen: Seen, url: str) -> None:
     arrivals = [0.0, 0.1, 0.2, 0.3]
     leg = send(Load(url, [{"n": n} for n in range(4)], arrivals=arrivals))
     assert seen.numbers == [0, 1, 2, 3]
@@ -87,7 +87,7 @@ def test_a_refused_request_ends_the_load(url: str) -> None:
         send(Load(url, [{"n": 0, "status": 200}, {"n": 1, "status": 429}]))
 
 
-def test_percentiles_are_of_the_slowest() -> None:
+def test_percentiles_use_the_nearest_rank() -> None:
     leg = Leg([Reply(float(n), float(n), {}) for n in range(1, 201)])
     assert (leg.p50, leg.p99, leg.per_second) == (100.5, 198.0, 1.0)
     assert Leg(leg.replies[:10]).p99 == 10.0
@@ -100,7 +100,7 @@ def test_poisson_arrivals_have_their_rate_and_their_seed() -> None:
     assert arrivals == poisson(4000, 50.0, 1) != poisson(4000, 50.0, 2)
 
 
-def test_shares_are_of_the_whole_time_of_a_request() -> None:
+def test_shares_sum_to_the_whole_time_of_a_request() -> None:
     headers = {"x-total-time": "800", "x-tokenization-time": "10", "x-queue-time": "300", "x-inference-time": "400"}
     leg = Leg([Reply(1.0, 1.0, headers)] * 3)
     after = {"tokenize": 9.0, "queue": 9.0, "pad": 1.1, "prefill": 2.0, "upper": 5.0, "head": 1.0, "reply": 1.0}
@@ -118,14 +118,14 @@ def test_shares_are_of_the_whole_time_of_a_request() -> None:
     assert [row["part"] for row in share_rows("b", "quiet", [found])] == [part for part in found if part in expected]
 
 
-def test_texts_have_the_length_that_is_asked() -> None:
+def test_texts_have_the_given_length() -> None:
     tokenizer = AutoTokenizer.from_pretrained(resolve(EMBEDDED_NAME))
     texts = texts_of_length(tokenizer, 128, 5)
     assert {len(tokens) for tokens in tokenizer(texts)["input_ids"]} == {128}
     assert len(set(texts)) == 5
 
 
-def test_legs_are_of_whole_passes() -> None:
+def test_legs_consist_of_whole_passes() -> None:
     sizes = Sizes(max_batch=16, alone=24, plain=16, grouped=48, rivals=32, quiet=10, half=20)
     assert sizes.times(1) == sizes
     small = sizes.times(0.1)
@@ -157,7 +157,7 @@ def test_the_model_alone_is_compared_at_every_n_and_l(tmp_path: Path) -> None:
         assert row["ratio_median"] == pytest.approx(row["throughput_ratio"] * row["cost_counted"], abs=2e-3)
 
 
-def test_the_page_says_what_was_met_missed_and_not_measured() -> None:
+def test_the_page_shows_which_targets_were_met_missed_and_not_measured() -> None:
     rows = [
         ratio_row("grouped", [0.8, 0.85, 0.95], 0.9) | {"throughput_ratio": 1.7, "cost_counted": 0.5},
         ratio_row("quiet", [1.0], 1.05) | {"bound": "at most"},
@@ -190,7 +190,7 @@ def test_the_page_says_what_was_met_missed_and_not_measured() -> None:
         (["--pairs", "0"], "pairs is 0; choose 1 or more"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_measured(
+def test_a_user_error_is_reported_before_anything_is_measured(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2

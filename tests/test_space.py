@@ -27,7 +27,7 @@ def test_every_space_of_the_project_has_points_on_the_embedded_backbone() -> Non
         assert len({repr(point) for point in points}) == len(points) > 1
 
 
-def test_the_paper_cuts_every_backbone_in_the_middle() -> None:
+def test_the_paper_space_cuts_every_backbone_in_the_middle() -> None:
     for layers, cuts in ((12, {0, 3, 6}), (32, {0, 8, 16}), (6, {0, 2, 3})):
         points, left_out = legal_points(load_space("paper"), RECIPE, replace(SHAPE, num_layers=layers), 1)
         assert {point.method.prefill_layers for point in points} == cuts
@@ -42,7 +42,7 @@ def test_the_wide_space_has_an_exit_head_at_every_layer() -> None:
     assert {(point.method.num_inputs, point.loss.infonce_weight) for point in heads} == {(1, 0.0)}
 
 
-def test_illegal_points_are_left_out_with_the_reason() -> None:
+def test_invalid_points_are_skipped_with_the_reason() -> None:
     space = SearchSpace(num_inputs=[2, 5], prefill_layers=[3, 13])
     points, left_out = legal_points(space, RECIPE, SHAPE, 1)
     assert [(point.method.num_inputs, point.method.prefill_layers) for point in points] == [(2, 3)]
@@ -51,14 +51,14 @@ def test_illegal_points_are_left_out_with_the_reason() -> None:
     assert any("768" in reason and "5" in reason for reason in left_out)
 
 
-def test_a_space_without_a_legal_point_is_refused() -> None:
+def test_a_space_without_a_valid_point_is_refused() -> None:
     with pytest.raises(UserError, match=r"no legal point.*prefill_layers is 13"):
         legal_points(SearchSpace(prefill_layers=[13]), RECIPE, SHAPE, 1)
     with pytest.raises(UserError, match=r"unknown method .revmax.; known"):
         legal_points(SearchSpace(methods=["revmax"]), RECIPE, SHAPE, 1)
 
 
-def test_a_random_search_draws_the_same_points_again() -> None:
+def test_a_random_search_is_reproducible() -> None:
     space = replace(load_space("wide"), search="random", trials=7)
     first, second = (legal_points(space, RECIPE, SHAPE, 1)[0] for _ in range(2))
     assert first == second
@@ -79,12 +79,12 @@ def test_a_random_search_draws_the_same_points_again() -> None:
         ("[", "not YAML"),
     ],
 )
-def test_a_space_of_ones_own_is_checked(text: str, words: str, tmp_path: Path) -> None:
+def test_a_custom_space_is_checked(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         load_space(str(tmp_path / "mine.yaml")).points(RECIPE, 12)
 
 
-def test_an_unknown_space_names_the_known_ones() -> None:
+def test_an_unknown_space_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="paper, quick, wide"):
         load_space("huge")

@@ -50,7 +50,7 @@ def start(scheduler: FrontScheduler, *trials: Trial) -> list[SimpleNamespace]:
     return made
 
 
-def test_asha_stops_the_worse_of_equal_cost_and_leaves_other_costs_alone() -> None:
+def test_asha_stops_the_worse_trial_of_equal_cost_and_ignores_other_costs() -> None:
     scheduler = FrontScheduler(selection_inputs=20, reduction=2)
     good, bad, cheap = start(scheduler, trial("good", 0.70), trial("bad", 0.7001), trial("cheap", 0.5))
     assert tell(scheduler, good, 1, 0.80) == "CONTINUE"
@@ -60,7 +60,7 @@ def test_asha_stops_the_worse_of_equal_cost_and_leaves_other_costs_alone() -> No
     assert scheduler.stopped.keys() == {"bad"}
 
 
-def test_what_cannot_reach_the_front_is_stopped_with_the_reason() -> None:
+def test_a_trial_that_cannot_reach_the_front_is_stopped_with_the_reason() -> None:
     scheduler = FrontScheduler(selection_inputs=2000)
     cheap, dear, rival = start(scheduler, trial("cheap", 0.5), trial("dear", 0.7), trial("rival", 0.4))
     assert tell(scheduler, cheap, 1, 0.80) == "CONTINUE"
@@ -91,7 +91,7 @@ def test_a_failed_trial_stops_no_other() -> None:
     assert tell(scheduler, other, 1, 0.2) == "CONTINUE"
 
 
-def test_a_trial_that_goes_on_after_a_failure_keeps_its_epochs() -> None:
+def test_a_trial_that_resumes_after_a_failure_keeps_its_epochs() -> None:
     scheduler = FrontScheduler(selection_inputs=2000)
     lost, other = start(scheduler, trial("lost", 0.4), trial("other", 0.5))
     tell(scheduler, lost, 1, 0.99)
@@ -100,7 +100,7 @@ def test_a_trial_that_goes_on_after_a_failure_keeps_its_epochs() -> None:
     assert tell(scheduler, other, 1, 0.2) == "STOP"
 
 
-def test_a_trial_that_reports_its_own_failure_stops_no_other_and_teaches_nothing() -> None:
+def test_a_trial_that_reports_its_own_failure_stops_no_other_and_is_not_used_by_the_search() -> None:
     scheduler = FrontScheduler(selection_inputs=2000)
     broken, other = start(scheduler, trial("broken", 0.4), trial("other", 0.5))
     tell(scheduler, broken, 1, 0.99)
@@ -133,18 +133,18 @@ def run_search(search: FrontSearch) -> list[str]:
     return given
 
 
-def test_without_a_limit_every_trial_is_given_once_in_order() -> None:
+def test_without_a_limit_every_trial_is_suggested_once_in_order() -> None:
     trials = grid()
     assert run_search(FrontSearch(trials, [], None, True, 0)) == [one.name for one in trials]
 
 
-def test_optuna_gives_each_trial_at_most_once_and_repeats_itself() -> None:
+def test_optuna_suggests_each_trial_at_most_once_and_is_reproducible() -> None:
     given = run_search(FrontSearch(grid(), [], 16, True, seed=3))
     assert len(set(given)) == len(given) == 16
     assert given == run_search(FrontSearch(grid(), [], 16, True, seed=3))
 
 
-def test_optuna_looks_where_accuracy_was_found() -> None:
+def test_optuna_prefers_settings_with_good_accuracy() -> None:
     trials = [
         trial(f"{name}-{inputs}-{layers}", 0.3 + 0.05 * layers, name=name, num_inputs=inputs, prefill_layers=layers)
         for name in ("revmux", "token-split")
@@ -157,7 +157,7 @@ def test_optuna_looks_where_accuracy_was_found() -> None:
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
-def test_a_search_goes_on_where_it_was(adaptive: bool) -> None:
+def test_a_search_resumes_from_its_saved_state(adaptive: bool) -> None:
     trials = grid()
     rows = [
         row_of(trials[0], "done", metrics={"selection_accuracy": 0.6}),
@@ -198,7 +198,7 @@ def test_a_sweep_folder_of_another_task_is_refused(tiny_model_folder: Path, tiny
     assert prepare_sweep(replace(job, data=replace(job.data, limit=30), name="other"), tmp_path).trials
 
 
-def test_rows_are_read_back_and_make_a_front(tmp_path: Path) -> None:
+def test_rows_are_read_back_and_give_a_front(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path, {"data": "a"})
     good, bad, lost = trial("good", 0.5), trial("bad", 0.6), trial("lost", 0.7)
     figures = {"accuracy_mean": 0.8, "siso_accuracy": 0.9}
@@ -215,7 +215,7 @@ def test_rows_are_read_back_and_make_a_front(tmp_path: Path) -> None:
     }
 
 
-def test_a_trial_whose_process_was_lost_after_its_row_is_not_trained_again(
+def test_a_trial_that_wrote_its_row_is_not_repeated_when_its_process_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, mine, told = SweepFolder(tmp_path, {"data": "a"}), trial("mine", 0.5), []
@@ -238,11 +238,11 @@ def test_a_trial_whose_process_was_lost_after_its_row_is_not_trained_again(
         ("", "unknown"),
     ],
 )
-def test_a_failure_is_told_in_one_line(text: str, reason: str) -> None:
+def test_a_failure_is_printed_on_one_line(text: str, reason: str) -> None:
     assert reason_of(text) == reason
 
 
-def test_as_many_trials_run_side_by_side_as_fit() -> None:
+def test_the_number_of_concurrent_trials_is_what_fits() -> None:
     cluster = TuneJob().cluster
     assert fitting_trials(cluster, {"CPU": 2.0}) == 2
     assert fitting_trials(replace(cluster, workers=4), {"CPU": 2.0}) == 1

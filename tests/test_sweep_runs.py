@@ -108,7 +108,7 @@ def table_of(runs: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_goes_on(
+def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_continues(
     job: Callable[..., TuneJob], tmp_path: Path
 ) -> None:
     options = {"token-split": {"pooling_width": 10**12}}
@@ -121,7 +121,7 @@ def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_goes_on(
     assert statuses == {"exit-head": "FINISHED", "token-split": "FAILED"}
 
 
-def test_a_sweep_whose_machines_do_not_come_says_so_and_ends(job: Callable[..., TuneJob]) -> None:
+def test_a_sweep_reports_missing_machines_and_ends(job: Callable[..., TuneJob]) -> None:
     points = {"methods": ["exit-head"], "exit_layers": [1], "epochs": 1}
     ready = job(points)
     task = load_task(ready.data)
@@ -136,7 +136,7 @@ def test_a_sweep_whose_machines_do_not_come_says_so_and_ends(job: Callable[..., 
 
 
 @pytest.mark.long
-def test_trials_that_the_memory_monitor_ends_are_told_and_counted(
+def test_trials_ended_by_the_memory_monitor_are_reported_and_counted(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     points = {"methods": ["exit-head"], "exit_layers": [1, 2], "epochs": 60}
@@ -150,7 +150,7 @@ def test_trials_that_the_memory_monitor_ends_are_told_and_counted(
 
 
 @pytest.mark.long
-def test_trials_of_several_workers_are_stopped_and_done_too(job: Callable[..., TuneJob], tmp_path: Path) -> None:
+def test_trials_with_several_workers_can_be_stopped_and_completed(job: Callable[..., TuneJob], tmp_path: Path) -> None:
     cluster = ClusterConfig(address="local", workers=2)
     rows = main(job(TWO_RATES | {"epochs": 20}, stopping=StoppingConfig(deviations=0.1), cluster=cluster))
     status = {(row.prefill_layers, row.learning_rate): row.status for row in rows}
@@ -173,7 +173,7 @@ def trial_process(driver: int) -> psutil.Process | None:
     return None
 
 
-def test_a_process_takes_trial_after_trial_stopped_ones_too_and_a_lost_one_is_made_up_for(
+def test_a_process_runs_several_trials_and_a_lost_process_is_replaced(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     runs, log = tmp_path / "runs", tmp_path / "log.txt"
@@ -207,7 +207,7 @@ def test_a_process_takes_trial_after_trial_stopped_ones_too_and_a_lost_one_is_ma
 
 
 @pytest.mark.long
-def test_a_killed_sweep_goes_on_with_each_trial_once(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_and_runs_each_trial_once(command: Callable[..., list[str]], tmp_path: Path) -> None:
     """One command given twice: killed after its first trial, then to the end, with trials that fail."""
     points = {
         "methods": ["revmux", "exit-head"],

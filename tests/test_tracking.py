@@ -36,7 +36,7 @@ def found(tracker: Tracker, run_id: str) -> Run:
     ("error", "status"),
     [(None, "FINISHED"), (OSError, "FAILED"), (SystemExit, "KILLED"), (KeyboardInterrupt, "KILLED")],
 )
-def test_a_run_ends_as_its_body_does(error: type[BaseException] | None, status: str, storage: Path) -> None:
+def test_the_status_of_a_run_follows_its_body(error: type[BaseException] | None, status: str, storage: Path) -> None:
     tracker = tracker_of(storage)
 
     def body() -> None:
@@ -56,9 +56,7 @@ def test_a_run_ends_as_its_body_does(error: type[BaseException] | None, status: 
     assert not list(tracker.running.iterdir())
 
 
-def test_a_run_records_the_command_that_a_person_would_give_again(
-    storage: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_records_the_command_that_repeats_it(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["somewhere/pytest", "--name", "two words", "--uri", "pg://me:secret@db/runs"])
     command = command_line()
     assert command.startswith("python ")
@@ -74,7 +72,7 @@ def be_killed(storage: Path, parent: Connection) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_run_whose_driver_was_killed_is_seen_by_the_next_job_and_goes_on(storage: Path) -> None:
+def test_the_next_job_detects_a_run_whose_driver_was_killed_and_resumes_it(storage: Path) -> None:
     tracker = tracker_of(storage)
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
@@ -103,7 +101,7 @@ def test_a_run_whose_driver_was_killed_is_seen_by_the_next_job_and_goes_on(stora
     assert not list(again.running.iterdir())
 
 
-def test_a_run_that_was_deleted_is_forgotten(storage: Path) -> None:
+def test_the_marker_of_a_deleted_run_is_removed(storage: Path) -> None:
     tracker = tracker_of(storage)
     tracker.running.mkdir()
     (tracker.running / ("0" * 32)).touch()

@@ -42,7 +42,7 @@ def client(mlflow_database: Path, tmp_path: Path) -> tuple[MlflowClient, str, st
     return client, uri, client.create_run(client.create_experiment("mine")).info.run_id
 
 
-def test_rates_count_what_was_done_here(
+def test_rates_count_only_the_steps_of_this_process(
     clock: SimpleNamespace, client: tuple[MlflowClient, str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, uri, run_id = client
@@ -64,7 +64,7 @@ def test_rates_count_what_was_done_here(
     assert store.get_run(run_id).data.metrics["live/tokens_per_second"] == 100
 
 
-def test_a_run_that_goes_on_records_the_epochs_that_are_missing(client: tuple[MlflowClient, str, str]) -> None:
+def test_a_resumed_run_records_the_missing_epochs(client: tuple[MlflowClient, str, str]) -> None:
     store, uri, run_id = client
     for _ in range(2):
         TrainProgress(
@@ -73,7 +73,7 @@ def test_a_run_that_goes_on_records_the_epochs_that_are_missing(client: tuple[Ml
     assert [point.step for point in store.get_metric_history(run_id, "train_loss")] == [1, 2]
 
 
-def test_a_store_that_is_away_ends_no_training(
+def test_an_unreachable_store_does_not_end_training(
     clock: SimpleNamespace,
     client: tuple[MlflowClient, str, str],
     monkeypatch: pytest.MonkeyPatch,
@@ -90,7 +90,7 @@ def test_a_store_that_is_away_ends_no_training(
     assert "did not take metrics (connection refused); training goes on" in caplog.text
 
 
-def test_the_load_of_the_machine_is_recorded_even_of_a_short_run(
+def test_system_metrics_are_recorded_even_for_a_short_run(
     client: tuple[MlflowClient, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, uri, run_id = client

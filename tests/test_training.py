@@ -70,7 +70,7 @@ def changed(before: dict[str, Tensor], module: torch.nn.Module) -> set[str]:
     return {name for name, value in module.state_dict().items() if not torch.equal(before[name], value)}
 
 
-def test_the_loss_goes_down_and_only_adapters_move(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_the_loss_decreases_and_only_adapters_change(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=16, batch_size=16, learning_rate=5e-3, seed=2))
     backbone, method = snapshot(running.model.backbone), snapshot(running.model.method)
     reports = list(running.run())
@@ -93,7 +93,9 @@ def history(running: Trainer) -> list[dict[str, float]]:
     ]
 
 
-def test_a_restart_ends_where_an_unbroken_run_does(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_a_resumed_run_ends_with_the_same_weights_as_an_uninterrupted_one(
+    tiny_pretrained: Pretrained, tiny_rows: list
+) -> None:
     unbroken = trainer(tiny_pretrained, tiny_rows)
     list(unbroken.run())
 
@@ -116,7 +118,9 @@ def test_a_restart_ends_where_an_unbroken_run_does(tiny_pretrained: Pretrained, 
     assert restarted.state.step == unbroken.total_steps
 
 
-def test_it_stops_when_nothing_gets_better_and_stays_stopped(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_training_stops_when_accuracy_stops_improving_and_stays_stopped(
+    tiny_pretrained: Pretrained, tiny_rows: list
+) -> None:
     still = OptimConfig(epochs=9, batch_size=16, learning_rate=1e-12, patience=2)
     running = trainer(tiny_pretrained, tiny_rows, still)
     reports = list(running.run())
@@ -131,7 +135,7 @@ class Stopped(Exception):
     """The process ends here."""
 
 
-def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(
+def test_a_run_stopped_within_an_epoch_resumes_at_that_step(
     tiny_pretrained: Pretrained, tiny_rows: list, tmp_path: Path
 ) -> None:
     optim = OptimConfig(epochs=3, batch_size=8, learning_rate=5e-3)  # 8 steps an epoch
@@ -167,7 +171,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(
         assert epoch == approx(other)
 
 
-def test_the_steps_after_a_restart_have_the_inputs_that_were_left(
+def test_the_steps_after_a_restart_use_the_remaining_inputs(
     tiny_pretrained: Pretrained, tiny_rows: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optim = OptimConfig(epochs=1, batch_size=8)
@@ -200,13 +204,13 @@ def test_the_steps_after_a_restart_have_the_inputs_that_were_left(
     assert sorted(done + asked) == list(range(64))
 
 
-def test_a_checkpoint_of_other_steps_is_refused(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_a_checkpoint_with_another_number_of_steps_is_refused(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     kept = trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=16)).state_dict()
     with pytest.raises(UserError, match="the checkpoint has batch_size 16, this run has 32"):
         trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=32)).load_state_dict(kept)
 
 
-def test_parts_of_a_step_add_up_to_it(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_accumulated_steps_train_the_same_weights_as_whole_steps(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     def weights(accumulate: int) -> dict[str, Tensor]:
         optim = OptimConfig(epochs=2, batch_size=16, learning_rate=5e-3, accumulate=accumulate)
         running = trainer(tiny_pretrained, tiny_rows, optim, options={"skip": True})
@@ -220,7 +224,7 @@ def test_parts_of_a_step_add_up_to_it(tiny_pretrained: Pretrained, tiny_rows: li
         trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=16, accumulate=3))
 
 
-def test_each_part_of_a_step_knows_whose_teachers_it_stands_against(
+def test_each_part_of_a_step_uses_the_teachers_of_the_whole_step(
     tiny_pretrained: Pretrained, tiny_rows: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last step of an epoch is made up of groups that come twice, whose inputs must not repel themselves."""
@@ -245,7 +249,7 @@ def test_each_part_of_a_step_knows_whose_teachers_it_stands_against(
     assert sum(map(bool, twins)) == 2, "in both parts of one step"
 
 
-def test_steps_are_told_without_warnings(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_steps_are_reported_without_warnings(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     told: list[tuple[int, int]] = []
     tokens = 0
 
@@ -262,7 +266,7 @@ def test_steps_are_told_without_warnings(tiny_pretrained: Pretrained, tiny_rows:
     assert tokens == sum(len(row["text"].split()) + 2 for row in tiny_rows[:64])
 
 
-def test_the_rate_rises_then_falls_to_zero(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_the_learning_rate_rises_then_falls_to_zero(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=5, batch_size=16, warmup_share=0.2))
     rates = [running._rate(step) for step in range(21)]  # 20 steps, 4 of them warm-up
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -270,13 +274,13 @@ def test_the_rate_rises_then_falls_to_zero(tiny_pretrained: Pretrained, tiny_row
     assert rates[-1] == 0.0
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=3, batch_size=16, learning_rate=1e30))
     with pytest.raises(UserError, match=r"in epoch \d; lower learning_rate \(now 1e\+30\)"):
         list(running.run())
 
 
-def test_a_batch_that_cannot_be_cut_into_groups_is_refused(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
+def test_a_batch_that_cannot_be_divided_into_groups_is_refused(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     with pytest.raises(UserError, match=r"batch_size \(15\) must be divisible"):
         trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=15))
 
@@ -285,7 +289,7 @@ def test_a_batch_that_cannot_be_cut_into_groups_is_refused(tiny_pretrained: Pret
     ("field", "value"),
     [("epochs", 0), ("learning_rate", 0.0), ("clip", -1.0), ("patience", -1), ("warmup_share", 1.0)],
 )
-def test_settings_that_mean_nothing_are_refused(field: str, value: float) -> None:
+def test_invalid_settings_are_refused(field: str, value: float) -> None:
     with pytest.raises(UserError, match=field):
         OptimConfig(**{field: value})  # type: ignore[arg-type]
 
@@ -308,7 +312,7 @@ def test_weights_of_another_model_are_refused(tiny_pretrained: Pretrained, tiny_
 
 
 @pytest.mark.parametrize("frozen_layers", [0, 1, 2])
-def test_tuning_a_task_model_moves_what_stands_above_the_frozen_layers(
+def test_tuning_a_task_model_changes_only_what_is_above_the_frozen_layers(
     frozen_layers: int, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
 ) -> None:
     recipe = Recipe(
@@ -327,7 +331,7 @@ def test_tuning_a_task_model_moves_what_stands_above_the_frozen_layers(
     assert list(tmp_path.iterdir()) == [], "nothing that a moving backbone says is stored"
 
 
-def test_a_soft_prompt_stands_before_the_frozen_layers() -> None:
+def test_a_soft_prompt_is_trained_only_if_no_layer_is_frozen() -> None:
     torch.manual_seed(0)
     config = tiny_config(
         "llama", vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
@@ -343,7 +347,7 @@ def test_a_soft_prompt_stands_before_the_frozen_layers() -> None:
     assert prompt.requires_grad
 
 
-def test_a_recipe_runs_from_files_to_figures(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
+def test_a_recipe_runs_from_files_to_metrics(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
     recipe = Recipe(
         backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16),
         data=DataConfig(source=str(tiny_csv)),
@@ -366,7 +370,7 @@ def test_a_recipe_runs_from_files_to_figures(tiny_model_folder: Path, tiny_csv: 
     assert torch.equal(again.model.method.down.weight, first), "the recipe's seed alone draws the adapters"  # type: ignore[union-attr]
 
 
-def test_a_recipe_is_checked_from_shapes_alone(tiny_pretrained: Pretrained) -> None:
+def test_a_recipe_is_checked_from_shapes_without_weights(tiny_pretrained: Pretrained) -> None:
     shape = BackboneShape.of(tiny_pretrained.backbone)
     with pytest.raises(UserError, match=r"prefill_layers is 4, .* supports 0\.\.3"):
         check(Recipe(method=MethodConfig("revmux", 2, 4)), shape)
@@ -379,7 +383,7 @@ def test_a_recipe_is_checked_from_shapes_alone(tiny_pretrained: Pretrained) -> N
     check(Recipe(), shape, workers=4)
 
 
-def test_other_labels_than_the_task_model_are_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_labels_that_differ_from_the_task_model_are_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "other.csv"
     file.write_text("text,label\n" + "w1 w5,yes\nw2 w6,no\n" * 20)
     recipe = Recipe(
@@ -437,7 +441,7 @@ def test_two_workers_follow_the_loss_curve_of_one(
     ("name", "prefill", "options"),
     [("revmux", 1, {"tune_backbone": True, "exit_layer": 2}), ("datamux", 0, {})],
 )
-def test_two_workers_tune_one_backbone_though_not_all_of_it_is_used(
+def test_two_workers_tune_a_backbone_with_unused_weights(
     name: str, prefill: int, options: dict, run_workers: Callable, tiny_model_folder: Path, tiny_rows: list
 ) -> None:
     first, second = run_workers(trained, 2, str(tiny_model_folder), tiny_rows, name, prefill, options)

@@ -22,7 +22,7 @@ def test_a_deprecation_elsewhere_is_ignored(module: str, category: type[Warning]
     assert not seen
 
 
-def test_the_warning_counts_where_the_caller_is() -> None:
+def test_a_warning_is_attributed_to_its_caller() -> None:
     """A library that deprecates a function points at its caller, which is our module."""
     code = compile("def call(function):\n    function()\n", "caller.py", "exec")
 

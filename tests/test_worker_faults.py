@@ -47,11 +47,11 @@ CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by pee
         ({1: CLOSED, 2: CLOSED}, 1),
     ],
 )
-def test_the_failure_that_the_others_follow_from_is_found(failures: dict[int, Exception], rank: int) -> None:
+def test_the_original_failure_among_follow_up_failures_is_found(failures: dict[int, Exception], rank: int) -> None:
     assert first_error(failures) == (rank, failures[rank])
 
 
-def test_too_little_memory_is_seen_on_every_device() -> None:
+def test_out_of_memory_is_recognised_on_every_device() -> None:
     with pytest.raises(RuntimeError) as failed:
         torch.empty(2**50)
     assert is_out_of_memory(failed.value)
@@ -60,12 +60,12 @@ def test_too_little_memory_is_seen_on_every_device() -> None:
 
 
 @pytest.mark.cluster
-def test_a_gpu_that_ray_did_not_give_is_left_alone(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_ray_did_not_assign_is_not_used(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert ray_jobs.training.worker.own_device() == torch.device("cpu")
 
 
-def test_a_run_that_was_given_up_is_told_in_a_line() -> None:
+def test_an_aborted_run_is_reported_on_one_line() -> None:
     told = as_told(WorkerGroupError("a page of tracebacks", {0: CLOSED, 3: KeyError("label")}))
     assert (type(told), str(told)) == (WorkerError, "worker 3 failed, KeyError: 'label'")
     assert str(as_told(ControllerError(UserError("no room on worker 2")))) == "no room on worker 2"
@@ -147,7 +147,7 @@ def kill_oneself() -> None:
         ),
     ],
 )
-def test_what_one_worker_cannot_mend_ends_all_at_once(
+def test_a_user_error_in_one_worker_ends_all_workers_at_once(
     error: Exception, words: str, start: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -164,7 +164,7 @@ def test_what_one_worker_cannot_mend_ends_all_at_once(
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("failures", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_another_error_of_one_worker_is_tried_again_and_told(
+def test_other_errors_of_one_worker_are_retried_and_reported(
     failures: int, start: Start, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(WorkerError, match=r"^worker 1 failed, OSError: \[Errno 5\] Input/output error"):
@@ -177,7 +177,7 @@ def test_another_error_of_one_worker_is_tried_again_and_told(
 @pytest.mark.cluster
 @pytest.mark.long
 @pytest.mark.timeout(300)
-def test_a_lost_worker_is_told_not_its_peers_broken_connection(start: Start) -> None:
+def test_a_lost_worker_is_reported_instead_of_the_broken_connection_of_its_peer(start: Start) -> None:
     with pytest.raises(WorkerError, match=r"^worker 1 failed, .*died"):
         start(kill_oneself, max_failures=0)
 
@@ -185,7 +185,7 @@ def test_a_lost_worker_is_told_not_its_peers_broken_connection(start: Start) -> 
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are found in /proc")
-def test_checkpoints_are_removed_once_the_adapter_is_on_the_disk(
+def test_checkpoints_are_removed_once_the_adapter_is_saved(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flush, remove, flushed, before = os.fsync, ray_jobs.training.launch.remove_folder, [], []
@@ -208,7 +208,9 @@ def test_checkpoints_are_removed_once_the_adapter_is_on_the_disk(
 
 
 @pytest.mark.cluster
-def test_machines_that_do_not_come_are_told_and_end_the_run(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_reports_missing_machines_and_ends_after_the_limit(
+    start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
     cores = ray.cluster_resources()["CPU"]
     with pytest.raises(UserError) as told:
         start(kill_oneself, cpus_per_worker=cores, wait_minutes=0.05)
@@ -217,7 +219,7 @@ def test_machines_that_do_not_come_are_told_and_end_the_run(start: Start, capfd:
     assert "--cluster.wait_minutes" in str(told.value)
 
 
-def test_what_other_work_holds_is_not_missing() -> None:
+def test_resources_used_by_other_work_do_not_count_as_missing() -> None:
     assert not missing(2, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0})
     assert missing(2, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0})
     assert missing(1, {"GPU": 1.0}, {"CPU": 8.0})
