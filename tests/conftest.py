@@ -1,10 +1,10 @@
-"""What tests share: a tiny task model with its tokenizer, tiny labelled files, and workers of a process group."""
+"""Shared fixtures: a tiny task model with its tokenizer, tiny labelled files, and workers of a process group."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported: no test waits for a network
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before any Hugging Face import, so that no test waits for a network
 
 import json
 import multiprocessing
@@ -31,8 +31,8 @@ torch.set_num_threads(THREADS)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Divide the tests among processes.
 
-    Each file's tests stay in one process, so that what they share is made once. One process runs all files that start
-    Ray clusters, first, so that no two clusters share this machine and the other processes do the rest meanwhile.
+    Each file's tests stay in one process, so that shared fixtures are created once. One process runs all files that
+    start Ray clusters, and runs them first, so that only one cluster uses the machine while the others run the rest.
     """
     clusters = {item.path for item in items if item.get_closest_marker("cluster")}
     for item in items:
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the datasets library caches goes with the tests."""
+    """Put the cache of the datasets library into a temporary folder."""
     former = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     yield
@@ -56,7 +56,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pretrained(tiny_model_folder: Path) -> Pretrained:
-    """Frozen and shared by all tests: one that trains the backbone loads its own."""
+    """Frozen and shared by all tests; a test that trains the backbone loads its own."""
     pretrained = load_pretrained(BackboneConfig(model=str(tiny_model_folder), max_length=16))
     pretrained.backbone.freeze()
     return pretrained
@@ -99,7 +99,7 @@ def tiny_csv(tiny_files: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store without runs, on sqlite: a copy of it saves the seconds that its migrations take."""
+    """An empty MLflow store on sqlite; tests copy it to save the seconds of the migrations."""
     from mlflow import MlflowClient
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"

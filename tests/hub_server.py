@@ -1,4 +1,4 @@
-"""A model hub on this machine: the endpoints that huggingface_hub calls to push files and to load them again."""
+"""A local model hub: the endpoints that huggingface_hub calls to push and load files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Repository:
 
 
 class Hub:
-    """What the server holds, for tests to look at.
+    """The content of the server, for tests to inspect.
 
     Attributes:
         repositories: by ``user/name``.
@@ -50,13 +50,13 @@ class Hub:
         self.url = ""
 
     def add(self, name: str, folder: Path) -> str:
-        """A folder as a repository; returns the commit."""
+        """Store a folder as a repository; return the commit."""
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         return self.repositories.setdefault(name, Repository()).commit(files)
 
 
 class Refused(Exception):
-    """An answer that is an error."""
+    """An error response."""
 
     def __init__(self, status: int, code: str = "", content: object = None, commit: str = "") -> None:
         self.status, self.content = status, content or {}
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         name, (action, revision, *below) = f"{user}/{repository}", rest or ("revision", "main")
         digest, files = self.files_at(name, revision)
         if below:
-            raise Refused(404, "EntryNotFound")  # no repository of the tests has folders
+            raise Refused(404, "EntryNotFound")  # no repository in the tests has folders
         if action == "tree":
             return [{"type": "file", "path": file} | described(content) for file, content in files.items()], {}
         siblings = [{"rfilename": file} | described(content, is_large(file)) for file, content in files.items()]
@@ -201,7 +201,7 @@ def described(content: bytes, large: bool = False) -> dict[str, object]:
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A hub that answers on a free port of this machine."""
+    """Run a hub on a free local port."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
     server.daemon_threads = True

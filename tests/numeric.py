@@ -22,14 +22,14 @@ STEPS_PER_LAYER = 256
 """Rounding errors, in units of the type's precision, that one layer may add: the weights here are large."""
 
 HALF_STEPS_PER_LAYER = 4
-"""The same for types of two bytes, in which results are rounded but sums are not computed."""
+"""The same for two-byte types, in which results are rounded but sums are accumulated in float32."""
 
 
 def relative_tolerance(*tensors: Tensor, layers: int = LAYERS) -> float:
-    """The rounding error to expect of ``layers`` layers, relative to the largest value.
+    """Return the rounding error expected of ``layers`` layers, relative to the largest value.
 
     Args:
-        tensors: what is compared; the coarsest type counts.
+        tensors: the compared tensors; the coarsest type counts.
         layers: layers between the input and the values.
     """
     types = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
@@ -47,13 +47,13 @@ def assert_close(
     size: float = 0.0,
     message: str | None = None,
 ) -> None:
-    """Fail where two computations of the same values differ by more than rounding.
+    """Fail if two computations of the same values differ by more than rounding.
 
     Args:
-        actual: a tensor, or a sequence of them that is compared item by item.
-        expected: of the same structure.
+        actual: a tensor, or a sequence of tensors that is compared item by item.
+        expected: the expected values, with the same structure.
         layers: layers between the input and the values.
-        size: largest intermediate value, where the values compared are small differences of large ones.
+        size: largest intermediate value, if the compared values are small differences of large ones.
         message: shown in place of the report of the differences.
     """
     if not isinstance(actual, Tensor):
@@ -67,5 +67,5 @@ def assert_close(
 
 
 def approx(expected: float | list[float] | dict[str, float], layers: int = LAYERS) -> Any:
-    """``pytest.approx`` for numbers of Python that float32 computed."""
+    """``pytest.approx`` for Python numbers that were computed in float32."""
     return pytest.approx(expected, rel=relative_tolerance(torch.empty(0), layers=layers))

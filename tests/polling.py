@@ -1,4 +1,4 @@
-"""Waiting for a condition, with a deadline: no test waits for a fixed time."""
+"""Wait for a condition with a deadline, so that no test waits for a fixed time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def wait_until(
     every: float = 0.05,
     failure: Callable[[], str | None] = lambda: None,
 ) -> T:
-    """What ``condition`` gives as soon as it is true.
+    """Return the value of ``condition`` as soon as it is true.
 
     Args:
-        condition: called until it gives something true.
-        seconds: fails the test after this long.
+        condition: called until it returns a true value.
+        seconds: deadline after which the test fails.
         every: seconds between two calls.
-        failure: fails the test at once where it gives a message.
+        failure: fails the test at once if it returns a message.
     """
     deadline = time.monotonic() + seconds
     while not (found := condition()):

@@ -33,11 +33,11 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
     "null": (b"null", 422),
     "too long": (b'{"inputs": "' + b"w " * 60_000 + b'"}', 413),
 }
-"""Bodies that mean harm, with the status that each must get from a server of one task."""
+"""Hostile bodies, with the status that each must get from a server with one task."""
 
 
 def write_tasks(folder: Path) -> dict[str, dict[str, object]]:
-    """Two tasks with labels of their own: ``mood`` with adapters for N = 2 and 4, ``topic`` with N = 2."""
+    """Two tasks with their own labels: ``mood`` with adapters for N = 2 and 4, ``topic`` with N = 2."""
     tasks: dict[str, dict[str, object]] = {}
     for name, widths in {"mood": (2, 4), "topic": (2,)}.items():
         (folder / name).mkdir()
@@ -61,7 +61,7 @@ def free_port() -> int:
 
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
-    """The base URL of an application for as long as the context lasts."""
+    """Run an application; yield its base URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     started = threading.Event()
@@ -82,7 +82,7 @@ def listening(app: FastAPI) -> Iterator[str]:
 
 
 def connected(url: str) -> socket.socket:
-    """A connection on which raw bytes may be sent."""
+    """Open a connection on which raw bytes can be sent."""
     host, _, port = url.removeprefix("http://").partition(":")
     return socket.create_connection((host, int(port)), timeout=60)
 
@@ -107,7 +107,7 @@ def talk(url: str, *pieces: bytes, pause: threading.Event | None = None) -> byte
 
 
 def read_reply(connection: socket.socket) -> bytes:
-    """What the server answers, in full or until it closes."""
+    """Read the server's reply, in full or until the connection closes."""
     reply = b""
     try:
         while not _complete(reply) and (got := connection.recv(65536)):

@@ -1,4 +1,4 @@
-"""A tiny task model, and adapters that answer every input as the model alone would."""
+"""A tiny task model, and adapters that give every input the same answer as the plain model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CUT = 1
 
 
 def write_model(folder: Path) -> Path:
-    """A tiny BERT whose layers above the cut leave a state as it is.
+    """A tiny BERT whose layers above the cut do not change a state.
 
     A token-split adapter that was never trained then answers every input as the plain model does, whoever else is
     in its group: an answer that went to the wrong input shows.
@@ -74,13 +74,13 @@ def text(index: int) -> str:
 
 
 def plain_scores(pretrained: Pretrained, texts: list[str]) -> Tensor:
-    """(B, C) scores of the plain model on one padded batch."""
+    """Return the scores of the plain model on one padded batch, (B, C)."""
     with torch.inference_mode():
         return pretrained.backbone(dict(pretrained.tokenizer(texts, padding=True, return_tensors="pt")))
 
 
 def write_identifying_model(folder: Path, seed: int) -> tuple[Path, dict[str, str]]:
-    """A task model with a label a text: an answer names the text that it belongs to.
+    """A task model with one label per text, so that an answer identifies its text.
 
     The head is solved for, so that each text of :func:`known_texts` scores 10 at its own label and 0 at the others.
     All layers are those of :func:`write_model`, the same for every seed, but each seed labels the texts in another
@@ -110,5 +110,5 @@ def write_identifying_model(folder: Path, seed: int) -> tuple[Path, dict[str, st
 
 
 def known_texts() -> list[str]:
-    """Texts of many lengths that tiny models tell apart."""
+    """Texts of many lengths that tiny models distinguish."""
     return [text(index) for index in range(0, 56, 2)]

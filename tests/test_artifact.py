@@ -1,4 +1,4 @@
-"""Adapters on disk: the same scores after a round trip, and nothing that does not fit is loaded."""
+"""Adapters on disk: a round trip keeps the scores, and adapters that do not fit are refused."""
 
 from __future__ import annotations
 

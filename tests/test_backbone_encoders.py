@@ -1,4 +1,4 @@
-"""Encoder families: a model cut at any layer is the whole model, also when inputs share a sequence."""
+"""Encoder families: a model cut at any layer computes the same as the whole model, also when inputs share a sequence."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ def pad(backbone: Backbone, tokens: TokenBatch, columns: int) -> TokenBatch:
 
 
 def answer(backbone: Backbone, state: HiddenState) -> Tensor:
-    """Scores (B, A, C) of a state run to the top."""
+    """Return the scores of a state after the remaining layers, (B, A, C)."""
     return backbone.classify(backbone.answers(backbone.run(state, backbone.num_layers)))
 
 
 def side_by_side(first: HiddenState, second: HiddenState) -> HiddenState:
-    """Each row's two inputs in one sequence, as a method that shares by tokens lays them."""
+    """Put each row's two inputs into one sequence, as a method that splits tokens does."""
     states = (first, second)
     shape = first.hidden.shape[1]
 
@@ -319,7 +319,7 @@ def test_inputs_side_by_side_in_one_sequence_get_the_same_answers_as_alone(
 @pytest.mark.parametrize(("family", "implementation"), [row for row in IMPLEMENTATIONS if row[0] in EXPLICIT_POSITIONS])
 @torch.no_grad()
 def test_dropping_tokens_does_not_move_the_other_tokens(family: str, implementation: str) -> None:
-    """Dropping tokens is hiding them: what is left keeps its positions, alone and side by side."""
+    """Dropping tokens equals masking them: the others keep their positions, alone and side by side."""
     backbone = frozen(family, implementation)
     tokens = token_batch(backbone, [LENGTH, LENGTH])
     kept = torch.tensor([[0, 1, 3, 4, 8, 9, 12], [0, 2, 3, 5, 6, 7, 13]])  # (B, S')
@@ -345,7 +345,7 @@ def test_dropping_tokens_does_not_move_the_other_tokens(family: str, implementat
 @pytest.mark.parametrize(("family", "implementation"), [row for row in IMPLEMENTATIONS if row[0] in EXPLICIT_POSITIONS])
 @torch.no_grad()
 def test_segments_stay_separate_when_positions_continue_across_them(family: str, implementation: str) -> None:
-    """Only distances count, so the second input may start where the first one ended."""
+    """Only distances matter, so the second input may start where the first one ended."""
     backbone = frozen(family, implementation)
     first, second = (backbone.embed(token_batch(backbone, [LENGTH, LENGTH], seed=seed)) for seed in (1, 2))
     restarted = side_by_side(first, second)

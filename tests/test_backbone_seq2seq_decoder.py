@@ -1,4 +1,4 @@
-"""Encoder-decoder and decoder families: cut at any layer they are the whole model, for either head."""
+"""Encoder-decoder and decoder families: cutting a model at any layer keeps its results, for both heads."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 
 @cache
 def whole(name: str, attention: str = "sdpa") -> Any:
-    """A random model whose weights are large enough that every mask, position and norm shows in its scores."""
+    """A random model whose weights are large enough that every mask, position and norm affects its scores."""
     torch.manual_seed(7)
     model = MODELS[name]().eval()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def is_decoder(name: str) -> bool:
 
 
 def vocabulary_scores(name: str, tokens: TokenBatch, attention: str = "sdpa", **embeddings: Any) -> Tensor:
-    """The whole language model's scores of its vocabulary at the answer: (B, V)."""
+    """Return the whole language model's vocabulary scores at the answer, (B, V)."""
     model, rows = whole(name, attention), torch.arange(len(LENGTHS))
     inputs = embeddings or {"input_ids": tokens["input_ids"]}
     if is_decoder(name):
@@ -141,14 +141,14 @@ def vocabulary_scores(name: str, tokens: TokenBatch, attention: str = "sdpa", **
 
 @torch.no_grad()
 def own_forward(name: str, tokens: TokenBatch, attention: str = "sdpa") -> Tensor:
-    """The whole model's label scores of inputs padded on the right."""
+    """Return the whole model's label scores of right-padded inputs."""
     if name.endswith("-words"):
         return vocabulary_scores(name, tokens, attention)[:, [ids[0] for ids in WORDS.token_ids]]
     return whole(name, attention)(**tokens).logits
 
 
 def side_by_side(state: HiddenState) -> HiddenState:
-    """All rows of a state in one sequence, each its own segment."""
+    """Put all rows of a state into one sequence, each as its own segment."""
     rows, length = state.mask.shape
     number = torch.arange(1, rows + 1).unsqueeze(1)
     return HiddenState(

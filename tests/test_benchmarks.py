@@ -1,4 +1,4 @@
-"""What benchmarks compare with is what they say, and their pages join what they should."""
+"""The baselines of the benchmarks compute what they claim, and the pages show the right rows."""
 
 import json
 

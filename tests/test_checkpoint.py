@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back, what is damaged is seen, and a full disk harms nothing that was there."""
+"""Checkpoints: they are restored as saved, damage is detected, and a full disk does not affect existing ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def names(path: Path) -> set[str]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """Two checkpoints, of steps 20 and 30, which share their best weights."""
+    """Write two checkpoints, of steps 20 and 30, which share their best weights."""
     path = tmp_path / "run"
     folder = CheckpointFolder(path)
     for step in (10, 20, 30):
@@ -108,7 +108,7 @@ def test_damaged_checkpoints_do_not_evict_good_ones(damage: Callable[[Path], Non
 
 @pytest.mark.parametrize("damage", [halve, Path.unlink], ids=["halved", "gone"])
 def test_lost_best_weights_are_written_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
-    """Later checkpoints share the file: without it, none of them could be read."""
+    """Later checkpoints share the file; without it none of them could be read."""
     folder = CheckpointFolder(tmp_path)
     save(folder, 10, best_epoch=1)
     damage(tmp_path / "best-00000001.pt")
@@ -158,7 +158,7 @@ def test_loading_a_checkpoint_does_not_execute_code(saved: Path, tmp_path: Path)
 def test_a_second_process_waits_for_the_lock_of_a_checkpoint_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The workers of a killed driver live on while those of the next one start."""
+    """The workers of a killed driver may still run when those of the next driver start."""
     path, told, entered = tmp_path / "run", SimpleQueue[str](), threading.Event()
     monkeypatch.setattr("revmux.training.checkpoint._log.warning", lambda words, *values: told.put(words % values))
 

@@ -1,4 +1,4 @@
-"""Texts in a notebook: grouped by length, answered in their own order, with the backbone that the adapter records."""
+"""Classification in a notebook: texts are grouped by length and answered in order, with the recorded backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deployment files: what Ray's own schema allows, the pinned versions, no open door, and a note at every placeholder."""
+"""Deployment files: valid by Ray's schema, with pinned versions, authentication, and a note at every placeholder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pins() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def image(pins: dict[str, str]) -> str:
-    """The image of the pinned Ray and of the oldest Python, which the constraints are made for."""
+    """The image of the pinned Ray and the oldest Python, for which the constraints are made."""
     oldest = re.match(r">=(\d+)\.(\d+)", PROJECT["requires-python"])
     assert oldest is not None
     python = "".join(oldest.groups())

@@ -1,4 +1,4 @@
-"""Counted operations and estimated memory, against what PyTorch counts and keeps."""
+"""Counted operations and estimated memory, compared with what PyTorch counts and keeps."""
 
 import json
 import sys
@@ -88,7 +88,7 @@ def tiny(family: str) -> Backbone:
 
 
 def counted_by_torch(model: MultiplexedClassifier, length: int, group_count: int = GROUPS) -> float:
-    """Operations an input, as FlopCounterMode sees them when the model really runs."""
+    """Return the operations per input that FlopCounterMode counts when the model runs."""
     model.requires_grad_(False)
     rows = group_count * model.num_inputs
     ids = torch.full((rows, length), 2)  # 2 is BART's end of text
@@ -201,7 +201,7 @@ def test_matrix_products_outside_modules_are_counted(monkeypatch):
 
 
 def test_counting_leaves_a_model_in_another_thread_alone(monkeypatch):
-    """A server counts an adapter's cost while its model answers, so no hook may reach modules that run elsewhere."""
+    """A server counts an adapter's cost while its model runs, so no hook may reach modules in other threads."""
     from torch.nn.modules import module as modules
 
     seen = []
@@ -241,7 +241,7 @@ def test_the_ceiling_of_an_early_exit_counts_the_layers_that_run():
 
 
 def kept_by_torch(model: MultiplexedClassifier, batch_size: int, length: int) -> int:
-    """Bytes that autograd really keeps, weights aside."""
+    """Return the bytes that autograd keeps, without weights."""
     ids = torch.ones(batch_size, length, dtype=torch.long)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}

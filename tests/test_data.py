@@ -1,4 +1,4 @@
-"""Labelled text from anywhere: the same rows in, the same task out, and mistakes named."""
+"""Labelled text in every format: the same rows give the same task, and errors name the mistake."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_the_splits_of_the_embedded_task_share_no_sentence(docstrings: DatasetDi
 
 @pytest.fixture
 def toy_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two libraries of 60 modules; one sentence comes in all modules with other names and numbers."""
+    """Two libraries of 60 modules; one sentence occurs in all modules with different names and numbers."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(docstrings_module, "LIBRARIES", {"alib": ("alib", "alib|al"), "blib": ("blib", "blib")})
     monkeypatch.setattr(docstrings_module, "library_versions", dict)

@@ -1,4 +1,4 @@
-"""Texts to tokens: a text of any size costs no more than one that is just too long, and is cut as the whole would be."""
+"""Tokenising texts: a text of any size costs no more than one just over the limit and gives the same tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters come and go while requests are answered."""
+"""Adapters are added and removed while requests are answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The serving engine without Ray: exactness, limits, failures, and nobody gets another's answer."""
+"""The serving engine without Ray: exactness, limits, failures, and every request gets its own answer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def adapters(pretrained: Pretrained, tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def make_engine(pretrained: Pretrained, adapters: list[Path]) -> Iterator[Callable[..., Engine]]:
-    """Engines that have not started, so that a test fills the queue first; all are closed at the end."""
+    """Build engines that are not started, so that a test can fill the queue first; all are closed at the end."""
     made: list[Engine] = []
 
     def make(folders: list[Path] | None = None, **limits: Any) -> Engine:
@@ -82,7 +82,7 @@ def test_a_batch_of_plain_inputs_is_bit_for_bit_the_plain_model(
 def test_plain_answers_are_bit_for_bit_those_of_the_hugging_face_model_on_the_same_batch(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
-    """Texts of many lengths: the padded batch that the engine made is what the promise is exact against."""
+    """Texts of many lengths: answers are exact against the padded batch that the engine built."""
     batches: list[dict[str, Tensor]] = []
     pretrained.backbone.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0]))
     engine = make_engine()
@@ -286,7 +286,7 @@ def test_scores_that_are_not_finite_fail_the_request(
 
 
 def _break_rows(monkeypatch: pytest.MonkeyPatch, engine: Engine, mark: int) -> None:
-    """Let the states of every input that contains one token become infinite."""
+    """Make the states of every input that contains a given token infinite."""
     backbone = engine.task().backbone
     embed = backbone.embed
 

@@ -22,7 +22,7 @@ INPUTS = 10_000
 
 @dataclass
 class Sent:
-    """One input, and what its client knows of it."""
+    """One input with its expected answer."""
 
     task: str
     text: str
@@ -34,7 +34,7 @@ class Sent:
 
 
 class Client:
-    """Sends requests of every kind until its share is sent."""
+    """Send requests of every kind until this client's share is sent."""
 
     def __init__(self, engine: Engine, seed: int) -> None:
         self.engine = engine

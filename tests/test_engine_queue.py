@@ -1,4 +1,4 @@
-"""The queue by itself, on a clock that tests turn: order, priorities, deadlines, fairness, and nothing lost."""
+"""The queue alone, on a simulated clock: order, priorities, deadlines, fairness, and no lost requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from revmux.serving.queue import PullQueue, Ticket
 
 
 class Name:
-    """Stands for a task: the queue asks only for its name."""
+    """A stand-in for a task; the queue only uses its name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -49,7 +49,7 @@ def put(queue: PullQueue, *tickets: Ticket) -> None:
 
 
 def run_next(queue: PullQueue, seconds: float = 1.0, most: int = 1) -> list[Ticket]:
-    """What the model does: take the window, and book the time."""
+    """Do what the model does: take the window and charge the time."""
     window = queue.window(most)
     assert window is not None
     claimed = queue.claim(window.tickets)

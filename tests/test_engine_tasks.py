@@ -1,4 +1,4 @@
-"""Several tasks on one engine: shared weights, room and order of their own, requests that name one."""
+"""Several tasks on one engine: shared weights, separate queue limits and order, and requests that name a task."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = [text(index) for index in range(40)]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two task models that have everything but the head in common."""
+    """Two task models that share everything but the head."""
     root = tmp_path_factory.mktemp("tasks")
     made = {"plain": root / "plain", "named": root / "named"}
     for folder in made.values():
@@ -41,7 +41,7 @@ def models(folders: dict[str, Path]) -> dict[str, Pretrained]:
 
 @pytest.fixture
 def engine(models: dict[str, Pretrained], tmp_path: Path) -> Iterator[Engine]:
-    """Two tasks; not started, so that a test fills the queue first."""
+    """An engine with two tasks that is not started, so that a test can fill the queue first."""
     made = Engine(limits=Limits(max_queue=60))
     for name, pretrained in models.items():
         made.add_task(name, pretrained, [write_adapter(tmp_path / name, pretrained, width) for width in (2, 4)])

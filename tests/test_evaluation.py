@@ -39,7 +39,7 @@ def multiplexed(pretrained: Pretrained, name: str = "revmux", num_inputs: int = 
 
 
 def own_labels(pretrained: Pretrained, data: OnlineFeatures) -> Tensor:
-    """What the whole Hugging Face model answers, each input by itself."""
+    """Return the answers of the whole Hugging Face model, one input at a time."""
     with torch.no_grad():
         return torch.cat([pretrained.backbone.model(**data.split.batch([row])).logits for row in range(len(data))])
 

@@ -1,4 +1,4 @@
-"""Fall-back by confidence: unsure answers are the plain model's, at no more than the layers that were missing."""
+"""Fallback by confidence: unsure answers are the plain model's, at the cost of only the remaining layers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def features(pretrained: Pretrained) -> OnlineFeatures:
 
 
 def unsure_model(pretrained: Pretrained, num_inputs: int = 2) -> MultiplexedClassifier:
-    """An adapter of random weights, whose answers have little to do with the plain model's."""
+    """An adapter with random weights, whose answers differ from the plain model's."""
     torch.manual_seed(1)
     method = build_method("revmux", BackboneShape.of(pretrained.backbone), num_inputs)
     for parameter in method.parameters():
@@ -142,7 +142,7 @@ def test_a_threshold_for_a_method_that_cannot_fall_back_is_refused(
 
 @pytest.fixture
 def make_engine(pretrained: Pretrained, model: MultiplexedClassifier, tmp_path: Path) -> Callable[..., Engine]:
-    """An engine that always multiplexes, with an adapter that records a threshold of its own."""
+    """An engine that always multiplexes, with an adapter that contains its own threshold."""
     config = load_adapter_config(write_adapter(tmp_path, pretrained, 2))
 
     def make(own: float | None, override: float | None) -> Engine:

@@ -1,4 +1,4 @@
-"""Faults: workers, drivers and machines that are killed, and disks that fill up. Training ends as if nothing had been."""
+"""Faults: killed workers, drivers and machines, and full disks. Training still ends with the same result."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def recipe(model: Path, data: Path, store: Path) -> Recipe:
 
 @dataclass
 class Ended:
-    """A run that nothing disturbed."""
+    """The result of an undisturbed run."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Ended:
 
 
 def run_undisturbed(model: str, data: str, folder: str) -> dict[str, Any]:
-    """The same recipe without Ray, in each process of a gloo group."""
+    """Train the same recipe without Ray, in each process of a gloo group."""
     prepared = prepare(recipe(Path(model), Path(data), Path(folder) / "store"), load_task(DataConfig(source=data)))
     trainer = prepared.trainer()
     list(trainer.run())
@@ -88,7 +88,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Path) -> Any:
-    """What the condition gives once it is true; fails with the log if the process ends before."""
+    """Return the condition's value once it is true; fail with the log if the process ends before."""
     while not (found := condition()):
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.02)
@@ -98,7 +98,7 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Pat
 
 @dataclass
 class TrainJob:
-    """``python -m ray_jobs.train`` in a process of its own, with storage and HOME in a folder of its own."""
+    """``python -m ray_jobs.train`` in a separate process, with its own storage and HOME."""
 
     folder: Path
     model: Path
@@ -153,7 +153,7 @@ class TrainJob:
             psutil.wait_procs(kill_all(family))
 
     def checkpoint_within_epoch(self, steps_per_epoch: int, after: int = 0) -> int | None:
-        """The step of a finished checkpoint that no epoch ends with."""
+        """Return the step of a finished checkpoint within an epoch."""
         for manifest in self.storage.glob("checkpoints/*/step-*.json"):
             step = int(manifest.stem.partition("-")[2])
             if step > after and step % steps_per_epoch:
@@ -161,12 +161,12 @@ class TrainJob:
         return None
 
     def starts(self) -> list[int]:
-        """The steps that the workers began at, each time that they were started."""
+        """Return the steps at which the workers began, for each start."""
         lines = [line.partition("each), step ")[2] for line in self.log.read_text().splitlines()]
         return [int(line.split()[0]) for line in lines if line]
 
     def finished_like(self, undisturbed: Ended) -> None:
-        """Same steps, same loss in each epoch, same weights, and the folder of the checkpoints tidied away."""
+        """Check for the same steps, losses per epoch and weights, and that the checkpoints are removed."""
         log = self.log.read_text()
         assert f"step {undisturbed.steps}/{undisturbed.steps}" in log
         weights = load_file(self.storage / "adapters/revmux-n2-l1" / WEIGHTS_NAME)
@@ -204,7 +204,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def train_workers(parent: int) -> list[psutil.Process]:
-    """The training processes of a driver that has a Ray of its own."""
+    """Return the training processes of a driver with its own Ray cluster."""
     found = []
     for process in psutil.Process(parent).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -254,7 +254,7 @@ def test_the_same_command_resumes_after_its_driver_was_killed(job: TrainJob, und
 
 @pytest.fixture
 def two_nodes(job: TrainJob) -> Iterator[Callable[[], subprocess.Popen]]:
-    """A head and a second node with one core each, and what starts one more; the first call gives the second node."""
+    """Start a head with one core; yield a function that adds a node with one core."""
     port = free_port()
     environment = job.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
@@ -305,7 +305,7 @@ def test_training_resumes_after_a_node_is_lost_and_replaced(
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Callable[[], Any]]:
-    """A disk of 4 MB in a folder; yields what fills it to the last byte and gives what frees it again."""
+    """Mount a disk of 4 MB; yield a function that fills it completely and returns one that frees it."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("this user may not mount a small disk")
@@ -325,7 +325,7 @@ def small_disk(folder: Path) -> Iterator[Callable[[], Any]]:
 
 @contextmanager
 def small_files(folder: Path) -> Iterator[Callable[[], Any]]:
-    """No file may grow beyond 10 kB once the disk is «full»; the same interface as :func:`small_disk`."""
+    """Limit files to 10 kB once the disk is "full"; same interface as :func:`small_disk`."""
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill() -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The feature pass on a cluster: workers write what one process would, a lost one is replaced, nothing is done twice."""
+"""The feature pass on a cluster: workers write the same as one process, lost workers are replaced, no work is repeated."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def task(data: DataConfig) -> TaskData:
 
 @pytest.fixture
 def recipe(tiny_model_folder: Path, tmp_path: Path) -> Recipe:
-    """One input a shard, so that the pass has many shards."""
+    """Store one input per shard, so that the pass has many shards."""
     store = StoreConfig(root=str(tmp_path / "features"), dtype="bfloat16", shard_inputs=1)
     return Recipe(BackboneConfig(str(tiny_model_folder), max_length=16), store=store)
 
@@ -62,7 +62,7 @@ def shards(recipe: Recipe) -> dict[Path, int]:
 
 
 def shard_workers() -> list[psutil.Process]:
-    """Processes of this test's own cluster that write shards."""
+    """Return the processes of this test's cluster that write shards."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -80,7 +80,7 @@ def write_five(builder: StoreBuilder) -> None:
 
 
 def kill_a_worker(recipe: Recipe, after: int, jobs: list[Future[None]]) -> int:
-    """Kill one as soon as more than ``after`` shards are there; returns how many there were."""
+    """Kill one as soon as more than ``after`` shards exist; return their number."""
 
     def killed() -> int:
         there = len(shards(recipe))

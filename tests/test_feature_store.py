@@ -1,4 +1,4 @@
-"""The feature store: what is read is what the backbone says, nothing half-written is trusted, work is done once."""
+"""The feature store: it returns what the backbone computes, ignores incomplete files, and does all work once."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def shard_files(config: StoreConfig) -> dict[Path, int]:
 
 
 def expect_equal(store: Any, backbone: Backbone, tokens: TokenizedSplit, layer: int, tolerance: float) -> None:
-    """Batches of the store equal the backbone's own, for rows in several orders."""
+    """Check that the store's batches equal the backbone's, for rows in several orders."""
     view, online = store.at(layer), OnlineFeatures(tokens, backbone)
     orders = [torch.randperm(INPUTS, generator=torch.Generator().manual_seed(2))[:9], [3], [5, 5, 0], range(INPUTS)]
     for rows in orders:
@@ -194,7 +194,7 @@ def truncate(path: Path) -> None:
 
 
 def corrupt(path: Path) -> None:
-    """Change one byte in the middle and nothing that a listing shows."""
+    """Change one byte in the middle, but neither size nor time stamp."""
     status = path.stat()
     with path.open("r+b") as file:
         file.seek(status.st_size // 2)
@@ -205,7 +205,7 @@ def corrupt(path: Path) -> None:
 
 
 def swap(path: Path) -> None:
-    """Another shard's content, of its own right a complete file."""
+    """Replace the content by that of another shard, which is a complete file."""
     path.write_bytes(max(path.parent.glob("*.arrow")).read_bytes())
 
 
@@ -318,7 +318,7 @@ def test_stores_of_several_dtypes_exist_side_by_side(config: StoreConfig) -> Non
 
 
 def open_and_log(config: StoreConfig, log: str, barrier: Any) -> None:
-    """One process of several that want the same store; notes every shard that it writes."""
+    """One of several processes that open the same store; it records every shard that it writes."""
     write = ShardSet.write
 
     def noted(shards: ShardSet, index: int, *content: Any) -> None:
@@ -403,7 +403,7 @@ def test_a_dtype_that_is_too_narrow_is_refused(config: StoreConfig) -> None:
 
 
 def test_a_stale_store_is_refused(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backbone's code may change where its weights do not."""
+    """The backbone's code may change while its weights do not."""
     model, tokens = pretrained(bert()), split()
     key = open_features(model, tokens, [1], config).key
     run = Backbone.run
@@ -474,7 +474,7 @@ def test_any_fsspec_filesystem_can_be_used(config: StoreConfig, tmp_path: Path, 
 def test_workers_that_copy_at_the_same_time_do_not_remove_each_others_files(
     config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One opens the store while the other is between writing a copy and giving it its name."""
+    """One process opens the store while the other has written a copy but not yet renamed it."""
     filesystem, remote = SubTreeFileSystem(str(tmp_path), LocalFileSystem()), same(config, root="deep/features")
     model, tokens = pretrained(bert()), split()
     open_features(model, tokens, [1], remote, filesystem)
@@ -542,7 +542,7 @@ def test_states_are_memory_mapped_rather_than_read(config: StoreConfig, tmp_path
 
 
 def resident_bytes(folder: str) -> int:
-    """Memory of this process that files below a folder take by being mapped."""
+    """Return the memory of this process used by mapped files below a folder."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, _, rest = line.partition(" ")
@@ -576,7 +576,7 @@ def test_reading_keeps_little_memory_resident(config: StoreConfig, monkeypatch: 
 
 
 class Clock:
-    """Seconds that pass only by sleeping."""
+    """A clock that advances only by sleeping."""
 
     def __init__(self) -> None:
         self.seconds = 1000.0

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or missing: killed between any two steps, with and without a system call to exchange them."""
+"""Files and folders are complete or missing after a kill at any step, with and without an exchange system call."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_folder_that_was_never_moved_aside_is_not_recovered(tmp_path: Path) ->
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What reaches the disk and what is renamed, in order."""
+    """Record syncs and renames in order."""
     found: list[tuple[str, str]] = []
 
     def noted(name: str, call: Callable[..., Any], which: Callable[..., str]) -> Callable[..., Any]:

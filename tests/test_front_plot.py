@@ -1,4 +1,4 @@
-"""The pictures of a front hold what they should, and need no network."""
+"""The plots of a front show every row and need no network."""
 
 from __future__ import annotations
 

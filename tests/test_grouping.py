@@ -1,4 +1,4 @@
-"""Who shares a pass with whom: nobody is left out, and only the seed decides."""
+"""Which inputs share a group: every input is used, and only the seed decides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The helpers of these tests: what counts as close, and how long is waited."""
+"""The helpers of these tests: tolerances and polling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters on the hub: pushed in one commit, loaded by id and revision, with the very backbone that they were trained on."""
+"""Adapters on the hub: pushed in one commit, loaded by id and revision, with the backbone on which they were trained."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXTS = ["w1 w5 w6", "w2 w9", "w7", "w30 w1 w2 w3", "w11 w12"]
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that this process reaches, with an empty cache."""
+    """A hub for this process, with an empty cache."""
     with running_hub() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         template = running.url + "/{repo_id}/resolve/{revision}/{filename}"

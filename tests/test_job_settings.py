@@ -1,4 +1,4 @@
-"""What a job refuses before anything starts, and the search spaces."""
+"""Settings that a job refuses before anything starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from revmux.training.recipe import check, prepare
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a refused job printed."""
+    """Return the one line that a refused job printed."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return line
 
@@ -118,7 +118,7 @@ def test_a_recipe_is_checked_without_loading_weights() -> None:
 def test_every_worker_refuses_texts_that_leave_no_room_for_added_tokens(
     tiny_model_folder: Path, tiny_csv: Path
 ) -> None:
-    """Else the worker that meets a long text would end alone, and the others wait for it."""
+    """Otherwise only the worker with a long text would fail, and the others would wait for it."""
     backbone = BackboneConfig(model=str(tiny_model_folder), max_length=38)
     recipe = Recipe(backbone, DataConfig(str(tiny_csv)), MethodConfig("datamux", 2, 1, {"demultiplexer": "index"}))
     with pytest.raises(UserError, match=r"max_length is 38 .* at most 40; choose max_length 37 or fewer"):

@@ -1,4 +1,4 @@
-"""Jobs as users submit them: a real head with token authentication, results outside of the working copy, MLflow."""
+"""Jobs as users submit them: a real head with token authentication, results outside the working copy, MLflow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FIGURES = {"accuracy_mean", "accuracy_std", "siso_accuracy", "siso_agreement", "
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: where it takes jobs, what a shell needs to submit, and a folder that outlives its jobs."""
+    """A running head: its address, the environment of a shell that submits jobs, and a persistent folder."""
 
     address: str
     environment: dict[str, str]
@@ -53,14 +53,14 @@ class Head:
         )
 
     def serve(self, verb: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
-        """Ray Serve's own command line, which talks to the same address."""
+        """Run Ray Serve's own command line against the same address."""
         command = [str(Path(RAY).with_name("serve")), verb, "--address", self.address, *map(str, flags)]
         return subprocess.run(
             command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
 
     def runs(self) -> dict[str, Run]:
-        """What MLflow recorded, by name."""
+        """Return the runs in MLflow by name."""
         client = MlflowClient(f"sqlite:///{self.storage}/mlflow.db")
         experiment = client.get_experiment_by_name("revmux")
         assert experiment is not None
@@ -76,7 +76,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def status(url: str) -> int | None:
-    """HTTP status of a request without a token, None where nobody answers."""
+    """Return the HTTP status of a request without a token, None if there is no server."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return response.status
@@ -138,7 +138,7 @@ def settings(tiny_csv: Path, head: Head) -> list[str | Path]:
 
 @pytest.fixture(scope="module")
 def task_model(head: Head, settings: list[str | Path], tiny_model_folder: Path) -> Path:
-    """What the finetune job leaves."""
+    """The output of the finetune job."""
     flags = ["--backbone.model", tiny_model_folder, "--optim.epochs", "1", "--optim.batch_size", "8"]
     done = head.submit("finetune", *flags, *settings, "--cluster.workers", "1", "--cluster.cpus_per_worker", "2")
     assert done.returncode == 0, done.stdout
@@ -230,7 +230,7 @@ def test_trials_of_a_sweep_are_runs_with_the_same_metric_names(
 def test_the_configuration_written_by_a_plan_is_deployed_from_the_registry(
     head: Head, tiny_csv: Path, tiny_model_folder: Path
 ) -> None:
-    """README's commands: a plan, ``serve deploy`` of the page that it wrote, and requests over HTTP."""
+    """README's commands: a plan, ``serve deploy`` of the file that it wrote, and requests over HTTP."""
     space, storage = head.folder / "planned.yaml", head.folder / "planned"
     space.write_text("{num_inputs: [2, 4], prefill_layers: [1], infonce_weight: [0.25], epochs: 1}")
     (port,) = free_ports(1)

@@ -1,4 +1,4 @@
-"""The loss against numbers worked out by hand, and the same over any number of workers."""
+"""The loss equals numbers computed by hand, and is the same for any number of workers."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def loss_and_gradient(groups: slice, settings: LossConfig) -> tuple[Tensor, Tensor]:
-    """Of the weight, averaged over the workers as data-parallel training does."""
+    """Return loss and gradient of the weight, averaged over workers as in data-parallel training."""
     inputs, teacher, labels, weight = problem()
     weight.requires_grad_(True)
     restored = inputs[groups] @ weight

@@ -1,4 +1,4 @@
-"""Every method on every family of backbone, and at every N: shapes, gradients, files, padding, reversibility."""
+"""Every method on every backbone family and at every N: shapes, gradients, files, padding, reversibility."""
 
 import copy
 from pathlib import Path
@@ -100,7 +100,7 @@ def system(family: str, name: str, options: dict, num_inputs: int) -> Multiplexe
 
 
 def texts(rows: int) -> TokenBatch:
-    """Random inputs of 3 to LENGTH tokens, padded on the right with the id 1, that of these models."""
+    """Random inputs of 3 to LENGTH tokens, right-padded with the models' padding id 1."""
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(5, 30, (rows, LENGTH), generator=generator)
     mask = (torch.arange(LENGTH) < (3 + torch.arange(rows) % (LENGTH - 2)).unsqueeze(1)).long()

@@ -1,4 +1,4 @@
-"""Every method's formula on numbers small enough to work out by hand, for N = 2 and N = 4."""
+"""Every method's formula on numbers small enough to compute by hand, for N = 2 and N = 4."""
 
 import pytest
 import torch

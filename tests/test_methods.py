@@ -54,7 +54,7 @@ def llama() -> Backbone:
 
 
 def randomised(backbone: Backbone, name: str, num_inputs: int, options: dict) -> Method:
-    """A method whose layers that start at zero do not."""
+    """A method whose zero-initialised layers are made non-zero."""
     torch.manual_seed(1)
     method = build_method(name, BackboneShape.of(backbone), num_inputs, options)
     for parameter in method.parameters():
@@ -249,7 +249,7 @@ def test_index_demultiplexer_reads_own_last_tokens_of_a_causal_backbone(llama):
 
 
 def test_the_retrieval_loss_decreases_in_training(bert):
-    """The warm-up's objective can be learned by the adapters alone, where a place tells its tokens."""
+    """The adapters alone can learn the warm-up objective if a position determines its tokens."""
     torch.manual_seed(5)
     method = build_method("mux-plm", BackboneShape.of(bert), 2, {"retrieval_fraction": 1.0, "retrieval_weight": 1.0})
     model = MultiplexedClassifier(bert, method, 0).eval()
@@ -375,7 +375,7 @@ sys.exit(__main__.main())
 
 
 def test_commands_find_methods_and_backbones_of_an_installed_package(tmp_path):
-    """The packages of both pages, installed as pip would, and one that is broken."""
+    """Install the packages of both pages as pip would, and a broken one."""
     docs = Path(__file__).parents[1] / "docs"
     files, groups = {"__init__.py": ""}, ""
     for page, module in (("add-a-method.md", "mean_mix.py"), ("add-a-backbone.md", "mpnet.py")):

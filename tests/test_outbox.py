@@ -1,4 +1,4 @@
-"""A tracking server that is away: refused at the start, waited for half-way, and nothing lost."""
+"""An unreachable tracking server: an error at the start, a retry later, and no lost records."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def server(folder: Path, port: int) -> Iterator[str]:
-    """A real tracking server on sqlite, until the end of the body."""
+    """Run a real tracking server on sqlite."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
         "--backend-store-uri",
@@ -147,7 +147,7 @@ def test_a_record_that_the_store_refuses_is_reported_at_once(tmp_path: Path) -> 
 
 
 class ObjectStoreError(Exception):
-    """As the libraries of object stores raise it, which MLflow hands on."""
+    """An error as object-store libraries raise it, which MLflow passes on."""
 
 
 def coded(code: int, kind: type[MlflowException] = MlflowException) -> MlflowException:
@@ -193,7 +193,7 @@ def test_a_refusal_is_distinguished_from_an_unreachable_server(error: Exception,
 
 
 class Faulty:
-    """MLflow's client of a real store, which fails where a test says so.
+    """MLflow's client of a real store that fails on demand.
 
     Attributes:
         fault: gets the name of a call and its arguments; the error that it returns is raised.

@@ -1,4 +1,4 @@
-"""The benchmark of the plan: allowances are choices among the same adapters, and the sides of the sweep do the same work."""
+"""The plan benchmark: all allowances choose from the same adapters, and all sides of the sweep do the same work."""
 
 from __future__ import annotations
 

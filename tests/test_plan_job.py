@@ -1,4 +1,4 @@
-"""The plan as a job: swept, chosen, registered, written as a Serve configuration, deployed and asked over HTTP."""
+"""The plan as a job: sweep, choice, registration, Serve configuration, deployment, and requests over HTTP."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_plan_can_be_deployed_with_the_promised_widths(job: PlanJob, ray_here:
 def test_an_unreachable_goal_is_reported_and_ships_nothing(
     job: PlanJob, ray_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same sweep goes on from its rows: nothing is trained again, and the champion loses its name."""
+    """The same sweep resumes from its rows: nothing is trained again, and the champion loses its alias."""
     rows = {path: path.read_text() for path in Path(job.storage).glob("sweeps/plan/rows/*.json")}
     hopeless = replace(job, goal=Goal(allowance=0.0, throughput=50.0))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The plan on one machine: trained, chosen, verified and written, without Ray."""
+"""The plan on one machine without Ray: train, choose, verify and write."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def recipes(tiny_model_folder: Path, tiny_csv: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def plan(recipes: list[Recipe], task: TaskData, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """An allowance that everything meets, so that the cheapest is chosen."""
+    """An allowance that every system meets, so that the cheapest is chosen."""
     measure = replace(COUNTED, throughput_inputs=8, throughput_batch=4, throughput_pairs=1)
     return plan_here(recipes, task, Goal(allowance=100.0), tmp_path_factory.mktemp("plan"), measure=measure)
 

@@ -1,4 +1,4 @@
-"""The choice among candidates: optimal by brute force, honest about chance."""
+"""The choice among candidates: optimal by brute force, with valid confidence bounds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def candidate(name: str, correct: Any, cost: float, num_inputs: int = 2, **setti
 
 
 def draw(random: np.random.Generator, inputs: int, systems: int) -> tuple[np.ndarray, list[Candidate]]:
-    """SISO's answers, and systems that lose between nothing and much, at costs that often tie."""
+    """SISO's answers, and systems with losses from zero to large and often equal costs."""
     siso = (random.random(inputs) < 0.85).astype(float)
     made = []
     for index in range(systems):
@@ -131,7 +131,7 @@ def test_an_unmet_goal_is_reported_with_the_gap_and_the_nearest_system() -> None
 
 @pytest.mark.parametrize("inputs", [200, 1000])
 def test_bounds_hold_for_all_systems_at_once(inputs: int) -> None:
-    """30 systems with a true loss of 4 points: the luckiest of them is under its bound in 95 % of the worlds."""
+    """30 systems with a true loss of 4 points: the luckiest one is within its bound in 95 % of the simulations."""
     random = np.random.default_rng(7)
     worlds, held, held_alone = 200, 0, 0
     for _ in range(worlds):
@@ -156,7 +156,7 @@ def test_few_inputs_without_a_difference_give_a_wide_bound() -> None:
 
 
 def test_the_verification_interval_equals_the_one_computed_by_hand() -> None:
-    """100 inputs, 6 lost and 2 won: Wilson's limits of both shares, joined."""
+    """100 inputs, 6 lost and 2 won: Wilson's limits of both shares, combined."""
     siso = np.r_[np.ones(90), np.zeros(10)]
     correct = np.r_[np.zeros(6), np.ones(84), np.ones(2), np.zeros(8)]
     found = verify(siso, correct, Goal(allowance=4.0, confidence=0.9))

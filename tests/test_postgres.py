@@ -1,4 +1,4 @@
-"""PostgreSQL as MLflow's store, by its URI alone: Debian's own server, started and stopped here."""
+"""PostgreSQL as MLflow's store, selected by its URI: Debian's server, started and stopped by the test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if BINARIES is None or not (BINARIES / "initdb").is_file():
 
 @pytest.fixture(scope="module")
 def uri() -> Iterator[str]:
-    """A new server on a socket that only its owner reaches; PostgreSQL refuses to run as root."""
+    """A new server on a socket of its owner; PostgreSQL refuses to run as root."""
     owner: dict[str, Any] = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
     with TemporaryDirectory(prefix="revmux-pg-", dir="/tmp") as folder:  # the name of a socket has 107 letters at most
         if owner:
@@ -65,7 +65,7 @@ ROWS = [row("narrow", 2, 0.8, 0.85), row("wide", 4, 0.6, 0.80), row("lost", 8, 0
 
 @pytest.fixture(scope="module")
 def parent(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A sweep as the job records it: a parent, a child for each trial, and the comparison."""
+    """Record a sweep as the job does: a parent run, a child run per trial, and the comparison."""
     storage = tmp_path_factory.mktemp("runs")
     tracker = Tracker(TrackingConfig(uri), storage)
     with tracker.run("sweep", {"space": "quick"}) as parent:

@@ -1,4 +1,4 @@
-"""Backbones by name, folder and identity; the embedded one equals what Hugging Face makes of it."""
+"""Backbones by name, folder and identity; the embedded one computes the same as in Hugging Face."""
 
 from __future__ import annotations
 

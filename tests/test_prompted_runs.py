@@ -91,7 +91,7 @@ def prepared(running: Recipe) -> Prepared:
 
 
 def whole_model_scores(folder: Path, family: str, texts: list[str]) -> Tensor:
-    """(B, 2) scores of «bad» and «good» by the untouched model, one input at a time, from rendered text alone."""
+    """Return the unmodified model's scores of "bad" and "good", one rendered text at a time, (B, 2)."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     words = tokenizer.convert_tokens_to_ids(["bad", "good"])
     model = (LlamaForCausalLM if family == "llama" else T5ForConditionalGeneration).from_pretrained(folder).eval()

@@ -1,4 +1,4 @@
-"""Prompts are data: readable files, checked when they are read and again against a tokenizer."""
+"""Prompts are readable files, checked when loaded and again against a tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CORPUS = [
 
 @cache
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Words carry the space before them, as with GPT-2, BART and LLaMA 3."""
+    """A tokenizer whose words include the preceding space, as in GPT-2, BART and LLaMA 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -36,7 +36,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words are marked at their beginning whether or not a space is there, as with T5 and LLaMA 2."""
+    """A tokenizer that marks the start of a word with or without a space, as in T5 and LLaMA 2."""
     words = ["<unk>", "<pad>", *(f"▁{word}" for word in ("yes", "no", "negative", "positive", "not"))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -36,7 +36,7 @@ TEXTS = ["w1 w5 w6", "w2 w9 w4", "w7 w3 w2", "w30 w1 w2", "w11 w12 w8"]  # of on
 
 @dataclass
 class Registered:
-    """An adapter of a run, registered; what it was made of is gone."""
+    """A registered adapter of a run; its original files are deleted."""
 
     uri: str
     run_id: str

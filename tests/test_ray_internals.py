@@ -1,4 +1,4 @@
-"""What this project relies on in Ray beyond its documentation; a test that fails here names what a new Ray changed."""
+"""Undocumented behaviour of Ray on which this project relies; a failing test names what a new version changed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from serve_app.proxy import CALLBACK_VARIABLE
 
 @pytest.fixture
 def trial_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StorageContext:
-    """Where Ray Tune keeps a trial, without a cluster."""
+    """A trial as Ray Tune stores it, without a cluster."""
     monkeypatch.setattr("ray.train._internal.storage._get_ray_train_session_dir", lambda: str(tmp_path))
     return StorageContext(str(tmp_path), experiment_dir_name="sweep", trial_dir_name="trial")
 

@@ -1,4 +1,4 @@
-"""Ray's own messages go to a file that is named; what the job prints stays where it was."""
+"""Ray's own messages go to a named file; the job's output stays on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe's settings reach the model that is trained."""
+"""A recipe's settings are applied to the trained model."""
 
 from __future__ import annotations
 

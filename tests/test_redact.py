@@ -1,4 +1,4 @@
-"""Passwords of tracking URIs: in no message, log, page or record, whoever writes it."""
+"""Passwords in tracking URIs appear in no message, log, page or record."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECRET = "s3cret"
 
 @pytest.fixture(params=["http", "postgresql+psycopg2"])
 def uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A server with a password that cannot be reached."""
+    """An unreachable server whose URI has a password."""
     if request.param != "http":
         pytest.importorskip("psycopg2", reason="no driver of PostgreSQL here; run: pip install 'revmux[postgres]'")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -93,7 +93,7 @@ def test_a_tracker_that_cannot_open_its_store_shows_no_password(uri: str, tmp_pa
 
 
 def lose_connection(client: Any, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls fail as with a store that was open before; one that is a database is opened by the client."""
+    """Calls fail as with a store that was reachable before; a database is opened by the client."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError(f"cannot reach {uri}")

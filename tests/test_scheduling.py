@@ -1,4 +1,4 @@
-"""Widths and groups from what waits: the arithmetic alone, and under simulated load on a clock that never sleeps."""
+"""Widths and groups from the waiting inputs: the arithmetic alone, and under load on a simulated clock."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_next_pass_is_chosen_by_order_regardless_of_its_length() -> None:
 
 
 class Simulation:
-    """Inputs that arrive evenly, and a model that takes a second for a plain input, on a clock that never sleeps."""
+    """Evenly spaced arrivals and a model that needs one second per plain input, on a simulated clock."""
 
     def __init__(self, max_queue: int = 100) -> None:
         self.now = 0.0
@@ -172,7 +172,7 @@ def test_under_light_load_every_input_runs_alone_at_once() -> None:
 
 @pytest.mark.parametrize(("rate", "least", "most"), [(1.3, 1.1, 3.0), (1.9, 3.0, 4.0)])
 def test_groups_are_as_wide_as_the_load_requires(rate: float, least: float, most: float) -> None:
-    """One input alone a second, two in groups of four: between them the server keeps up, and waits stay short."""
+    """Alone the model handles one input per second, in groups of four two: between these rates waits stay short."""
     loaded = Simulation().run(rate, inputs=2000)
     assert loaded.rejected == 0
     assert len(loaded.widths) == 2000

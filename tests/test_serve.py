@@ -1,4 +1,4 @@
-"""The server over real HTTP on one local Ray, and what of it needs no cluster."""
+"""The server over real HTTP on one local Ray cluster, and its parts that need no cluster."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]
 
 @pytest.fixture(scope="module")
 def server(folders: tuple[Path, list[Path]]) -> Any:
-    """One server whose queue holds the inputs of one large request."""
+    """A server whose queue has room for one large request."""
     model, adapters = folders
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

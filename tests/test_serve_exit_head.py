@@ -1,4 +1,4 @@
-"""Exit heads are served: exact while it is quiet, cheaper under load, and a plan that chose one is deployed."""
+"""Serving exit heads: exact without load, cheaper under load, and deployable from a plan that chose one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def four(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def make_engine(pretrained: Pretrained, head: Path) -> Iterator[Callable[..., Engine]]:
-    """Engines that have not started; all are closed at the end."""
+    """Build engines that are not started; all are closed at the end."""
     made: list[Engine] = []
 
     def make(*adapters: Path, **settings: Any) -> Engine:
@@ -72,7 +72,7 @@ def make_engine(pretrained: Pretrained, head: Path) -> Iterator[Callable[..., En
 
 
 def head_scores(pretrained: Pretrained, folder: Path, texts: list[str]) -> Tensor:
-    """(B, C) scores of the exit head itself on one padded batch."""
+    """Return the scores of the exit head on one padded batch, (B, C)."""
     model: MultiplexedClassifier = load_adapter(folder, pretrained)
     with torch.inference_mode():
         return model(dict(pretrained.tokenizer(texts, padding=True, return_tensors="pt")))
@@ -176,7 +176,7 @@ def recipe(tiny_model_folder: Path, tiny_csv: Path, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def plan(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Everything is inside the allowance, and the exit head is counted cheapest."""
+    """Every system is within the allowance, and the exit head has the lowest counted cost."""
     recipes = [
         replace(recipe, method=method)
         for method in (MethodConfig("exit-head", 1, 1, {"layer": 1}), MethodConfig("revmux", 2, 1))

@@ -1,4 +1,4 @@
-"""Faults under load on a real Ray Serve with two replicas: nothing is lost, doubled or swapped.
+"""Faults under load on a real Ray Serve with two replicas: no answer is lost, repeated or swapped.
 
 The adapters answer as the plain model does, and every text has scores of its own, so a reply tells which text it is for.
 """
@@ -49,7 +49,7 @@ class Cluster(NamedTuple):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Deployed as ``serve deploy`` does it, from the page that is shipped."""
+    """A cluster deployed as by ``serve deploy``, from the shipped file."""
     model = write_model(tmp_path_factory.mktemp("model"))
     home = tmp_path_factory.mktemp("adapters")
     adapters = {width: str(write_adapter(home, load(model), width)) for width in (2, 4)}
@@ -66,7 +66,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     application["args"] |= {"num_replicas": 2, "num_cpus": 0.5, "threads": 1, "body_seconds": 2.0}
 
     def deploy(live: tuple[int, ...] | None = None, **args: Any) -> None:
-        """Change the arguments, or the adapters that are live, and wait until that is done."""
+        """Change the arguments or the live adapters, and wait until the update is complete."""
         application["args"] |= args
         if live is not None:
             tasks = {"default": {"model": str(model), "adapters": [adapters[width] for width in live]}}
@@ -91,7 +91,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def _distinct(texts: list[str], pretrained: Any) -> list[str]:
-    """Texts that no answer to another one could be taken for."""
+    """Return texts whose answers can be told apart."""
     kept: list[str] = []
     scores = plain_scores(pretrained, texts)
     rows: list[Tensor] = []
@@ -111,7 +111,7 @@ def _answers(url: str) -> bool:
 
 
 def _replicas(url: str) -> set[str]:
-    """The replicas that tell their figures."""
+    """Return the replicas that report metrics."""
     try:
         shown = httpx.get(f"{url}/metrics", timeout=30)
         shown.raise_for_status()
@@ -122,7 +122,7 @@ def _replicas(url: str) -> set[str]:
 
 
 class Load:
-    """Clients that ask without a pause and repeat what was refused for the time being.
+    """Clients that send requests without a pause and repeat those that were temporarily refused.
 
     Attributes:
         statuses: of all replies; ``"broken"`` are connections that ended without one.
@@ -149,13 +149,13 @@ class Load:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Every request that has begun is brought to its end."""
+        """Let every request that has started finish."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
 
     def wait_for(self, texts: int) -> None:
-        """Until so many more texts are answered."""
+        """Wait until this many more texts are answered."""
         goal = self.answered + texts
         wait_until(lambda: self.answered >= goal)
 
@@ -213,7 +213,7 @@ class Load:
 
 
 def _kill(prefix: str) -> None:
-    """End one of Serve's actors at once, as a crash would."""
+    """Kill one of Serve's actors, as a crash would."""
     import ray
 
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
@@ -334,7 +334,7 @@ def test_huge_and_slow_bodies_are_refused(cluster: Cluster) -> None:
 
 
 def test_refusals_by_the_proxy_are_json_too(cluster: Cluster) -> None:
-    """Serve fails on a request id that is no UTF-8, before any replica is asked."""
+    """Serve fails on a request id that is not UTF-8, before it calls any replica."""
     reply = talk(cluster.url, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: \xff\xfe\r\n\r\n")
     assert b"content-type: application/json" in reply.lower()
     assert b'"error_type"' in reply

@@ -1,4 +1,4 @@
-"""The HTTP surface of one replica, in this process: protocols, tasks, tokens, limits, figures, and what fuzzing finds."""
+"""The HTTP interface of one replica, in this process: protocols, tasks, tokens, limits, metrics, and fuzzing."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_an_answer_below_the_threshold_falls_back_and_the_reply_reports_it(tasks
 
 @pytest.fixture
 def held(tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, threading.Event]]:
-    """A service inside of a pass that goes on once the event is set."""
+    """A service in a forward pass that continues once the event is set."""
     monkeypatch.setattr("serve_app.service.PROBE_SECONDS", 0.05)
     config = AppConfig.model_validate(tasks["mood"])
     service = Service(config)
@@ -274,7 +274,7 @@ def test_info_and_logs_show_no_password_of_the_registry(
 
 
 def _figures(url: str, **headers: str) -> dict[tuple[str, ...], float]:
-    """Samples of /metrics by name and, in the order of their names, label values without the replica's."""
+    """Return the samples of /metrics by name and label values (sorted by label name, without the replica's)."""
     text = httpx.get(f"{url}/metrics", headers=headers, timeout=60).text
     return {
         (sample.name, *(value for key, value in sorted(sample.labels.items()) if key != "replica")): sample.value
@@ -638,7 +638,7 @@ def test_the_examples_on_the_api_page_work(url: str) -> None:
 
 
 def _live(tasks: dict[str, TaskConfig]) -> dict[str, Any]:
-    """As Serve hands it to a replica."""
+    """The configuration as Serve passes it to a replica."""
     return LiveConfig(tasks=tasks).model_dump()
 
 
@@ -699,7 +699,7 @@ def test_adapters_and_tasks_can_be_changed_while_requests_are_answered(tasks: di
 
 @pytest.fixture(scope="module")
 def api(tasks: dict[str, Any]) -> Iterator[Any]:
-    """The description of a server with one task, so that requests need not name it."""
+    """The OpenAPI description of a server with one task, so that requests need not name it."""
     config = AppConfig.model_validate({**tasks["mood"], "plain_load": 1})
     service = Service(config)
     service.serve(config.served)
@@ -729,7 +729,7 @@ def test_every_operation_is_fuzzed(api: Any) -> None:
 
 
 def _fuzz(api: Any, path: str, method: str, mode: GenerationMode, examples: int, repeatable: bool) -> set[int]:
-    """The statuses of all replies."""
+    """The status codes of all replies."""
     statuses = set()
 
     @settings(max_examples=examples, derandomize=repeatable, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,4 +1,4 @@
-"""The page at ``/`` in a real browser: what is typed gets a label."""
+"""The page at ``/`` in a real browser: typed texts get labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; inst
 
 
 class Browser:
-    """One page of a headless Chromium, driven by its DevTools protocol."""
+    """A page of a headless Chromium, controlled over the DevTools protocol."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
@@ -48,13 +48,13 @@ class Browser:
                 return message["result"]
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression; a promise is waited for."""
+        """Return the value of a JavaScript expression; promises are awaited."""
         found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until a JavaScript expression holds; the browser looks again before each frame."""
+        """Wait until a JavaScript expression is true; the browser evaluates it before each frame."""
         self.run(
             f"new Promise(done => {{ const look = () => ({condition}) ? done() : setTimeout(look, 20); look(); }})"
         )
@@ -64,7 +64,7 @@ class Browser:
         self.wait(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
 
     def keys(self, text: str) -> None:
-        """Typed where the focus is."""
+        """Type text into the focused element."""
         self.call("Input.insertText", text=text)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of the server: that its load asks what it says, and that its figures are what they are called."""
+"""The serving benchmark: its load sends the described requests, and its figures measure what they are named after."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from revmux.pretrained.identity import resolve
 
 
 class Seen:
-    """An endpoint that answers four requests at a time, the lead (-1) with the first four, and remembers the order."""
+    """An endpoint that answers four requests at a time, the lead (-1) with the first four, and records the order."""
 
     def __init__(self) -> None:
         self.numbers: list[int] = []

@@ -1,4 +1,4 @@
-"""Search spaces: what they hold on a backbone, and what is refused before a cluster starts."""
+"""Search spaces: their points on a backbone, and spaces that are refused before a cluster starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep: which trial comes next, which is stopped, and what is left of each."""
+"""A sweep: which trial comes next, which is stopped, and what is recorded of each."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def grid() -> list[Trial]:
 
 
 def run_search(search: FrontSearch) -> list[str]:
-    """All that a search gives out, with an accuracy that grows with l."""
+    """Return everything that a search suggests, with an accuracy that grows with l."""
     given = []
     while isinstance(found := search.suggest(str(len(given))), dict):
         mine = found["trial"]

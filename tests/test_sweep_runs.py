@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray: processes that take trial after trial, and what is lost, stopped, or fails on the way."""
+"""Sweeps on a real Ray cluster: processes that run several trials, and trials that are lost, stopped, or fail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from revmux.training.config import OptimConfig, Recipe
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 TWO_RATES = {"methods": ["exit-head"], "exit_layers": [1, 2], "learning_rate": [0.02, 1e-9]}
-"""The second rate learns nothing, so the last trial of it, at least, is stopped."""
+"""The second rate learns nothing, so at least its last trial is stopped."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 def job(
     tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., TuneJob]:
-    """A sweep over points, for this process."""
+    """Return a sweep over points, for this process."""
     for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -67,7 +67,7 @@ def job(
 
 @pytest.fixture
 def command(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """A sweep over points by its command, one trial at a time."""
+    """Return the command of a sweep over points, one trial at a time."""
 
     def make(points: dict[str, Any], **flags: Any) -> list[str]:
         space = tmp_path / "space.yaml"
@@ -90,7 +90,7 @@ def command(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> Callable
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command to its end, with all that it says in ``stdout``."""
+    """Run a command to its end, with all output in ``stdout``."""
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -103,7 +103,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 
 
 def table_of(runs: Path) -> list[dict[str, Any]]:
-    """The rows of a finished sweep."""
+    """Return the rows of a finished sweep."""
     rows: list[dict[str, Any]] = json.loads((runs / "sweeps/sweep/sweep.json").read_text())
     return rows
 
@@ -163,7 +163,7 @@ def test_trials_with_several_workers_can_be_stopped_and_completed(job: Callable[
 
 
 def trial_process(driver: int) -> psutil.Process | None:
-    """The process on a driver's own cluster that trains a trial."""
+    """Return the process on a driver's own cluster that trains a trial."""
     for process in psutil.Process(driver).children(recursive=True):
         try:
             if "ImplicitFunc" in " ".join(process.cmdline()):
@@ -208,7 +208,7 @@ def test_a_process_runs_several_trials_and_a_lost_process_is_replaced(
 
 @pytest.mark.long
 def test_a_killed_sweep_resumes_and_runs_each_trial_once(command: Callable[..., list[str]], tmp_path: Path) -> None:
-    """One command given twice: killed after its first trial, then to the end, with trials that fail."""
+    """One command run twice: killed after its first trial, then run to the end, with failing trials."""
     points = {
         "methods": ["revmux", "exit-head"],
         "num_inputs": [2],

@@ -1,4 +1,4 @@
-"""Runs in MLflow: how each ends, that a killed one is seen to be, and that it goes on in its own run."""
+"""Runs in MLflow: their final status, detection of killed runs, and resumption in the same run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_run_records_the_command_that_repeats_it(storage: Path, monkeypatch: p
 
 
 def be_killed(storage: Path, parent: Connection) -> None:
-    """A driver that begins a run, tells its id, and is killed within it."""
+    """A driver that starts a run, prints its id, and is killed during the run."""
     with tracker_of(storage).run("one", {"rate": 1, "workers": 2}) as run_id:
         parent.send(run_id)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What a run tells while it trains, and that nobody who does not listen ends it."""
+"""The progress that a run reports; an unreachable store does not end the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRICS = {"train_loss": 0.5, "selection_accuracy": 0.75}
 
 
 def trainer(step: int = 0, epochs_done: int = 0) -> Any:
-    """As far as progress looks at it: 10 steps in 2 epochs."""
+    """A stand-in with the attributes that progress reads: 10 steps in 2 epochs."""
     state = TrainerState(epoch=epochs_done, step=step, history=[METRICS] * epochs_done)
     return SimpleNamespace(state=state, total_steps=10, optim=SimpleNamespace(epochs=2))
 

@@ -1,4 +1,4 @@
-"""Training: what moves, what stays, when it stops, and that a restart changes nothing."""
+"""Training: which weights change, when it stops, and that a restart does not change the result."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def trainer(
     options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Trainer:
-    """RevMUX with dropout, N = 2, l = 1, on 64 rows; 16 rows select."""
+    """RevMUX with dropout, N = 2, l = 1, on 64 rows; 16 more rows are the selection split."""
     torch.manual_seed(seed)
     method = build_method("revmux", BackboneShape.of(pretrained.backbone), 2, options or {"dropout": 0.1, "skip": True})
     model = MultiplexedClassifier(pretrained.backbone, method, 1)
@@ -132,7 +132,7 @@ def test_training_stops_when_accuracy_stops_improving_and_stays_stopped(
 
 
 class Stopped(Exception):
-    """The process ends here."""
+    """The process is stopped here."""
 
 
 def test_a_run_stopped_within_an_epoch_resumes_at_that_step(
@@ -227,7 +227,7 @@ def test_accumulated_steps_train_the_same_weights_as_whole_steps(tiny_pretrained
 def test_each_part_of_a_step_uses_the_teachers_of_the_whole_step(
     tiny_pretrained: Pretrained, tiny_rows: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last step of an epoch is made up of groups that come twice, whose inputs must not repel themselves."""
+    """The last step of an epoch repeats groups to fill up, and their inputs must not be their own negatives."""
     running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=1, batch_size=24, accumulate=2))
     forward, twins = running.train_step.forward, []
 
@@ -409,7 +409,7 @@ def trained(folder: str, rows: list[dict[str, str]], name: str, prefill: int, op
 
 
 def loss_curve(folder: str, rows: list[dict[str, str]], accumulate: int, negatives: Negatives) -> Tensor:
-    """The losses of 50 steps of 64 inputs, a mean over the workers."""
+    """Return the losses of 50 steps of 64 inputs, averaged over the workers."""
     pretrained = load_pretrained(BackboneConfig(model=folder, max_length=12))
     backbone = pretrained.backbone.freeze()
     torch.manual_seed(0)

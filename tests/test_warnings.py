@@ -1,4 +1,4 @@
-"""Deprecations that our own code causes fail the tests; those of other packages do not."""
+"""Deprecation warnings caused by our own code fail the tests; those of other packages do not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_deprecation_elsewhere_is_ignored(module: str, category: type[Warning]
 
 
 def test_a_warning_is_attributed_to_its_caller() -> None:
-    """A library that deprecates a function points at its caller, which is our module."""
+    """A library that deprecates a function attributes the warning to its caller, which is our module."""
     code = compile("def call(function):\n    function()\n", "caller.py", "exec")
 
     def deprecated() -> None:

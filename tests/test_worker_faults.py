@@ -1,4 +1,4 @@
-"""Faults that one worker alone meets: the others stop soon, and the error that came first is the one that is told."""
+"""Faults in only one worker: the others stop soon, and the original error is the one that is reported."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_an_aborted_run_is_reported_on_one_line() -> None:
 
 @pytest.fixture(scope="module")
 def two_cores() -> Iterator[None]:
-    """A Ray of two cores; its workers find the functions of this file by value."""
+    """A Ray cluster with two cores; functions of this file are pickled by value for its workers."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
@@ -92,7 +92,7 @@ Start = Callable[..., Trained]
 def start(
     two_cores: None, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Start:
-    """What launches a run whose second worker fails at its fifth step."""
+    """Return a function that launches a run whose second worker fails at its fifth step."""
 
     def run(fail: Callable[[], None], **cluster: Any) -> Trained:
         monkeypatch.setattr(ray_jobs.training.worker, "train_worker", partial(one_fails, fail))
@@ -112,7 +112,7 @@ def start(
 
 
 def one_fails(fail: Callable[[], None], arguments: dict[str, Any]) -> Any:
-    """A worker; the second of them fails within its fifth step, while the first waits for its share of the gradient."""
+    """One worker; the second one fails within its fifth step while the first waits for its share of the gradient."""
     from ray_jobs.training.worker import train_worker
 
     whole = Trainer._step

@@ -23,7 +23,7 @@ from revmux.backbone import Backbone
 WORDS = [f"w{index}" for index in range(40)]
 LABELS = ["bad", "good"]
 TEMPLATE = ["Text:", "Is", "it", "bad", "or", "good?", "Answer:", "good", "no"]
-"""Words of the prompt that the tiny language models know."""
+"""Words of the prompt that are in the vocabulary of the tiny language models."""
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -84,7 +84,7 @@ def tiny_classifier(model_type: str, seed: int = 0, **settings: Any) -> Backbone
 
 
 def word_tokenizer(names: Sequence[str], unknown: str = "[UNK]") -> Tokenizer:
-    """A tokenizer of whole words between spaces; the id of a name is its place."""
+    """A tokenizer of whole words between spaces; the id of a name is its index."""
     core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unknown))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return core
@@ -96,7 +96,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     config = tiny_config(
         "bert",
         vocab_size=len(WORDS) + 4,
-        initializer_range=0.2,  # inputs must differ in what a random model makes of them
+        initializer_range=0.2,  # so that a random model gives different inputs different scores
         id2label=dict(enumerate(LABELS)),
         label2id={name: index for index, name in enumerate(LABELS)},
     )
@@ -120,7 +120,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
 
 
 def write_language_model(folder: Path, family: str) -> Path:
-    """A random language model (d = 32, L = 3) with a tokenizer that, as LLaMA's, begins or, as T5's, ends a text."""
+    """A random language model (d = 32, L = 3) whose tokenizer adds a start token, as LLaMA's, or an end token, as T5's."""
     torch.manual_seed(0)
     names = ["<pad>", "</s>", "<unk>", "<s>", *TEMPLATE, *WORDS]
     core = word_tokenizer(names, "<unk>")
