@@ -39,7 +39,9 @@ def adapter(
     torch.manual_seed(3)
     method = build_method(name, BackboneShape.of(pretrained.backbone), num_inputs, options)
     with torch.no_grad():
-        for parameter in method.parameters():  # nothing stays at a start value that loading could fake
+        for (
+            parameter
+        ) in method.parameters():  # no weight keeps its initial value, which loading could reproduce by accident
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return MultiplexedClassifier(pretrained.backbone, method, 1).eval()
 
@@ -300,7 +302,7 @@ def test_an_interrupted_rewrite_leaves_the_old_adapter(
 
 
 def test_an_adapter_is_recovered_after_its_replacement_was_killed(saved: Path, tiny_pretrained: Pretrained) -> None:
-    files._move_aside(saved)  # as on a file system without an exchange, where the process was then killed
+    files._move_aside(saved)  # as on a file system without exchange, with the process killed afterwards
     assert not saved.exists()
     assert load_adapter_config(saved).method == "revmux"
     load_adapter(saved, tiny_pretrained)

@@ -77,7 +77,7 @@ IMPLEMENTATIONS = [
     (family, implementation)
     for family in FAMILIES
     for implementation in ("sdpa", "eager")
-    if implementation == "eager" or not family.startswith("deberta")  # no SDPA there
+    if implementation == "eager" or not family.startswith("deberta")  # has no SDPA
 ]
 EXPLICIT_POSITIONS = ["deberta-v2", "modernbert", "modernbert-mean"]
 
@@ -398,7 +398,7 @@ def test_an_unsupported_architecture_is_refused_with_the_list_of_supported_ones(
 
 @torch.no_grad()
 def test_the_documented_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BACKBONES, "_entries", dict(BACKBONES._entries))  # the example registers itself here alone
+    monkeypatch.setattr(BACKBONES, "_entries", dict(BACKBONES._entries))  # the example is registered only in this test
     page = Path(__file__).parents[1] / "docs" / "add-a-backbone.md"
     source = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert len(source) == 1

@@ -175,7 +175,7 @@ def test_a_model_cut_at_any_layer_computes_the_same_as_the_whole_model(name: str
     expected = own_forward(name, batch(), attention)
     assert expected.std(dim=0).min() > 0.05, "inputs must be told apart for this to mean anything"
     tokens = batch("left" if padding == "left" else "right")
-    if padding == "none":  # the longest input alone: no mask is needed, and attention takes its short cuts
+    if padding == "none":  # the longest input alone: no mask is needed, so attention uses its fast paths
         tokens, expected = {key: tensor[:1] for key, tensor in tokens.items()}, expected[:1]
     backbone = backbone_of(name, attention)
     with torch.no_grad():

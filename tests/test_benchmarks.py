@@ -34,7 +34,9 @@ def test_the_released_step_gives_the_same_answers_and_adapter_gradients_as_our_s
     for (name, one), other in zip(ours.method.named_parameters(), released.method.parameters(), strict=True):
         assert_close(other.grad, one.grad, message=name)
     assert ours.backbone.layer(0).attention.self.query.weight.grad is None
-    assert released.backbone.layer(0).attention.self.query.weight.grad.any()  # what the released code pays for
+    assert released.backbone.layer(
+        0
+    ).attention.self.query.weight.grad.any()  # the gradients that the released code computes in vain
 
 
 def test_every_published_row_has_a_system():

@@ -76,7 +76,7 @@ def test_the_previous_checkpoint_is_loaded_if_the_newest_is_damaged(
         found = folder.load()
     assert found is not None
     assert found.step == 20
-    if not (damage is Path.unlink and suffix == "json"):  # then it was never finished
+    if not (damage is Path.unlink and suffix == "json"):  # in that case the checkpoint was never finished
         assert "the checkpoint of step 30" in caplog.text
         assert "is damaged" in caplog.text
     save(folder, 25, best_epoch=1)

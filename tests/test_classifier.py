@@ -137,4 +137,4 @@ def test_the_embedded_backbone_is_found_by_its_record(tmp_path: Path) -> None:
     save_adapter(model, describe_adapter(model, pretrained, 16, {"source": "toy.csv"}), folder)
     assert json.loads((folder / "adapter_config.json").read_text())["base_model"]["name"] == EMBEDDED_NAME
     with pytest.raises(UserError, match="without a trained classification head"):
-        TextClassifier.from_pretrained(folder)  # found, but it answers nothing by itself
+        TextClassifier.from_pretrained(folder)  # an adapter folder, but its method cannot classify

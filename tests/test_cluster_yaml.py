@@ -97,7 +97,7 @@ def test_every_node_has_the_token_and_requires_it(cluster: dict[str, Any]) -> No
 def test_the_dashboard_listens_only_on_the_head(cluster: dict[str, Any]) -> None:
     (start,) = [command for command in cluster["head_start_ray_commands"] if "ray start" in command]
     assert "--dashboard-host=127.0.0.1" in start
-    assert "security_group" not in cluster["provider"]  # Ray's own opens ssh alone
+    assert "security_group" not in cluster["provider"]  # Ray's default group opens only ssh
 
 
 def test_the_setup_commands_install_the_mounted_code(cluster: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ def test_the_setup_commands_install_the_mounted_code(cluster: dict[str, Any]) ->
         assert requirement.extras <= set(PROJECT["optional-dependencies"])
         assert requirement.url is not None
         assert requirement.url.endswith(f"/revmux-{revmux.__version__}-py3-none-any.whl")
-    assert cluster["file_mounts"]["/home/ray/dist"] == "dist"  # a folder: a mounted file would stay as it was
+    assert cluster["file_mounts"]["/home/ray/dist"] == "dist"  # a folder, because a mounted file would not be updated
     assert all("/home/ray/dist/revmux-" in command for command in cluster["setup_commands"])
 
 

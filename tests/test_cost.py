@@ -63,7 +63,7 @@ TINY: dict[str, dict] = {
         "pos_att_type": ["c2p", "p2c"],
         "position_buckets": 8,
         "share_att_key": True,
-        "attn_implementation": None,  # it has no choice
+        "attn_implementation": None,  # there is only one implementation
     },
     "modernbert": {"cls_token_id": 1, "sep_token_id": 2},
     "roberta": {"pad_token_id": 1},
@@ -119,7 +119,7 @@ def test_counts_agree_with_torch_for_every_family(family, name):
             count_flops(backbone, method, 1, LENGTH)
         return
     counted = count_flops(backbone, method, 1, LENGTH).per_input
-    # DeBERTa projects its relative positions once a batch, whatever its size: no cost of an input in a large one.
+    # DeBERTa projects its relative positions once per batch, so in a large batch the cost per input vanishes.
     group_count = 32 if family == "deberta-v2" else GROUPS
     expected = counted_by_torch(MultiplexedClassifier(backbone, method, 1).eval(), LENGTH, group_count)
     assert counted == pytest.approx(expected, rel=0.01)
@@ -363,7 +363,7 @@ def test_a_local_model_folder_is_estimated_from_its_config(tmp_path):
 @pytest.mark.parametrize("model_type", ["vit", "nobody-knows-it"])
 def test_an_unsupported_architecture_is_refused_without_running_its_code(command, tmp_path, monkeypatch, model_type):
     ran = tmp_path / "ran"
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # as one would who is asked whether to trust it
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the user would answer yes if asked to trust the code
     (tmp_path / "own.py").write_text(
         "import pathlib\nfrom transformers import PretrainedConfig\n"
         f"pathlib.Path({str(ran)!r}).touch()\nclass Own(PretrainedConfig):\n    model_type = {model_type!r}\n"

@@ -219,7 +219,7 @@ def test_an_empty_text_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("shifted.csv", table(6, "some, text,{label}"), "cannot read .*shifted.csv"),  # a comma that is not quoted
+        ("shifted.csv", table(6, "some, text,{label}"), "cannot read .*shifted.csv"),  # an unquoted comma
         ("ragged.csv", table(6) + "some, text,1\n", "cannot read .*ragged.csv"),
         ("nothing.csv", "", "cannot read .*nothing.csv"),
         ("latin.csv", b"text,label\ncaf\xe9,1\n", "cannot read .*latin.csv"),

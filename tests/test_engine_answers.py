@@ -69,7 +69,7 @@ def test_a_batch_of_plain_inputs_is_bit_for_bit_the_plain_model(
     make_engine: Callable[..., Engine], pretrained: Pretrained
 ) -> None:
     engine = make_engine()
-    texts = [" ".join(WORDS[start : start + 9]) for start in range(12)]  # one length: their order stays
+    texts = [" ".join(WORDS[start : start + 9]) for start in range(12)]  # equal lengths, so their order is kept
     grouped = engine.submit([text(19)] * 8)
     futures = engine.submit(texts, max_multiplex=1)
     engine.start()
@@ -214,7 +214,7 @@ def test_cancelled_requests_leave_the_queue_and_are_not_computed(make_engine: Ca
     futures = [engine.submit([text(index)])[0] for index in range(4)]
     assert futures[1].cancel()
     assert futures[2].cancel()
-    futures += engine.submit(["w1", "w2"])  # their room is free at once
+    futures += engine.submit(["w1", "w2"])  # their places are free at once
     engine.start()
     assert all(future.result(60) for future in futures if not future.cancelled())
     assert sum(engine.stats()["inputs"].values()) == 4

@@ -95,7 +95,7 @@ def test_labels_identify_their_text(tasks: dict[str, tuple[Path, dict[str, str]]
         assert [pretrained.backbone.label_names[place] for place in predicted] == [labels[one] for one in known_texts()]
         assert len(set(labels.values())) == len(labels)
     even, odd = (labels for _, labels in tasks.values())
-    assert sum(even[one] == odd[one] for one in even) < 5  # another task's answer would show too
+    assert sum(even[one] == odd[one] for one in even) < 5  # so that an answer of the other task would be detected too
 
 
 def test_ten_thousand_mixed_inputs_each_get_their_own_answer(
@@ -114,7 +114,7 @@ def test_ten_thousand_mixed_inputs_each_get_their_own_answer(
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            for name in tasks:  # adapters come and go meanwhile
+            for name in tasks:  # meanwhile adapters are added and removed
                 engine.retire(4, task=name)
                 engine.load(adapters[name][4], task=name)
             threads[0].join(0.2)

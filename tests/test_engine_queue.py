@@ -91,7 +91,7 @@ def test_tasks_share_device_time_rather_than_the_number_of_passes(queue: PullQue
         assert window is not None
         name = window.tickets[0].task.name
         queue.claim(window.tickets)
-        seconds = 3.0 if name == "a" else 1.0  # an input of A is three times as dear
+        seconds = 3.0 if name == "a" else 1.0  # an input of A costs three times as much
         queue.charge(window.tickets[0].task, seconds)
         spent[name] += seconds
     assert abs(spent["a"] - spent["b"]) <= 3.0

@@ -111,7 +111,7 @@ def test_a_task_that_floods_the_queue_leaves_places_and_passes_to_the_other_task
     engine.start()
     engine.close()
     assert len(order) == 61
-    assert order.index("named") < 60  # before the flood was through
+    assert order.index("named") < 60  # before all inputs of the other task were done
     stats = engine.stats()["tasks"]
     assert stats["plain"]["rejected"] == 1
     assert stats["named"]["rejected"] == 0
@@ -125,7 +125,9 @@ def test_a_removed_task_refuses_new_requests_and_answers_waiting_ones(engine: En
     assert engine.stats()["waiting"] == 5
     engine.start()
     assert all(future.result(60).scores.shape == (28,) for future in waiting)
-    assert engine.submit(["w1"])[0].result(60).scores.shape == (3,)  # one task is left: it need not be named
+    assert engine.submit(["w1"])[0].result(60).scores.shape == (
+        3,
+    )  # only one task is left, so requests need not name it
 
 
 def test_a_task_can_be_added_while_others_are_served(engine: Engine, folders: dict[str, Path]) -> None:

@@ -33,7 +33,7 @@ def features(pretrained: Pretrained, rows: list[dict[str, str]], with_teacher: b
 def multiplexed(pretrained: Pretrained, name: str = "revmux", num_inputs: int = 2) -> MultiplexedClassifier:
     torch.manual_seed(5)
     method = build_method(name, BackboneShape.of(pretrained.backbone), num_inputs)
-    for parameter in method.parameters():  # random adapters: who shares a group matters
+    for parameter in method.parameters():  # random adapters, so that answers depend on the group
         torch.nn.init.normal_(parameter, std=0.3)
     return MultiplexedClassifier(pretrained.backbone, method, 1).eval()
 

@@ -176,7 +176,7 @@ def test_unsure_answers_resume_at_the_cut_and_are_the_plain_models(
             torch.testing.assert_close(answer.scores, scores, atol=1e-3, rtol=0)
         else:
             assert float(confidence(answer.scores)) >= 0.6
-    assert sum(rows[0]) == len(TEXTS)  # below the cut everything ran once
+    assert sum(rows[0]) == len(TEXTS)  # every input ran once below the cut
     assert [sum(rows[layer]) for layer in (1, 2, 3)] == [len(TEXTS) // 2 + sum(fell)] * 3
     assert engine.stats()["fell_back"] == sum(fell)
     assert engine.stats()["seconds"]["resume"] > 0

@@ -175,7 +175,7 @@ class TrainJob:
         client = MlflowClient(f"sqlite:///{self.storage}/mlflow.db")
         experiment = client.get_experiment_by_name("revmux")
         assert experiment is not None
-        (run,) = client.search_runs([experiment.experiment_id])  # the one that it was begun in
+        (run,) = client.search_runs([experiment.experiment_id])  # the run in which training started
         assert run.info.status == "FINISHED"
         assert run.data.metrics.keys() > {
             "system/cpu_utilization_percentage",
@@ -320,7 +320,7 @@ def small_disk(folder: Path) -> Iterator[Callable[[], Any]]:
     try:
         yield fill
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # what a killed process held may still be there
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a killed process may still hold open files
 
 
 @contextmanager

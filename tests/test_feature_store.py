@@ -143,7 +143,7 @@ def expect_equal(store: Any, backbone: Backbone, tokens: TokenizedSplit, layer: 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3), ("bfloat16", 8e-3)])
 def test_stored_batches_equal_the_output_of_the_backbone(config: StoreConfig, dtype: str, tolerance: float) -> None:
     backbone, tokens = bert(), split()
-    backbone.train()  # the store runs it in eval mode all the same
+    backbone.train()  # the store runs it in eval mode anyway
     store = open_features(pretrained(backbone), tokens, range(LAYERS + 1), same(config, dtype=dtype))
     assert backbone.training
     backbone.eval()
@@ -238,7 +238,7 @@ def test_a_full_disk_keeps_complete_shards(config: StoreConfig) -> None:
     kept = shard_files(config)
     largest = max(path.stat().st_size for path in kept)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))  # states take more room than the teacher
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))  # states take more space than the teacher
     try:
         with pytest.raises(UserError, match=r"cannot write .*shard-00000.*free some space.*what is complete is kept"):
             open_features(model, tokens, [1], config)
@@ -417,7 +417,7 @@ def test_a_stale_store_is_refused(config: StoreConfig, monkeypatch: pytest.Monke
 
 
 def test_answers_that_depend_on_padding_are_refused(config: StoreConfig) -> None:
-    with pytest.raises(UserError, match="depend on padding"):  # BERT reads its first place, padding or not
+    with pytest.raises(UserError, match="depend on padding"):  # BERT reads its first token even if it is padding
         open_features(pretrained(bert()), split(side="left"), [1], config)
 
 
@@ -559,7 +559,7 @@ def test_reading_keeps_little_memory_resident(config: StoreConfig, monkeypatch: 
     texts = [" ".join(WORDS[(row + place) % len(WORDS)] for place in range(38)) for row in range(400)]
     tokens = TokenizedSplit(Dataset.from_dict({"text": texts, "label": [0] * len(texts)}), tokenizer(), 40)
     store = open_features(model, tokens, [1], same(config, shard_inputs=50))
-    monkeypatch.setattr("revmux.features.pages.READ_AHEAD", 0)  # rows in the order in which they lie
+    monkeypatch.setattr("revmux.features.pages.READ_AHEAD", 0)  # rows in their stored order
     stored = len(texts) * 40 * WIDTH * 4
     peaks = {}
     for limit in (stored // 8, 1000 * stored):
@@ -602,9 +602,9 @@ def test_a_lease_has_one_holder_and_expires_when_the_holder_dies() -> None:
     clock.seconds += 90
     assert not second.acquire(wait=False)  # renewed in time
     clock.seconds += 20
-    assert second.acquire(wait=False)  # the first has died
+    assert second.acquire(wait=False)  # the first holder has died
     first.release()
-    assert not third.acquire(wait=False)  # not the first's to give back
+    assert not third.acquire(wait=False)  # the first holder cannot release it any more
     second.release()
     assert third.acquire(wait=False)
 
@@ -673,7 +673,7 @@ def test_a_store_that_is_being_written_is_not_removed(config: StoreConfig) -> No
 def test_shards_contain_every_input_once_and_respect_their_maximum_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("revmux.features.shards.SHARD_TOKENS", 40)
     lengths = torch.randint(1, 30, (50,), generator=torch.Generator().manual_seed(0)).numpy()
-    lengths[7] = 100  # longer than a shard may be
+    lengths[7] = 100  # longer than the maximum shard
     assigned = assign_shards(lengths, shard_inputs=6)
     assert sorted(row for rows in assigned for row in rows.tolist()) == list(range(50))
     assert all(len(rows) <= 6 for rows in assigned)

@@ -30,7 +30,7 @@ def content(folder):
 
 
 def replace_and_be_killed(folder, step):
-    # Before its step-th call to the system, whichever it is, the process kills itself.
+    # The process kills itself before its step-th system call.
     left = step
 
     def counted(call):
@@ -146,7 +146,7 @@ def test_a_folder_that_another_process_replaces_at_the_same_time_is_replaced_aga
 
     def be_overtaken(source: Path, target: Path) -> None:
         rename(source, target)
-        if ".old-" in str(target):  # the other process moves its own folder in first
+        if ".old-" in str(target):  # the other process puts its own folder there first
             monkeypatch.setattr(os, "rename", rename)
             write(folder, weights="the other's")
 

@@ -24,7 +24,7 @@ def beats(one: Item, other: Item) -> bool:
     return one.accuracy >= other.accuracy and one.cost <= other.cost and better
 
 
-# Few distinct values, so that ties are the rule.
+# Few distinct values, so that ties are common.
 items = st.lists(
     st.builds(Item, st.just(""), st.sampled_from([0.5, 0.6, 0.7, 0.8]), st.sampled_from([0.2, 0.4, 0.6, 1.0])),
     max_size=12,

@@ -43,7 +43,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the hub that it was made for
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it caches the hub's address
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield running
 

@@ -90,7 +90,7 @@ def test_workers_that_would_share_a_gpu_are_refused(
 def test_one_worker_may_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     ClusterConfig(address="local", workers=1, gpus_per_worker=0.5).check_training()
-    ClusterConfig(address="local", workers=2, gpus_per_worker=0.5).check_here()  # the feature pass shares them too
+    ClusterConfig(address="local", workers=2, gpus_per_worker=0.5).check_here()  # the feature pass shares GPUs too
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,9 @@ def head() -> Iterator[Head]:
         with suppress(subprocess.TimeoutExpired):
             process.wait(30)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own group: other Rays of the machine go on
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # only its own process group, so that other Ray clusters keep running
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -194,7 +196,9 @@ def test_finetune_train_and_evaluate_write_results_and_record_runs(
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert runs["evaluate-revmux-n2-l1"].data.metrics.keys() == FIGURES
     assert runs["revmux-n2-l1"].data.metrics.keys() > FIGURES
-    assert next(iter(runs["revmux-n2-l1"].data.metrics)) == "accuracy_mean"  # what plots of a comparison begin with
+    assert (
+        next(iter(runs["revmux-n2-l1"].data.metrics)) == "accuracy_mean"
+    )  # MLflow's comparison plots start with the first metric
     version = MlflowClient(f"sqlite:///{head.storage}/mlflow.db").get_model_version("reviews", "1")
     assert (version.run_id, version.tags["num_inputs"]) == (runs["revmux-n2-l1"].info.run_id, "2")
     assert (Path(version.source.removeprefix("file://")) / "artifacts/adapter/adapter_config.json").is_file()
@@ -236,7 +240,7 @@ def test_the_configuration_written_by_a_plan_is_deployed_from_the_registry(
     (port,) = free_ports(1)
     flags = ["--backbone.model", tiny_model_folder, "--backbone.max_length", "16", "--data.source", tiny_csv]
     flags += ["--space", space, "--optim.batch_size", "8", "--shuffles", "1", "--store.root", head.folder / "store"]
-    # Costs are counted, so that the widest is the cheapest whatever else this machine does.
+    # Costs are counted, so the widest is the cheapest regardless of the machine's load.
     flags += ["--measure.throughput_inputs", "0", "--measure.thresholds", "[0.0]", "--port", port]
     planned = head.submit("plan", "--goal.allowance", "100", "--storage", storage, *flags)
     assert planned.returncode == 0, planned.stdout

@@ -41,7 +41,7 @@ def test_the_loss_of_one_group_equals_the_value_computed_by_hand(negatives: str)
 
 
 def test_batch_negatives_include_other_groups_and_group_negatives_do_not() -> None:
-    twice = axes(1.0, 1.0).repeat(2, 1, 1)  # (2, 2, 2): every vector has its double in the other group
+    twice = axes(1.0, 1.0).repeat(2, 1, 1)  # (2, 2, 2): every vector also occurs in the other group
     assert infonce(twice, twice, config("group", "cosine")).item() == approx(ONE_APART)
     assert infonce(twice, twice, config("batch", "cosine")).item() == approx(ONE_APART + math.log(2))
 
@@ -69,7 +69,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     labels = torch.tensor([[0, 1]])
     weights = config("group", "cosine", infonce_weight=0.5, distillation_weight=2.0)
     parts = training_loss(scores, axes(1.0, 1.0), labels, axes(1.0, 1.0), teacher_scores, weights)
-    divergence = (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)) / 2  # the second input adds none
+    divergence = (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)) / 2  # the second input contributes 0
     assert parts["cross_entropy"].item() == approx(math.log(2))
     assert parts["infonce"].item() == approx(ONE_APART)
     assert parts["distillation"].item() == approx(divergence)

@@ -90,7 +90,7 @@ def backbone(family: str) -> Backbone:
 def system(family: str, name: str, options: dict, num_inputs: int) -> MultiplexedClassifier:
     whole = backbone(family)
     if options.get("tune_backbone"):
-        whole = copy.deepcopy(whole)  # as tuning leaves it: other weights than those of the backbone that loads
+        whole = copy.deepcopy(whole)  # as after tuning: weights that differ from the backbone at loading
         with torch.no_grad():
             for weight in whole.parameters():
                 weight.mul_(1.1)
@@ -131,7 +131,7 @@ def test_shapes_and_gradients(family, name, options, num_inputs):
     if method.has_auxiliary_loss:
         asked = tokens["input_ids"][groups], tokens["attention_mask"][groups]
         rounds = (method.auxiliary_loss(frozen_one, output.shared, *asked) for _ in range(RETRIEVAL_ROUNDS))
-        loss = loss + sum(rounds)  # so often that every slot is asked for
+        loss = loss + sum(rounds)  # often enough that every slot is sampled
     if name == "siso":
         assert not list(method.parameters())
         return
@@ -150,7 +150,7 @@ def test_saving_loading_and_padding_change_no_answer(family, name, options, num_
         # Models of this type count positions from the padding id, so theirs must stay.
         garbage = 1 if family == "roberta" else 9
         padded = model.run_tokens(with_padding(tokens, 3, garbage), groups).scores
-        assert scores.std() > 1e-4  # answers that are all alike would hide a mix-up
+        assert scores.std() > 1e-4  # identical answers would hide a mix-up
         assert_close(padded, scores)
         if family in DECODERS:
             left = model.run_tokens(padded_left(tokens, 0), groups).scores

@@ -253,7 +253,7 @@ def test_token_split_of_four():
     method = build_method("token-split", shape(1), 4)
     one = [[10], [1], [2], [3], [6], [50]]
     mixed = method.multiplex(states([one, one, one, one], lengths=[6, 5, 3, 1]))
-    # (1 + 2 + 3 + 6) / 4 = 3 and 50 alone; 3; (1 + 2) / 2 = 1.5; nothing but the answer token
+    # (1 + 2 + 3 + 6) / 4 = 3 and 50 alone; 3; (1 + 2) / 2 = 1.5; only the answer token
     close(mixed.hidden[0, [0, 1, 2, 3, 4, 6, 7, 9]], [[10], [3], [50], [10], [3], [10], [1.5], [10]])
     assert mixed.segments.tolist() == [[1, 1, 1, 2, 2, 0, 3, 3, 0, 4, 0, 0]]
     assert mixed.answer.tolist() == [[0, 3, 6, 9]]

@@ -95,7 +95,7 @@ def test_gradients_reach_every_adapter_weight_and_no_frozen_weight(bert, name, o
     output = model.run_tokens(tokens, groups)
     loss = output.scores.square().sum()
     if method.has_auxiliary_loss:
-        # Often enough that every slot is asked for.
+        # Often enough that every slot is sampled.
         asked = tokens["input_ids"][groups], tokens["attention_mask"][groups]
         loss = loss + sum(method.auxiliary_loss(bert, output.shared, *asked) for _ in range(60))
     loss.backward()

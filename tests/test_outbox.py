@@ -110,7 +110,7 @@ def test_records_are_sent_in_order_when_the_server_is_back(tmp_path: Path, caplo
         parent = tracked.__enter__()
         tracker.log_metrics(parent, {"accuracy": 0.5}, 1)
 
-    # It is away: the run goes on, another one begins and ends.
+    # The server is unreachable: the run continues, and another one starts and ends.
     tracker.log_metrics(parent, {"accuracy": 0.6, "broken": math.nan}, 2)
     with tracker.run("trial", {"num_inputs": 2}, parent) as child:
         assert child.startswith(LOCAL)
@@ -169,7 +169,7 @@ def coded(code: int, kind: type[MlflowException] = MlflowException) -> MlflowExc
         (UNAUTHENTICATED, False),
         (PERMISSION_DENIED, False),
         (TEMPORARILY_UNAVAILABLE, False),
-        (ENDPOINT_NOT_FOUND, False),  # a proxy before a server that is away says so
+        (ENDPOINT_NOT_FOUND, False),  # a proxy in front of an unreachable server returns this
     ],
 )
 def test_only_permanent_errors_of_mlflow_count_as_a_refusal(

@@ -37,7 +37,7 @@ def test_allowances_are_choices_among_the_same_adapters(planned: Planned) -> Non
     found = allowances.measure(planned, COUNTED, (0.5, 100.0))
     strict, generous = found["rows"]
     assert len(list((planned.folder / "adapters").iterdir())) == len(planned.recipes) == 3
-    # Nothing is surely within half a point on so few inputs, and everything is within a hundred.
+    # On so few inputs no system is surely within half a point, and all are within 100 points.
     assert (strict["method"], strict["verified_loss"], strict["ratio_median"], verdict(strict)) == ("siso", 0, 0, "met")
     assert "ships the plain model" in strict["outcome"]
     assert generous["method"] != "siso"

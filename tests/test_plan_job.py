@@ -43,7 +43,9 @@ def job(tiny_model_folder: Path, tiny_csv: Path, tmp_path_factory: pytest.TempPa
         shuffles=1,
         storage=str(folder / "runs"),
         goal=Goal(allowance=100.0),
-        measure=MeasureConfig(shuffles=2, thresholds=(0.0, 0.6), throughput_inputs=0),  # counted: the same everywhere
+        measure=MeasureConfig(
+            shuffles=2, thresholds=(0.0, 0.6), throughput_inputs=0
+        ),  # counted, so equal on every machine
         register="reviews",
     )
 
@@ -118,7 +120,7 @@ def test_an_unreachable_goal_is_reported_and_ships_nothing(
         plan.main(hopeless)
     after = {path: path.read_text() for path in Path(job.storage).glob("sweeps/plan/rows/*.json")}
     assert len(after) == 2
-    if rows:  # the other test ran before
+    if rows:  # the other test has already run
         assert after == rows
     folder = Path(job.storage) / "plans" / "plan"
     assert not (folder / "serve.yaml").exists()

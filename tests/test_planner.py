@@ -112,7 +112,7 @@ def test_trained_adapters_are_reused(plan: Plan, recipes: list[Recipe], task: Ta
     assert len(trained) == len(recipes)
     again = plan_here(recipes, task, Goal(allowance=0.0), plan.folder, measure=COUNTED)
     assert {path: path.stat().st_mtime_ns for path in plan.folder.glob("trials/*/*.safetensors")} == trained
-    # On so few inputs nothing but the plain model is surely without loss.
+    # On so few inputs only the plain model is surely without loss.
     assert [one.judged.candidate.name for one in again.served] == ["siso"]
     assert again.is_met
     assert again.adapters == []

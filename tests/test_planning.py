@@ -137,14 +137,14 @@ def test_bounds_hold_for_all_systems_at_once(inputs: int) -> None:
     for _ in range(worlds):
         siso = (random.random(inputs) < 0.9).astype(float)
         lost = random.random((30, inputs)) < 0.06
-        won = random.random((30, inputs)) < 0.14  # of SISO's mistakes: 1.4 points won for 5.4 lost
+        won = random.random((30, inputs)) < 0.14  # of SISO's errors: 1.4 points won, 5.4 lost
         correct = np.where(siso == 1, ~lost, won).astype(float)
         losses, bounds = loss_bounds(siso, correct, 0.95)
         held += bool((bounds >= 4.0).all())
         error = 100 * (siso - correct).std(axis=1, ddof=1) / math.sqrt(inputs)
         held_alone += bool((losses + stats.norm.ppf(0.95) * error >= 4.0).all())
     assert held / worlds > 0.92
-    assert held_alone / worlds < 0.7  # one bound a system, as if only one had been tried, is not enough
+    assert held_alone / worlds < 0.7  # one bound per system, as if only one had been tried, is too weak
 
 
 def test_few_inputs_without_a_difference_give_a_wide_bound() -> None:

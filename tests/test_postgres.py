@@ -29,7 +29,7 @@ if BINARIES is None or not (BINARIES / "initdb").is_file():
 def uri() -> Iterator[str]:
     """A new server on a socket of its owner; PostgreSQL refuses to run as root."""
     owner: dict[str, Any] = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
-    with TemporaryDirectory(prefix="revmux-pg-", dir="/tmp") as folder:  # the name of a socket has 107 letters at most
+    with TemporaryDirectory(prefix="revmux-pg-", dir="/tmp") as folder:  # socket paths are limited to 107 characters
         if owner:
             shutil.chown(folder, **owner)
 

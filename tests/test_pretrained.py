@@ -79,7 +79,7 @@ def test_the_embedded_backbone_cut_at_any_layer_computes_the_same_as_the_whole_m
     whole = backbone.model(**tokens, output_hidden_states=True)
     state = backbone.run(backbone.embed(tokens), depth)
     assert_close(state.hidden, whole.hidden_states[depth])
-    apart = state.take(torch.tensor([2, 0, 1])).map(torch.clone)  # nothing of the batch but the state goes on
+    apart = state.take(torch.tensor([2, 0, 1])).map(torch.clone)  # only the state is passed on
     scores = backbone.classify(backbone.answers(backbone.run(apart, 6))[:, 0])
     assert_close(scores, whole.logits[[2, 0, 1]])
 

@@ -31,7 +31,7 @@ from serve_app.sources import fetch_adapter
 
 pytestmark = pytest.mark.numeric
 
-TEXTS = ["w1 w5 w6", "w2 w9 w4", "w7 w3 w2", "w30 w1 w2", "w11 w12 w8"]  # of one length: grouped as they come
+TEXTS = ["w1 w5 w6", "w2 w9 w4", "w7 w3 w2", "w30 w1 w2", "w11 w12 w8"]  # of equal length, so they are grouped in order
 
 
 @dataclass
@@ -61,7 +61,7 @@ def registered(
     with torch.no_grad():
         expected = load_adapter(adapter, tiny_pretrained)(tokens)
     storage = tmp_path_factory.mktemp("storage")
-    # Folders of the same name, as people have them.
+    # Two folders with the same name.
     made = [
         shutil.copytree(source, storage / kind / "new")
         for kind, source in (("adapters", adapter), ("models", tiny_model_folder))
@@ -103,7 +103,7 @@ def test_lists_and_frames_are_answered_as_in_training(tracked: Registered) -> No
 
 OTHER_MACHINE = """
 import json, sys
-sys.modules["ray_jobs"] = sys.modules["ray"] = None  # as if only what is required were installed
+sys.modules["ray_jobs"] = sys.modules["ray"] = None  # as if only the required packages were installed
 import torch
 torch.set_num_threads(2)
 import mlflow

@@ -191,7 +191,7 @@ def test_a_process_that_the_memory_monitor_ended_counts_as_lost() -> None:
     manager._cleanup_actor = lambda tracked_actor: None
     actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: told.append(error))
     task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
-    with pytest.raises(RuntimeError):  # the day this passes, the context manager can go
+    with pytest.raises(RuntimeError):  # once Ray no longer raises here, the context manager can be removed
         manager._actor_task_failed(tracked_actor_task=task, exception=OutOfMemoryError("too large"))
     with ray_internals.out_of_memory_trials_are_retried():
         manager._actor_task_failed(tracked_actor_task=task, exception=OutOfMemoryError("too large"))

@@ -34,7 +34,7 @@ def test_gradient_checkpointing_recomputes_upper_layers_and_trains_the_same_weig
         prepared = prepare(recipe, load_task(recipe.data))
         with_gradient = []
         upper = prepared.model.backbone.layer(1), prepared.model.backbone.layer(2).attention.self.key
-        for part in upper:  # of the last layer, training runs the parts that it needs
+        for part in upper:  # training runs only the needed parts of the last layer
             part.register_forward_pre_hook(
                 lambda *_, seen=with_gradient: seen.append(1) if torch.is_grad_enabled() else None
             )

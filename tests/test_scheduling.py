@@ -19,7 +19,7 @@ from revmux.serving.scheduling import (
     useful_routes,
 )
 
-# Costs of groups of 2 and 4 over the same cut layer, in plain inputs: 0.7 and 0.5 an input.
+# Costs of groups of 2 and 4 over the same cut layer, in plain inputs: 0.7 and 0.5 per input.
 TWO = Route(2, "layer 1", 0.4, 0.6)
 FOUR = Route(4, "layer 1", 0.4, 0.4)
 HEAD = Route(1, "layer 2", 0.55, 0.05, "exit-head")
@@ -33,7 +33,7 @@ def test_width_grows_with_the_queue_and_is_as_narrow_as_the_load_allows() -> Non
 
 def test_an_exit_head_is_used_between_the_plain_model_and_cheaper_groups() -> None:
     routes = useful_routes([FOUR, TWO, HEAD])
-    assert routes == [PLAIN, HEAD, FOUR]  # a pair costs more an input than the head does
+    assert routes == [PLAIN, HEAD, FOUR]  # a pair costs more per input than the head
     chosen = [choose_routes(waiting, routes, 4)[-1] for waiting in (1, 4, 5, 6, 7, 500)]
     assert chosen == [PLAIN, PLAIN, HEAD, HEAD, FOUR, FOUR]
     assert useful_routes([HEAD]) == [PLAIN, HEAD]
@@ -43,7 +43,7 @@ def test_an_exit_head_answers_left_over_inputs_except_those_that_require_the_pla
     groups = form_groups([9] * 7, [None, 1, None, None, 2, None, None], [PLAIN, HEAD, FOUR])
     found = {index: group.route for group in groups for index in group.members}
     assert found[1] == PLAIN
-    assert found[4] == HEAD  # two may share, and no adapter serves two
+    assert found[4] == HEAD  # at most two may share, and there is no adapter for two
     assert [found[index] for index in (0, 2, 3, 5, 6)].count(FOUR) == 4
     assert [found[index] for index in (0, 2, 3, 5, 6)].count(HEAD) == 1
     forward = next_pass([9] * 3, [None, 1, None], 3, [PLAIN, HEAD], plain_load=0, max_tokens=1000)
@@ -138,7 +138,7 @@ class Simulation:
         return self
 
     def arrive(self, at: float) -> None:
-        now, self.now = self.now, at  # it came while a pass ran
+        now, self.now = self.now, at  # the input arrived during a pass
         try:
             self.queue.put([Ticket(TASK, {"input_ids": [0] * 9})])
         except Overloaded:
@@ -184,7 +184,7 @@ def test_overload_is_refused_and_leaves_no_backlog() -> None:
     flooded = Simulation().run(rate=6, inputs=3000)
     assert flooded.rejected > 1500
     assert flooded.widths.count(4) > 0.95 * len(flooded.widths)
-    assert max(flooded.waits) < 100 / 2 + 32  # a full queue at two inputs a second, and the pass before
+    assert max(flooded.waits) < 100 / 2 + 32  # a full queue at two inputs per second, plus the previous pass
     flooded.widths.clear()
     flooded.waits.clear()
     flooded.run(rate=0.5, inputs=100)

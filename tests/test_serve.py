@@ -116,7 +116,7 @@ def test_the_inference_client_of_huggingface_hub_understands_the_reply(
 ) -> None:
     from huggingface_hub import InferenceClient, constants
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # offline, the client does not ask this machine either
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # in offline mode the client does not even call localhost
     client = InferenceClient(server.url)
     found = client.text_classification("w1 w2 w3")
     assert found[0].label == labels(server.pretrained, ["w1 w2 w3"])[0]
@@ -263,7 +263,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_starts(
     other.mkdir()
     write_identifying_model(other, seed=1)
     adapter = str(folders[1][0])
-    capsys.readouterr()  # progress bars of writing the models
+    capsys.readouterr()  # discard the progress bars of saving the models
     assert main(["--model", str(other), "--adapters", adapter, "--port", str(free_port())]) == 2
     shown = capsys.readouterr().err.strip()
     assert "\n" not in shown

@@ -120,7 +120,7 @@ def test_with_a_maximum_width_of_one_exit_heads_are_not_used(make_engine: Callab
 def test_an_exit_head_is_used_beside_cheaper_groups_and_instead_of_others(
     make_engine: Callable[..., Engine], pretrained: Pretrained, head: Path, four: Path
 ) -> None:
-    # Cut after 1 of 4 layers, a group of four costs 1/4 + 3/16 an input: more than a head there, less than one at 3.
+    # Cut after 1 of 4 layers, a group of four costs 1/4 + 3/16 per input: between a head at layer 1 and one at layer 3.
     engine = make_engine(four, head, plain_load=0)
     assert [route.method for route in engine.task().lineup.routes] == ["siso", "exit-head"]
     deep = make_engine(four, write_head(pretrained, head, 3), plain_load=0)

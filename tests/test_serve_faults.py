@@ -131,9 +131,9 @@ class Load:
         answered: texts.
     """
 
-    def __init__(self, cluster: Cluster, clients: int = 6, texts_a_request: int = 4) -> None:
+    def __init__(self, cluster: Cluster, clients: int = 6, texts_per_request: int = 4) -> None:
         self.cluster = cluster
-        self.texts_a_request = texts_a_request
+        self.texts_per_request = texts_per_request
         self.statuses: Counter[Any] = Counter()
         self.swapped: list[str] = []
         self.unclean: list[str] = []
@@ -168,8 +168,8 @@ class Load:
         every = list(self.cluster.expected)
         with httpx.Client(base_url=self.cluster.url, timeout=60) as client:
             while not self._stop.is_set():
-                start = next(self._numbers) * self.texts_a_request
-                self._ask(client, [every[(start + place) % len(every)] for place in range(self.texts_a_request)])
+                start = next(self._numbers) * self.texts_per_request
+                self._ask(client, [every[(start + place) % len(every)] for place in range(self.texts_per_request)])
 
     def _ask(self, client: httpx.Client, texts: list[str]) -> None:
         body = {"inputs": [[part] for part in texts], "raw_scores": True}
@@ -246,7 +246,7 @@ def test_requests_lost_with_their_replica_get_a_retryable_error(cluster: Cluster
     connections = [connected(cluster.url) for _ in range(16)]
     for connection in connections:
         connection.sendall(head + body[:5])
-    assert _answers(cluster.url)  # by now the others are with their replicas too, which wait for the rest
+    assert _answers(cluster.url)  # by now the other requests are at their replicas too, which wait for the rest
     _kill(f"SERVE_REPLICA::{APPLICATION}#classifier#")
     statuses: Counter[int] = Counter()
     for connection in connections:
@@ -272,7 +272,7 @@ def test_a_killed_proxy_is_restarted(cluster: Cluster) -> None:
 
 def test_an_overload_is_refused_with_503_and_service_recovers(cluster: Cluster) -> None:
     wait_until(lambda: len(_replicas(cluster.url)) == 2)
-    with Load(cluster, clients=24, texts_a_request=32) as clients:  # several times what two queues hold
+    with Load(cluster, clients=24, texts_per_request=32) as clients:  # several times the capacity of two queues
         wait_until(lambda: clients.statuses[429] > 5)
         clients.wait_for(500)
     clients.check()
@@ -317,7 +317,7 @@ def test_a_rolling_update_loses_no_request(cluster: Cluster) -> None:
 def test_hostile_bodies_get_json_errors_through_serve(cluster: Cluster, name: str) -> None:
     body, status = HOSTILE[name]
     reply = httpx.post(f"{cluster.url}/predict", content=body, timeout=60)
-    # The proxy takes bodies of any size to the replica, whose limit here is the usual one: too long in tokens instead.
+    # The proxy passes bodies of any size to the replica, which has the default limit here; this one has too many tokens.
     assert reply.status_code == (422 if status == 413 else status)
     assert reply.headers["content-type"] == "application/json"
 
@@ -349,7 +349,7 @@ def test_replicas_scale_up_and_down_with_the_queue_and_lose_no_request(cluster: 
         wait_until(lambda: len(_replicas(cluster.url)) == 2)
         clients.wait_for(100)
     clients.check()
-    with Load(cluster, clients=1, texts_a_request=1) as few:
+    with Load(cluster, clients=1, texts_per_request=1) as few:
         wait_until(lambda: len(_replicas(cluster.url)) == 1)
     few.check()
     assert set(clients.statuses) == set(few.statuses) == {200}
@@ -399,10 +399,10 @@ def test_a_failed_deployment_leaves_other_applications_alone(cluster: Cluster, m
             return "still here"
 
     serve.run(Other.bind(), name="other", route_prefix="/other")  # type: ignore[attr-defined]
-    with pytest.raises((UserError, RuntimeError)):  # where an older version runs, Serve does not pass on the cause
+    with pytest.raises((UserError, RuntimeError)):  # if an older version is running, Serve does not pass on the cause
         deploy_alone(server_config(model=cluster.model, port=free_port(), **mistake))
     left = serve.status().applications
     assert left["other"].status == "RUNNING"
     assert httpx.get(f"{cluster.url}/other", timeout=60).text == "still here"
-    # The application of this name is replaced only once a deployment really begins.
+    # The application with this name is replaced only once a deployment starts.
     assert (APPLICATION in left) == ("num_replicas" in mistake)

@@ -185,7 +185,7 @@ def test_a_model_whose_thread_has_ended_is_unhealthy_at_once(
     service.serve(config.served)
     thread = service.engine._worker._thread
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    monkeypatch.setattr(service.engine._queue, "charge", lambda *_: 1 / 0)  # a mistake of ours that no pass would catch
+    monkeypatch.setattr(service.engine._queue, "charge", lambda *_: 1 / 0)  # a bug in our code that no pass would catch
     assert service.engine.submit(["w1"])[0].result(60)
     thread.join(60)
     with pytest.raises(Unhealthy, match="thread has ended"):
@@ -222,7 +222,7 @@ def test_what_mlflow_downloads_is_removed_after_loading(
     downloads = tmp_path / "downloads"
     downloads.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(downloads))
-    # As with an artifact store elsewhere: files are downloaded, not read where they are.
+    # As with a remote artifact store: files are downloaded, not read in place.
     monkeypatch.setattr(LocalArtifactRepository, "download_artifacts", ArtifactRepository.download_artifacts)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     client = mlflow.MlflowClient()
@@ -736,7 +736,7 @@ def _fuzz(api: Any, path: str, method: str, mode: GenerationMode, examples: int,
     @given(api[path][method].as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
         if "task" in (case.path_parameters or {}) and len(case.path_parameters["task"]) > 1:
-            case.path_parameters["task"] = "default"  # else hardly any request would get beyond its task
+            case.path_parameters["task"] = "default"  # otherwise hardly any request would name a known task
         reply = case.call(timeout=60)
         assert reply.status_code not in (500, 503), reply.text
         statuses.add(reply.status_code)

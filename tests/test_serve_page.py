@@ -118,7 +118,7 @@ def _answers(browser: Browser) -> list[list[str]]:
 
 def test_the_page_shows_labels_and_groups_of_typed_texts(browser: Browser, url: str, tasks: dict[str, Any]) -> None:
     browser.open(f"{url}/")
-    browser.wait("!document.getElementById('token-entry').hidden")  # the server has asked for one
+    browser.wait("!document.getElementById('token-entry').hidden")  # the server requires a token
     browser.run("document.getElementById('token').focus()")
     browser.keys("let-me-in")
     browser.run("document.getElementById('token').dispatchEvent(new Event('change'))")
@@ -127,7 +127,7 @@ def test_the_page_shows_labels_and_groups_of_typed_texts(browser: Browser, url: 
     browser.run("document.getElementById('texts').focus()")
     texts = ["w1 w2", "w3", "<b>w4</b>", "w5 w6 w7"]
     browser.keys("\n".join(texts))
-    browser.complaints.clear()  # the refusals before the token was known
+    browser.complaints.clear()  # the refusals before the token was entered
     browser.run("document.querySelector('#ask button[type=submit]').click()")
     browser.wait("document.querySelectorAll('#answers tbody tr').length === 4")
     found = _answers(browser)

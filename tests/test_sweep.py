@@ -64,7 +64,7 @@ def test_a_trial_that_cannot_reach_the_front_is_stopped_with_the_reason() -> Non
     scheduler = FrontScheduler(selection_inputs=2000)
     cheap, dear, rival = start(scheduler, trial("cheap", 0.5), trial("dear", 0.7), trial("rival", 0.4))
     assert tell(scheduler, cheap, 1, 0.80) == "CONTINUE"
-    assert tell(scheduler, dear, 1, 0.79) == "CONTINUE"  # within chance
+    assert tell(scheduler, dear, 1, 0.79) == "CONTINUE"  # within the noise
     assert tell(scheduler, rival, 1, 0.60) == "CONTINUE"  # cheaper than all
     assert tell(scheduler, cheap, 2, 0.85) == "CONTINUE"
     assert tell(scheduler, dear, 2, 0.70) == "STOP"
@@ -95,7 +95,7 @@ def test_a_trial_that_resumes_after_a_failure_keeps_its_epochs() -> None:
     scheduler = FrontScheduler(selection_inputs=2000)
     lost, other = start(scheduler, trial("lost", 0.4), trial("other", 0.5))
     tell(scheduler, lost, 1, 0.99)
-    scheduler.on_trial_error(None, lost)  # as Tune does when it tries a trial again
+    scheduler.on_trial_error(None, lost)  # as Tune does when it retries a trial
     scheduler.on_trial_add(None, lost)
     assert tell(scheduler, other, 1, 0.2) == "STOP"
 

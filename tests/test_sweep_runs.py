@@ -140,7 +140,7 @@ def test_trials_ended_by_the_memory_monitor_are_reported_and_counted(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     points = {"methods": ["exit-head"], "exit_layers": [1, 2], "epochs": 60}
-    # So that any process is too large.
+    # So that any process exceeds it.
     done = run(command(points, cluster__max_failures=0), RAY_memory_usage_threshold="0.01")
     assert done.returncode == 2, done.stdout
     assert "none of the 2 trials finished (" in done.stdout

@@ -138,7 +138,7 @@ class Stopped(Exception):
 def test_a_run_stopped_within_an_epoch_resumes_at_that_step(
     tiny_pretrained: Pretrained, tiny_rows: list, tmp_path: Path
 ) -> None:
-    optim = OptimConfig(epochs=3, batch_size=8, learning_rate=5e-3)  # 8 steps an epoch
+    optim = OptimConfig(epochs=3, batch_size=8, learning_rate=5e-3)  # 8 steps per epoch
     unbroken = trainer(tiny_pretrained, tiny_rows, optim)
     list(unbroken.run())
 
@@ -196,7 +196,7 @@ def test_the_steps_after_a_restart_use_the_remaining_inputs(
     saved["checkpoint_steps"] = 4
     with pytest.raises(Stopped):
         list(trainer(tiny_pretrained, tiny_rows, optim, on_step=stop, **saved).run())
-    done = asked[: 4 * 8]  # what the steps before the checkpoint read
+    done = asked[: 4 * 8]  # the inputs of the steps before the checkpoint
     asked.clear()
     again = trainer(tiny_pretrained, tiny_rows, optim, **saved)
     assert again.resume() == 4

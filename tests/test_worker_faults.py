@@ -135,7 +135,7 @@ def kill_oneself() -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.timeout(300)  # the others' own time-out is half an hour
+@pytest.mark.timeout(300)  # the other workers' own time-out is half an hour
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -153,7 +153,7 @@ def test_a_user_error_in_one_worker_ends_all_workers_at_once(
     with pytest.raises(UserError, match=words):
         start(partial(raise_, error))
     told = capfd.readouterr()
-    # Ray shows stacks of its own where the machine is busy, but none may end with this error.
+    # Ray may print its own stack traces on a busy machine, but none may end with this error.
     assert f"{type(error).__name__}: {error}" not in told.out + told.err
     assert (told.out + told.err).count("each), step") == 1, "it was tried again"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
