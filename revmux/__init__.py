@@ -1,6 +1,6 @@
-"""RevMUX: several inputs share one pass through the upper layers of a frozen classifier.
+"""RevMUX: multiplexed inference, where several inputs share one pass through the upper layers of a frozen classifier.
 
-Every public name is imported on first use, so that ``import revmux`` takes no torch and no transformers.
+Every public name is imported on first use, so that ``import revmux`` imports neither torch nor transformers.
 """
 
 from typing import TYPE_CHECKING

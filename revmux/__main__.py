@@ -1,7 +1,7 @@
 """Tools to use before and after a run: ``python -m revmux cost``, ``memory``, ``methods``, ``cache`` and ``push``.
 
-Each function here is a subcommand; its docstring is the help. The module that does the work, and with it torch, is
-imported once the arguments are parsed.
+Each function here is a subcommand, and its docstring is the help text. The module that does the work, and with it
+torch, is imported after the arguments are parsed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def cost(
     soft_prompt: int = 0,
     options: dict[str, Any] | None = None,
 ) -> str:
-    """Estimate the speed-up over one input alone: the ceiling N·L / (N·l + e − l), and by counted operations.
+    """Estimate the speed-up over the plain model (SISO): the ceiling N·L / (N·l + e − l), and by counted operations.
 
     Args:
         model: bert-base, bert-large, t5-small, t5-base, t5-large, llama-3-8b, or a local model folder.
         method: Name of a method. ``revmux methods`` lists them.
-        num_inputs: Widths N, as a list such as [2,4]. Default: 2, 4, 8 and 16, or the only N that the method serves.
-        prefill_layers: Numbers of prefill layers l, as a list. Default: none, a quarter and half of the layers.
+        num_inputs: Widths N, as a list such as [2,4]. Default: 2, 4, 8 and 16, or the only N that the method supports.
+        prefill_layers: Numbers of prefill layers l, as a list. Default: 0, a quarter and half of the layers.
         length: Tokens per input, including those of the prompt's template.
-        prompt: Prompt that the language model in a folder answers by: the name of a shipped prompt, or a YAML file.
-        soft_prompt: Number of vectors before every input of a language model.
+        prompt: Prompt of the language model in a folder: the name of a shipped prompt, or a YAML file.
+        soft_prompt: Number of soft prompt vectors before every input of a language model.
         options: Options of the method by name, as a mapping such as {skip: true}. ``revmux methods`` lists them.
     """
     check_shape_name(model)
@@ -65,13 +65,13 @@ def memory(
     Args:
         model: bert-base, bert-large, t5-small, t5-base, t5-large, llama-3-8b, or a local model folder.
         method: Name of a method. ``revmux methods`` lists them.
-        num_inputs: Width N. Default: 2, or the only N that the method serves.
+        num_inputs: Width N. Default: 2, or the only N that the method supports.
         prefill_layers: Number of prefill layers l. Default: half of the layers.
         batch_size: Inputs per step, as a list of multiples of N. Default: 16 N.
         length: Tokens of the longest input, as a list. Default: 128.
         dtype: Type of the frozen backbone's weights.
-        prompt: Prompt that the language model in a folder answers by: the name of a shipped prompt, or a YAML file.
-        soft_prompt: Number of vectors before every input of a language model.
+        prompt: Prompt of the language model in a folder: the name of a shipped prompt, or a YAML file.
+        soft_prompt: Number of soft prompt vectors before every input of a language model.
         options: Options of the method by name, as a mapping such as {skip: true}. ``revmux methods`` lists them.
     """
     check_shape_name(model)
@@ -84,7 +84,7 @@ def memory(
 
 
 def methods() -> str:
-    """List the methods and their options with the defaults."""
+    """List the methods and their options with their defaults."""
     from revmux.estimate.tables import method_list
 
     return method_list()
@@ -121,15 +121,15 @@ def push(
     base_model: str | None = None,
     message: str = "Add adapter",
 ) -> str:
-    """Push an adapter folder to the Hugging Face hub. The token is that of HF_TOKEN or of `hf auth login`.
+    """Push an adapter folder to the Hugging Face hub, with the token from HF_TOKEN or `hf auth login`.
 
     Args:
         folder: Adapter folder.
         repository: Repository on the hub as USER/NAME. It is created if it is missing.
         revision: Branch to push to. Default: the repository's default branch.
         private: Whether a new repository is private. Default: the account's setting.
-        base_model: Hub id of the backbone, where the adapter was trained on a local copy of it. Without it, whoever loads
-            such an adapter must name the backbone.
+        base_model: Hub id of the backbone, if the adapter was trained on a local copy of it. Without it, loading such an
+            adapter requires the path of the backbone.
         message: Commit message.
     """
     load_adapter_config(folder)
@@ -149,11 +149,14 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m revmux") -> int:
-    """Run a subcommand; 0, or 2 after a mistake in its arguments.
+    """Run a subcommand.
 
     Args:
-        argv: command line without the program's name; the process's own by default.
-        prog: the program's name in messages. One that ends in a subcommand, such as ``revmux cost``, runs that.
+        argv: command line without the program's name; that of the process by default.
+        prog: the program's name in messages. If it ends in a subcommand, such as ``revmux cost``, that one runs.
+
+    Returns:
+        The exit status: 0, or 2 for invalid arguments.
     """
     components = COMMANDS.get(prog.rpartition(" ")[2], COMMANDS)
     if isinstance(components, dict):

@@ -15,7 +15,7 @@ import torch
 from revmux import UserError
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import CheckpointConfig
-from revmux.training.distributed import from_first, rank_and_world, together
+from revmux.training.distributed import fail_together, from_first, rank_and_world
 
 pytestmark = pytest.mark.numeric
 
@@ -121,7 +121,7 @@ def test_lost_best_weights_are_written_again(damage: Callable[[Path], None], tmp
 def test_training_does_not_restart_silently_when_all_checkpoints_are_damaged(saved: Path) -> None:
     flip(saved / "best-00000001.pt")
     with pytest.raises(
-        UserError, match=r"every checkpoint in .*run is damaged \(step 30: best.*; step 20: .*remove that"
+        UserError, match=r"every checkpoint in .*run is damaged \(step 30: best.*; step 20: .*delete that"
     ):
         CheckpointFolder(saved).load()
 
@@ -163,10 +163,10 @@ def test_a_second_process_waits_for_the_lock_of_a_checkpoint_folder(
     monkeypatch.setattr("revmux.training.checkpoint._log.warning", lambda words, *values: told.put(words % values))
 
     def second() -> None:
-        with CheckpointFolder(path).held():
+        with CheckpointFolder(path).locked():
             entered.set()
 
-    with CheckpointFolder(path).held():
+    with CheckpointFolder(path).locked():
         thread = threading.Thread(target=second)
         thread.start()
         assert f"another process still writes checkpoints to {path}" in told.get(timeout=30)
@@ -182,7 +182,7 @@ def test_a_second_process_waits_for_the_lock_of_a_checkpoint_folder(
 def test_a_folder_that_cannot_be_locked_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused = pytest.raises(UserError, match=r"cannot write checkpoints to .*file/run .*; make room")
-    with refused, CheckpointFolder(tmp_path / "file" / "run").held():
+    with refused, CheckpointFolder(tmp_path / "file" / "run").locked():
         pass
 
 
@@ -197,7 +197,7 @@ def fail_on_second(first: int) -> str:
     rank, _ = rank_and_world()
     assert from_first(rank + first) == first
     try:
-        with together():
+        with fail_together():
             if rank == 1:
                 raise UserError("the second has no disk")
     except UserError as error:

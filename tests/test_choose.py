@@ -192,7 +192,7 @@ def test_invalid_goals_are_refused(settings: dict[str, float], words: str) -> No
 
 def test_candidates_must_have_the_same_inputs_and_distinct_names() -> None:
     siso = np.ones(10)
-    with pytest.raises(UserError, match="two answered 9 inputs, SISO 10"):
+    with pytest.raises(UserError, match="two answered 9 inputs, but SISO 10"):
         choose(siso, [candidate("two", np.ones(9), 0.5)], Goal(allowance=1.0))
     with pytest.raises(UserError, match="share a name"):
         choose(siso, [candidate("two", siso, 0.5), candidate("two", siso, 0.6)], Goal(allowance=1.0))

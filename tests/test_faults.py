@@ -363,7 +363,7 @@ def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(
             list(trainer(folder, fill_at_10).run())
         assert f"cannot write the checkpoint of step 12 to {folder} (" in str(told.value)
         assert "make room there" in str(told.value)
-        assert "goes on from step 8" in str(told.value)
+        assert "resumes from step 8" in str(told.value)
         assert not list(folder.glob(".*")), "half a file is left"
         free[0]()
         again = trainer(folder)

@@ -21,7 +21,7 @@ from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.__main__ import main
 from revmux.backbone import Backbone, supported_model_types
 from revmux.backbone.verbalizer import Verbalizer
-from revmux.estimate.fake import call_valueless, valueless
+from revmux.estimate.fake import call_with_fake_weights, fake_tensors
 from revmux.estimate.flops import count_flops, relative_cost, rival_exit_layer, speedup_ceiling
 from revmux.estimate.memory import estimate_memory
 from revmux.estimate.presets import PRESETS
@@ -152,8 +152,8 @@ def test_counts_agree_with_torch_at_bert_base_shape(bert_base, name, num_inputs,
     method = on_meta(bert_base, name, num_inputs, options)
     prefill_layers = min(6, method.exit_layer())
     model = MultiplexedClassifier(bert_base, method, prefill_layers).eval()
-    with valueless():
-        expected = call_valueless(model, lambda: counted_by_torch(model, 128))
+    with fake_tensors():
+        expected = call_with_fake_weights(model, lambda: counted_by_torch(model, 128))
     counted = count_flops(bert_base, method, prefill_layers, 128).per_input
     assert counted == pytest.approx(expected, rel=0.01)
     assert all(parameter.is_meta for parameter in bert_base.parameters())

@@ -78,7 +78,7 @@ def test_a_plan_that_fails_verification_ships_nothing(tmp_path: Path) -> None:
     broken = verify(siso, np.where(np.arange(200) < 10, 0.0, 1.0), choice.goal)
     plans = [Plan(choice, [Served(choice.chosen, seen, "adapter")], [], tmp_path) for seen in (kept, broken)]
     assert allowances.outcome(plans[0]).startswith("ships multiplexing: revmux with N = 2")
-    assert allowances.outcome(plans[1]).startswith("ships nothing: the allowance was not kept")
+    assert allowances.outcome(plans[1]).startswith("ships nothing: the allowance was exceeded")
 
 
 @pytest.mark.parametrize("index", [0, 2])

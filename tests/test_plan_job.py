@@ -115,7 +115,7 @@ def test_an_unreachable_goal_is_reported_and_ships_nothing(
     rows = {path: path.read_text() for path in Path(job.storage).glob("sweeps/plan/rows/*.json")}
     hopeless = replace(job, goal=Goal(allowance=0.0, throughput=50.0))
     with pytest.raises(
-        UserError, match=r"the goal cannot be met: it is missed by .* times SISO's throughput; nearest is"
+        UserError, match=r"the goal cannot be met: it is missed by .* times SISO's throughput; the nearest system is"
     ):
         plan.main(hopeless)
     after = {path: path.read_text() for path in Path(job.storage).glob("sweeps/plan/rows/*.json")}

@@ -76,7 +76,7 @@ def test_a_random_search_is_reproducible() -> None:
         ("trials: 0", "trials is 0"),
         ("search: bayes", "search"),
         ("just words", "write keys"),
-        ("[", "not YAML"),
+        ("[", "not valid YAML"),
     ],
 )
 def test_a_custom_space_is_checked(text: str, words: str, tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_the_steps_after_a_restart_use_the_remaining_inputs(
 
 def test_a_checkpoint_with_another_number_of_steps_is_refused(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     kept = trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=16)).state_dict()
-    with pytest.raises(UserError, match="the checkpoint has batch_size 16, this run has 32"):
+    with pytest.raises(UserError, match="the checkpoint has batch_size 16, but this run has 32"):
         trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=32)).load_state_dict(kept)
 
 
@@ -389,7 +389,7 @@ def test_labels_that_differ_from_the_task_model_are_refused(tiny_model_folder: P
     recipe = Recipe(
         backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16), data=DataConfig(source=str(file))
     )
-    with pytest.raises(UserError, match="tiny-bert has the labels bad, good, the data has no, yes"):
+    with pytest.raises(UserError, match="tiny-bert has the labels bad, good, but the data has no, yes"):
         prepare(recipe, load_task(recipe.data))
 
 

@@ -14,19 +14,19 @@ from tune_spaces.space import SearchSpace
 def legal_points(
     space: SearchSpace, recipe: Recipe, shape: BackboneShape, workers: int
 ) -> tuple[list[Recipe], list[str]]:
-    """The points of a space that a backbone can train, found before anything starts.
+    """The points of a space that a backbone can train, checked before anything starts.
 
     Args:
-        space: its lists of values.
-        recipe: everything that the space does not set.
-        shape: of the backbone.
-        workers: of each trial.
+        space: the search space.
+        recipe: the settings that the space does not set.
+        shape: shape of the backbone.
+        workers: workers per trial.
 
     Returns:
-        The points, drawn down to ``trials`` where the search is random; and for every other point why it is left out.
+        The points, of which a random search draws ``trials``, and the reason for each point that cannot be trained.
 
     Raises:
-        UserError: an unknown method, an empty space, or none of its points is legal.
+        UserError: an unknown method, an empty space, or no point that can be trained.
     """
     points, left_out = [], []
     for point in space.points(recipe, shape.num_layers):

@@ -26,7 +26,7 @@ from revmux.errors import UserError
 from revmux.pretrained.task_model import save_task_model
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import CheckpointConfig, Recipe
-from revmux.training.distributed import rank_and_world, together
+from revmux.training.distributed import fail_together, rank_and_world
 from revmux.training.recipe import Prepared, prepare
 from revmux.training.trainer import load_weights
 from revmux.utils.files import atomic_folder
@@ -116,10 +116,10 @@ def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
     task: TaskData = ray.get(config.task)
     first = rank_and_world()[0] == 0
     checkpoints = CheckpointFolder(config.folder, config.checkpoint.keep)
-    with together():
+    with fail_together():
         prepared = prepare(config.recipe, task, own_device())
         if first:
-            until_the_end.enter_context(checkpoints.held())
+            until_the_end.enter_context(checkpoints.locked())
     trainer = prepared.trainer(checkpoints=checkpoints, checkpoint_steps=config.checkpoint.steps)
     start = trainer.resume()
     progress = (
@@ -146,7 +146,7 @@ def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
         "selection_accuracy": trainer.state.best_accuracy,
     }
     metrics = {name: value for name, value in metrics.items() if value == value}  # no NaN where there is no teacher
-    with together():
+    with fail_together():
         if first:
             leave_result(config.folder / RESULT_NAME, prepared, metrics)
     return metrics

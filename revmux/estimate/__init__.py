@@ -1,1 +1,1 @@
-"""Operations, memory and throughput of a model."""
+"""Estimates of a model's operations and memory, and measurement of its throughput."""

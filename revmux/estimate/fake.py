@@ -1,4 +1,4 @@
-"""Running a model on tensors that have shapes but no values: nothing is allocated, nothing is computed."""
+"""Running a model on fake tensors, which have shapes but no values: nothing is allocated or computed."""
 
 from __future__ import annotations
 
@@ -18,63 +18,65 @@ Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
 
 
-VALUE_QUESTIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
-"""Operations that ask for values, such as «no padding?» or «positions in order?»."""
+VALUE_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+"""Operations that read values, by which models check for padding or for positions that are out of order."""
 
 
 class _AssumeTrue(TorchDispatchMode):
-    """Questions about values are answered yes, as for full-length inputs."""
+    """Answers every check of values with True, as for inputs without padding."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in VALUE_QUESTIONS:
+        if function in VALUE_READS:
             return True
         return function(*args, **(kwargs or {}))
 
 
 @contextmanager
-def valueless() -> Iterator[None]:
-    """Tensors made inside have a shape, a type and no values."""
+def fake_tensors() -> Iterator[None]:
+    """Create all tensors as fake tensors, with a shape and a type but no values."""
     with FakeTensorMode(allow_non_fake_inputs=True), _AssumeTrue():  # type: ignore[no-untyped-call]  # unannotated in torch
         yield
 
 
-def call_valueless(module: nn.Module, function: Callable[[], Result], dtype: torch.dtype | None = None) -> Result:
-    """``function()`` while the module's weights have no values; to be called inside :func:`valueless`.
+def call_with_fake_weights(
+    module: nn.Module, function: Callable[[], Result], dtype: torch.dtype | None = None
+) -> Result:
+    """Call a function while the module's weights are fake tensors; must be called inside :func:`fake_tensors`.
 
     Args:
-        module: on any device, meta included; its own weights are back in place afterwards.
-        function: what to run; it may use the module in any way.
-        dtype: type of the floating-point weights meanwhile; None keeps each its own.
+        module: on any device, meta included; its own weights are restored afterwards.
+        function: the function to call; it may use the module in any way.
+        dtype: type of the floating-point weights during the call; None keeps the type of each.
     """
 
-    def stand_in(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor) -> Tensor:
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return torch.empty(tensor.shape, dtype=kind, device="cpu").requires_grad_(tensor.requires_grad)
 
     tensors = chain(module.named_parameters(), module.named_buffers())
-    weights = {f"module.{name}": stand_in(tensor) for name, tensor in tensors}
-    result: Result = functional_call(_Holder(module, function), weights)
+    weights = {f"module.{name}": fake(tensor) for name, tensor in tensors}
+    result: Result = functional_call(_FunctionModule(module, function), weights)
     return result
 
 
-def weightless(module: Module) -> Module:
-    """A copy without weights, so that the module itself may run in another thread meanwhile.
+def meta_copy(module: Module) -> Module:
+    """A copy of a module on the meta device; meanwhile the original may run in another thread.
 
     Returns:
-        The same modules with every parameter and buffer on the meta device.
+        A copy with every parameter and buffer on the meta device.
     """
-    standing_in: dict[int, Any] = {}
+    replacements: dict[int, Any] = {}
     for parameter in module.parameters():
-        standing_in[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        replacements[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     for buffer in module.buffers():
-        standing_in[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(module, standing_in)
+        replacements[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(module, replacements)
 
 
-class _Holder(nn.Module):
-    """Gives a plain function the form that ``functional_call`` takes."""
+class _FunctionModule(nn.Module):
+    """Wraps a function as a module, as ``functional_call`` requires."""
 
     def __init__(self, module: nn.Module, function: Callable[[], Any]) -> None:
         super().__init__()

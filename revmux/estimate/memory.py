@@ -1,8 +1,8 @@
-"""How much memory training takes, before anything is loaded.
+"""The memory that training needs, estimated before anything is loaded.
 
-Weights, gradients and AdamW's moments are counted from shapes. Activations are what autograd keeps for the backward
-pass: the model is walked through with tensors that have shapes but no values, and what is kept is added up. Temporary
-buffers of kernels, fragmentation and the CUDA context are not in it: leave a tenth and a gigabyte.
+Weights, gradients and AdamW's moments are counted from shapes. Activations are the tensors that autograd keeps for the
+backward pass: the model runs on fake tensors, and the sizes of those that are kept are added up. Temporary buffers of
+kernels, fragmentation and the CUDA context are not included: leave a tenth plus one gigabyte for them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 from revmux.backbone import Backbone, TokenBatch
 from revmux.backbone.encoder_decoder import EncoderDecoderBackbone
 from revmux.errors import UserError
-from revmux.estimate.fake import call_valueless, valueless, weightless
+from revmux.estimate.fake import call_with_fake_weights, fake_tensors, meta_copy
 from revmux.methods import Method
 from revmux.model import MultiplexedClassifier
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that training takes.
+    """Memory of training, in bytes.
 
     Attributes:
         backbone: the backbone's weights.
-        adapters: the method's weights, fp32.
-        gradients: of everything trained, fp32.
-        optimizer: AdamW's two moments, fp32.
-        activations: kept from the forward for the backward pass.
-        working: one layer of the prefill, which keeps nothing.
+        adapters: the method's weights, in fp32.
+        gradients: gradients of all trained weights, in fp32.
+        optimizer: AdamW's two moments, in fp32.
+        activations: tensors kept for the backward pass.
+        working: temporary tensors of one prefill layer, which keeps none for the backward pass.
     """
 
     backbone: int
@@ -44,7 +44,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Everything at once, in bytes."""
+        """The sum of all parts, in bytes."""
         return self.backbone + self.adapters + self.gradients + self.optimizer + self.activations + self.working
 
 
@@ -57,21 +57,23 @@ def estimate_memory(
     dtype: torch.dtype = torch.bfloat16,
     gradient_checkpointing: bool = False,
 ) -> MemoryEstimate:
-    """The memory of one training process.
+    """Estimate the memory of one training process.
 
     Args:
-        backbone: cut model, also on the meta device.
-        method: adapters for it, also on the meta device.
+        backbone: the cut model, on any device, meta included.
+        method: a method for it, on any device, meta included.
         prefill_layers: l.
-        batch_size: inputs a step in this process, a multiple of N.
+        batch_size: inputs per step in this process, a multiple of N.
         length: S, tokens of the longest input.
-        dtype: type of a frozen backbone's weights and activations; a tuned one has fp32 weights.
-        gradient_checkpointing: keep only the input of each layer, a decoder's too, and compute the layer again.
+        dtype: type of a frozen backbone's weights and activations; a tuned backbone has fp32 weights.
+        gradient_checkpointing: keep only the input of each layer, decoder layers included, and recompute the layer.
 
     Raises:
-        UserError: l is out of range, or the batch cannot be cut into groups.
+        UserError: l is out of range, or the batch cannot be divided into groups.
     """
-    model = weightless(MultiplexedClassifier(backbone, method, prefill_layers))  # a copy, to be frozen and unfrozen
+    model = meta_copy(
+        MultiplexedClassifier(backbone, method, prefill_layers)
+    )  # a copy, since it is frozen and unfrozen
     if batch_size < 1 or batch_size % method.num_inputs:
         raise UserError(f"batch_size ({batch_size}) must be divisible by num_inputs ({method.num_inputs})")
     model.backbone.requires_grad_(False)
@@ -79,35 +81,35 @@ def estimate_memory(
         model.method.unfreeze(model.backbone, prefill_layers)
     stored = torch.float32 if method.tunes_backbone else dtype
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    kept = _KeptForBackward(model, batch_size, length, stored)
+    saved = _SavedForBackward(model, batch_size, length, stored)
     model.backbone.gradient_checkpointing = False
-    activations = kept.by_all()
+    activations = saved.by_model()
     if gradient_checkpointing:
-        # Of all layers the inputs, and everything of the one layer that is being gone back through.
-        largest = kept.largest_layer
+        # The inputs of all layers, plus all activations of the layer that is being recomputed.
+        largest = saved.largest_layer
         model.backbone.gradient_checkpointing = True
-        activations = min(activations, kept.by_all() + largest)
+        activations = min(activations, saved.by_model() + largest)
     return MemoryEstimate(
         backbone=sum(parameter.numel() for parameter in model.backbone.parameters()) * stored.itemsize,
         adapters=4 * sum(parameter.numel() for parameter in model.method.parameters()),
         gradients=4 * trained,
         optimizer=8 * trained,
         activations=activations,
-        working=kept.by_prefill_layer(),
+        working=saved.by_prefill_layer(),
     )
 
 
-class _KeptForBackward:
-    """Bytes that autograd keeps in a forward pass, weights aside; nothing is computed.
+class _SavedForBackward:
+    """Counts the bytes that autograd saves in a forward pass, excluding weights; nothing is computed.
 
     Args:
-        model: on the meta device, with what is trained unfrozen.
-        batch_size: inputs.
-        length: tokens an input.
-        dtype: type of the backbone's weights; the method's are fp32.
+        model: on the meta device, with the trained weights unfrozen.
+        batch_size: inputs per batch.
+        length: tokens per input.
+        dtype: type of the backbone's weights; the method's weights are fp32.
 
     Attributes:
-        largest_layer: the most that one layer of the backbone, or of its decoder, kept in the last pass.
+        largest_layer: most bytes that one layer of the backbone or of its decoder saved in the last pass.
     """
 
     def __init__(self, model: MultiplexedClassifier, batch_size: int, length: int, dtype: torch.dtype) -> None:
@@ -116,10 +118,10 @@ class _KeptForBackward:
         self.length = length
         self.dtype = dtype
         self.largest_layer = 0
-        self._kept: dict[int, Tensor] = {}
+        self._saved: dict[int, Tensor] = {}
 
-    def by_all(self) -> int:
-        """By the whole model in a step of training."""
+    def by_model(self) -> int:
+        """Bytes saved by the whole model in a training step."""
 
         def step() -> object:
             return self.model.run_tokens(*self._inputs())
@@ -127,7 +129,7 @@ class _KeptForBackward:
         return self._count(step)
 
     def by_prefill_layer(self) -> int:
-        """By one layer of the plain inputs, as if a gradient went back through it."""
+        """Bytes that one prefill layer would save if gradients flowed through it."""
         backbone = self.model.backbone
         backbone.gradient_checkpointing = False
 
@@ -136,7 +138,7 @@ class _KeptForBackward:
             with torch.no_grad():
                 state = backbone.embed(tokens)
             start = replace(state, hidden=state.hidden.detach().requires_grad_())
-            self._kept.clear()
+            self._saved.clear()
             return backbone.run(start, min(1, backbone.num_layers))
 
         return self._count(layer)
@@ -148,36 +150,36 @@ class _KeptForBackward:
 
     def _count(self, function: Callable[[], object]) -> int:
         model = self.model
-        self._kept.clear()
+        self._saved.clear()
         self.largest_layer = 0
 
-        def watched() -> object:
+        def recorded() -> object:
             weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
-            def keep(tensor: Tensor) -> Tensor:
+            def record(tensor: Tensor) -> Tensor:
                 storage = tensor.untyped_storage()._cdata
                 if storage not in weights:
-                    self._kept[storage] = tensor  # held, so that no other storage takes its address
+                    self._saved[storage] = tensor  # a reference, so that no other storage gets the same address
                 return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+            with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), torch.enable_grad():
                 return function()
 
-        with self._layers_watched(), valueless():
-            result = call_valueless(
-                model.backbone, lambda: call_valueless(model.method, watched, torch.float32), self.dtype
+        with self._layers_recorded(), fake_tensors():
+            result = call_with_fake_weights(
+                model.backbone, lambda: call_with_fake_weights(model.method, recorded, torch.float32), self.dtype
             )
         total = self._bytes()
-        self._kept.clear()
+        self._saved.clear()
         del result
         return total
 
     def _bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
 
     @contextmanager
-    def _layers_watched(self) -> Iterator[None]:
-        """Note what each layer keeps beyond what was kept before it."""
+    def _layers_recorded(self) -> Iterator[None]:
+        """Record the most bytes that one layer saves, in ``largest_layer``."""
         backbone = self.model.backbone
         layers = [backbone.layer(index) for index in range(backbone.num_layers)]
         if isinstance(backbone, EncoderDecoderBackbone):

@@ -1,4 +1,4 @@
-"""Shapes of well-known models by name. Nothing heavy is imported here."""
+"""Shapes of well-known models by name. This module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
 }
-"""Shapes of the paper's backbones, as ``config.json`` would have them; what is missing is the type's default."""
+"""Settings of the paper's backbones, as in ``config.json``; missing ones have the defaults of the model type."""
 
 
 def check_shape_name(model: str) -> None:
-    """Refuse a name that is neither a preset nor a model folder.
+    """Check that a name is a preset or a model folder.
 
     Raises:
-        UserError: listing the presets.
+        UserError: it is neither; the message lists the presets.
     """
     if model not in PRESETS and not (Path(model).expanduser() / "config.json").is_file():
         raise UserError(
-            f"model is {model!r}, neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json; choose one"
+            f"model is {model!r}, neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json; choose one of these"
         )

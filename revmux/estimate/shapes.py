@@ -1,4 +1,4 @@
-"""Backbones by shape alone: nothing is downloaded or allocated, so cost and memory are known beforehand."""
+"""Backbones on the meta device, to estimate cost and memory: nothing is downloaded or allocated."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from revmux.pretrained.loading import outline
 from revmux.pretrained.task_model import read_prompt
 
 GENERATIVE_TYPES = tuple(generative_model_types())
-"""Model types that are language models unless their architecture says otherwise."""
+"""Model types that are language models unless their config lists another architecture."""
 
 
 def config_of(model: str) -> Any:
     """The configuration of a preset, or of a local model folder.
 
     Raises:
-        UserError: neither a preset nor a folder with a ``config.json``, or an unsupported architecture.
+        UserError: ``model`` is neither a preset nor a folder with a ``config.json``, or its architecture is unsupported.
     """
     if model in PRESETS:
         settings = dict(PRESETS[model])
@@ -40,33 +40,33 @@ def meta_backbone(
 ) -> Backbone:
     """The cut backbone on the meta device, frozen.
 
-    T5 and LLaMA answer by label words, as in the paper, unless a folder's architecture is a classifier.
+    T5 and LLaMA classify by label words, as in the paper, unless a folder's architecture is a classifier.
 
     Args:
         model: a preset or a local model folder.
         dtype: type of the weights.
-        prompt: of a folder's language model; otherwise it answers by two words of one token each.
-        soft_prompt: vectors before every input, those of a task model's own aside.
+        prompt: prompt of a folder's language model; without one, it classifies by two words of one token each.
+        soft_prompt: vectors before every input, in addition to those of a task model's own soft prompt.
 
     Raises:
-        UserError: an unknown model, a prompt for a preset, or a prompt or soft prompt that the model cannot take.
+        UserError: an unknown model, a prompt for a preset, or a prompt or soft prompt that does not fit the model.
     """
     config = config_of(model)
     if model in PRESETS and prompt is not None:
         raise UserError(
-            f"prompt is given for the preset {model!r}, which has no tokenizer; name a model folder, or leave it out"
+            f"prompt is set for the preset {model!r}, which has no tokenizer; choose a model folder, or omit prompt"
         )
     if prompt is not None or (model not in PRESETS and read_prompt(model) is not None):
         backbone = outline(BackboneConfig(model, prompt=prompt))[0].to(dtype)
     else:
-        backbone = _answering(config, dtype)
+        backbone = _from_config(config, dtype)
     if soft_prompt:
         backbone.add_soft_prompt(soft_prompt)
     return backbone.freeze()
 
 
-def _answering(config: Any, dtype: torch.dtype) -> Backbone:
-    """A model with its own kind of head, or with two label words."""
+def _from_config(config: Any, dtype: torch.dtype) -> Backbone:
+    """A classifier, or a language model with two label words."""
     classifies = any("SequenceClassification" in name for name in config.architectures or [])
     words = Verbalizer(label_names=("no", "yes"), token_ids=((1,), (2,)))
     with torch.device("meta"):

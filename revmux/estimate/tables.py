@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import astuple, fields
 from typing import Any
 
 import docstring_parser
@@ -27,7 +27,7 @@ def cost_table(
     soft_prompt: int,
     options: dict[str, Any] | None,
 ) -> str:
-    """A line for each N and l; arguments as :func:`revmux.__main__.cost`."""
+    """One line per N and l; for the arguments, see :func:`revmux.__main__.cost`."""
     backbone = meta_backbone(model, prompt=prompt, soft_prompt=soft_prompt)
     layers, shape = backbone.num_layers, BackboneShape.of(backbone)
     lines = [
@@ -57,34 +57,33 @@ def memory_table(
     soft_prompt: int,
     options: dict[str, Any] | None,
 ) -> str:
-    """A line for each batch size and length; arguments as :func:`revmux.__main__.memory`."""
+    """Two lines per batch size and length; for the arguments, see :func:`revmux.__main__.memory`."""
     backbone = meta_backbone(model, prompt=prompt, soft_prompt=soft_prompt)
     width = num_inputs or _default_widths(method)[0]
     adapters = _on_meta(method, BackboneShape.of(backbone), width, options)
     cut_at = min(backbone.num_layers // 2, adapters.exit_layer()) if prefill_layers is None else prefill_layers
     lines = [
-        f"{model}: {method}, N = {width}, l = {cut_at} of {backbone.num_layers}; GiB, kernels' buffers not counted",
-        f"{'batch':>6} {'length':>6} {'checkpointing':>13} {'backbone':>9} {'adapters':>9} {'gradients':>9} "
-        f"{'AdamW':>9} {'kept':>9} {'working':>9} {'total':>9}",
+        f"{model}: {method}, N = {width}, l = {cut_at} of {backbone.num_layers}; in GiB, without kernels' temporary buffers",
+        f"{'batch':>6} {'length':>6} {'checkpointing':>13} {'backbone':>11} {'adapters':>11} {'gradients':>11} "
+        f"{'AdamW':>11} {'activations':>11} {'working':>11} {'total':>11}",
     ]
     for batch in batch_size or [16 * width]:
         for tokens in length or [128]:
-            for again in (False, True):
-                plan = estimate_memory(backbone, adapters, cut_at, batch, tokens, getattr(torch, dtype), again)
-                sizes = (plan.backbone, plan.adapters, plan.gradients, plan.optimizer, plan.activations, plan.working)
-                shown = " ".join(f"{size / GIBIBYTE:9.2f}" for size in (*sizes, plan.total))
-                lines.append(f"{batch:>6} {tokens:>6} {'yes' if again else 'no':>13} {shown}")
+            for checkpointing in (False, True):
+                found = estimate_memory(backbone, adapters, cut_at, batch, tokens, getattr(torch, dtype), checkpointing)
+                columns = " ".join(f"{size / GIBIBYTE:11.2f}" for size in (*astuple(found), found.total))
+                lines.append(f"{batch:>6} {tokens:>6} {'yes' if checkpointing else 'no':>13} {columns}")
     return "\n".join(lines)
 
 
 def method_list() -> str:
-    """Every method, and its options with their defaults."""
+    """The methods, and their options with their defaults."""
     lines = []
     for name in method_names():
         cls = method_class(name)
         lines.append(f"{name}: {inspect.getdoc(cls).splitlines()[0]}")  # type: ignore[union-attr]
-        written = docstring_parser.parse(inspect.getdoc(cls.Options) or "")
-        meaning = {param.arg_name: " ".join((param.description or "").split()) for param in written.params}
+        parsed = docstring_parser.parse(inspect.getdoc(cls.Options) or "")
+        meaning = {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
         for option in fields(cls.Options):
             lines.append(f"    {option.name} (default {option.default}): {meaning.get(option.name, option.type)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Inputs a second against SISO: the model alone, measured in pairs, since a machine's speed drifts."""
+"""Inputs per second relative to SISO, for the model alone; timed in alternating pairs, since a machine's speed drifts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from revmux.model import MultiplexedClassifier
 
 @dataclass(frozen=True)
 class Ratio:
-    """Throughput relative to the baseline over the pairs of one run.
+    """Throughput relative to the baseline, over the pairs of one run.
 
     Attributes:
-        median: of the pairs; above 1 is faster than the baseline.
-        least: smallest pair.
-        most: largest pair.
-        pairs: how many.
+        median: median ratio of the pairs; above 1 is faster than the baseline.
+        least: smallest ratio.
+        most: largest ratio.
+        pairs: number of pairs.
     """
 
     median: float
@@ -35,13 +35,13 @@ class Ratio:
 def like_length_batches(
     split: TokenizedSplit, inputs: int, batch_size: int, device: torch.device | str = "cpu"
 ) -> list[TokenBatch]:
-    """Inputs spread evenly over a split, in batches of like length.
+    """Inputs spread evenly over a split, in batches of similar length.
 
     Args:
-        split: where they come from.
-        inputs: how many, if there are as many.
-        batch_size: inputs a batch.
-        device: where the batches are put.
+        split: the split to take inputs from.
+        inputs: number of inputs; all of them if the split has fewer.
+        batch_size: inputs per batch.
+        device: device of the batches.
     """
     rows = torch.linspace(0, len(split) - 1, min(inputs, len(split))).long()
     rows = rows[split.lengths[rows].argsort()]
@@ -55,18 +55,18 @@ def paired_throughput(
     """Time baseline and rival in turn, A B A B, on the same batches.
 
     Args:
-        baseline: usually SISO.
-        rival: what is compared.
-        batches: what both classify in one timing; each (B, S).
-        pairs: timings of each; one more of each comes first and does not count.
+        baseline: the model to compare with, usually SISO.
+        rival: the model that is compared.
+        batches: the inputs that both classify in one timing; each (B, S).
+        pairs: timings of each model; one more pair runs first as a warm-up.
     """
 
     def seconds(model: MultiplexedClassifier) -> float:
-        _wait(model)
+        _synchronize(model)
         started = time.perf_counter()
         for tokens in batches:
             model(tokens)
-        _wait(model)
+        _synchronize(model)
         return time.perf_counter() - started
 
     with evaluating(baseline), evaluating(rival):
@@ -74,6 +74,6 @@ def paired_throughput(
     return Ratio(statistics.median(measured), min(measured), max(measured), pairs)
 
 
-def _wait(model: MultiplexedClassifier) -> None:
+def _synchronize(model: MultiplexedClassifier) -> None:
     if model.backbone.device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,1 +1,1 @@
-"""From trained adapters to the system that is served, within an allowed loss of accuracy."""
+"""Choosing the system to serve among trained adapters, within an allowed loss of accuracy."""

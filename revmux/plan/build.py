@@ -1,6 +1,6 @@
-"""The plan: trained adapters in, the system to serve out, with its promise, its proof and its reasons in plain words.
+"""The plan: chooses the system to serve among trained adapters, verifies it, and writes down the reasons.
 
-On one machine :func:`plan_here` does it all; a cluster trains the adapters and calls :func:`make_plan`.
+On one machine, :func:`plan_here` also trains the adapters. A cluster job trains them itself and calls :func:`make_plan`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from revmux.features.config import StoreConfig
 from revmux.plan.choose import Choice, Judged, Verification, choose, verify
 from revmux.plan.config import Goal, MeasureConfig, SplitConfig
 from revmux.plan.front import FrontRow, mark_front
-from revmux.plan.measure import Bench, TrainedAdapter, no_words
+from revmux.plan.measure import Bench, TrainedAdapter, log_nothing
 from revmux.plan.plots import plot_front_html, plot_front_png
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import Recipe
@@ -39,12 +39,12 @@ PLAN_NAME, PAGE_NAME = "plan.json", "plan.md"
 
 @dataclass(frozen=True)
 class Served:
-    """One group width of the plan.
+    """The system that a plan serves at one group width.
 
     Attributes:
-        judged: the system with its loss on the inputs that chose it.
-        verification: its one look at the test split.
-        folder: adapter folder with its threshold, as a server loads it; None for SISO.
+        judged: the system with its loss on the choosing set.
+        verification: its comparison with SISO on the test split.
+        folder: adapter folder with the fallback threshold, as a server loads it; None for SISO.
     """
 
     judged: Judged
@@ -59,13 +59,13 @@ class Served:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be served, and why.
+    """The systems to serve, and why.
 
     Attributes:
-        choice: how it was chosen.
-        served: the widths to serve, narrowest first; the last is the promise. Empty where the goal cannot be met.
-        rows: every system that was compared, with SISO, on the inputs that choose.
-        folder: of the plan's files.
+        choice: how they were chosen.
+        served: one system per width, narrowest first; the last is the chosen one. Empty if the goal cannot be met.
+        rows: every system that was compared, SISO included, on the choosing set.
+        folder: the folder of the plan's files.
     """
 
     choice: Choice
@@ -75,53 +75,58 @@ class Plan:
 
     @property
     def is_met(self) -> bool:
-        """Whether a system met the goal, and kept its promise on the test split."""
+        """Whether a system meets the goal and every served one stays inside the allowance on the test split."""
         return bool(self.served) and all(one.verification.held for one in self.served)
 
     @property
     def adapters(self) -> list[str]:
-        """Adapter folders to serve beside the plain model."""
+        """The adapter folders to serve alongside the plain model."""
         return [one.folder for one in self.served if one.folder is not None]
 
     def why_not(self) -> str:
-        """Where the goal is missed: by how much, and what is nearest."""
+        """If the goal is missed: by how much, and which system is nearest to it."""
         choice = self.choice
         if not self.served:
             assert choice.nearest is not None
             unit = "points of accuracy" if choice.shortfall_unit == "points" else "times SISO's throughput"
             return (
-                f"the goal cannot be met: it is missed by {choice.shortfall:.2f} {unit}; nearest is "
+                f"the goal cannot be met: it is missed by {choice.shortfall:.2f} {unit}; the nearest system is "
                 f"{describe_system(choice.nearest)}"
             )
         worst = max(self.served, key=lambda one: one.verification.loss)
         over = worst.verification.loss - (worst.verification.allowance or 0.0)
         return (
-            f"the allowance was not kept on the test split: {worst.judged.candidate.name} lost "
-            f"{worst.verification.loss:.2f} points, {over:.2f} more than allowed; nearest that loses nothing is the plain "
-            "model (SISO); more inputs to choose by (choosing.share, choosing.limit) make the choice surer"
+            f"the allowance was exceeded on the test split: {worst.judged.candidate.name} lost "
+            f"{worst.verification.loss:.2f} points, {over:.2f} more than allowed; the plain model (SISO) loses nothing; a "
+            "larger choosing set (choosing.share, choosing.limit) makes the choice more reliable"
         )
 
 
 def describe_system(one: Judged) -> str:
-    """A system in words: what it is, what it costs, what it loses."""
+    """A phrase about a system: what it is, how fast it is and how much it loses."""
     system = one.candidate
     what = system.kind.describe(system.num_inputs, system.prefill_layers)
     if system.kind.is_plain:
         return f"{what}, which loses nothing and saves nothing"
     if system.threshold is not None:
-        what += f", falling back where it is less than {system.threshold:.1%} sure ({system.fallback:.0%} of answers)"
+        what += f", falling back if its confidence is below {system.threshold:.1%} ({system.fallback:.0%} of answers)"
     return f"{what}: {1 / system.cost:.2f} times SISO's throughput, {one.loss:.2f} points lost, at most {one.bound:.2f}"
 
 
 def for_choosing(task: TaskData, config: SplitConfig, seed: int = 0) -> TaskData:
-    """The task as trials of a plan see it: where the test split was, a slice of train. The test split stays untouched.
+    """The task that the trials of a plan use: its test split is the choosing set, a slice of the train split.
+
+    The real test split is not part of it.
 
     Raises:
-        UserError: train is too small to be divided.
+        UserError: the train split is too small to be divided.
     """
     held = min(round(config.share * len(task.train)), config.limit)
     if held < 2 or len(task.train) - held < 2:
-        raise UserError(f"train has {len(task.train)} examples, too few to choose by {held} of them; bring more")
+        raise UserError(
+            f"the train split has {len(task.train)} examples, too few to hold {held} of them back as a choosing set; "
+            "provide more"
+        )
     parts = task.train.train_test_split(test_size=held, seed=seed)
     digest = hashlib.sha256(f"{task.identity['sha256']} choosing {held} {seed}".encode()).hexdigest()
     identity = task.identity | {"sha256": digest, "train": len(parts["train"]), "test": held}
@@ -139,33 +144,33 @@ def make_plan(
     store: StoreConfig | None = None,
     measure: MeasureConfig | None = None,
     command: str = "",
-    tell: Callable[[str], None] = no_words,
+    log: Callable[[str], None] = log_nothing,
 ) -> Plan:
-    """Choose among trained adapters, exit heads and the plain model; verify once; write it all down.
+    """Choose among trained adapters, exit heads and the plain model, verify the choice once, and write the plan's files.
 
     Args:
         adapters: trained on ``choosing.train``.
         pretrained: the frozen task model, on the device whose speed counts.
-        choosing: as :func:`for_choosing` gives it; its test split chooses.
-        task: the same task; its test split verifies.
-        goal: what the user knows.
-        folder: takes ``plan.json``, ``plan.md``, ``front.png``, ``front.html`` and the folder ``adapters``.
-        max_length: tokens an input is cut to.
-        store: of features.
+        choosing: as returned by :func:`for_choosing`; its test split is the choosing set.
+        task: the same task with the real test split, which verifies.
+        goal: the allowance or the throughput wanted.
+        folder: where ``plan.json``, ``plan.md``, ``front.png``, ``front.html`` and the folder ``adapters`` are written.
+        max_length: most tokens per input; longer inputs are truncated.
+        store: where features are stored.
         measure: how candidates are measured.
-        command: noted in the files.
-        tell: is told what is done, in words.
+        command: the command that made the plan, recorded in its files.
+        log: called with a line of progress before each part of the work.
     """
     measure, store = measure or MeasureConfig(), store or StoreConfig()
 
-    def bench_of(split: Dataset, kept: StoreConfig) -> Bench:
-        return Bench(pretrained, pretrained.tokenize(split, max_length), kept, measure, tell)
+    def bench_of(split: Dataset, split_store: StoreConfig) -> Bench:
+        return Bench(pretrained, pretrained.tokenize(split, max_length), split_store, measure, log)
 
     bench = bench_of(choosing.test, store)
     siso = bench.siso()
     choice = choose(siso, bench.measured(bench.candidates(adapters)), goal, measure.seed)
     rows = mark_front([one.candidate.row(float(siso.mean())) for one in choice.judged])
-    tell("verify what was chosen on the test split")
+    log("verifying the chosen systems on the test split")
     served = verify_widths(choice, bench_of(task.test, unrounded(store)), folder)
     plan = Plan(choice, served, rows, folder)
     write_plan(plan, describe_run(command, task.identity, dict(pretrained.identity)))
@@ -173,17 +178,17 @@ def make_plan(
 
 
 def unrounded(store: StoreConfig) -> StoreConfig:
-    """The same store of states as the server has them: a promise is not verified on rounded ones."""
+    """The same store in float32, so that verification uses the states that a server computes, not rounded ones."""
     return replace(store, dtype="float32")
 
 
 def verify_widths(choice: Choice, bench: Bench, folder: Path) -> list[Served]:
-    """One look at the test split for every width, whose intervals together have the goal's confidence.
+    """Verify the system of every width once on the test split; all intervals together have the goal's confidence.
 
     Args:
-        choice: as :func:`revmux.plan.choose.choose` made it.
+        choice: as returned by :func:`revmux.plan.choose.choose`.
         bench: the frozen task model with the test split.
-        folder: takes the folder ``adapters``, each with its threshold.
+        folder: where the folder ``adapters`` is written, with one adapter folder per width.
     """
     if choice.chosen is None:
         return []
@@ -203,7 +208,7 @@ def verify_widths(choice: Choice, bench: Bench, folder: Path) -> list[Served]:
 
 
 def with_threshold(source: str | Path, threshold: float | None, target: Path) -> Path:
-    """A copy of an adapter folder that tells the server its threshold of fall-back."""
+    """Copy an adapter folder and set its fallback threshold, which a server reads from there."""
     config = replace(load_adapter_config(source), fallback_threshold=threshold)
     with atomic_folder(target) as temporary:
         for file in Path(source).iterdir():
@@ -214,13 +219,13 @@ def with_threshold(source: str | Path, threshold: float | None, target: Path) ->
 
 
 def write_plan(plan: Plan, meta: dict[str, Any]) -> None:
-    """``plan.json``, the page ``plan.md``, and the front as picture and interactive page."""
+    """Write ``plan.json``, the page ``plan.md``, and the front as a picture and as an interactive page."""
     write_json(plan.folder / PLAN_NAME, plan_dict(plan, meta))
     template = resources.files("revmux.plan").joinpath("plan.md.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(template).render(plan=plan, choice=plan.choice, meta=meta, describe=describe_system)
     write_durably(plan.folder / PAGE_NAME, page)
-    title = f"{meta['data']['source']} on {meta['backbone']['name']}, on the inputs that choose"
+    title = f"{meta['data']['source']} on {meta['backbone']['name']}, choosing set"
     plot_front_png(plan.rows, plan.folder / "front.png", title)
     plot_front_html(plan.rows, plan.folder / "front.html", title)
 
@@ -255,7 +260,7 @@ def plan_dict(plan: Plan, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """The values with NaN replaced by None, since JSON has no NaN."""
     return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in values.items()}
 
 
@@ -269,20 +274,20 @@ def plan_here(
     device: torch.device | str = "cpu",
     command: str = "",
 ) -> Plan:
-    """The whole plan in this process: train every recipe, choose, verify, write.
+    """Make a whole plan in this process: train every recipe, choose, verify, and write the plan's files.
 
     Args:
-        recipes: the points to try, on one backbone; those trained in an earlier call are kept.
-        task: read by :func:`revmux.data.task.load_task`.
-        goal: the loss allowed, or the throughput wanted.
-        folder: of adapters and the plan's files.
-        splitting: the inputs that choose.
+        recipes: the runs to compare, on one backbone; adapters from an earlier call are not trained again.
+        task: loaded by :func:`revmux.data.task.load_task`.
+        goal: the allowance or the throughput wanted.
+        folder: where adapters and the plan's files are written.
+        splitting: size of the choosing set.
         measure: how candidates are measured.
         device: where the model runs.
-        command: noted in the files.
+        command: the command that made the plan, recorded in its files.
 
     Raises:
-        UserError: no recipe, recipes of several backbones, or one that cannot be trained.
+        UserError: no recipe, recipes of several backbones, or a recipe that cannot be trained.
     """
     choosing = for_choosing(task, splitting or SplitConfig())
     adapters = train_recipes(recipes, choosing, folder / "trials", device)
@@ -297,30 +302,30 @@ def plan_here(
 def train_recipes(
     recipes: Sequence[Recipe], choosing: TaskData, folder: Path, device: torch.device | str = "cpu"
 ) -> list[TrainedAdapter]:
-    """Train every recipe in this process; what an earlier call left in the folder is kept.
+    """Train every recipe in this process, except those whose adapter is already in the folder.
 
     Args:
-        recipes: the points to try, on one backbone.
-        choosing: as :func:`for_choosing` gives it; its train split trains.
-        folder: takes a folder for each.
+        recipes: the runs, on one backbone.
+        choosing: as returned by :func:`for_choosing`; the adapters are trained on its train split.
+        folder: where one adapter folder per recipe is written.
         device: where the model runs.
 
     Raises:
-        UserError: no recipe, recipes of several backbones, or one that cannot be trained.
+        UserError: no recipe, recipes of several backbones, or a recipe that cannot be trained.
     """
     if not recipes:
-        raise UserError("there is no recipe to try; give at least one")
+        raise UserError("there is no recipe to train (0 recipes); provide at least one")
     if any(recipe.backbone != recipes[0].backbone for recipe in recipes):
-        raise UserError("the recipes name several backbones; plan one at a time")
+        raise UserError("the recipes have several backbones; plan for one at a time")
     adapters = []
     for recipe in recipes:
         method = recipe.method
         text = f"{recipe!r}{choosing.identity['sha256']}"
         name = f"{method.name}-n{method.num_inputs}-l{method.prefill_layers}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-        place = folder / name
-        if not (place / CONFIG_NAME).is_file():
+        target = folder / name
+        if not (target / CONFIG_NAME).is_file():
             prepared = prepare(recipe, choosing, device)
             figures = train_here(prepared).metrics()
-            save_adapter(prepared.model, prepared.adapter_config(figures), place)
-        adapters.append(TrainedAdapter(name, str(place), recipe.loss.infonce_weight))
+            save_adapter(prepared.model, prepared.adapter_config(figures), target)
+        adapters.append(TrainedAdapter(name, str(target), recipe.loss.infonce_weight))
     return adapters

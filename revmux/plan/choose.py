@@ -1,15 +1,16 @@
-"""One knob in place of three: from the loss of accuracy that is allowed to the N, l and threshold that cost least.
+"""Choosing the cheapest N, l and threshold for an allowed loss of accuracy.
 
-Every system is judged on the same inputs as the plain model (SISO), so its loss is a mean of paired differences:
-per input, how often SISO is right minus how often the system is. Two rules keep the judgement honest:
+Every system is compared with the plain model (SISO) on the same inputs, the choosing set, so its loss is a mean of
+paired differences: per input, how often SISO is correct minus how often the system is. Two rules guard against
+choosing a system by luck:
 
-- A loss is believed only with its upper confidence bound, and the bounds hold for all candidates at once: the best of
-  many looks better than it is. They come from a multiplier bootstrap of the largest studentised error (Chernozhukov,
-  Chetverikov and Kato, 2013), which knows how alike the candidates answer.
-- Each bound joins score limits of the share lost and the share won (Newcombe, 1998; Zou and Donner, 2008), which stay
-  honest where few inputs differ: a system that never differs on few inputs is not taken for one that never will.
+- The upper confidence bound of the loss decides, not the loss itself, and the bounds hold for all candidates at once,
+  because the best of many looks better than it is. They come from a multiplier bootstrap of the largest studentised
+  error (Chernozhukov, Chetverikov and Kato, 2013), which accounts for how similarly the candidates answer.
+- Each bound combines the score limits of the share lost and the share won (Newcombe, 1998; Zou and Donner, 2008).
+  They remain valid if few inputs differ: zero differences on few inputs do not give a bound of zero.
 
-What was chosen is then verified once, by :func:`verify`, on inputs that chose nothing.
+:func:`verify` then compares the chosen system with SISO once, on inputs that were not used to choose it.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ BOOTSTRAP_DRAWS = 2000
 
 @dataclass(frozen=True)
 class Candidate:
-    """One system that could be served, with what it answered on the inputs that choose.
+    """One system that could be served, with its results on the choosing set.
 
     Attributes:
         name: unique among the candidates.
         method: registered name of the method.
         num_inputs: N.
-        prefill_layers: l; of an exit head the layer that it leaves at.
-        correct: (M,) how often each input was answered rightly, 0..1: a mean over groupings.
-        cost_counted: operations an input relative to SISO, fall-back included.
-        throughput_ratio: inputs a second relative to SISO on this hardware, fall-back included; None where unmeasured.
+        prefill_layers: l; for an exit head, the layer that it reads.
+        correct: (M,) share of the groupings in which each input was answered correctly, 0..1.
+        cost_counted: operations per input relative to SISO, fallback included.
+        throughput_ratio: inputs per second relative to SISO on this hardware, fallback included; None if not measured.
         options: settings of the method.
-        infonce_weight: λ; NaN where none was trained with.
-        threshold: confidence below which an answer resumes alone; None without fall-back.
-        fallback: share of answers that resumed alone.
+        infonce_weight: λ; NaN if it was not trained with InfoNCE.
+        threshold: confidence below which an answer falls back; None without fallback.
+        fallback: share of answers that fell back.
         folder: adapter folder; None for SISO.
-        run_id: MLflow run that trained it; None where none did.
+        run_id: MLflow run that trained it; None if there is none.
     """
 
     name: str
@@ -73,12 +74,12 @@ class Candidate:
 
     @property
     def accuracy(self) -> float:
-        """Mean accuracy on the inputs that choose."""
+        """Mean accuracy on the choosing set."""
         return float(self.correct.mean())
 
     @property
     def cost(self) -> float:
-        """Cost an input relative to SISO: measured where it was, else counted."""
+        """Cost per input relative to SISO: the measured one if there is one, else the counted one."""
         return cost_of(self.cost_counted, self.throughput_ratio)
 
     def row(self, siso_accuracy: float) -> FrontRow:
@@ -104,8 +105,8 @@ class Judged:
 
     Attributes:
         candidate: the system.
-        loss: points lost against SISO on the inputs that choose; negative where it is better.
-        bound: upper confidence bound of the loss, in points, good for all candidates at once.
+        loss: points lost against SISO on the choosing set; negative if the system is better.
+        bound: upper confidence bound of the loss, in points, which holds for all candidates at once.
         fits: whether it meets the goal.
     """
 
@@ -117,16 +118,17 @@ class Judged:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is served.
+    """The systems chosen to be served.
 
     Attributes:
-        goal: what was asked for.
-        chosen: the system of the promise; None where nothing meets the goal.
-        widths: for each N that is worth serving the system of that width, narrowest first. At N > 1 each meets the
-            goal's allowance and is cheaper than every narrower one; the widest is the chosen one unless that has N = 1.
-        judged: every candidate, SISO too, cheapest first.
-        nearest: where nothing meets the goal, the system that misses it by least.
-        shortfall: by how much, in the unit of ``shortfall_unit``.
+        goal: the allowance or throughput wanted.
+        chosen: the chosen system, whose loss is the promise; None if no system meets the goal.
+        widths: the system to serve at each N that is worth serving, narrowest first. Each is cheaper than every narrower
+            one, and its bound is inside the allowance (without an allowance: no larger than the chosen system's bound).
+            The last one is the chosen system.
+        judged: every candidate, SISO included, cheapest first.
+        nearest: if no system meets the goal, the one that misses it by least.
+        shortfall: how much it misses by, in ``shortfall_unit``.
         shortfall_unit: ``points`` of accuracy or ``times`` SISO's throughput.
     """
 
@@ -146,19 +148,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Verification:
-    """The one look at inputs that chose nothing.
+    """The comparison with SISO on inputs that were not used to choose.
 
     Attributes:
-        inputs: how many.
-        accuracy: of the chosen system, 0..1.
-        siso_accuracy: of SISO on the same inputs.
+        inputs: number of inputs.
+        accuracy: accuracy of the chosen system, 0..1.
+        siso_accuracy: accuracy of SISO on the same inputs.
         loss: points lost against SISO.
-        lower: end of the two-sided confidence interval of the loss, in points.
-        upper: its other end.
-        confidence: of the interval.
-        allowance: points that were allowed; None where only speed was asked for.
-        held: whether the loss found is inside the allowance.
-        proven: whether the whole interval is.
+        lower: lower end of the two-sided confidence interval of the loss, in points.
+        upper: upper end of the interval.
+        confidence: confidence level of the interval.
+        allowance: points that may be lost; None if the goal is a throughput only.
+        held: whether the observed loss is inside the allowance.
+        proven: whether the whole interval is inside the allowance.
     """
 
     inputs: int
@@ -174,7 +176,7 @@ class Verification:
 
 
 def siso_candidate(correct: Floats) -> Candidate:
-    """The plain model among the candidates: it loses nothing, at cost 1."""
+    """The plain model as a candidate: it loses nothing and costs 1."""
     return Candidate(Siso.name, Siso.name, 1, 0, correct, cost_counted=1.0, throughput_ratio=1.0)
 
 
@@ -182,13 +184,13 @@ def loss_bounds(siso: Floats, correct: Floats, confidence: float, seed: int = 0)
     """Losses against SISO and upper bounds that hold for all systems at once.
 
     Args:
-        siso: (M,) whether SISO was right, 0 or 1.
-        correct: (K, M) how often each of K systems was right on the same inputs, 0..1.
-        confidence: probability that no loss lies above its bound.
-        seed: of the bootstrap.
+        siso: (M,) whether SISO was correct, 0 or 1.
+        correct: (K, M) how often each of K systems was correct on the same inputs, 0..1.
+        confidence: probability that no loss exceeds its bound.
+        seed: seed of the bootstrap.
 
     Returns:
-        Losses (K,) as found, and bounds (K,), both in points.
+        Observed losses (K,) and their bounds (K,), both in points.
     """
     if len(correct) == 0:
         return np.zeros(0), np.zeros(0)
@@ -203,27 +205,29 @@ def loss_bounds(siso: Floats, correct: Floats, confidence: float, seed: int = 0)
 
 
 def choose(siso: Floats, candidates: Sequence[Candidate], goal: Goal, seed: int = 0) -> Choice:
-    """The cheapest system whose loss, with its bound, stays inside the allowance; at each N and of all.
+    """Choose the cheapest system whose upper bound of the loss is inside the allowance, overall and at each N.
 
-    Exit heads and SISO compete on equal terms. Where only a throughput is wanted, the system that loses least among
-    those that are fast enough. Equal costs are settled by the smaller bound, then by name.
+    Exit heads and SISO compete on equal terms. If the goal is a throughput only, the choice is the system with the
+    smallest bound among those that are fast enough. Ties in cost go to the smaller bound, then to the first name.
 
     Args:
-        siso: (M,) whether SISO was right on each input that chooses, 0 or 1.
-        candidates: the other systems, on the same inputs; with the thresholds of fall-back that are on offer.
+        siso: (M,) whether SISO was correct on each input of the choosing set, 0 or 1.
+        candidates: the other systems on the same inputs, one per adapter and fallback threshold.
         goal: allowance, throughput or both.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
-        UserError: a candidate that answered other inputs, or two of one name.
+        UserError: candidates of different inputs, or two with the same name.
     """
     names = [candidate.name for candidate in candidates]
     if len(set(names) | {Siso.name}) <= len(names):
-        raise UserError("two candidates share a name; give each its own")
+        repeated = sorted(name for name in {*names, Siso.name} if [*names, Siso.name].count(name) > 1)
+        raise UserError(f"two candidates share a name ({', '.join(repeated)}); give each a unique name")
     for candidate in candidates:
         if candidate.correct.shape != siso.shape:
             raise UserError(
-                f"{candidate.name} answered {len(candidate.correct)} inputs, SISO {len(siso)}; compare them on the same"
+                f"{candidate.name} answered {len(candidate.correct)} inputs, but SISO {len(siso)}; compare them on the same"
+                " inputs"
             )
     losses, bounds = loss_bounds(
         siso,
@@ -231,8 +235,8 @@ def choose(siso: Floats, candidates: Sequence[Candidate], goal: Goal, seed: int 
         goal.confidence,
         seed,
     )
-    everyone = [(siso_candidate(siso), 0.0, 0.0), *zip(candidates, losses.tolist(), bounds.tolist())]
-    judged = sorted((Judged(one, loss, bound, _fits(one, bound, goal)) for one, loss, bound in everyone), key=_by_cost)
+    systems = [(siso_candidate(siso), 0.0, 0.0), *zip(candidates, losses.tolist(), bounds.tolist())]
+    judged = sorted((Judged(one, loss, bound, _fits(one, bound, goal)) for one, loss, bound in systems), key=_by_cost)
     fitting = [one for one in judged if one.fits]
     if not fitting:
         nearest, shortfall, unit = _nearest(judged, goal)
@@ -258,9 +262,9 @@ def _fits(candidate: Candidate, bound: float, goal: Goal) -> bool:
 
 
 def _widths(judged: Sequence[Judged], chosen: Judged, goal: Goal) -> list[Judged]:
-    """At each N up to the chosen one's the cheapest system that is safe enough, if no narrower one is cheaper.
+    """The cheapest safe system at each N up to the chosen one's, unless a narrower one is no dearer.
 
-    At N = 1 that is an exit head; the plain model is served in any case.
+    At N = 1 this is an exit head. The plain model is always served.
     """
     allowed = chosen.bound if goal.allowance is None else goal.allowance
     kept: list[Judged] = []
@@ -277,7 +281,7 @@ def _widths(judged: Sequence[Judged], chosen: Judged, goal: Goal) -> list[Judged
 
 
 def _nearest(judged: Sequence[Judged], goal: Goal) -> tuple[Judged, float, str]:
-    """The system that misses the goal by least. SISO meets every allowance, so speed is what is missing."""
+    """The system that misses the goal by least. SISO meets every allowance, so the goal includes a throughput."""
     assert goal.throughput is not None
     fast = [one for one in judged if _is_fast(one.candidate, goal)]
     if fast and goal.allowance is not None:
@@ -288,13 +292,13 @@ def _nearest(judged: Sequence[Judged], goal: Goal) -> tuple[Judged, float, str]:
 
 
 def verify(siso: Floats, correct: Floats | None, goal: Goal) -> Verification:
-    """Look once at inputs that chose nothing.
+    """Compare the chosen system with SISO, on inputs that were not used to choose it.
 
     Args:
-        siso: (M,) whether SISO was right, 0 or 1.
-        correct: (M,) how often the chosen system was right on the same inputs, 0..1; None where SISO itself was
-            chosen, whose loss is zero by construction.
-        goal: with the allowance.
+        siso: (M,) whether SISO was correct, 0 or 1.
+        correct: (M,) how often the chosen system was correct on the same inputs, 0..1; None if SISO itself was
+            chosen, whose loss is zero by definition.
+        goal: the goal with the allowance and the confidence.
 
     Raises:
         UserError: the two answered different numbers of inputs.
@@ -303,7 +307,9 @@ def verify(siso: Floats, correct: Floats | None, goal: Goal) -> Verification:
     if correct is None:
         correct = siso
     elif siso.shape != correct.shape:
-        raise UserError(f"the chosen system answered {len(correct)} inputs, SISO {len(siso)}; compare them on the same")
+        raise UserError(
+            f"the chosen system answered {len(correct)} inputs, but SISO {len(siso)}; compare them on the same inputs"
+        )
     else:
         loss = 100 * float((siso - correct).mean())
         quantile = _student((1 + goal.confidence) / 2, len(siso))
@@ -323,11 +329,11 @@ def verify(siso: Floats, correct: Floats | None, goal: Goal) -> Verification:
 
 
 def _loss_interval(differences: Floats, quantile: float) -> tuple[Floats, Floats]:
-    """Ends of the interval of a mean loss: those of the share lost and of the share won, joined in squares.
+    """The interval of a mean loss, from the limits of the share lost and the share won, whose distances add in squares.
 
     Args:
-        differences: (..., M) in -1..1, positive where SISO was right more often.
-        quantile: of the error on each side.
+        differences: (..., M) in -1..1, positive if SISO was correct more often.
+        quantile: quantile of the studentised error on each side.
 
     Returns:
         Lower and upper ends, both (...).
@@ -344,18 +350,19 @@ def _loss_interval(differences: Floats, quantile: float) -> tuple[Floats, Floats
 def _score_limits(shares: Floats, quantile: float) -> tuple[Floats, Floats]:
     """Wilson's limits of a mean share.
 
-    Shares between 0 and 1, means over groupings, vary less than yes and no do: they count as that many more inputs.
+    Shares that are means over groupings vary less than single answers of 0 or 1. The number of inputs is increased by
+    the ratio of the two variances.
 
     Args:
         shares: (..., M) in 0..1.
-        quantile: of the error.
+        quantile: quantile of the studentised error.
 
     Returns:
         Lower and upper limits, both (...).
     """
     mean, variance = shares.mean(axis=-1), shares.var(axis=-1)
-    gain = np.divide(mean * (1 - mean), variance, out=np.ones_like(mean), where=variance > 0)
-    inputs = shares.shape[-1] * gain
+    variance_ratio = np.divide(mean * (1 - mean), variance, out=np.ones_like(mean), where=variance > 0)
+    inputs = shares.shape[-1] * variance_ratio
     centre = mean + quantile**2 / (2 * inputs)
     reach = quantile * np.sqrt(mean * (1 - mean) / inputs + quantile**2 / (4 * inputs**2))
     scale = 1 + quantile**2 / inputs
@@ -363,5 +370,5 @@ def _score_limits(shares: Floats, quantile: float) -> tuple[Floats, Floats]:
 
 
 def _student(level: float, inputs: int) -> float:
-    """Quantile of Student's t for a mean of so many inputs."""
+    """Quantile of Student's t for a mean of ``inputs`` values."""
     return float(require("scipy.stats", "plan").t.ppf(level, max(1, inputs - 1)))

@@ -1,4 +1,4 @@
-"""What a plan is asked for, and how candidates are measured."""
+"""Settings of a plan: the goal, the choosing set, and how candidates are measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MeasureConfig:
         throughput_inputs: Inputs per timing. 0 skips the timings and ranks by counted cost.
         throughput_batch: Inputs per forward pass of a timing. At least 1.
         throughput_pairs: Number of timings of SISO and of each system, in turn. At least 1.
-        seed: Random seed of the groupings.
+        seed: Random seed of the groupings and of the bootstrap.
     """
 
     shuffles: int = 5
@@ -37,15 +37,15 @@ class MeasureConfig:
         if self.throughput_inputs < 0:
             raise UserError(f"throughput_inputs is {self.throughput_inputs}; choose 0 (count only) or more")
         if not self.thresholds or any(not 0 <= threshold <= 1 for threshold in self.thresholds):
-            raise UserError(f"thresholds are {list(self.thresholds)}; choose confidences in 0..1, 0 for no fall-back")
+            raise UserError(f"thresholds are {list(self.thresholds)}; choose confidences in 0..1, 0 for no fallback")
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """The selection set: a slice of the training data that chooses the system and trains nothing.
+    """The choosing set: a slice of the train split that is held back from training, to compare the systems on it.
 
     Args:
-        share: Share of train to hold out. Above 0 and below 1.
+        share: Share of the train split to hold back. Above 0 and below 1.
         limit: Maximum number of inputs. At least 2. A larger set can confirm a smaller allowance.
     """
 
@@ -54,7 +54,7 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise UserError(f"share is {self.share}; choose a share of train between 0 and 1, such as 0.2")
+            raise UserError(f"share is {self.share}; choose a share of the train split between 0 and 1, such as 0.2")
         if self.limit < 2:
             raise UserError(f"limit is {self.limit}; choose 2 inputs or more, such as 4000")
 
@@ -76,7 +76,7 @@ class Goal:
     def __post_init__(self) -> None:
         if self.allowance is None and self.throughput is None:
             raise UserError(
-                "neither allowance nor throughput is given; name one, such as --goal.allowance 1.0 (points)"
+                "neither allowance nor throughput is set; set at least one, such as --goal.allowance 1.0 (points)"
             )
         if self.allowance is not None and not 0 <= self.allowance <= 100:
             raise UserError(f"allowance is {self.allowance}; choose the points of accuracy that may be lost, 0 to 100")

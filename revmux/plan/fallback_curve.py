@@ -1,4 +1,4 @@
-"""Accuracy and cost of fall-back at each threshold, over shuffles."""
+"""Accuracy and cost of fallback at each threshold, over shuffles."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from revmux.training.evaluation import predict
 
 @dataclass(frozen=True)
 class FallbackPoint:
-    """One threshold, measured over shuffles.
+    """The figures of one threshold.
 
     Attributes:
-        threshold: confidence below which an answer falls back; 0 is none.
+        threshold: confidence below which an answer falls back; 0 means no fallback.
         accuracy_mean: mean over shuffles, 0..1.
-        accuracy_std: spread over shuffles (population), 0..1.
-        share: of the answers that fell back, mean over shuffles.
-        cost: counted operations an input relative to SISO at the mean length, the fall-back included.
-        correct: (M,) float64, how often each input was answered rightly, 0..1 over the shuffles.
+        accuracy_std: standard deviation over shuffles (population), 0..1.
+        share: share of the answers that fell back, mean over shuffles.
+        cost: counted operations per input relative to SISO at the mean length, fallback included.
+        correct: (M,) float64, share of the shuffles in which each input was answered correctly, 0..1.
     """
 
     threshold: float
@@ -48,41 +48,41 @@ def evaluate_fallback(
     seed: int = 0,
     batch_size: int = 128,
 ) -> list[FallbackPoint]:
-    """What every threshold gains and costs; all of them from the same passes.
+    """Accuracy and cost at every threshold, computed from the same forward passes.
 
     Args:
-        model: any method that can fall back, at any N; an exit head too.
-        features: the split, with teacher: where an answer falls back, the plain model's is taken.
+        model: any method that can fall back, at any N; an exit head can.
+        features: the split, with a teacher, whose answer replaces one that falls back.
         thresholds: confidences in 0..1.
-        shuffles: how often the inputs are grouped anew, as in :func:`revmux.training.evaluation.evaluate`.
-        seed: of the first shuffle.
-        batch_size: inputs a forward pass.
+        shuffles: number of random groupings, as in :func:`revmux.training.evaluation.evaluate`.
+        seed: seed of the first shuffle; each later one adds 1.
+        batch_size: inputs per forward pass.
 
     Raises:
-        UserError: a threshold outside 0..1, a method that cannot fall back, or features without teacher.
+        UserError: a threshold outside 0..1, a method that cannot fall back, or features without a teacher.
     """
     for threshold in thresholds:
         check_threshold(threshold, model.method)
     shuffles = 1 if model.num_inputs == 1 else shuffles
-    shared, sure, plain = [], [], []
+    grouped, confidences, plain = [], [], []
     with evaluating(model):
         for shuffle in range(shuffles):
             groups = shuffled_groups(len(features), model.num_inputs, seed + shuffle)
             labels, teacher, scores = predict(model, features, groups, batch_size)
             if teacher is None:
                 raise UserError(
-                    "the features have no teacher, so there is no answer to fall back to; open them with one"
+                    "the features have no teacher, so there is no answer to fall back to; open them with a teacher"
                 )
-            shared.append(labels == features.labels)
-            sure.append(confidence(scores))
+            grouped.append(labels == features.labels)
+            confidences.append(confidence(scores))
             plain.append(teacher == features.labels)
-    alone, own, confident = torch.stack(plain), torch.stack(shared), torch.stack(sure)  # (shuffles, M) each
+    alone, own, sure = torch.stack(plain), torch.stack(grouped), torch.stack(confidences)  # (shuffles, M) each
     length = max(1, round(float(features.lengths.double().mean())))
     cost = relative_cost(model.backbone, model.method, model.prefill_layers, length)
     resumed = resume_cost(model.backbone, model.prefill_layers, length)
     points = []
     for threshold in thresholds:
-        fell = confident < threshold  # (shuffles, M)
+        fell = sure < threshold  # (shuffles, M)
         correct = torch.where(fell, alone, own).double()
         each = correct.mean(dim=1)  # (shuffles,)
         share = float(fell.double().mean())

@@ -1,4 +1,4 @@
-"""The front of accuracy against cost: the systems that no other beats in both."""
+"""The front of accuracy against cost (Pareto front): the systems that no other system beats in both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from revmux.methods import Method, method_class
 
 
 class Scored(Protocol):
-    """Anything with a name, an accuracy and a cost can stand on a front."""
+    """Anything that can be on a front: it has a name, an accuracy and a cost."""
 
     @property
     def name(self) -> str: ...
@@ -33,16 +33,16 @@ class FrontRow:
         name: unique in its comparison, such as ``revmux-n2-l3-1f0a``.
         method: registered name of the method.
         num_inputs: N.
-        prefill_layers: l; of an exit head the layer that it leaves at.
-        infonce_weight: λ; NaN where none was trained with.
-        accuracy: on the split that the comparison is made on, 0..1.
-        siso_accuracy: the plain model's on the same inputs.
-        cost_counted: operations an input relative to SISO.
-        throughput_ratio: inputs a second relative to SISO, measured; None where it was not.
-        threshold: confidence below which an answer resumes alone; None without fall-back.
-        fallback: share of answers that resumed alone.
+        prefill_layers: l; for an exit head, the layer that it reads.
+        infonce_weight: λ; NaN if it was not trained with InfoNCE.
+        accuracy: accuracy on the split of the comparison, 0..1.
+        siso_accuracy: accuracy of the plain model on the same inputs.
+        cost_counted: operations per input relative to SISO.
+        throughput_ratio: measured inputs per second relative to SISO; None if not measured.
+        threshold: confidence below which an answer falls back; None without fallback.
+        fallback: share of answers that fell back.
         on_front: whether no other row beats it.
-        accuracy_std: spread of the accuracy over shuffles, 0..1; 0 where it is not known.
+        accuracy_std: standard deviation of the accuracy over shuffles, 0..1; 0 if unknown.
     """
 
     name: str
@@ -66,20 +66,20 @@ class FrontRow:
 
     @property
     def cost(self) -> float:
-        """Cost an input relative to SISO: measured where it was, else counted."""
+        """Cost per input relative to SISO: the measured one if there is one, else the counted one."""
         return cost_of(self.cost_counted, self.throughput_ratio)
 
 
 def cost_of(counted: float, throughput_ratio: float | None) -> float:
-    """What an input costs relative to SISO: as measured on this hardware, or as counted where nothing was measured."""
+    """Cost per input relative to SISO: the inverse of the measured throughput ratio, or the counted cost without one."""
     return counted if throughput_ratio is None else 1 / throughput_ratio
 
 
 def front(items: Sequence[Item]) -> list[Item]:
-    """The items that no other beats, cheapest first.
+    """The items that no other item beats, cheapest first.
 
     One item beats another if it is no dearer and no less accurate, and better in one of the two. Of items that are
-    equal in both, the one whose name sorts first stands for all; the order of ``items`` does not matter.
+    equal in both, only the one whose name sorts first is kept. The order of ``items`` does not matter.
     """
     kept: list[Item] = []
     for item in sorted(items, key=lambda item: (item.cost, -item.accuracy, item.name)):
@@ -89,6 +89,6 @@ def front(items: Sequence[Item]) -> list[Item]:
 
 
 def mark_front(rows: Sequence[FrontRow]) -> list[FrontRow]:
-    """The rows in their order, each with whether it is on the front."""
+    """The rows in the same order, with ``on_front`` set."""
     best = {row.name for row in front(rows)}
     return [replace(row, on_front=row.name in best) for row in rows]

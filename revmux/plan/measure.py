@@ -1,4 +1,4 @@
-"""From trained adapters to candidates of a plan: what each answers on the inputs that choose, and what it costs here."""
+"""From trained adapters to candidates of a plan: their answers on the choosing set, and their cost on this hardware."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class TrainedAdapter:
     Attributes:
         name: unique in its plan.
         folder: adapter folder.
-        infonce_weight: λ that it was trained with.
-        run_id: MLflow run that trained it; None where none did.
+        infonce_weight: λ of its training.
+        run_id: MLflow run that trained it; None if there is none.
     """
 
     name: str
@@ -50,13 +50,13 @@ class TrainedAdapter:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model came to at one threshold.
+    """The results of a model at one threshold.
 
     Attributes:
-        threshold: confidence below which an answer falls back; 0 is none.
-        fallback: share of the answers that did.
-        cost: counted operations an input relative to SISO, the fall-back included.
-        correct: (M,) how often each input was answered rightly, 0..1.
+        threshold: confidence below which an answer falls back; 0 means no fallback.
+        fallback: share of the answers that fell back.
+        cost: counted operations per input relative to SISO, fallback included.
+        correct: (M,) how often each input was answered correctly, 0..1.
     """
 
     threshold: float
@@ -65,47 +65,47 @@ class Answers:
     correct: Floats = field(repr=False)
 
 
-def no_words(words: str) -> None:
-    """Tell nobody."""
+def log_nothing(message: str) -> None:
+    """Discard a line of progress."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where candidates are measured: the frozen model and the inputs that choose.
+    """Measures candidates with one frozen model on one split.
 
     Args:
-        pretrained: on its device.
-        split: the inputs that choose, tokenized.
-        store: of features.
-        config: how.
-        tell: is told what is done, in words.
+        pretrained: the task model, already on its device.
+        split: the tokenized inputs.
+        store: where features are stored.
+        config: how candidates are measured.
+        log: called with a line of progress before each part of the work.
     """
 
     pretrained: Pretrained
     split: TokenizedSplit
     store: StoreConfig
     config: MeasureConfig = field(default_factory=MeasureConfig)
-    tell: Callable[[str], None] = no_words
+    log: Callable[[str], None] = log_nothing
 
     def siso(self) -> Floats:
-        """(M,) whether the plain model is right on each input, 0 or 1."""
+        """(M,) whether the plain model is correct on each input, 0 or 1."""
         features = self._open([]).with_tokens()
         teacher = [
             features.batch(rows).teacher_scores.argmax(-1).cpu()  # type: ignore[union-attr]
             for rows in torch.arange(len(self.split)).split(256)
         ]
-        right: Floats = (torch.cat(teacher) == self.split.labels).double().numpy()
-        return right
+        correct: Floats = (torch.cat(teacher) == self.split.labels).double().numpy()
+        return correct
 
     def candidates(self, adapters: Sequence[TrainedAdapter]) -> list[Candidate]:
-        """Each adapter as it is, and with each threshold of fall-back that it can serve; costs are counted."""
+        """Each adapter without fallback and with each fallback threshold that it supports; costs are counted."""
         found: list[Candidate] = []
         for number, adapter in enumerate(adapters, 1):
-            self.tell(f"loss on the inputs that choose, {number} of {len(adapters)}: {adapter.name}")
-            found += self._of(adapter)
+            self.log(f"measuring the loss of {adapter.name} on the choosing set ({number} of {len(adapters)})")
+            found += self._candidates_of(adapter)
         return found
 
-    def _of(self, adapter: TrainedAdapter) -> list[Candidate]:
+    def _candidates_of(self, adapter: TrainedAdapter) -> list[Candidate]:
         model = load_adapter(adapter.folder, self.pretrained)
         made = []
         for point in answers(model, self._features(model), self.config):
@@ -129,7 +129,7 @@ class Bench:
         return made
 
     def answers(self, folder: str, threshold: float) -> Answers:
-        """What the adapter of a folder comes to at one threshold of fall-back."""
+        """The results of the adapter in a folder at one fallback threshold; 0 means no fallback."""
         model = load_adapter(folder, self.pretrained)
         found = answers(model, self._features(model), replace(self.config, thresholds=(threshold,)))
         return next(answer for answer in found if answer.threshold == threshold)
@@ -148,11 +148,11 @@ class Bench:
         return backbone_digest(self.pretrained.backbone)
 
     def measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The candidates whose cost is worth measuring, measured on this hardware in pairs with SISO.
+        """The candidates on the front of their width by counted cost, timed on this hardware in pairs with SISO.
 
-        Worth it is whatever is on the front of its own group width by counted cost: the rest costs more than another
-        system of the same width that is no less accurate. An adapter's forward pass is timed once; each threshold adds
-        its share of resumed passes, whose cost is counted.
+        The other candidates are left out: another system of the same width costs no more and is no less accurate. The
+        forward pass of an adapter is timed once. Each threshold then adds its share of answers that fall back, at
+        counted cost.
         """
         widths = sorted({candidate.num_inputs for candidate in candidates})
         kept = [one for width in widths for one in front([other for other in candidates if other.num_inputs == width])]
@@ -167,7 +167,7 @@ class Bench:
         cost: dict[str, float] = {}
         folders = list(dict.fromkeys(one.folder for one in kept if one.folder is not None))
         for number, folder in enumerate(folders, 1):
-            self.tell(f"throughput on this hardware, {number} of {len(folders)}: {Path(folder).name}")
+            self.log(f"measuring the throughput of {Path(folder).name} on this hardware ({number} of {len(folders)})")
             model = load_adapter(folder, self.pretrained)
             cost[folder] = 1 / paired_throughput(plain, model, batches, self.config.throughput_pairs).median
         return [
@@ -182,28 +182,28 @@ class Bench:
 
 
 def answers(model: MultiplexedClassifier, features: Features, config: MeasureConfig) -> list[Answers]:
-    """How often a model is right on each input, at every threshold that it can serve; without fall-back comes first."""
+    """How often a model is correct on each input, at every threshold that it supports; the first is without fallback."""
     if reads_plain_states(model):
         thresholds = sorted({0.0, *config.thresholds})
         found = evaluate_fallback(model, features, thresholds, config.shuffles, config.seed)
         return [Answers(point.threshold, point.share, point.cost, point.correct.numpy()) for point in found]
-    right = torch.zeros(len(features), dtype=torch.float64)
+    correct = torch.zeros(len(features), dtype=torch.float64)
     with evaluating(model):
         for shuffle in range(config.shuffles):
             groups = shuffled_groups(len(features), model.num_inputs, config.seed + shuffle)
-            right += predict(model, features, groups).labels == features.labels
-    return [Answers(0.0, 0.0, relative_cost_at(model, features), (right / config.shuffles).numpy())]
+            correct += predict(model, features, groups).labels == features.labels
+    return [Answers(0.0, 0.0, relative_cost_at(model, features), (correct / config.shuffles).numpy())]
 
 
 def reads_plain_states(model: MultiplexedClassifier) -> bool:
-    """Whether the states below the cut are the plain model's, so that they are stored, and an answer can fall back.
+    """Whether the prefilled states are the plain model's, so that they can be stored and answers can fall back.
 
     Raises:
-        UserError: the method tunes the backbone, which no server shares.
+        UserError: the method tunes the backbone, which a server shares with the plain model and other adapters.
     """
     if model.method.tunes_backbone:
         raise UserError(
             f"{model.method.name} tunes the backbone, which the plain model and other adapters share; plan with methods "
-            "that leave it frozen"
+            "that keep it frozen"
         )
     return not model.method.prepares_tokens

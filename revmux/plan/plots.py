@@ -1,4 +1,4 @@
-"""Accuracy against cost as pictures of a front: a PNG for pages, and an interactive page that needs no network."""
+"""Plots of accuracy against cost with the front: a PNG, and an interactive HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ COST_LABEL = "cost of an input relative to SISO, {} (left is cheaper)"
 
 
 def label_of(row: FrontRow) -> str:
-    """What stands beside a mark: ``N=2 l=3``, ``layer 3`` of an exit head, and the threshold of a fall-back."""
+    """The label of a point: ``N=2 l=3``, or ``layer 3`` for an exit head, and the share of answers that fall back."""
     text = row.kind.point_name(row.num_inputs, row.prefill_layers)
     return text if row.threshold is None else f"{text}, {row.fallback:.0%} fall back"
 
 
 def plot_front_png(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
-    """The rows as marks and the front as a line, written whole.
+    """Plot the rows as points and the front as a line; the file is written atomically.
 
     Raises:
         UserError: no rows, or matplotlib is not installed.
@@ -57,12 +57,12 @@ def plot_front_png(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
             label=members[0].kind.legend(),
         )
     for row in best:
-        place = (row.cost, 100 * row.accuracy)
-        axes.annotate(label_of(row), place, textcoords="offset points", xytext=(6, 6), fontsize=8)
+        point = (row.cost, 100 * row.accuracy)
+        axes.annotate(label_of(row), point, textcoords="offset points", xytext=(6, 6), fontsize=8)
     axes.set_xlabel(COST_LABEL.format(_kind(rows)))
     axes.set_ylabel("accuracy, %")
     axes.set_title(title, fontsize=11)
-    axes.margins(0.09)  # labels stay inside
+    axes.margins(0.09)  # room for the labels
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     with atomic_file(path) as temporary:
@@ -72,7 +72,7 @@ def plot_front_png(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
 
 
 def plot_front_html(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
-    """The same as one page that shows every setting under the pointer, zooms, and hides methods by a click.
+    """Plot the same as one interactive page: it zooms, shows the settings of a point, and hides a method on a click.
 
     Raises:
         UserError: no rows, or plotly is not installed.
@@ -133,9 +133,9 @@ def _hover(row: FrontRow) -> str:
 
 def _kind(rows: Sequence[FrontRow]) -> str:
     measured = {row.throughput_ratio is not None for row in rows if not row.kind.is_plain}
-    return {(True,): "measured", (False,): "counted", (): "counted"}.get(tuple(measured), "measured where it was")
+    return {(True,): "measured", (False,): "counted", (): "counted"}.get(tuple(measured), "partly measured")
 
 
 def _check(rows: Sequence[FrontRow]) -> None:
     if not rows:
-        raise UserError("there is no row to plot; a sweep with a finished trial has one")
+        raise UserError("there is no row to plot (0 rows); a sweep has one once a trial has finished")

@@ -1,4 +1,4 @@
-"""The comparison that a person reads, as a table in text."""
+"""The comparison of systems as a Markdown table."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Row = Mapping[str, Any]
 
 
 def row_name(row: Row) -> str:
-    """``revmux N=2 l=1``, ``exit head at layer 3``, ``SISO (the plain model)``."""
+    """The name of a row's system: ``revmux N=2 l=1``, ``exit head at layer 3`` or ``SISO (the plain model)``."""
     return method_class(row["method"]).system_name(row["num_inputs"], row["prefill_layers"])
 
 
 def front_row(row: Row) -> FrontRow:
-    """A row of results as a mark of a plot, at its counted cost, which is the same on every machine."""
+    """A row of results as a point of a plot, at its counted cost, which is the same on every machine."""
     return FrontRow(
         name=row_name(row),
         method=row["method"],
@@ -33,7 +33,7 @@ def front_row(row: Row) -> FrontRow:
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
-    """A Markdown table, most expensive row first; what was not measured is a dash."""
+    """A Markdown table, most expensive row first; a dash marks what was not measured."""
     lines = [
         "| system | accuracy | agreement with SISO | cost, counted | throughput, measured | trained weights |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Everything that determines a training run, as plain settings. Nothing heavy is imported here."""
+"""The settings of a training run. This module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class OptimConfig:
             raise UserError(f"warmup_share is {self.warmup_share}; choose a share from 0 to below 1")
 
     def check_groups(self, num_inputs: int, workers: int) -> None:
-        """Refuse a batch that cannot be cut into groups of N for every worker.
+        """Check that the batch can be divided into groups of N on every worker.
 
         Raises:
-            UserError: naming the batch, N, the workers and the nearest batch that works.
+            UserError: it cannot; the message has the batch size, N, the workers and the nearest batch size that works.
         """
         unit = num_inputs * workers * self.accumulate
         if self.batch_size % unit:
@@ -119,7 +119,7 @@ class CheckpointConfig:
     Args:
         steps: Optimizer steps between checkpoints within an epoch. A restart repeats at most this many steps. 0 saves only
             at the end of each epoch, which is always saved.
-        keep: Number of checkpoints to keep. At least 2, because a damaged newest checkpoint is replaced by the one before.
+        keep: Number of checkpoints to keep. At least 2: if the newest is damaged, a run resumes from the one before.
     """
 
     steps: int = 0
@@ -127,13 +127,13 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 0:
-            raise UserError(f"checkpoint steps is {self.steps}; choose 0 or more")
+            raise UserError(f"checkpoint steps is {self.steps}; choose 0 (only at the end of each epoch) or more")
         if self.keep < 2:
-            raise UserError(f"checkpoint keep is {self.keep}; choose 2 or more: the newest may be damaged")
+            raise UserError(f"checkpoint keep is {self.keep}; choose 2 or more, since the newest can be damaged")
 
 
 PLAIN_METHOD = "siso"
-"""The plain model, which has no adapters to train."""
+"""Name of the plain model, which has no adapters to train."""
 
 METHOD_NAMES = (
     "datamux",
@@ -145,14 +145,14 @@ METHOD_NAMES = (
     "token-split",
     "vanilla-adapter",
 )
-"""The methods of this package, so that a misspelled name is found before torch is imported."""
+"""The methods of this package, listed here so that a misspelled name is rejected before torch is imported."""
 
 
 def check_method_name(name: str) -> None:
-    """Refuse a method that is neither of this package nor possibly of another one that is installed.
+    """Check that a method exists in this package, or that an installed plugin could define it.
 
     Raises:
-        UserError: listing the methods.
+        UserError: it cannot exist; the message lists the methods.
     """
     if name not in METHOD_NAMES and not has_plugins("revmux.methods"):
         raise one_of("method", name, METHOD_NAMES, "docs/add-a-method.md shows how to add one")
@@ -160,12 +160,12 @@ def check_method_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """The method that is trained.
+    """The method to train.
 
     Args:
         name: Name of the method, such as revmux, token-split or exit-head. revmux methods lists all.
         num_inputs: Width N: number of inputs that share a pass through the upper layers.
-        prefill_layers: Number of prefill layers l that each input runs through alone. 0 to the number of layers.
+        prefill_layers: Number of prefill layers l, which process each input alone. 0 to the number of layers.
         options: Options of the method by name, as a mapping such as {skip: true}. revmux methods lists them.
     """
 

@@ -1,4 +1,4 @@
-"""What the processes of a run say to each other. Outside a torch.distributed group a process is alone: rank 0 of 1."""
+"""Communication between the workers of a run. Outside a torch.distributed group, a process is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Value = TypeVar("Value")
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of workers; 0 and 1 outside a process group."""
+    """The rank of this process and the number of workers; 0 and 1 outside a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def mean_over_workers(values: Tensor) -> Tensor:
-    """The mean over all workers of a tensor that each has in the same shape."""
+    """The mean over all workers of a tensor of the same shape on each."""
     _, world = rank_and_world()
     if world > 1:
         values = values.clone()
@@ -32,7 +32,7 @@ def mean_over_workers(values: Tensor) -> Tensor:
 
 
 def from_first(value: Value) -> Value:
-    """What rank 0 has, on every worker; the other workers' values do not count."""
+    """Broadcast the value of rank 0 to every worker; the values of the other workers are ignored."""
     _, world = rank_and_world()
     if world == 1:
         return value
@@ -42,13 +42,14 @@ def from_first(value: Value) -> Value:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Work that a worker does on its own: where one fails by a mistake or a full disk, all fail alike.
+def fail_together() -> Iterator[None]:
+    """Run local work on every worker; if it raises a UserError on one worker, raise the same error on all.
 
-    No worker then waits for one that has given up. Every worker must enter; none may meet the others inside.
+    This keeps the other workers from waiting for the failed one. Every worker must enter the block, and the block must
+    not contain collective operations.
 
     Raises:
-        UserError: of the lowest rank that raised one.
+        UserError: the error of the lowest rank that raised one.
     """
     failure = None
     try:

@@ -1,4 +1,4 @@
-"""Accuracy and agreement with SISO over shuffles: who shares a group with whom matters (paper section 4.1)."""
+"""Accuracy and agreement with SISO, averaged over random groupings, since grouping matters (paper section 4.1)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from revmux.training.distributed import rank_and_world
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model answered over all shuffles.
+    """The figures of one evaluation.
 
     Attributes:
         accuracy_mean: mean over shuffles, 0..1.
-        accuracy_std: spread over shuffles (population), 0..1.
-        siso_agreement: share of inputs labelled as the plain model labels them, mean over shuffles; NaN
-            where the features have no teacher.
-        siso_accuracy: the plain model's accuracy on the same inputs; NaN likewise.
-        accuracies: one a shuffle.
+        accuracy_std: standard deviation over shuffles (population), 0..1.
+        siso_agreement: share of inputs that get the same label from the plain model, mean over shuffles; NaN if the
+            features have no teacher.
+        siso_accuracy: accuracy of the plain model on the same inputs; NaN if the features have no teacher.
+        accuracies: one accuracy per shuffle.
     """
 
     accuracy_mean: float
@@ -50,16 +50,15 @@ def evaluate(
     batch_size: int = 128,
     on_shuffle: Callable[[int, int, float], None] | None = None,
 ) -> Evaluation:
-    """Evaluate over shuffles of the inputs; under torch.distributed every worker takes its share of the groups.
+    """Evaluate over shuffles of the inputs; under torch.distributed, every worker evaluates its share of the groups.
 
     Args:
         model: any method at any N.
-        features: the split, with or without teacher.
-        shuffles: how often the inputs are grouped anew. A method without groups (N = 1) is asked once, since
-            every shuffle answers the same.
-        seed: of the first shuffle.
+        features: the split, with or without a teacher.
+        shuffles: number of random groupings. At N = 1 there is only one, since every grouping gives the same answers.
+        seed: seed of the first shuffle; each later one adds 1.
         batch_size: inputs per forward pass.
-        on_shuffle: called after each shuffle with the shuffles done, their total and the mean accuracy so far.
+        on_shuffle: called after each shuffle with the number of shuffles done, their total and the mean accuracy so far.
     """
     shuffles = 1 if model.num_inputs == 1 else shuffles
     total = len(features)
@@ -86,12 +85,12 @@ def evaluate(
 
 
 class Predictions(NamedTuple):
-    """What a model answered to M inputs.
+    """The predictions of a model for M inputs.
 
     Attributes:
-        labels: (M,) long on the CPU.
-        teacher: the same of the plain model, or None.
-        scores: (M, C) float32 on the CPU, before softmax.
+        labels: (M,) long on the CPU, predicted classes.
+        teacher: (M,) long on the CPU, the plain model's classes; None if the features have no teacher.
+        scores: (M, C) float32 on the CPU, label scores before softmax.
     """
 
     labels: Tensor
@@ -101,17 +100,17 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def predict(model: MultiplexedClassifier, features: Features, groups: Tensor, batch_size: int = 128) -> Predictions:
-    """The class of every input, grouped as told, and the teacher's class.
+    """Predict the class of every input with the groups given, and return the teacher's classes beside them.
 
     Args:
         model: in eval mode.
         features: the split.
-        groups: (G, N) long; every input at least once.
-        batch_size: inputs a forward pass.
+        groups: (G, N) long, rows of the split; every input at least once.
+        batch_size: inputs per forward pass.
     """
     rank, world = rank_and_world()
     longest = features.lengths[groups].amax(dim=1)  # (G,)
-    ordered = groups[longest.argsort(descending=True)][rank::world]  # groups of like length share a batch
+    ordered = groups[longest.argsort(descending=True)][rank::world]  # groups of similar length share a batch
     labels = torch.full((len(features),), -1, dtype=torch.long)
     teacher = torch.full_like(labels, -1)
     scores = torch.full((len(features), model.backbone.num_labels), -torch.inf)
@@ -125,12 +124,12 @@ def predict(model: MultiplexedClassifier, features: Features, groups: Tensor, ba
         if batch.teacher_scores is not None:
             teacher[rows] = batch.teacher_scores.argmax(-1).cpu()
     if world > 1:
-        labels, teacher, scores = _most(labels), _most(teacher), _most(scores)
+        labels, teacher, scores = _max_over_workers(labels), _max_over_workers(teacher), _max_over_workers(scores)
     return Predictions(labels, None if bool((teacher < 0).any()) else teacher, scores)
 
 
-def _most(own: Tensor) -> Tensor:
-    """The largest value over all workers, element by element; each has -1 or -inf where another worker answered."""
+def _max_over_workers(own: Tensor) -> Tensor:
+    """The elementwise maximum over all workers; a worker has -1 or -inf for inputs that another worker processed."""
     shared = own.cuda() if dist.get_backend() == "nccl" else own
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return shared.cpu()

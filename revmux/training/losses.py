@@ -14,12 +14,13 @@ from revmux.training.distributed import rank_and_world
 
 
 class ContrastSet(NamedTuple):
-    """Teachers that restored vectors stand against.
+    """The teacher vectors among which InfoNCE must find each restored vector's own.
 
     Attributes:
-        vectors: (Q, d) of a whole step, over all workers and parts.
-        first: the place of the first of a call's own among them.
-        rows: (Q,) long, which input each is of: one that comes twice is no negative of itself. None where all differ.
+        vectors: (Q, d), those of a whole step, over all workers and micro-batches.
+        first: position in ``vectors`` of the first of this call's own teacher vectors.
+        rows: (Q,) long, the input that each vector belongs to, so that an input that occurs twice is not its own
+            negative; None if all inputs differ.
     """
 
     vectors: Tensor
@@ -28,7 +29,7 @@ class ContrastSet(NamedTuple):
 
 
 def similarity_matrix(restored: Tensor, targets: Tensor, config: LossConfig) -> Tensor:
-    """Similarities of restored vectors to teacher vectors, over τ.
+    """Similarities of restored vectors to teacher vectors, divided by τ.
 
     Args:
         restored: (..., P, d).
@@ -46,14 +47,14 @@ def infonce(restored: Tensor, teacher: Tensor, config: LossConfig, candidates: C
     """InfoNCE: each restored vector must find its own teacher vector among the others.
 
     Args:
-        restored: (G, N, d) what the demultiplexer gave the classifier.
-        teacher: (G, N, d) what the same backbone gives it for the same input alone.
-        candidates: with batch negatives, the teachers of the whole step; by default those of this call, gathered
-            from every worker.
+        restored: (G, N, d), what the classifier reads from the demultiplexer.
+        teacher: (G, N, d), what the classifier reads if the same backbone processes the same input alone.
+        candidates: with batch negatives, the teacher vectors of the whole step; by default those of this call,
+            gathered from every worker.
 
     Returns:
-        Scalar mean over the G·N inputs of this worker; with batch negatives the teachers of every
-        worker stand against them, so the number of workers does not change the result.
+        Scalar mean over the G·N inputs of this worker. With batch negatives, each input is compared with the
+        teacher vectors of every worker, so the number of workers does not change the result.
     """
     if config.negatives == "group":
         logits = similarity_matrix(restored, teacher, config)  # (G, N, N)
@@ -70,13 +71,13 @@ def infonce(restored: Tensor, teacher: Tensor, config: LossConfig, candidates: C
 
 
 def gather_from_workers(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows of every worker, with gradients, and where this worker's own begin.
+    """Gather the rows of every worker, with gradients.
 
     Args:
         rows: (P, d), the same P on every worker.
 
     Returns:
-        (W·P, d) and this worker's offset in it; the rows themselves where there is one worker.
+        (W·P, d) and the offset of this worker's rows in it; with one worker, ``rows`` and 0.
     """
     rank, world = rank_and_world()
     if world == 1:
@@ -106,12 +107,12 @@ def training_loss(
         scores: (G, N, C).
         vectors: (G, N, d), what the classifier read.
         labels: (G, N) long.
-        teacher_vectors: (G, N, d), or None where the method has no vector to match.
-        teacher_scores: (G, N, C), or None where nothing is distilled.
+        teacher_vectors: (G, N, d), or None if the method has no vector to match.
+        teacher_scores: (G, N, C), or None without distillation.
         candidates: see :func:`infonce`.
 
     Returns:
-        Scalars ``loss``, ``cross_entropy``, and ``infonce`` and ``distillation`` where they count.
+        Scalars ``loss``, ``cross_entropy``, and ``infonce`` and ``distillation`` if they are part of the loss.
     """
     parts = {"cross_entropy": F.cross_entropy(scores.flatten(0, 1), labels.flatten())}
     loss = parts["cross_entropy"]

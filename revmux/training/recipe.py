@@ -1,6 +1,6 @@
-"""One training run from end to end, on one process or inside a worker: data, backbone, method, trainer.
+"""One training run from end to end, in one process or in a worker: data, backbone, method, trainer.
 
-Ray jobs call this; so can a script, where Ray is not installed.
+Ray jobs call this module; a script can call it without Ray.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Prepared:
     """A run that is ready to start.
 
     Attributes:
-        recipe: what was asked for.
-        pretrained: the backbone.
+        recipe: the run's settings.
+        pretrained: the backbone with its tokenizer and identity.
         task: the data.
         model: backbone and method.
-        train: features of each split.
-        selection: chooses.
-        test: is reported.
+        train: features of the training split.
+        selection: features of the split that selects the best epoch.
+        test: features of the split that is reported.
     """
 
     recipe: Recipe
@@ -52,19 +52,19 @@ class Prepared:
     test: Features
 
     def trainer(self, **arguments: Any) -> Trainer:
-        """The trainer of this run; keyword arguments as :class:`Trainer` takes them."""
+        """The trainer of this run; keyword arguments are passed on to :class:`Trainer`."""
         return Trainer(self.model, self.train, self.selection, self.recipe.optim, self.recipe.loss, **arguments)
 
     def evaluate_test(self) -> Evaluation:
-        """The figure that is reported: the test split, over shuffles."""
+        """The reported figures: those of the test split, over shuffles."""
         return evaluate(self.model, self.test, shuffles=self.recipe.shuffles, seed=self.recipe.optim.seed)
 
     def cost(self) -> float:
-        """Counted operations an input relative to SISO, at the mean length of the test split."""
+        """Counted operations per input relative to SISO, at the mean length of the test split."""
         return relative_cost_at(self.model, self.test)
 
     def adapter_config(self, metrics: dict[str, float]) -> AdapterConfig:
-        """The artifact's config, with the figures measured."""
+        """The config of the adapter folder, with the measured figures."""
         training = {"seed": self.recipe.optim.seed, "optim": vars(self.recipe.optim), "loss": vars(self.recipe.loss)}
         return describe_adapter(
             self.model,
@@ -77,28 +77,28 @@ class Prepared:
 
 
 def relative_cost_at(model: MultiplexedClassifier, features: Features) -> float:
-    """Counted operations an input relative to SISO, at the mean length of a split."""
+    """Counted operations per input relative to SISO, at the mean length of a split."""
     length = max(1, round(float(features.lengths.double().mean())))
     return relative_cost(model.backbone, model.method, model.prefill_layers, length)
 
 
 def exit_head_config(layer: int) -> MethodConfig:
-    """An exit head at a layer of the backbone."""
+    """The settings of an exit head at a layer of the backbone."""
     return MethodConfig(ExitHead.name, 1, layer, {"layer": layer})
 
 
 def check(recipe: Recipe, shape: BackboneShape, workers: int = 1, longest: int | None = None) -> None:
-    """Refuse what cannot be trained, from shapes alone: before weights are loaded or a cluster starts.
+    """Check from shapes alone that a run can be trained, before weights are loaded or a cluster starts.
 
     Args:
         recipe: the run.
-        shape: of its backbone.
-        workers: that share a step.
-        longest: tokens that the backbone reads at most, where known.
+        shape: shape of its backbone.
+        workers: number of workers that share a step.
+        longest: most tokens per input that the backbone can read; None if unknown.
 
     Raises:
         UserError: an unknown method or option, l out of range, d not divisible by N, a batch that cannot be
-            cut into groups, texts that leave no room for the tokens that the method adds.
+            divided into groups, or texts that leave no room for the tokens that the method adds.
     """
     method = recipe.method
     if recipe.shuffles < 1:
@@ -112,10 +112,10 @@ def check(recipe: Recipe, shape: BackboneShape, workers: int = 1, longest: int |
 
 
 def check_room(config: BackboneConfig, method: Method, longest: int) -> None:
-    """Refuse texts that leave no room for the tokens that a method adds to them.
+    """Check that texts leave room for the tokens that a method adds to them.
 
     Raises:
-        UserError: naming all three lengths and the one that fits.
+        UserError: they do not; the message has all three lengths and the largest ``max_length`` that fits.
     """
     added = method.added_tokens
     if added and config.max_length + added > longest:
@@ -126,7 +126,7 @@ def check_room(config: BackboneConfig, method: Method, longest: int) -> None:
 
 
 def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") -> Prepared:
-    """Load the backbone, compute or open what it says of each input, and build the method.
+    """Load the backbone, compute or open its features of each split, and build the method.
 
     Args:
         recipe: the run.
@@ -134,15 +134,15 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
         device: where the model runs.
 
     Raises:
-        UserError: anything in the recipe that does not fit the backbone or the data.
+        UserError: the recipe does not fit the backbone or the data.
     """
     method_config = recipe.method
-    torch.manual_seed(recipe.optim.seed)  # a fresh head
+    torch.manual_seed(recipe.optim.seed)  # for a newly created head
     pretrained = load_backbone(recipe, task.label_names)
     check_labels(pretrained, task)
     backbone = pretrained.backbone.freeze().to(device)
     backbone.gradient_checkpointing = recipe.optim.gradient_checkpointing
-    torch.manual_seed(recipe.optim.seed)  # the same adapters whatever was drawn before
+    torch.manual_seed(recipe.optim.seed)  # the method's weights do not depend on earlier draws
     method = build_method(
         method_config.name, BackboneShape.of(backbone), method_config.num_inputs, method_config.options
     ).to(device)
@@ -161,19 +161,19 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
         features = [store.at(layers[0]) if layers else store.with_tokens() for store in stores]
     if method.tunes_backbone:
         method.unfreeze(backbone, method_config.prefill_layers)
-        check_length(recipe.backbone, backbone)  # a soft prompt takes room
+        check_length(recipe.backbone, backbone)  # a soft prompt uses some of the model's positions
     return Prepared(recipe, pretrained, task, model, *features)
 
 
 def stored_layers(method: Method, prefill_layers: int) -> list[int] | None:
-    """Depths whose stored states a run reads, beside the teacher.
+    """The layers whose stored states a run reads, besides the teacher.
 
     Args:
-        method: the run's.
+        method: the run's method.
         prefill_layers: l.
 
     Returns:
-        l, or none where the method changes what is below it; None where it reads no store at all.
+        [l]; an empty list if the method changes the states up to layer l; None if it reads no store at all.
     """
     if method.is_plain and method.tunes_backbone:
         return None
@@ -181,7 +181,7 @@ def stored_layers(method: Method, prefill_layers: int) -> list[int] | None:
 
 
 def layers_read(recipe: Recipe, shape: BackboneShape) -> list[int] | None:
-    """As :func:`stored_layers`, from shapes alone."""
+    """Like :func:`stored_layers`, from shapes alone."""
     method = recipe.method
     with torch.device("meta"):
         built = build_method(method.name, shape, method.num_inputs, method.options)
@@ -189,7 +189,7 @@ def layers_read(recipe: Recipe, shape: BackboneShape) -> list[int] | None:
 
 
 def load_backbone(recipe: Recipe, label_names: list[str]) -> Pretrained:
-    """The backbone of a run; a head or words are made for classes only where the run says so.
+    """The backbone of a run, with a new head or label words only if the run asks for them.
 
     Args:
         recipe: the run.
@@ -199,26 +199,26 @@ def load_backbone(recipe: Recipe, label_names: list[str]) -> Pretrained:
 
 
 def makes_head(recipe: Recipe) -> bool:
-    """Whether a backbone without a head gets one: where a task model is tuned."""
+    """Whether a backbone without a head gets a new one, which is the case if a task model is tuned."""
     return method_class(recipe.method.name).is_plain and bool(recipe.method.options.get("tune_backbone"))
 
 
 def check_labels(pretrained: Pretrained, task: TaskData) -> None:
-    """Refuse a task model with other classes than the data.
+    """Check that the task model has the classes of the data.
 
     Raises:
-        UserError: naming both.
+        UserError: the classes differ; the message lists both.
     """
     names = pretrained.backbone.label_names
     if names != task.label_names:
         raise UserError(
-            f"{pretrained.identity['name']} has the labels {', '.join(names)}, the data has {', '.join(task.label_names)}; "
-            "tune a task model on this data, or name the data that it was tuned on"
+            f"{pretrained.identity['name']} has the labels {', '.join(names)}, but the data has {', '.join(task.label_names)}; "
+            "tune a task model on this data, or choose the data that it was tuned on"
         )
 
 
 def train_here(prepared: Prepared) -> Evaluation:
-    """Train in this process, keep the best epoch's weights, and evaluate on the test split."""
+    """Train in this process, load the best epoch's weights, and evaluate on the test split."""
     trainer = prepared.trainer()
     for _ in trainer.run():
         pass

@@ -1,4 +1,4 @@
-"""One forward pass of training: from a batch and its groups to the losses."""
+"""The forward pass of a training step: from a batch and its groups to the losses."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TrainStep(nn.Module):
 
     Args:
         model: the multiplexed classifier.
-        loss: what it is trained for.
-        half_width: whether the model computes in bfloat16 where that is safe (autocast); losses never do.
+        loss: the training loss.
+        half_width: whether the model runs under bfloat16 autocast; the losses are computed outside autocast.
     """
 
     def __init__(self, model: MultiplexedClassifier, loss: LossConfig, half_width: bool = False) -> None:
@@ -35,13 +35,13 @@ class TrainStep(nn.Module):
         warmup: bool = False,
         candidates: ContrastSet | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of one batch.
+        """The losses of one batch.
 
         Args:
             batch: B inputs.
             groups: (G, N) long, rows of the batch.
-            teachers: (G, N, r), as :meth:`teachers` gives them.
-            warmup: whether the method's auxiliary loss alone counts.
+            teachers: (G, N, r), as returned by :meth:`teachers`.
+            warmup: whether to train on the method's auxiliary loss alone.
             candidates: see :func:`revmux.training.losses.infonce`.
         """
         method = self.model.method
@@ -65,7 +65,7 @@ class TrainStep(nn.Module):
         return losses
 
     def teachers(self, batch: FeatureBatch, groups: Tensor) -> Tensor | None:
-        """What the groups' restored vectors are to match, (G, N, r) in float32; None where nothing is matched."""
+        """The vectors that the groups' restored vectors must match, (G, N, r) in float32; None if there are none."""
         if batch.teacher_vectors is None or not self.model.method.matches_teacher:
             return None
         return batch.teacher_vectors[groups].float()

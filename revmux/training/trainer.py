@@ -1,9 +1,8 @@
 """The training loop: adapters on a frozen backbone, or a task model itself (SISO with the backbone unfrozen).
 
-It runs on one process, or on every worker of a torch.distributed group that the caller has set up, and
-knows nothing of who that is. Each epoch is yielded as a report, which the caller logs. Whatever a step
-draws by chance follows from the seed, the step and the rank alone, so a run that goes on from a checkpoint
-ends with the weights of one that was never stopped.
+It runs in one process, or on every worker of a torch.distributed group that the caller has set up. The loop yields a
+report per epoch, which the caller logs. The random numbers of a step depend only on the seed, the step and the rank,
+so a run that resumes from a checkpoint ends with the same weights as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from revmux.grouping import epoch_groups, local_rows
 from revmux.model import MultiplexedClassifier
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import LossConfig, OptimConfig
-from revmux.training.distributed import from_first, mean_over_workers, rank_and_world, together
+from revmux.training.distributed import fail_together, from_first, mean_over_workers, rank_and_world
 from revmux.training.evaluation import evaluate
 from revmux.training.losses import ContrastSet, gather_from_workers
 from revmux.training.step import TrainStep
@@ -34,14 +33,15 @@ from revmux.training.step import TrainStep
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch did.
+    """The outcome of one epoch.
 
     Attributes:
-        epoch: 1-based.
-        step: optimiser steps so far.
-        metrics: mean training losses, selection accuracy and agreement, rates, seconds.
+        epoch: number of the epoch, from 1.
+        step: optimizer steps so far.
+        metrics: mean training losses, selection accuracy and agreement, learning rate, and steps, inputs and tokens
+            per second.
         is_best: whether the selection accuracy is the best so far.
-        stop: whether training ends here.
+        stop: whether training ends after this epoch.
     """
 
     epoch: int
@@ -53,16 +53,16 @@ class EpochReport:
 
 @dataclass
 class TrainerState:
-    """Where training stands, as a checkpoint keeps it.
+    """The progress of a run, as stored in a checkpoint.
 
     Attributes:
-        epoch: epochs done.
-        epoch_step: steps done of the epoch under way.
-        step: steps done in all.
+        epoch: completed epochs.
+        epoch_step: completed steps of the current epoch.
+        step: completed steps in total.
         best_accuracy: the best selection accuracy so far.
-        best_epoch: whose it is, 1-based.
-        history: the metrics of each epoch done.
-        sums: losses added up over the steps of the epoch under way.
+        best_epoch: the epoch that reached it, from 1.
+        history: the metrics of each completed epoch.
+        sums: losses summed over the completed steps of the current epoch.
     """
 
     epoch: int = 0
@@ -75,24 +75,25 @@ class TrainerState:
 
 
 class Trainer:
-    """Trains what the method says is to be trained.
+    """Trains the parameters that require gradients: the method's, or a task model's.
 
     Args:
-        model: on its device already.
-        train: the training split.
-        selection: the split that chooses the checkpoint; never the one reported.
+        model: already on its device.
+        train: features of the training split.
+        selection: features of the split that selects the best epoch; never the split that is reported.
         optim: see :class:`OptimConfig`.
         loss: see :class:`revmux.training.config.LossConfig`.
-        on_step: called on every worker after each step with (step, steps in all, metrics): ``loss``, a scalar tensor
-            (to read it waits for the device), and ``tokens``, of the step over all workers.
-        checkpoints: where rank 0 saves, at the end of each epoch; nothing is saved without.
-        checkpoint_steps: steps between checkpoints within an epoch too; 0 saves none there.
+        on_step: called on every worker after each step with the step, the total number of steps, and metrics of the
+            step: ``loss``, this worker's mean as a scalar tensor (reading its value waits for the device), and
+            ``tokens``, their number over all workers.
+        checkpoints: where rank 0 saves a checkpoint at the end of each epoch; None saves none.
+        checkpoint_steps: steps between additional checkpoints within an epoch; 0 saves only at the end.
 
     Attributes:
         best: the weights of the best epoch so far, on the CPU.
 
     Raises:
-        UserError: the batch cannot be cut into groups, or nothing is left to train.
+        UserError: the batch cannot be divided into groups, or the model has no weights to train.
     """
 
     def __init__(
@@ -120,13 +121,13 @@ class Trainer:
             )
         if any(parameter.dtype != torch.float32 for parameter in self.parameters):
             raise UserError(
-                f"{model.method.name} tunes a backbone that was loaded as {model.backbone.dtype}, where small steps are lost "
-                "to rounding; load it as float32, and set precision bfloat16 to compute at half width"
+                f"{model.method.name} tunes a backbone that was loaded as {model.backbone.dtype}, in which small updates are "
+                "lost to rounding; load it as float32, and set precision to bfloat16 to compute in half precision"
             )
         self.train_step = TrainStep(model, loss, half_width=optim.precision == "bfloat16")
         self.step: nn.Module = self.train_step
         if self.world > 1:
-            # A tuned backbone has parts that an adapter may pass by: its own head, layers above the exit.
+            # A tuned backbone has parameters that a method may not use: its own head, layers above the exit.
             self.step = DistributedDataParallel(self.train_step, find_unused_parameters=model.method.tunes_prefill)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True
@@ -144,32 +145,32 @@ class Trainer:
         return max(0.0, (self.total_steps - step) / max(1, self.total_steps - warmup))
 
     def resume(self) -> int:
-        """Go on from the newest sound checkpoint; every worker calls this.
+        """Resume from the newest undamaged checkpoint; every worker must call this.
 
         Returns:
-            The step to go on from; 0 where there is no checkpoint.
+            The step from which training resumes; 0 if there is no checkpoint.
 
         Raises:
             UserError: all checkpoints are damaged, or they belong to another run.
         """
         if self.checkpoints is None:
             return 0
-        with together():
+        with fail_together():
             found = self.checkpoints.load() if self.rank == 0 else None
         step = from_first(None if found is None else found.step)
         if step is None:
             return 0
-        with together():
+        with fail_together():
             found = found or self.checkpoints.load_step(step)
             self.load_state_dict(found.state)
             self.best = found.best
         return self.state.step
 
     def run(self) -> Iterator[EpochReport]:
-        """Train to the end, from wherever the state stands; one report an epoch, alike on every worker.
+        """Train from the current state to the end; yields one report per epoch, the same on every worker.
 
         Raises:
-            UserError: the loss is no number any more, or a checkpoint cannot be written; on every worker.
+            UserError: the loss is not finite, or a checkpoint cannot be written; raised on every worker.
         """
         while not self._is_finished():
             metrics = self._epoch()
@@ -194,15 +195,15 @@ class Trainer:
         return self.state.epoch >= self.optim.epochs or 0 < self.optim.patience <= waited
 
     def _epoch(self) -> dict[str, float]:
-        """The rest of the epoch under way; returns its mean losses, and the rates of the steps taken here."""
+        """Run the rest of the current epoch; returns its mean losses, and rates over the steps run by this call."""
         self.model.train()
         state = self.state
         schedule = epoch_groups(
             self.train_data.lengths, self.model.num_inputs, self.groups_per_step, self.optim.seed, state.epoch
         )
-        tokens = self.train_data.lengths[schedule].sum(dim=(1, 2)).tolist()  # of each step
+        tokens = self.train_data.lengths[schedule].sum(dim=(1, 2)).tolist()  # one count per step
         share = self.groups_per_step // self.world
-        own = schedule[:, self.rank * share : (self.rank + 1) * share]  # (steps, G, N) of this worker
+        own = schedule[:, self.rank * share : (self.rank + 1) * share]  # (steps, G, N), this worker's groups
         totals: dict[str, Tensor] = {}
         first, started = state.epoch_step, time.perf_counter()
         for index in range(first, len(schedule)):
@@ -215,7 +216,7 @@ class Trainer:
                 self.on_step(state.step, self.total_steps, {"loss": losses["loss"], "tokens": tokens[index]})
             is_last = state.epoch_step == len(schedule)
             if is_last or (self.checkpoint_steps and state.step % self.checkpoint_steps == 0):
-                self._add_up(totals)
+                self._add_to_sums(totals)
                 totals = {}
                 if not is_last:
                     self._save()
@@ -228,20 +229,25 @@ class Trainer:
         }
 
     def _step(self, groups: Tensor, whole: Tensor) -> dict[str, Tensor]:
-        """One optimiser step over this worker's (G, N) groups of the ``whole`` (W·G, N); its mean losses, detached."""
+        """Run one optimizer step; returns its mean losses on this worker, detached.
+
+        Args:
+            groups: (G, N) long, this worker's groups.
+            whole: (W·G, N) long, the groups of all workers.
+        """
         seeds = np.random.SeedSequence([self.optim.seed, self.state.step, self.rank])
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))  # dropout
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))  # for dropout
         parts = []
         for part in groups.chunk(self.optim.accumulate):
             rows, inside = local_rows(part)
             batch = self.train_data.batch(rows)
             inside = inside.to(batch.labels.device)
             parts.append((batch, inside, self.train_step.teachers(batch, inside)))
-        among = self._candidates([teachers for _, _, teachers in parts], whole)
+        contrast = self._contrast_set([teachers for _, _, teachers in parts], whole)
         means: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for index, (batch, inside, teachers) in enumerate(parts):
-            candidates = None if among is None else among._replace(first=among.first + index * inside.numel())
+            candidates = None if contrast is None else contrast._replace(first=contrast.first + index * inside.numel())
             warmup = self.state.step < self.model.method.warmup_steps
             is_last = index == len(parts) - 1
             with nullcontext() if is_last or self.world == 1 else self.step.no_sync():  # type: ignore[operator]
@@ -255,19 +261,24 @@ class Trainer:
         self.scheduler.step()
         return means
 
-    def _candidates(self, teachers: list[Tensor | None], whole: Tensor) -> ContrastSet | None:
-        """The teachers of the whole step, (W·G, N), over all workers and parts; the first is this worker's own first."""
+    def _contrast_set(self, teachers: list[Tensor | None], whole: Tensor) -> ContrastSet | None:
+        """The teacher vectors of the whole step, over all workers and micro-batches; None if InfoNCE needs none.
+
+        Args:
+            teachers: (G, N, r) per micro-batch of this worker, or None.
+            whole: (W·G, N) long, the groups of all workers.
+        """
         matched = [teacher.flatten(0, 1) for teacher in teachers if teacher is not None]
         if not matched or not self.loss.infonce_weight or self.loss.negatives != "batch":
             return None
-        vectors, first = gather_from_workers(torch.cat(matched))  # by rank, as the step is shared out
+        vectors, first = gather_from_workers(torch.cat(matched))  # ordered by rank, like ``whole``
         return ContrastSet(vectors, first, whole.flatten().to(vectors.device))
 
-    def _add_up(self, totals: dict[str, Tensor]) -> None:
-        """Add losses of steps, a mean over workers, to those that the state has of the epoch.
+    def _add_to_sums(self, totals: dict[str, Tensor]) -> None:
+        """Add summed losses, averaged over the workers, to the sums of the current epoch.
 
         Raises:
-            UserError: a sum is no number; on every worker, before anything is saved.
+            UserError: the sum of the loss is not finite; raised on every worker, before anything is saved.
         """
         means = mean_over_workers(torch.stack(list(totals.values()))).tolist()
         for name, value in zip(totals, means):
@@ -281,12 +292,12 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpoints is None:
             return
-        with together():
+        with fail_together():
             if self.rank == 0:
                 self.checkpoints.save(self.state.step, self.state_dict(), self.best, self.state.best_epoch)
 
     def _place(self) -> dict[str, int]:
-        """What decides which inputs a step has: a run goes on only where this is the same."""
+        """The settings that determine the inputs of each step; a run can resume only if they are unchanged."""
         optim = self.optim
         return {
             "training examples": len(self.train_data),
@@ -297,12 +308,12 @@ class Trainer:
         }
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """The weights that training moves, on the CPU, by name."""
+        """A copy of the weights that are trained, on the CPU, by name."""
         named = self.model.named_parameters()
         return {name: value.detach().cpu().clone() for name, value in named if value.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a restart needs: weights, optimiser, schedule and place."""
+        """Everything needed to resume: weights, optimizer, schedule, progress, and the settings that must not change."""
         return {
             "weights": self.trained_weights(),
             "optimizer": self.optimizer.state_dict(),
@@ -312,15 +323,15 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave.
+        """Restore what :meth:`state_dict` returned.
 
         Raises:
-            UserError: it belongs to another model, or to a run with other steps.
+            UserError: the state belongs to another model, or to a run with other settings.
         """
         for name, value in self._place().items():
             if saved["place"][name] != value:
                 raise UserError(
-                    f"the checkpoint has {name} {saved['place'][name]}, this run has {value}; start a new run"
+                    f"the checkpoint has {name} {saved['place'][name]}, but this run has {value}; start a new run"
                 )
         load_weights(self.model, saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -329,17 +340,19 @@ class Trainer:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put back exactly the trained weights.
+    """Load trained weights into a model.
 
     Raises:
         UserError: a name is missing or unexpected.
     """
     own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if own.keys() != weights.keys():
-        odd = sorted(own.keys() ^ weights.keys())[:4]
+        different = sorted(own.keys() ^ weights.keys())[:4]
         raise UserError(
-            f"the checkpoint belongs to another model: {', '.join(odd)} in one of the two only; start a new run"
+            "the checkpoint belongs to another model: only one of the two has the weights "
+            f"{', '.join(different)}; start a new run"
         )
+
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
