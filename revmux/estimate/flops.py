@@ -91,7 +91,7 @@ def resume_cost(backbone: Backbone, prefill_layers: int, length: int) -> float:
 
 
 def rival_exit_layer(backbone: Backbone, method: Method, prefill_layers: int, length: int) -> int:
-    """The deepest layer e at which an exit head costs no more than a method: e/L is at most its relative cost; at least 1."""
+    """The deepest layer e, at least 1, at which an exit head costs no more than a method (e/L ≤ its relative cost)."""
     return max(1, int(relative_cost(backbone, method, prefill_layers, length) * backbone.num_layers))
 
 

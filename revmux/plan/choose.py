@@ -329,7 +329,9 @@ def verify(siso: Floats, correct: Floats | None, goal: Goal) -> Verification:
 
 
 def _loss_interval(differences: Floats, quantile: float) -> tuple[Floats, Floats]:
-    """The interval of a mean loss, from the limits of the share lost and the share won, whose distances add in squares.
+    """The interval of a mean loss, from the limits of the share lost and the share won.
+
+    The distances of the two limits from their means are combined as the root of the sum of their squares.
 
     Args:
         differences: (..., M) in -1..1, positive if SISO was correct more often.
