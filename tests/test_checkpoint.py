@@ -169,7 +169,7 @@ def test_a_second_process_waits_for_the_lock_of_a_checkpoint_folder(
     with CheckpointFolder(path).locked():
         thread = threading.Thread(target=second)
         thread.start()
-        assert f"another process still writes checkpoints to {path}" in told.get(timeout=30)
+        assert f"another process is still writing checkpoints to {path}" in told.get(timeout=30)
         save(CheckpointFolder(path), 10)
         assert not entered.is_set()
     assert entered.wait(30)

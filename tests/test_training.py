@@ -307,7 +307,7 @@ def test_weights_of_another_model_are_refused(tiny_pretrained: Pretrained, tiny_
     running = trainer(tiny_pretrained, tiny_rows)
     weights = running.trained_weights()
     weights.pop("method.down.bias")
-    with pytest.raises(UserError, match=r"another model: method\.down\.bias"):
+    with pytest.raises(UserError, match=r"another model: .* method\.down\.bias"):
         load_weights(running.model, weights)
 
 

@@ -127,7 +127,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 0:
-            raise UserError(f"checkpoint steps is {self.steps}; choose 0 (only at the end of each epoch) or more")
+            raise UserError(f"checkpoint steps is {self.steps}; choose 0 or more")
         if self.keep < 2:
             raise UserError(f"checkpoint keep is {self.keep}; choose 2 or more, since the newest can be damaged")
 
