@@ -1,1 +1,1 @@
-"""A Ray Serve deployment that multiplexes live requests through the frozen backbone."""
+"""A Ray Serve application that classifies live requests with frozen task models, alone or in multiplexed groups."""

@@ -1,10 +1,10 @@
-"""The Ray Serve application: one :class:`serve_app.service.Service` a replica.
+"""The Ray Serve application: one :class:`serve_app.service.Service` per replica.
 
-``serve run serve_app.app:build model=FOLDER adapters=FOLDER,FOLDER`` and ``serve deploy serve_app/serve.yaml``
-both come here.
+``serve run serve_app.app:build model=FOLDER adapters=FOLDER,FOLDER`` and ``serve deploy serve_app/serve.yaml`` both use
+:func:`build`.
 """
 
-# No postponed annotations here: Serve reads the type of build's argument.
+# No postponed annotations in this module: Serve reads the type of build's argument.
 import asyncio
 import logging
 from typing import Any
@@ -23,10 +23,10 @@ from serve_app.service import Service
 from serve_app.web import create_app
 
 PEER_SECONDS = 2.0
-"""How long the other replicas may take to tell their figures."""
+"""Time limit for collecting the metrics of the other replicas."""
 
-TASKS_AT_LEAST = 100
-"""For so many tasks' queues Serve lets requests through; tasks may be added while replicas run."""
+MIN_TASKS = 100
+"""Serve's limit on requests per replica allows for at least this many tasks, because tasks can be added later."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Classifier:
     """One replica.
 
     Args:
-        config: checked by :func:`build`. Its tasks come by :meth:`reconfigure`, at the start too.
+        config: the configuration. Its tasks are loaded by :meth:`reconfigure`, which Serve also calls at the start.
     """
 
     def __init__(self, config: AppConfig) -> None:
@@ -48,18 +48,18 @@ class Classifier:
         self._ready = False
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve asks for it once, after the constructor."""
+        """Build the HTTP application. Serve calls this once, after the constructor."""
         return create_app(self.service)
 
     def __del__(self) -> None:
-        # Serve calls this once the requests of a stopping replica are answered.
+        # Serve calls this when a stopping replica has answered its requests.
         if hasattr(self, "service"):
             self.service.close()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Load what is new and retire what is gone, at the start and whenever ``user_config`` changes."""
-        # Off the event loop, for requests are answered meanwhile. Serve would stop a replica that raises, so only the
-        # first time, when there is nothing to lose, may a mistake do so.
+        """Load new tasks and adapters and remove old ones. Serve calls this at the start and after each change."""
+        # Runs in a thread, because the event loop answers requests meanwhile. Serve stops a replica that raises here,
+        # so only the first call, before the replica serves anything, may raise.
         if self._ready:
             await asyncio.to_thread(self.service.update, user_config)
         else:
@@ -67,32 +67,34 @@ class Classifier:
         self._ready = True
 
     async def check_health(self) -> None:
-        """Asked by Serve, which replaces a replica whose model does not answer."""
+        """Raise if the model does not answer. Serve calls this, and replaces the replica if it raises."""
         await self.service.probe()
 
-    def figures(self) -> tuple[str, list[Metric]]:
-        """This replica's name and metrics, for the one that was asked for all."""
+    def metric_families(self) -> tuple[str, list[Metric]]:
+        """Return this replica's name and metrics. The replica that was scraped calls this on all others."""
         return self.service.replica, self.service.metrics.families()
 
     async def _peers(self) -> dict[str, list[Metric]]:
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
         try:
-            found = await handle.broadcast("figures").results_async(timeout_s=PEER_SECONDS, return_exceptions=True)
+            results = await handle.broadcast("metric_families").results_async(
+                timeout_s=PEER_SECONDS, return_exceptions=True
+            )
         except Exception as error:
-            logger.warning("the other replicas did not tell their figures: %s", error)
+            logger.warning("cannot collect the metrics of the other replicas: %s", error)
             return {}
-        return dict(each for each in found if isinstance(each, tuple))
+        return dict(result for result in results if isinstance(result, tuple))
 
 
 def build(args: AppConfig) -> Application:
-    """The application of a configuration; Serve's command line and YAML fill it in.
+    """Build the application from a configuration, which Serve reads from its command line or YAML.
 
     Args:
         args: see :class:`serve_app.config.AppConfig`; an unknown key is an error.
     """
-    # The replica's own queues refuse with 429, so Serve must let requests through to them, and health questions too.
-    ongoing = max(TASKS_AT_LEAST, 2 * len(args.served)) * (args.max_queue + args.max_batch)
+    # The replica's queues refuse excess requests with 429. Serve's own limit must be higher, for health checks too.
+    ongoing = max(MIN_TASKS, 2 * len(args.served)) * (args.max_queue + args.max_batch)
     scale: dict[str, Any] = (
         {"autoscaling_config": args.autoscaling.model_dump()}
         if args.autoscaling
@@ -104,12 +106,12 @@ def build(args: AppConfig) -> Application:
         max_ongoing_requests=ongoing,
         graceful_shutdown_timeout_s=args.drain_seconds,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus, "runtime_env": _runtime_env()},
-        logging_config={"enable_access_log": False},  # a line a request would cost more than a small model
+        logging_config={"enable_access_log": False},  # one log line per request would cost more than a small model
     ).bind(args)
     return application
 
 
 def _runtime_env() -> dict[str, Any]:
-    """That of the job which deploys, and with it the environment of a process that computes; the job's own wins."""
+    """Return the deploying job's runtime environment, with the variables for computation added if they are not set."""
     job: dict[str, Any] = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
     return job | {"env_vars": compute_environment() | job.get("env_vars", {})}

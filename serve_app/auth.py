@@ -1,4 +1,4 @@
-"""Who may ask: optional bearer tokens, from a file or an environment variable, never from the configuration itself."""
+"""Optional bearer tokens, read from a file or an environment variable, never from the configuration itself."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from revmux.errors import UserError
 from serve_app.errors import Unauthorized, refusal
 
 OPEN_PATHS = frozenset({"/health", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
-"""What anyone may ask: health for load balancers, and pages that are the same on every server."""
+"""Paths that need no token: health checks for load balancers, and pages that are the same on every server."""
 OPEN_FOLDERS = ("/static/", "/static-offline-docs/")
 
 
 def read_tokens(token_file: str | None, token_env: str | None) -> tuple[bytes, ...]:
-    """The tokens that open the server; none means that it is open to all.
+    """Read the accepted tokens. Without any, requests need no token.
 
     Args:
-        token_file: a file with a token a line; several let an old one live on while clients change.
-        token_env: an environment variable with one token.
+        token_file: file with one token per line. Several tokens allow clients to change from an old token to a new one.
+        token_env: name of an environment variable with one token.
 
     Raises:
-        UserError: the file or the variable is missing or holds no token. A server that should be closed never opens.
+        UserError: the file or the variable is missing or contains no token, so that a configured server never starts
+            without tokens.
     """
     tokens: list[str] = []
     if token_file is not None:
@@ -34,27 +35,27 @@ def read_tokens(token_file: str | None, token_env: str | None) -> tuple[bytes, .
             lines = Path(token_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read token_file {token_file!r} ({error}); give a text file with a token") from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise UserError(f"token_file {token_file!r} holds no token; write one a line, or leave token_file out")
-        tokens += found
+        nonempty = [line.strip() for line in lines if line.strip()]
+        if not nonempty:
+            raise UserError(f"token_file {token_file!r} contains no token; write one per line, or omit token_file")
+        tokens += nonempty
     if token_env is not None:
         token = os.environ.get(token_env, "").strip()
         if not token:
             raise UserError(
-                f"the environment variable {token_env} holds no token on the replica's node; export it before "
-                "`ray start` there, or use token_file"
+                f"the environment variable {token_env} is unset or empty on the replica's node; export it before "
+                "`ray start` on that node, or use token_file"
             )
         tokens.append(token)
     return tuple(token.encode() for token in tokens)
 
 
 class BearerAuth:
-    """Answers 401 without a known token, before the body is read.
+    """Middleware that answers requests without a valid token with 401, before their body is read.
 
     Args:
-        app: what is behind it.
-        tokens: as :func:`read_tokens` gives them.
+        app: the wrapped application.
+        tokens: tokens from :func:`read_tokens`.
     """
 
     def __init__(self, app: ASGIApp, tokens: Sequence[bytes]) -> None:
@@ -62,21 +63,21 @@ class BearerAuth:
         self.tokens = tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_open(scope) and not self._knows(Headers(scope=scope)):
-            refused = refusal(Unauthorized("send a known token as Authorization: Bearer TOKEN"))
+        if scope["type"] == "http" and not _is_open(scope) and not self._is_authorized(Headers(scope=scope)):
+            refused = refusal(Unauthorized("missing or unknown token; send the header Authorization: Bearer TOKEN"))
             await refused(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
-    def _knows(self, headers: Headers) -> bool:
+    def _is_authorized(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        # Headers come as latin-1. All tokens are compared, each in constant time: the reply's time tells nothing.
+        # Headers are latin-1. Every token is compared in constant time, so the response time reveals nothing.
         matches = [hmac.compare_digest(given.strip().encode("latin-1"), token) for token in self.tokens]
         return scheme.lower() == "bearer" and any(matches)
 
 
 def _is_open(scope: Scope) -> bool:
-    # ASGI's path includes the prefix under which the application is mounted, such as Serve's route_prefix.
+    # The ASGI path includes the prefix under which the application is mounted, such as Serve's route_prefix.
     path: str = scope["path"]
     root = str(scope.get("root_path", "")).rstrip("/")
     if root and path.startswith(f"{root}/"):

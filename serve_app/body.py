@@ -1,4 +1,4 @@
-"""The bytes of a request, bounded in size and in time."""
+"""Read the body of a request, with limits on size and time."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from serve_app.errors import SlowBody, TooLarge
 
 
 async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
-    """The whole body.
+    """Read the whole body.
 
     Args:
-        request: of any kind; a chunked one does not tell its length beforehand.
-        max_bytes: bytes that it may have.
-        seconds: time that it may take to arrive.
+        request: any request. A chunked one does not declare its length.
+        max_bytes: maximum size of the body in bytes.
+        seconds: time within which the body must arrive.
 
     Raises:
-        TooLarge: more bytes; it is refused as soon as that is known.
-        SlowBody: it has not arrived in time.
+        TooLarge: the body is larger. This is raised as soon as it is known.
+        SlowBody: the body did not arrive in time.
     """
     refused = TooLarge(f"the body has more than {max_bytes} bytes; send fewer or shorter texts")
     declared = request.headers.get("content-length", "")

@@ -1,4 +1,4 @@
-"""Every refusal as JSON: ``{"error", "error_type"}`` and a status that says whose turn it is."""
+"""Answer every error as JSON: ``{"error", "error_type"}``, with the matching HTTP status."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ RETRY_AFTER_SECONDS = 1
 
 
 class Unauthorized(PermissionError):
-    """No bearer token, or an unknown one."""
+    """The request has no bearer token, or an unknown one."""
 
 
 class SlowBody(TimeoutError):
-    """A body that did not arrive in time."""
+    """The body of a request did not arrive in time."""
 
 
 class TooLarge(ValueError):
-    """More bytes or texts than one request may hold."""
+    """The request contains more bytes or texts than allowed."""
 
 
 class Unhealthy(RuntimeError):
@@ -48,19 +48,19 @@ _KINDS: dict[type[Exception], tuple[int, str]] = {
 }
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
-    408: {"Connection": "close"},  # the rest of the body must not be taken for the next request
+    408: {"Connection": "close"},  # otherwise the rest of the body would be read as the next request
     429: {"Retry-After": str(RETRY_AFTER_SECONDS)},
     503: {"Retry-After": str(RETRY_AFTER_SECONDS)},
 }
 ERRORS = dict(sorted(set(_KINDS.values())))
-"""Every status of a refusal, and its ``error_type``."""
+"""The ``error_type`` of each error status."""
 
 
 def refusal(error: Exception) -> JSONResponse:
-    """The reply that tells a client of ``error``."""
-    # The nearest class wins, as FastAPI chooses a handler.
+    """Build the HTTP reply for an error."""
+    # The nearest base class wins, as in FastAPI's choice of a handler.
     status, kind = next(_KINDS[known] for known in type(error).__mro__ if known in _KINDS)
-    message = str(error) if status != 500 else "an internal error; the server's log has the details"
+    message = str(error) if status != 500 else "internal error; see the server's log for details"
     return JSONResponse({"error": message, "error_type": kind}, status, _HEADERS.get(status))
 
 
@@ -81,7 +81,7 @@ async def _refuse_parameters(request: Request, error: Exception) -> JSONResponse
 
 
 def install(app: FastAPI) -> None:
-    """Let ``app`` answer these errors as JSON."""
+    """Register handlers that answer these errors as JSON."""
     for kind in _KINDS:
         app.add_exception_handler(kind, _refuse)
     app.add_exception_handler(HTTPException, _refuse_http)

@@ -1,4 +1,4 @@
-"""What the OpenAPI page shows of requests and replies."""
+"""Schemas and examples of requests and replies for the OpenAPI page."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from serve_app.errors import ERRORS
 
 _PREDICT: dict[str, Any] = {
     "one text": {"inputs": "a gripping film"},
-    "a sentence pair": {"inputs": ["A man plays a guitar.", "Somebody makes music."]},
+    "a sentence pair": {"inputs": ["A man plays a guitar.", "A person makes music."]},
     "a batch": {"inputs": [["a gripping film"], ["two hours that felt like four"]]},
-    "exactly as the plain model": {"inputs": "a gripping film", "max_multiplex": 1},
-    "as huggingface_hub asks": {"inputs": "a gripping film", "parameters": {"top_k": 1}},
+    "with the plain model": {"inputs": "a gripping film", "max_multiplex": 1},
+    "as huggingface_hub sends it": {"inputs": "a gripping film", "parameters": {"top_k": 1}},
     "urgent": {"inputs": "a gripping film", "priority": 5, "timeout_ms": 200},
 }
 _INFER: dict[str, Any] = {
@@ -26,7 +26,7 @@ _INFER: dict[str, Any] = {
                 "name": "text",
                 "shape": [1, 2],
                 "datatype": "BYTES",
-                "data": ["A man plays a guitar.", "Somebody makes music."],
+                "data": ["A man plays a guitar.", "A person makes music."],
             }
         ],
         "outputs": [{"name": "labels"}],
@@ -70,21 +70,21 @@ _FAILURE: dict[str, Any] = {
     "properties": {"error": {"type": "string"}, "error_type": {"type": "string"}},
 }
 _REASONS = {
-    400: "nothing to classify",
-    401: "no known token",
-    404: "an unknown task; the reply lists the known ones",
-    408: "the body came too slowly",
-    413: "more bytes or texts than one request may hold",
-    422: "not as described here, or a text that is too long",
-    424: "the model failed on this batch; other batches are not touched",
-    429: "the queue is full; `Retry-After` says when to come back",
-    503: "shutting down, or the model does not answer; `Retry-After` says when to come back",
-    504: "the request's own time had passed before the model began",
+    400: "there is nothing to classify",
+    401: "the token is missing or unknown",
+    404: "the task is unknown; the reply lists the known tasks",
+    408: "the body did not arrive in time",
+    413: "the request contains more bytes or texts than allowed",
+    422: "the request does not match this description, or a text is too long",
+    424: "the model failed on this batch; other batches are not affected",
+    429: "the queue is full; retry after the time in `Retry-After`",
+    503: "the server is shutting down or the model does not answer; retry after the time in `Retry-After`",
+    504: "the timeout of the request passed before the model started",
 }
 
 
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The refusals of an endpoint; 401 and 503 can meet any."""
+    """Describe the error replies of an endpoint: these statuses, and 401 and 503, which every endpoint can return."""
     return {
         status: {
             "description": _REASONS[status],
@@ -100,12 +100,12 @@ def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def reply(schema: dict[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
-    """The good reply of an endpoint."""
+    """Describe the successful reply of an endpoint."""
     return {200: {"description": description, "content": {"application/json": {"schema": schema}}}}
 
 
 def body(kind: type[BaseModel]) -> dict[str, Any]:
-    """The JSON body of an endpoint that reads it itself, with examples."""
+    """Describe the JSON body of an endpoint, with examples. The endpoints parse it themselves, not through FastAPI."""
     examples = _PREDICT if "task" in kind.model_fields else _INFER
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
@@ -114,7 +114,7 @@ def body(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def definitions(*kinds: type[BaseModel]) -> dict[str, Any]:
-    """The schemas that these bodies refer to."""
+    """Return the schemas that these bodies refer to."""
     found: dict[str, Any] = {}
     for kind in kinds:
         found |= kind.model_json_schema(ref_template="#/components/schemas/{model}").get("$defs", {})

@@ -1,4 +1,4 @@
-"""What a reply's headers tell: how the inputs rode, and where the time went."""
+"""The headers of a reply: how its inputs were computed, and how long each step took."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from revmux.serving import Answer
 def reply_headers(
     texts: Sequence[Text], answers: Sequence[Answer], total_seconds: float, device: str
 ) -> dict[str, str]:
-    """Names as text-embeddings-inference has them where it has any; times in milliseconds, the longest of all inputs.
+    """Build the headers of a reply.
+
+    The ``x-compute-…`` and ``x-…-time`` headers have the names of text-embeddings-inference. Times are in milliseconds,
+    each the longest of all inputs. The ``x-revmux-…`` headers have one value per input, separated by commas. Inputs
+    with the same ``x-revmux-group`` were in one group; groups are numbered within the request. The method ``siso`` is
+    the plain model.
 
     Args:
         texts: the inputs of a request.
-        answers: to them.
-        total_seconds: since the request came.
+        answers: the answer to each input.
+        total_seconds: time since the request arrived.
         device: ``cpu`` or ``gpu``.
-
-    ``x-revmux-…`` have a value an input, separated by commas. Inputs with the same ``x-revmux-group`` shared a pass;
-    groups are numbered within the request. The method ``siso`` is the plain model.
     """
     numbers: dict[int, int] = {}
     for answer in answers:

@@ -1,4 +1,4 @@
-"""The log's line on what each adapter costs in accuracy."""
+"""Log how much accuracy each adapter loses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ logger = logging.getLogger(__name__)
 
 
 def log_loss(adapter: AdapterConfig, source: str, threshold: float | None, config: AppConfig) -> None:
-    """Log what an adapter costs in accuracy; a warning where it lost more than ``max_points_lost``.
+    """Log how much accuracy an adapter loses, as a warning if it loses more than ``max_points_lost``.
 
     Args:
-        adapter: its configuration.
-        source: how the operator names it.
-        threshold: that the operator set for all adapters of the task; None leaves the adapter's own.
-        config: of the application.
+        adapter: the adapter's configuration.
+        source: the adapter's name in the operator's configuration.
+        threshold: threshold that the operator set for all adapters of the task; None uses the adapter's own.
+        config: the application's configuration.
     """
-    own = adapter.fallback_threshold if threshold is None else threshold
-    line, is_warning = describe_loss(adapter, source, own or 0.0, config.max_points_lost)
+    effective = adapter.fallback_threshold if threshold is None else threshold
+    line, is_warning = describe_loss(adapter, source, effective or 0.0, config.max_points_lost)
     logger.log(logging.WARNING if is_warning else logging.INFO, "%s", line)

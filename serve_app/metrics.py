@@ -1,6 +1,6 @@
-"""What Prometheus reads: the figures of every replica on one page, each labelled with its replica.
+"""Metrics for Prometheus: one page with the metrics of every replica, each labeled with its replica.
 
-A scrape reaches whichever replica Serve picks, so the one that is asked collects from all the others.
+Serve routes a scrape to one replica, which collects the metrics of all others.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from revmux.serving.metrics import PassReport
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _COUNTERS = {
-    "requests": "requests that were taken",
-    "fell_back": "inputs whose group was not sure enough, so that they resumed alone",
+    "requests": "admitted requests",
+    "fell_back": "inputs that fell back to the plain model because the confidence was below the threshold",
     "failed": "inputs whose forward pass failed",
-    "rejected": "inputs that found no room in the queue",
+    "rejected": "inputs refused because the queue was full",
     "expired": "inputs whose deadline passed in the queue",
-    "cancelled": "inputs whose client hung up while they waited",
+    "cancelled": "inputs whose client disconnected while they waited",
     "passes": "forward passes",
-    "tokens": "tokens that were computed, padding not counted",
-    "padded_tokens": "tokens that were computed, padding counted",
+    "tokens": "computed tokens, without padding",
+    "padded_tokens": "computed tokens, including padding",
 }
 
 
 class ReplicaMetrics:
-    """The figures of one replica.
+    """The metrics of one replica.
 
     Args:
-        max_queue: its limit, shown beside the queue's depth.
+        max_queue: limit of the queue, exported as a metric.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -44,14 +44,14 @@ class ReplicaMetrics:
         )
         self.seconds = Histogram(
             "revmux_http_request_seconds",
-            "from the first byte of a request to the last of its reply",
+            "seconds from the first byte of a request to the last byte of its reply",
             ["route"],
             buckets=SECONDS,
             registry=self.registry,
         )
         self.stages = Histogram(
             "revmux_stage_seconds",
-            "tokenize and queue an input, the other stages a forward pass",
+            "seconds per input for the stages tokenize and queue, seconds per forward pass for the other stages",
             ["task", "stage"],
             buckets=SECONDS,
             registry=self.registry,
@@ -59,7 +59,7 @@ class ReplicaMetrics:
         self.registry.register(self)
 
     def on_pass(self, report: PassReport) -> None:
-        """What the engine calls after each forward pass."""
+        """Record a forward pass. The engine calls this after each pass."""
         waits = {"tokenize": report.tokenize_seconds, "queue": report.queue_seconds, "pass": (report.seconds,)}
         stages = {stage: (seconds,) for stage, seconds in report.stages.items()}
         for stage, observed in {**waits, **stages}.items():
@@ -68,29 +68,27 @@ class ReplicaMetrics:
                 histogram.observe(seconds)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing beforehand: the tasks are not known yet."""
+        """Return nothing: prometheus_client calls this on registration, when the tasks are not known yet."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The engine's counts as Prometheus has them."""
+        """Yield the engine's counts as metric families."""
         if self.engine is None:
             return
         tasks = self.engine.stats()["tasks"]
-        queue = GaugeMetricFamily("revmux_queue_inputs", "inputs that wait now", labels=["task"])
-        limit = GaugeMetricFamily("revmux_queue_limit", "inputs of a task that may wait", value=self.max_queue)
+        queue = GaugeMetricFamily("revmux_queue_inputs", "inputs that are waiting", labels=["task"])
+        limit = GaugeMetricFamily("revmux_queue_limit", "maximum waiting inputs per task", value=self.max_queue)
         counters = {
             name: CounterMetricFamily(f"revmux_{name}", help_text, labels=["task"])
             for name, help_text in _COUNTERS.items()
         }
         inputs = CounterMetricFamily(
-            "revmux_inputs", "inputs by the width of the group that they rode in", labels=["task", "width"]
+            "revmux_inputs", "answered inputs by the width of their group", labels=["task", "width"]
         )
-        groups = CounterMetricFamily(
-            "revmux_groups", "groups, which are executions, by width", labels=["task", "width"]
-        )
+        groups = CounterMetricFamily("revmux_groups", "answered groups by width", labels=["task", "width"])
         methods = CounterMetricFamily(
             "revmux_method_inputs",
-            "inputs by the method that they rode with; siso is the plain model",
+            "answered inputs by method; siso is the plain model",
             labels=["task", "method"],
         )
         widths = HistogramMetricFamily("revmux_group_width", "width of the groups", labels=["task"])
@@ -108,12 +106,12 @@ class ReplicaMetrics:
         yield from (queue, limit, *counters.values(), inputs, groups, methods, widths)
 
     def families(self) -> list[Metric]:
-        """All figures, to be sent to the replica that was asked."""
+        """Return all metrics in a form that can be sent to another replica."""
         return list(self.registry.collect())
 
 
 def _histogram(groups: dict[int, int]) -> tuple[list[tuple[str, float]], float]:
-    """Cumulated buckets, and the sum of the widths."""
+    """Return the cumulative buckets and the sum of the widths."""
     buckets: list[tuple[str, float]] = []
     total = 0
     for width in sorted({1, 2, 4, 8, 16, *groups}):
@@ -123,7 +121,7 @@ def _histogram(groups: dict[int, int]) -> tuple[list[tuple[str, float]], float]:
 
 
 class _Merged:
-    """Metric families of several replicas as one page."""
+    """A collector of given metric families."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
@@ -133,18 +131,18 @@ class _Merged:
 
 
 def page(by_replica: dict[str, list[Metric]]) -> bytes:
-    """The page in Prometheus's text format.
+    """Return the metrics of all replicas in Prometheus's text format.
 
     Args:
-        by_replica: what :meth:`ReplicaMetrics.families` gave on each replica, by the replica's name.
+        by_replica: result of :meth:`ReplicaMetrics.families` by name of the replica.
     """
     merged: dict[str, Metric] = {}
     for replica, families in sorted(by_replica.items()):
         for family in families:
-            whole = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            combined = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
-                if sample.name.endswith("_created"):  # when a series began: as many lines again, and nobody asks
+                if sample.name.endswith("_created"):  # start times of the series; they would double the page
                     continue
                 labels: dict[str, Any] = {**sample.labels, "replica": replica}
-                whole.add_sample(sample.name, labels, sample.value)
+                combined.add_sample(sample.name, labels, sample.value)
     return generate_latest(_Merged(merged.values()))

@@ -1,7 +1,7 @@
-"""The Open Inference Protocol, version 2: the forms of its bodies. A model of the protocol is a task here.
+"""Request and reply bodies of the Open Inference Protocol, version 2. Each task is a model of the protocol.
 
-An input tensor of type BYTES holds the texts, shape [B] or [B, 1], or sentence pairs, shape [B, 2]. The reply holds
-``labels`` (BYTES) and ``scores`` (FP32), both [B, K], best first.
+One input tensor of type BYTES contains the texts, shape [B] or [B, 1], or sentence pairs, shape [B, 2]. The reply
+contains ``labels`` (BYTES) and ``scores`` (FP32), both of shape [B, K], best first.
 """
 
 from __future__ import annotations
@@ -18,47 +18,46 @@ from revmux.errors import EmptyText, TextError
 from revmux.labels import ScoreFunction, rank_labels
 from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
-from serve_app.protocol import Asked
+from serve_app.protocol import RequestOptions
 
 Nested = list[Any]
 
 
 class InputTensor(BaseModel):
-    """Texts of a request."""
+    """The texts of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str
     shape: list[int] = Field(min_length=1, max_length=2, description="[B] or [B, 1] texts, or [B, 2] sentence pairs")
     datatype: Literal["BYTES"]
-    data: list[str | list[str]] = Field(description="the texts, flat or nested as the shape says")
+    data: list[str | list[str]] = Field(description="the texts, flat or nested according to the shape")
     parameters: dict[str, Any] | None = None
 
     @property
     def texts(self) -> list[Text]:
-        """B texts or pairs.
+        """The B texts or pairs.
 
         Raises:
-            TextError: a shape of other dimensions, or another number of texts than it says.
+            TextError: the shape is not supported, or does not match the number of texts.
         """
         if self.shape[0] == 0 and not self.data:
             raise EmptyText(f"input {self.name!r} is empty; send at least one text")
         columns = self.shape[1] if len(self.shape) == 2 else 1
         if columns not in (1, 2) or min(self.shape) < 1:
-            raise TextError(f"input {self.name!r} has the shape {self.shape}; send [B] or [B, 1] texts or [B, 2] pairs")
+            raise TextError(f"input {self.name!r} has shape {self.shape}; send [B] or [B, 1] texts or [B, 2] pairs")
         flat = [part for item in self.data for part in ([item] if isinstance(item, str) else item)]
         if len(flat) != prod(self.shape):
             raise TextError(
-                f"input {self.name!r} has {len(flat)} texts, but its shape {self.shape} says {prod(self.shape)}"
+                f"input {self.name!r} has {len(flat)} texts, but its shape {self.shape} requires {prod(self.shape)}"
             )
-        parts = iter(flat)
         if columns == 1:
-            return list(parts)
+            return list(flat)
         return [(first, second) for first, second in zip(islice(flat, 0, None, 2), islice(flat, 1, None, 2))]
 
 
 class OutputTensor(BaseModel):
-    """A tensor that the client wants."""
+    """A tensor that the client requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -66,8 +65,8 @@ class OutputTensor(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-class InferParameters(Asked):
-    """What a request may ask for beside its texts."""
+class InferParameters(RequestOptions):
+    """Optional parameters of an inference request."""
 
     top_k: int | None = Field(default=None, ge=1, description="labels in the reply; all by default")
     function_to_apply: ScoreFunction | None = Field(default=None, description="applied to the scores")
@@ -84,28 +83,28 @@ class InferRequest(BaseModel):
     parameters: InferParameters = InferParameters()
 
     def reply(self, task: str, answers: Sequence[Answer], label_names: Sequence[str]) -> dict[str, Any]:
-        """The body of the reply."""
-        asked = self.parameters
-        function = asked.function_to_apply or ("none" if asked.raw_scores else None)
-        rankings = [rank_labels(answer.scores, label_names, function, asked.top_k) for answer in answers]
+        """Return the body of the reply."""
+        parameters = self.parameters
+        function = parameters.function_to_apply or ("none" if parameters.raw_scores else None)
+        rankings = [rank_labels(answer.scores, label_names, function, parameters.top_k) for answer in answers]
         shape = [len(rankings), len(rankings[0])]
         tensors: dict[str, dict[str, Any]] = {
             "labels": {"datatype": "BYTES", "data": [label for ranking in rankings for label, _ in ranking]},
             "scores": {"datatype": "FP32", "data": [score for ranking in rankings for _, score in ranking]},
         }
-        wanted = [output.name for output in self.outputs] if self.outputs else list(tensors)
-        outputs = [{"name": name, "shape": shape, **tensors[name]} for name in wanted]
-        named = {} if self.id is None else {"id": self.id}
-        return {"model_name": task, "model_version": "1", **named, "outputs": outputs}
+        requested = [output.name for output in self.outputs] if self.outputs else list(tensors)
+        outputs = [{"name": name, "shape": shape, **tensors[name]} for name in requested]
+        request_id = {} if self.id is None else {"id": self.id}
+        return {"model_name": task, "model_version": "1", **request_id, "outputs": outputs}
 
 
 def server_metadata() -> dict[str, Any]:
-    """The reply to ``GET /v2``."""
+    """Return the reply to ``GET /v2``."""
     return {"name": "revmux", "version": revmux.__version__, "extensions": []}
 
 
 def model_metadata(task: str, num_labels: int) -> dict[str, Any]:
-    """The reply to ``GET /v2/models/{task}``."""
+    """Return the reply to ``GET /v2/models/{task}``."""
     return {
         "name": task,
         "versions": ["1"],

@@ -1,6 +1,6 @@
-"""What operators and people ask: health, what is served, figures for Prometheus, and the page at ``/``."""
+"""Endpoints for operators and browsers: health, configuration, metrics for Prometheus, and the page at ``/``."""
 
-# No postponed annotations here: FastAPI reads those of the endpoints.
+# No postponed annotations in this module: FastAPI reads those of the endpoints.
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -19,30 +19,30 @@ _PAGE_HEADERS = {
 
 
 def operations_routes(service: Service) -> APIRouter:
-    """``/health``, ``/info``, ``/metrics`` and ``GET /``."""
+    """Return the routes ``/health``, ``/info``, ``/metrics`` and ``GET /``."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/health", responses=examples.failures())
     async def health() -> JSONResponse:
-        """200 if every model has just answered a text, else 503."""
+        """Check that every model answers a test input. Return 200 if all do, otherwise 503."""
         await service.probe()
         return JSONResponse({"status": "ok"})
 
     @router.get("/info", responses=examples.failures())
     async def info() -> JSONResponse:
-        """What is served, with every limit."""
+        """Return the served tasks, their adapters, and all limits."""
         return JSONResponse(service.info())
 
     @router.get("/metrics", responses=examples.failures(), response_class=Response)
     async def metrics() -> Response:
-        """The figures of all replicas for Prometheus, each labelled with its replica."""
-        figures = {service.replica: service.metrics.families()}
+        """Return the metrics of all replicas for Prometheus, each labeled with its replica."""
+        by_replica = {service.replica: service.metrics.families()}
         if service.peers is not None:
-            figures |= await service.peers()
-        return Response(page(figures), media_type=CONTENT_TYPE_LATEST)
+            by_replica |= await service.peers()
+        return Response(page(by_replica), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/", include_in_schema=False)
-    async def human_page() -> FileResponse:
+    async def browser_page() -> FileResponse:
         return FileResponse(STATIC / "page.html", headers=_PAGE_HEADERS)
 
     return router

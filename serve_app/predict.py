@@ -1,6 +1,6 @@
-"""Classification: the endpoints of text-embeddings-inference and of the Open Inference Protocol."""
+"""Endpoints for classification, as in text-embeddings-inference and in the Open Inference Protocol."""
 
-# No postponed annotations here: FastAPI reads those of the endpoints.
+# No postponed annotations in this module: FastAPI reads those of the endpoints.
 from time import perf_counter
 from typing import Any
 
@@ -15,30 +15,30 @@ from serve_app.body import read_body
 from serve_app.errors import TooLarge
 from serve_app.headers import reply_headers
 from serve_app.open_inference import InferRequest, model_metadata, server_metadata
-from serve_app.protocol import Asked, PredictRequest, parse
+from serve_app.protocol import PredictRequest, RequestOptions, parse
 from serve_app.service import Service
 
 _FAILURES = examples.failures(400, 404, 408, 413, 422, 424, 429, 504)
 
 
 def predict_routes(service: Service) -> APIRouter:
-    """``/predict``, ``/`` and ``/tasks/{task}/predict``."""
+    """Return the routes ``/predict``, ``POST /`` and ``/tasks/{task}/predict``."""
     router = APIRouter(tags=["classification"])
     described: dict[str, Any] = {
         "openapi_extra": examples.body(PredictRequest),
-        "responses": {**examples.reply(examples.RANKINGS, "labels with their scores, best first"), **_FAILURES},
+        "responses": {**examples.reply(examples.RANKINGS, "labels and scores, best first"), **_FAILURES},
     }
 
     async def answer(request: Request, task: str | None) -> JSONResponse:
         started = perf_counter()
-        asked = parse(await _body(service, request), PredictRequest)
-        if task is not None and asked.task not in (None, task):
-            raise TextError(f"the path names task {task!r} and the body {asked.task!r}; name one task")
-        # Resolved once: tasks may come, go and change their names before the answer.
-        resolved = service.engine.task(task or asked.task)
-        texts = asked.texts
-        answers = await classify(service, resolved, texts, asked)
-        content = asked.reply(answers, resolved.label_names)
+        parsed = parse(await _body(service, request), PredictRequest)
+        if task is not None and parsed.task not in (None, task):
+            raise TextError(f"the path names task {task!r} and the body names {parsed.task!r}; name only one of them")
+        # Looked up once, because tasks can be added, removed and replaced before the answer is ready.
+        resolved = service.engine.task(task or parsed.task)
+        texts = parsed.texts
+        answers = await classify(service, resolved, texts, parsed)
+        content = parsed.reply(answers, resolved.label_names)
         return _reply(service, content, texts, answers, started)
 
     @router.post("/predict", **described)
@@ -52,40 +52,40 @@ def predict_routes(service: Service) -> APIRouter:
 
     @router.post("/tasks/{task}/predict", **described)
     async def predict_task(task: str, request: Request) -> JSONResponse:
-        """The same for one of several tasks."""
+        """Classify one text, one sentence pair, or a batch, with one of several tasks."""
         return await answer(request, task)
 
     return router
 
 
 def open_inference_routes(service: Service) -> APIRouter:
-    """``/v2``: health, metadata, and inference; a model of the protocol is a task."""
+    """Return the routes under ``/v2``: health, metadata and inference. Each task is a model of the protocol."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
     @router.get("", responses=examples.failures())
     async def metadata() -> JSONResponse:
-        """The server."""
+        """Return the name and version of the server."""
         return JSONResponse(server_metadata())
 
     @router.get("/health/live")
     async def live() -> JSONResponse:
-        """200 while the process answers."""
+        """Return 200 while the process answers."""
         return JSONResponse({"live": True})
 
     @router.get("/health/ready", responses=examples.failures())
     async def ready() -> JSONResponse:
-        """200 if every model has just answered a text."""
+        """Check that every model answers a test input. Return 200 if all do, otherwise 503."""
         await service.probe()
         return JSONResponse({"ready": True})
 
     @router.get("/models/{task}", responses=examples.failures(404))
     async def model(task: str) -> JSONResponse:
-        """The tensors of a task."""
+        """Return the input and output tensors of a task."""
         return JSONResponse(model_metadata(task, len(service.engine.task(task).label_names)))
 
     @router.get("/models/{task}/ready", responses=examples.failures(404))
     async def model_ready(task: str) -> JSONResponse:
-        """200 if the model of this task has just answered a text."""
+        """Check that the model of this task answers a test input. Return 200 if it does, otherwise 503."""
         service.engine.task(task)
         await service.probe(task)
         return JSONResponse({"name": task, "ready": True})
@@ -96,33 +96,33 @@ def open_inference_routes(service: Service) -> APIRouter:
         responses={**examples.reply(examples.TENSORS, "labels and scores, best first"), **_FAILURES},
     )
     async def infer(task: str, request: Request) -> JSONResponse:
-        """Classify a tensor of texts, or of sentence pairs."""
+        """Classify a tensor of texts or sentence pairs."""
         started = perf_counter()
         resolved = service.engine.task(task)
-        asked = parse(await _body(service, request), InferRequest)
-        texts = asked.inputs[0].texts
-        answers = await classify(service, resolved, texts, asked.parameters)
-        return _reply(service, asked.reply(task, answers, resolved.label_names), texts, answers, started)
+        parsed = parse(await _body(service, request), InferRequest)
+        texts = parsed.inputs[0].texts
+        answers = await classify(service, resolved, texts, parsed.parameters)
+        return _reply(service, parsed.reply(task, answers, resolved.label_names), texts, answers, started)
 
     return router
 
 
-async def classify(service: Service, task: Task, texts: list[Text], asked: Asked) -> list[Answer]:
-    """The answers of one task to all texts.
+async def classify(service: Service, task: Task, texts: list[Text], options: RequestOptions) -> list[Answer]:
+    """Classify all texts of a request with one task.
 
     Raises:
-        TooLarge: more texts than one request may hold; and as :meth:`revmux.serving.Engine.answer`.
+        TooLarge: the request has more texts than allowed. Other errors: see :meth:`revmux.serving.Engine.answer`.
     """
-    most = service.config.max_texts
-    if len(texts) > most:
-        raise TooLarge(f"{len(texts)} texts in one request, at most {most} are allowed; send fewer")
+    limit = service.config.max_texts
+    if len(texts) > limit:
+        raise TooLarge(f"the request has {len(texts)} texts, at most {limit} are allowed; send fewer texts per request")
     return await service.engine.answer(
         texts,
-        bool(asked.truncate),
-        asked.max_multiplex,
+        bool(options.truncate),
+        options.max_multiplex,
         task=task,
-        priority=asked.priority or 0,
-        timeout=None if asked.timeout_ms is None else asked.timeout_ms / 1000,
+        priority=options.priority or 0,
+        timeout=None if options.timeout_ms is None else options.timeout_ms / 1000,
     )
 
 

@@ -1,4 +1,4 @@
-"""What clients send and get: the forms of text-embeddings-inference and of huggingface_hub's InferenceClient."""
+"""Request and reply bodies of text-embeddings-inference and of huggingface_hub's InferenceClient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INPUTS_SCHEMA = {"anyOf": [_TEXT, _PAIR, {"type": "array", "items": _PAIR, "minI
 
 
 class Parameters(BaseModel):
-    """What InferenceClient asks for."""
+    """Parameters that InferenceClient sends."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -33,46 +33,44 @@ class Parameters(BaseModel):
     function_to_apply: ScoreFunction | None = Field(default=None, description="applied to the scores")
 
 
-class Asked(BaseModel):
-    """What every form of request may ask for beside its texts."""
+class RequestOptions(BaseModel):
+    """Options that requests of both protocols accept."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    truncate: bool | None = Field(default=False, description="cut long texts; otherwise they are refused")
-    raw_scores: bool | None = Field(default=False, description="scores as the model gives them, no softmax")
-    max_multiplex: int | None = Field(default=None, ge=1, description="widest group to ride in; 1 is the plain model")
+    truncate: bool | None = Field(default=False, description="cut texts that are too long; otherwise they are refused")
+    raw_scores: bool | None = Field(default=False, description="return the model's scores without softmax")
+    max_multiplex: int | None = Field(default=None, ge=1, description="maximum group width; 1 uses the plain model")
     priority: float | None = Field(
-        default=None, ge=-HIGHEST_PRIORITY, le=HIGHEST_PRIORITY, description="higher comes first; 0 by default"
+        default=None, ge=-HIGHEST_PRIORITY, le=HIGHEST_PRIORITY, description="higher runs earlier; 0 by default"
     )
     timeout_ms: float | None = Field(
-        default=None, gt=0, le=86_400_000, description="answer 504 if the model has not begun by then"
+        default=None, gt=0, le=86_400_000, description="return 504 if the model has not started within this time"
     )
 
 
-class PredictRequest(Asked):
+class PredictRequest(RequestOptions):
     """Body of ``POST /predict``."""
 
     inputs: Annotated[Any, WithJsonSchema(INPUTS_SCHEMA)] = Field(
-        description='"a" is one text, ["a", "b"] one sentence pair, [["a"], ["b", "c"]] a batch of a text and a pair'
+        description='one text "a", one sentence pair ["a", "b"], or a batch of a text and a pair [["a"], ["b", "c"]]'
     )
-    task: str | None = Field(default=None, description="which task, where the server has several")
+    task: str | None = Field(default=None, description="name of the task; required if the server has several")
     parameters: Parameters | None = Field(default=None, description="if present, the reply is nested even for one text")
 
     @property
     def texts(self) -> list[Text]:
-        """The inputs, strings and pairs.
+        """The inputs as strings and pairs.
 
         Raises:
-            TextError: not one of the three forms.
+            TextError: ``inputs`` has none of the three forms.
         """
         if isinstance(self.inputs, list) and not self.inputs:
             raise EmptyText("inputs is an empty list; send at least one text")
         if not self._is_batch:
             return [_text(self.inputs)]
         if mixed := [item for item in self.inputs if not isinstance(item, list)]:
-            raise TextError(
-                f"inputs has {mixed[0]!r:.80} among lists; nest every input of a batch in a list of its own"
-            )
+            raise TextError(f"inputs mixes {mixed[0]!r:.80} with lists; in a batch, write every input as a list")
         return [_text(item) for item in self.inputs]
 
     @property
@@ -80,7 +78,7 @@ class PredictRequest(Asked):
         return isinstance(self.inputs, list) and any(isinstance(item, list) for item in self.inputs)
 
     def reply(self, answers: Sequence[Answer], label_names: Sequence[str]) -> Ranking | list[Ranking]:
-        """The body of the reply, flat or nested as the request wants it."""
+        """Return the body of the reply: one ranking for a single input, a list of rankings for a batch."""
         parameters = self.parameters or Parameters()
         function = parameters.function_to_apply or ("none" if self.raw_scores else None)
         rankings: list[Ranking] = [
@@ -99,17 +97,17 @@ def _text(item: Any) -> Text:
     if isinstance(item, list) and len(item) in (1, 2) and all(isinstance(part, str) for part in item):
         return item[0] if len(item) == 1 else (item[0], item[1])
     raise TextError(
-        f"inputs has {item!r:.80}; send a string, two strings for one sentence pair, or a batch of nested lists such as "
+        f"inputs contains {item!r:.80}; send a string, two strings for one sentence pair, or a batch of lists such as "
         '[["one text"], ["a", "pair"]]'
     )
 
 
 def parse(body: bytes, kind: type[Body]) -> Body:
-    """A request from its bytes.
+    """Parse the body of a request.
 
     Raises:
-        EmptyText: no bytes at all.
-        TextError: not JSON, an unknown key, or a value of the wrong type.
+        EmptyText: the body is empty.
+        TextError: the body is not JSON, or has an unknown key or a value of the wrong type.
     """
     if not body:
         raise EmptyText('the body is empty; send JSON such as {"inputs": "a text"}')

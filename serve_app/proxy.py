@@ -1,8 +1,8 @@
-"""In Serve's HTTP proxy: what the proxy itself answers, as JSON too.
+"""Middleware for Serve's HTTP proxy, which turns the proxy's own error replies into JSON.
 
-Serve speaks plain text where no replica has answered: one died with the request, or none is there yet. It loads
-:func:`middlewares` where ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`` names it. Classification changes nothing, so
-whatever the proxy could not deliver may be asked again.
+Serve answers in plain text if no replica answers, because a replica died during the request or none is ready. Serve
+loads :func:`middlewares` if ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`` names it. Classification has no side effects,
+so clients may retry every request that the proxy could not deliver.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KINDS = {404: "not_found", 408: "timeout", 429: "overloaded"}
 
 
 class JsonFailures:
-    """Turns the proxy's plain refusals, and no reply at all, into ``{"error", "error_type"}``."""
+    """Turns the proxy's plain-text errors, and missing replies, into ``{"error", "error_type"}``."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -37,7 +37,7 @@ class JsonFailures:
             nonlocal refused, started
             if message["type"] == "http.response.start":
                 kind = Headers(raw=message["headers"]).get("content-type", "")
-                # The application's own refusals are JSON, so this one is the proxy's.
+                # The application's own errors are JSON, so this one comes from the proxy.
                 if message["status"] >= 400 and not kind.startswith("application/json"):
                     refused = message["status"]
                     return
@@ -57,7 +57,7 @@ class JsonFailures:
 
 def _reply(status: int, text: str) -> list[Message]:
     status = 503 if status >= 500 else status
-    message = text if status < 500 and text else "no replica answered this request; ask again"
+    message = text if status < 500 and text else "no replica answered this request; retry it"
     body = json.dumps({"error": message, "error_type": _KINDS.get(status, "unhealthy")}).encode()
     headers: list[Any] = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status in (429, 503):
@@ -69,5 +69,5 @@ def _reply(status: int, text: str) -> list[Message]:
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve puts around its proxy."""
+    """Return the middleware that Serve wraps around its proxy."""
     return [Middleware(JsonFailures)]

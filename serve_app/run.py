@@ -1,4 +1,4 @@
-"""For programs: start the server, stop the server."""
+"""Start and stop the server from a program."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ from serve_app.sources import is_mlflow
 
 APPLICATION = "revmux"
 _started: set[str] = set()
-"""What this process started, of ``ray``, ``serve`` and ``application``; all else belongs to others."""
+"""Which of ``ray``, ``serve`` and ``application`` this process started. Only these are stopped by :func:`shutdown`."""
 
 
 def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     """Start the server and wait until its model answers.
 
-    Runs on the Ray cluster that this process is connected to, else on a local one that :func:`shutdown` ends.
+    The server runs on the Ray cluster that this process is connected to, or else on a new local cluster that
+    :func:`shutdown` stops.
 
     Args:
-        config: what to serve, and where to listen.
-        timeout_seconds: how long the server may take until it is healthy.
+        config: the configuration of the server.
+        timeout_seconds: maximum time until the server is healthy.
 
     Returns:
         The base URL, such as ``http://127.0.0.1:8000``.
 
     Raises:
-        UserError: the port is busy, the cluster is too small, or the model or an adapter cannot be loaded.
+        UserError: the port is in use, the cluster is too small, or the model or an adapter cannot be loaded.
     """
     require("ray", "serve")
     check_port(config.host, config.port)
     for task in config.served.values():
         _check_adapters(task, config)
 
-    # Serve's own lines are in its files only; the terminal shows what this program and its replicas print.
+    # Serve logs to its files only. The terminal shows the output of this program and its replicas.
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     import ray
     from ray import serve
@@ -61,14 +62,14 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     from serve_app.app import build
 
     if not ray.is_initialized():
-        read_tokens(config.token_file, config.token_env)  # on another cluster only its replicas can tell
-        os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)  # what this cluster starts inherits it
+        read_tokens(config.token_file, config.token_env)  # on an existing cluster, only its replicas can check this
+        os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)  # processes of the new cluster inherit it
         if not sys.stdout.isatty():
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-        # Errors only: a warning at each start says how to switch authentication off.
+        # Only errors are logged: Ray warns at each start about how to disable authentication.
         started: Any = ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
         _started.add("ray")
-        print(f"Ray Serve's own messages: {started.address_info['session_dir']}/logs/serve", flush=True)
+        print(f"logs of Ray Serve: {started.address_info['session_dir']}/logs/serve", flush=True)
     try:
         _check_resources(config, ray.cluster_resources())
         if serve.status() == ServeStatus():
@@ -88,13 +89,13 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
 
 
 def shutdown() -> None:
-    """Answer what waits and stop what :func:`deploy` started: the application, and Serve and Ray where they are its own."""
+    """Answer the waiting requests, and stop the application, Serve and Ray as far as :func:`deploy` started them."""
     import ray
     from ray import serve
 
     with ExitStack() as stack:
         if "ray" in _started:
-            # Serve kills its controller while it still has a task, which Ray reports as a failure.
+            # Serve kills its controller while it still runs a task, which Ray prints as a failure.
             stack.enter_context(redirect_stdout(io.StringIO()))
         if ray.is_initialized():
             if "serve" in _started:
@@ -107,16 +108,16 @@ def shutdown() -> None:
 
 
 def base_url(host: str, port: int) -> str:
-    """The URL by which this machine reaches the server."""
+    """Return the URL at which this machine can reach the server."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse a port that another process listens on.
+    """Check that the server can listen on this port.
 
     Raises:
-        UserError: it is busy, or the host is none of this machine's.
+        UserError: the port is in use, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -126,34 +127,34 @@ def check_port(host: str, port: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise UserError(
-                    f"port {port} of {host} is in use by another process; stop that one, or choose another --port"
+                    f"port {port} of {host} is in use by another process; stop that process, or choose another --port"
                 ) from None
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose 127.0.0.1 or 0.0.0.0") from None
 
 
 def _check_adapters(task: TaskConfig, config: ServerConfig) -> None:
-    """Refuse a model or adapter that is missing or does not fit, before anything starts; log what adapters cost.
+    """Refuse a missing or mismatched model or adapter before anything starts, and log how much each adapter loses.
 
-    Adapters of MLflow are left to the replicas, which log the same.
+    Adapters from MLflow are checked and logged by the replicas.
     """
     location = resolve(task.model)
     for adapter in task.adapters:
         if is_mlflow(adapter):
             continue
         adapter_config = load_adapter_config(adapter)
-        if Path(location).is_dir():  # a model of the hub is not downloaded here
+        if Path(location).is_dir():  # models of the hub are downloaded by the replicas
             check_model(adapter_config, identify(task.model, location, None), adapter, task.model)
         log_loss(adapter_config, adapter, task.threshold, config)
 
 
-def _check_resources(config: ServerConfig, present: dict[str, float]) -> None:
+def _check_resources(config: ServerConfig, resources: dict[str, float]) -> None:
     replicas = config.autoscaling.min_replicas if config.autoscaling else config.num_replicas
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
-        wanted, there = replicas * each, present.get(kind, 0.0)
-        if wanted > there:
+        required, available = replicas * each, resources.get(kind, 0.0)
+        if required > available:
             raise UserError(
-                f"{replicas} replicas × {each:g} {kind} = {wanted:g}, but the cluster has {there:g}; "
-                f"choose fewer replicas or a smaller num_{kind.lower()}s"
+                f"{replicas} replicas need {each:g} {kind} each, {required:g} in total, but the cluster has "
+                f"{available:g}; choose fewer replicas or a smaller num_{kind.lower()}s"
             )
 
 
@@ -166,5 +167,5 @@ def _wait_healthy(url: str, timeout_seconds: float) -> None:
                     return
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{url}/health did not answer within {timeout_seconds:g} s: {error}") from error
+                raise TimeoutError(f"{url}/health did not return 200 within {timeout_seconds:g} s: {error}") from error
         time.sleep(0.1)

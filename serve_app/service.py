@@ -1,4 +1,4 @@
-"""What the endpoints share: the engine with its tasks, the configuration, and the replica's figures. No Ray here."""
+"""The state that the endpoints share: the engine, the configuration and the metrics. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ from serve_app.sources import fetch_adapter
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 15.0
-"""How long a question about the model's health waits for an answer; a pass that runs is finished first."""
+"""How long a health check waits for the model's answer. A pass that is already running finishes first."""
 
 _FIXED = ("model", "revision", "dtype", "prompt", "max_length", "threshold")
 
 
 class _Fetched(NamedTuple):
-    """An adapter as the operator names it, and its local folder."""
+    """An adapter's name in the operator's configuration, and its local folder."""
 
     source: str
     folder: Path
 
 
 class Service:
-    """One replica's tasks, and what HTTP needs of them.
+    """The tasks of one replica, for the HTTP endpoints.
 
     Args:
-        config: of the application. Its tasks are served by :meth:`serve`, not from the start.
+        config: the application's configuration. Its tasks are not loaded until :meth:`serve` is called.
         replica: the name of this replica.
 
     Attributes:
-        peers: asks all replicas for their figures, by name; where it is None this one is alone.
-        tokens: that open the server; none lets everyone in.
-        update_error: why the last change of tasks was not taken.
+        peers: collects the metrics of all replicas, by name; None if this is the only replica.
+        tokens: accepted bearer tokens. If there are none, requests need no token.
+        update_error: error of the last change of tasks, or None if it succeeded.
 
     Raises:
         UserError: the tokens cannot be read.
@@ -75,43 +75,43 @@ class Service:
         self.peers: Callable[[], Awaitable[dict[str, list[Metric]]]] | None = None
         self.update_error: str | None = None
         self._served: dict[str, TaskConfig] = {}
-        self._adapters: dict[str, dict[int, str]] = {}  # by task and N, what the operator calls them
+        self._adapters: dict[str, dict[int, str]] = {}  # names in the operator's configuration, by task and N
         self._changing = threading.Lock()
         self.engine.start()
 
     def serve(self, tasks: Mapping[str, TaskConfig]) -> None:
-        """Serve these tasks with these adapters from now on, without a pause.
+        """Change the served tasks and adapters to these, without interrupting requests.
 
-        All that is new is loaded and checked before anything changes: after an error everything is as it was.
+        New tasks and adapters are loaded and checked first. After an error nothing has changed.
 
         Args:
-            tasks: all of them by name.
+            tasks: all tasks by name.
 
         Raises:
-            UserError: a model or adapter that does not fit, or another model under a name that is served.
+            UserError: a model or adapter does not fit, or a served task has another model or other fixed settings.
         """
         with self._changing, TemporaryDirectory(prefix="revmux-adapters-") as downloads:
-            wanted = {name: self._by_width(task, Path(downloads)) for name, task in tasks.items()}
+            requested = {name: self._by_width(task, Path(downloads)) for name, task in tasks.items()}
             for name, task in tasks.items():
                 if name in self._served:
                     self._check_same(name, task)
             added: list[Task] = []
             lineups: dict[str, Lineup] = {}
-            for name, adapters in wanted.items():
+            for name, adapters in requested.items():
                 if name not in self._served:
                     added.append(self._loaded(name, tasks[name], adapters))
                     continue
-                own = self._adapters[name]
-                new = [adapter.folder for width, adapter in adapters.items() if own.get(width) != adapter.source]
-                gone = own.keys() - adapters.keys()
-                if new or gone:
-                    lineups[name] = self.engine.task(name).lineup_with(new, gone)
+                served = self._adapters[name]
+                new = [adapter.folder for width, adapter in adapters.items() if served.get(width) != adapter.source]
+                removed = served.keys() - adapters.keys()
+                if new or removed:
+                    lineups[name] = self.engine.task(name).lineup_with(new, removed)
             self.engine.change(added, lineups, self._served.keys() - tasks.keys())
             before = self._adapters
             self._served = dict(tasks)
             self._adapters = {
                 name: {width: adapter.source for width, adapter in adapters.items()}
-                for name, adapters in wanted.items()
+                for name, adapters in requested.items()
             }
             for name, sources in self._adapters.items():
                 for width, source in sources.items():
@@ -119,17 +119,16 @@ class Service:
                         self._log_loss(name, width, source)
 
     def _by_width(self, task: TaskConfig, downloads: Path) -> dict[int, _Fetched]:
-        """The adapters that may run, by their N."""
+        """Fetch the adapters that ``max_multiplex`` allows, by N."""
         found: dict[int, _Fetched] = {}
-        most = self.config.max_multiplex
         for source in task.adapters:
             folder = fetch_adapter(source, downloads)
             width = load_adapter_config(folder).num_inputs
             if width in found:
                 raise UserError(
-                    f"adapters {found[width].source!r} and {source!r} both serve N = {width}; name one for each N"
+                    f"adapters {found[width].source!r} and {source!r} both serve N = {width}; give one for each N"
                 )
-            if admits(most, width):
+            if admits(self.config.max_multiplex, width):
                 found[width] = _Fetched(source, folder)
         return found
 
@@ -138,12 +137,12 @@ class Service:
             old, new = getattr(self._served[name], setting), getattr(task, setting)
             if old != new:
                 raise UserError(
-                    f"task {name!r} is served with {setting} {old!r}, not {new!r}; name the new one otherwise, "
-                    "or deploy new replicas"
+                    f"task {name!r} is already served with {setting} {old!r}, not {new!r}; give the new task another "
+                    "name, or deploy new replicas"
                 )
 
     def _loaded(self, name: str, task: TaskConfig, adapters: dict[int, _Fetched]) -> Task:
-        # Only inputs are cut to max_length, by the engine; loading just wants a legal one.
+        # The engine applies max_length to inputs. Loading only needs a legal value.
         folders = [adapter.folder for adapter in adapters.values()]
         prompt = task.prompt or recorded_prompt(folders)
         dtype = task.dtype or (recorded_dtype(load_adapter_config(folders[0])) if folders else "float32")
@@ -158,39 +157,41 @@ class Service:
         log_loss(adapter.config, source, task.threshold, self.config)
 
     def update(self, user_config: Any) -> None:
-        """:meth:`serve` what is configured now. An error is logged and kept in ``update_error``, never raised.
+        """Call :meth:`serve` with the tasks of a new configuration. Errors are logged and kept in ``update_error``.
 
-        Ray stops a replica that fails to reconfigure, and every replica gets the same configuration.
+        They are not raised, because Ray stops a replica that fails to reconfigure, and all replicas get the same
+        configuration.
         """
         try:
             self.serve(live_tasks(user_config))
         except UserError as error:
             self.update_error = without_passwords(str(error))
-            logger.error("the tasks stay as they are: %s", self.update_error)
+            logger.error("the update failed and the tasks remain unchanged: %s", self.update_error)
         except Exception as error:
             self.update_error = without_passwords(f"{type(error).__name__}: {error}")
             stack = without_passwords(traceback.format_exc())
-            logger.error("the tasks stay as they are: the update failed\n%s", stack)
+            logger.error("the update failed and the tasks remain unchanged\n%s", stack)
         else:
             self.update_error = None
 
     async def probe(self, task: str | None = None) -> None:
-        """Ask the models, or one task's, a short text.
+        """Check that the models of all tasks, or of one task, answer a short text.
 
-        An answer may take as long as the pass that runs before it. Until then a model is healthy as long as passes
-        begin or end.
+        The answer has to wait for the pass that is already running. If it does not arrive in time, the model still
+        counts as healthy while passes begin or end.
 
         Raises:
-            Unhealthy: a wrong answer, or none from a model that has ended or has been silent for ``stuck_seconds``.
+            Unhealthy: no task is loaded, a model failed, the model's thread has ended, or no pass has begun or ended
+                for ``stuck_seconds``.
         """
         names = list(self.engine.tasks) if task is None else [task]
         if not names:
-            raise Unhealthy("no task is loaded yet; ask again later")
+            raise Unhealthy("no task is loaded yet; retry later")
         if not self.engine.alive:
             raise Unhealthy("the model's thread has ended")
         try:
             answers = [asyncio.wrap_future(self.engine.probe(name)) for name in names]
-            # Shielded, for others may wait for the same answers.
+            # Shielded, because other health checks may wait for the same answers.
             await asyncio.wait_for(asyncio.shield(asyncio.gather(*answers)), PROBE_SECONDS)
         except TimeoutError:
             if (silent := self.engine.silent_seconds) > self.config.stuck_seconds:
@@ -199,17 +200,17 @@ class Service:
             raise Unhealthy(f"the model does not answer: {error}") from error
 
     def close(self) -> None:
-        """Answer what waits, and end."""
+        """Answer the waiting requests and stop the engine."""
         self.engine.close()
 
     def info(self) -> dict[str, Any]:
-        """What is served, with every limit."""
+        """Return the served tasks, their adapters, all limits, and the replica's counts."""
         engine, config = self.engine, self.config
         tasks = engine.tasks
         first = next(iter(tasks.values()), None)
         described = {name: self._task_info(task) for name, task in tasks.items()}
         return {
-            # The first task under the names of text-embeddings-inference, which has one model.
+            # text-embeddings-inference has one model. Its keys describe the first task.
             **(described[first.name] if first else {}),
             "tasks": described,
             "update_error": self.update_error,

@@ -1,4 +1,4 @@
-"""Where adapters come from: folders, the model hub, and MLflow's registry and runs."""
+"""Fetch adapters from folders, the model hub, and MLflow's registry and runs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from revmux.utils.redact import error_line, without_passwords
 
 
 def is_mlflow(adapter: str) -> bool:
-    """Whether an adapter is named by an MLflow URI."""
+    """Whether the name of an adapter is an MLflow URI."""
     return adapter.startswith(("models:/", "runs:/"))
 
 
 def fetch_adapter(adapter: str, downloads: Path) -> Path:
-    """The local folder of an adapter; those of the hub and of MLflow are downloaded.
+    """Return the local folder of an adapter. Adapters from the hub and from MLflow are downloaded.
 
-    The hub's library keeps what it downloads in its cache. MLflow keeps nothing, so its downloads go to a folder of the
-    caller's, who removes it once the adapter is loaded.
+    Downloads from the hub go to the hub's cache. MLflow has no cache, so the caller provides a folder for its downloads
+    and removes it after loading the adapter.
 
     Args:
         adapter: a folder, ``user/name`` or ``user/name@revision`` on the hub, ``models:/name@alias``,
             ``models:/name/version`` or ``runs:/id/path``.
-        downloads: an existing folder for what MLflow downloads.
+        downloads: an existing folder for MLflow's downloads.
 
     Raises:
-        UserError: the hub or MLflow cannot find it, or it holds no adapter, or several.
+        UserError: the hub or MLflow cannot find the adapter, or the result does not contain exactly one adapter.
     """
     if not is_mlflow(adapter):
         return local_adapter_folder(adapter)
@@ -37,18 +37,18 @@ def fetch_adapter(adapter: str, downloads: Path) -> Path:
     try:
         target = tempfile.mkdtemp(dir=downloads)
         downloaded = Path(mlflow.artifacts.download_artifacts(_without_backbone(mlflow, adapter), dst_path=target))
-    except Exception as error:  # of MLflow, its database, or the library of an object store
+    except Exception as error:  # from MLflow, its database, or the library of an object store
         raise UserError(
-            f"MLflow at {without_passwords(mlflow.get_tracking_uri())} has no {adapter!r} ({error_line(error)}); check the "
-            "name, and MLFLOW_TRACKING_URI"
+            f"cannot download {adapter!r} from MLflow at {without_passwords(mlflow.get_tracking_uri())} "
+            f"({error_line(error)}); check the name, and MLFLOW_TRACKING_URI"
         ) from None
     found = sorted(path.parent for path in downloaded.rglob(CONFIG_NAME))
     if len(found) != 1:
-        raise UserError(f"{adapter!r} holds {len(found)} folders with {CONFIG_NAME}; name the artifact that holds one")
+        raise UserError(f"{adapter!r} contains {len(found)} files {CONFIG_NAME}; name an artifact with exactly one")
     return found[0]
 
 
 def _without_backbone(mlflow: Any, uri: str) -> str:
-    """The adapter alone of a model that may bring its backbone, which the server has already."""
+    """Return the URI of the adapter within a logged model, so that the model's backbone is not downloaded."""
     names = {PurePosixPath(file.path).name for file in mlflow.artifacts.list_artifacts(artifact_uri=uri)}
     return f"{uri.rstrip('/')}/artifacts/adapter" if "MLmodel" in names else uri

@@ -1,4 +1,4 @@
-"""The HTTP surface of one replica, as an ASGI application. It knows nothing of Ray."""
+"""The HTTP interface of one replica, as an ASGI application. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from serve_app.predict import open_inference_routes, predict_routes
 from serve_app.protocol import PredictRequest
 from serve_app.service import Service
 
-DESCRIPTION = """Text classification by frozen models, several requests a pass.
+DESCRIPTION = """Text classification by frozen models, with several requests per forward pass.
 
-The forms are those of text-embeddings-inference (`/predict`), of `huggingface_hub.InferenceClient`, and of the Open
-Inference Protocol (`/v2`). Headers of each reply tell how it was computed: `x-revmux-width`, `x-revmux-method`,
-`x-revmux-group`, `x-revmux-fallback`, and times in milliseconds. Every refusal is `{"error", "error_type"}`.
+The API is compatible with text-embeddings-inference (`/predict`), `huggingface_hub.InferenceClient`, and the Open
+Inference Protocol (`/v2`). The headers of each reply describe how it was computed: `x-revmux-width`, `x-revmux-method`,
+`x-revmux-group`, `x-revmux-fallback`, and times in milliseconds. Every error is `{"error", "error_type"}`.
 """
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application around a service."""
-    # Swagger's and ReDoc's files come with the package: the pages need no network.
+    """Build the HTTP application of a service."""
+    # FastAPIOffline serves Swagger's files itself, so the pages need no network.
     app = FastAPIOffline(
         title="RevMUX", version=revmux.__version__, description=DESCRIPTION, redoc_url=None, redirect_slashes=False
     )
@@ -47,7 +47,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _describe(app: FastAPI, needs_token: bool) -> None:
-    """Complete the OpenAPI page by what the endpoints do not declare: they read their bodies themselves."""
+    """Add what the endpoints do not declare to the OpenAPI page: the schemas of request bodies, and the token."""
     schema = app.openapi()
     components = schema.setdefault("components", {})
     components.setdefault("schemas", {}).update(examples.definitions(PredictRequest, InferRequest))
@@ -57,11 +57,11 @@ def _describe(app: FastAPI, needs_token: bool) -> None:
 
 
 class Measured:
-    """Counts replies by route and status, and their time.
+    """Middleware that counts replies by route and status, and measures their time.
 
     Args:
-        app: what is behind it.
-        metrics: where they are counted.
+        app: the wrapped application.
+        metrics: records the counts and times.
     """
 
     def __init__(self, app: ASGIApp, metrics: ReplicaMetrics) -> None:
@@ -90,5 +90,5 @@ class Measured:
 
 
 def _route(scope: dict[str, Any] | Scope) -> str:
-    """The pattern of the path, for paths are without number."""
+    """Return the route's path pattern. Raw paths would create an unlimited number of metric labels."""
     return getattr(scope.get("route"), "path", None) or "other"

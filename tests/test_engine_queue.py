@@ -129,7 +129,7 @@ def test_expired_requests_fail_and_are_not_computed(queue: PullQueue, clock: Clo
 
 def test_each_task_has_its_own_queue_limit(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(100)))
-    with pytest.raises(Overloaded, match="100 inputs wait and at most 100 may"):
+    with pytest.raises(Overloaded, match="100 inputs are waiting and at most 100 may: no room for 1 more"):
         queue.put([ticket(A)])
     put(queue, ticket(B))
     assert queue.depths() == {"a": 100, "b": 1}
@@ -141,7 +141,7 @@ def test_each_task_has_its_own_queue_limit(queue: PullQueue) -> None:
 def test_reserved_places_count_towards_the_queue_limit(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(90)))
     with queue.room(A, 10):
-        with pytest.raises(Overloaded, match="100 inputs wait"), queue.room(A, 1):
+        with pytest.raises(Overloaded, match="100 inputs are waiting"), queue.room(A, 1):
             pass
         with queue.room(B, 100):
             pass

@@ -95,7 +95,7 @@ def test_an_unknown_task_is_refused_with_the_known_ones(engine: Engine) -> None:
     assert caught.value.known == ["named", "plain"]
     with pytest.raises(UnknownTask, match="no task is named; known tasks: named, plain"):
         engine.submit(["w1"])
-    with pytest.raises(UserError, match="'plain' is served already"):
+    with pytest.raises(UserError, match="'plain' is already served"):
         engine.add_task("plain", engine.task("plain").pretrained)
 
 

@@ -1,4 +1,4 @@
-"""The adapters of an engine: loaded onto its one backbone, and what each costs."""
+"""Load the adapters of a task onto its backbone, and count the cost of each."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from revmux.pretrained.pretrained import Pretrained
 from revmux.serving.scheduling import Route, admits
 
 COUNTED_LENGTH = 64
-"""Tokens of the inputs whose cost is counted; what is compared hardly depends on it."""
+"""Tokens per input for which costs are counted. Costs relative to the plain model hardly depend on it."""
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """One adapter on the engine's backbone.
+    """One adapter on the backbone of its task.
 
     Attributes:
-        folder: where it was loaded from, as it was named.
-        config: what the folder says of it.
-        model: in eval mode.
-        route: its width and cost.
+        folder: folder or hub id that it was loaded from, as the caller wrote it.
+        config: the adapter's configuration.
+        model: backbone with the adapter, in eval mode.
+        route: width and cost, for the scheduler.
     """
 
     folder: str
@@ -41,39 +41,39 @@ class LoadedAdapter:
 def load_adapters(
     folders: Sequence[str | Path], pretrained: Pretrained, max_multiplex: int | None = None
 ) -> list[LoadedAdapter]:
-    """Put every adapter on the backbone and count its cost.
+    """Load every adapter onto the backbone and count its cost.
 
     Args:
         folders: adapter folders, or ids on the hub, trained on this backbone.
         pretrained: the backbone.
-        max_multiplex: wider adapters are left out, all of them at 1; None keeps all.
+        max_multiplex: wider adapters are skipped; 1 skips all adapters, None skips none.
 
     Raises:
-        UserError: a folder is no adapter of this backbone, or its method changed the backbone.
+        UserError: a folder does not contain an adapter of this backbone, or the adapter changes the backbone's weights.
     """
     adapters = []
-    for named in folders:
-        folder = local_adapter_folder(named)
+    for source in folders:
+        folder = local_adapter_folder(source)
         config = load_adapter_config(folder)
         if not admits(max_multiplex, config.num_inputs):
             continue
         _check_frozen(folder, config)
         model = load_adapter(folder, pretrained)
-        adapters.append(LoadedAdapter(str(named), config, model, _route(model)))
+        adapters.append(LoadedAdapter(str(source), config, model, _route(model)))
     return adapters
 
 
 def _check_frozen(folder: Path, config: AdapterConfig) -> None:
-    """Refuse weights that would change the backbone under the other adapters and the plain model."""
+    """Refuse an adapter that would change the backbone's weights, which the plain model and other adapters share."""
     try:
         with safe_open(folder / WEIGHTS_NAME, "pt") as weights:
             names = list(weights.keys())
     except (OSError, SafetensorError):
-        return  # loading tells what is wrong with them
+        return  # load_adapter reports the error
     if any(name.startswith("backbone.") for name in names):
         raise UserError(
-            f"adapter {str(folder)!r} ({config.method}) tuned the backbone itself, which other requests share; "
-            "serve adapters of a frozen backbone"
+            f"adapter {str(folder)!r} ({config.method}) tuned the backbone, which all adapters share; "
+            "serve adapters that were trained on a frozen backbone"
         )
 
 
@@ -82,16 +82,19 @@ def _route(model: MultiplexedClassifier) -> Route:
     length = min(COUNTED_LENGTH, backbone.max_length - method.added_tokens)
     plain = plain_cost(backbone, length).per_input
     cost = count_flops(backbone, method, model.prefill_layers, length)
-    if method.prepares_tokens:  # every slot has tokens of its own, so a repeated input saves nothing
+    if method.prepares_tokens:  # the tokens differ per slot, so filling slots with repeated inputs saves nothing
         return Route(width, f"slots of {width}", 0.0, width * cost.per_input / plain, method.name)
     shared = width * (cost.per_input - cost.prefill)
     return Route(width, f"layer {model.prefill_layers}", cost.prefill / plain, shared / plain, method.name)
 
 
 def points_lost(config: AdapterConfig) -> float | None:
-    """Percentage points of accuracy below the plain model in the adapter's own evaluation; None where not measured.
+    """Accuracy that the adapter lost against the plain model in its evaluation, in percentage points.
 
-    Answers that fall back to the plain model are not counted, so with a threshold the loss is smaller.
+    The evaluation does not use the fallback. With a threshold, the loss is smaller.
+
+    Returns:
+        The loss, or None if it was not measured.
     """
     own, plain = config.metrics.get("accuracy_mean"), config.metrics.get("siso_accuracy")
     if own is None or plain is None or not math.isfinite(own + plain):
@@ -99,14 +102,14 @@ def points_lost(config: AdapterConfig) -> float | None:
     return 100 * (plain - own)
 
 
-def describe_loss(config: AdapterConfig, source: str | Path, threshold: float, most: float) -> tuple[str, bool]:
-    """What an adapter costs in accuracy, on one line.
+def describe_loss(config: AdapterConfig, source: str | Path, threshold: float, max_points: float) -> tuple[str, bool]:
+    """Describe on one line how much accuracy an adapter loses.
 
     Args:
-        config: of the adapter.
-        source: how the operator names it.
-        threshold: confidence below which its answers fall back, 0 for never.
-        most: points that it may lose without a warning.
+        config: the adapter's configuration.
+        source: the adapter's name in the operator's configuration.
+        threshold: confidence below which its answers fall back to the plain model; 0 disables the fallback.
+        max_points: percentage points that it may lose without a warning.
 
     Returns:
         The line, and whether it is a warning.
@@ -114,19 +117,19 @@ def describe_loss(config: AdapterConfig, source: str | Path, threshold: float, m
     line = f"adapter {str(source)!r} (N = {config.num_inputs}, {config.method}): "
     lost = points_lost(config)
     if lost is None:
-        return line + "its accuracy was not measured; run python -m ray_jobs.evaluate", False
+        return line + "its accuracy was not measured; measure it with python -m ray_jobs.evaluate", False
     own, plain = config.metrics["accuracy_mean"], config.metrics["siso_accuracy"]
     line += f"accuracy {own:.1%}, {lost:.1f} points below the plain model ({plain:.1%})"
     if threshold > 0:
         return f"{line}, before answers below confidence {threshold:g} fall back to it", False
-    if lost <= most:
+    if lost <= max_points:
         return line, False
     return (
-        f"{line}, more than {most:g}: busy traffic gets these answers; set a threshold to fall back, "
-        f"or {_without(config.num_inputs)}",
+        f"{line}, more than {max_points:g}. Under load, requests get these answers. Set a threshold for the fallback, "
+        f"or {_how_to_avoid(config.num_inputs)}",
         True,
     )
 
 
-def _without(num_inputs: int) -> str:
-    return f"max_multiplex below {num_inputs}" if num_inputs > 2 else "leave this adapter out"
+def _how_to_avoid(num_inputs: int) -> str:
+    return f"set max_multiplex below {num_inputs}" if num_inputs > 2 else "remove this adapter"

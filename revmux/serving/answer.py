@@ -1,4 +1,4 @@
-"""What a request is told, and scores as labels."""
+"""The answer to one input."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Answer:
 
     Attributes:
         scores: (C,) float32 on the CPU, before softmax.
-        width: N of the group that it rode in; 1 is the plain model or an exit head.
-        queue_seconds: from being queued to the start of its forward pass.
-        inference_seconds: its forward pass, from padding to scores on the CPU.
+        width: N of the input's group; 1 is the plain model or an exit head.
+        queue_seconds: time from queueing to the start of the forward pass.
+        inference_seconds: time of the forward pass, from padding to scores on the CPU.
         truncated: whether the text was cut to the task's ``max_length``.
-        fell_back: whether the group's answer was less sure than the threshold, so that the input resumed alone and
-            ``scores`` are the plain model's.
-        method: that it rode with; ``siso`` is the plain model.
-        tokenize_seconds: from text to tokens.
-        tokens: that the input had.
-        group: a number that the inputs of one group share, and no others of the engine.
+        fell_back: whether the confidence of the group's answer was below the threshold, so that the input resumed
+            alone and ``scores`` are the plain model's.
+        method: method that computed the answer; ``siso`` is the plain model.
+        tokenize_seconds: time of tokenization.
+        tokens: number of tokens of the input.
+        group: number of the input's group, unique within the engine.
     """
 
     scores: Tensor

@@ -1,7 +1,8 @@
-"""Tasks with their adapters, one queue, and one thread that owns the device.
+"""The engine: tasks with their adapters, one queue, and one thread that owns the device.
 
-Requests are tokenized and checked before they are queued. Whenever the model is free it looks at what waits, chooses
-the group width from it, and runs the forward pass of the input whose turn it is, with all that can share it::
+Requests are checked and tokenized before they are queued. Whenever the model is free, its thread looks at the waiting
+inputs and chooses the group width by their number. It then runs the forward pass of the input that is next, together
+with all inputs that can share this pass::
 
     texts ─ encode ─ queue ─ window ─ groups ─ pass ─ (plain | prefill ─ multiplex ─ upper ─ answer) ─ futures
 """
@@ -35,23 +36,23 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers texts with frozen task models, plain or in groups.
+    """Classifies texts with frozen task models, alone or in groups.
 
-    An answer of width 1 from the plain model is exact against one thing: ``pretrained.backbone.model``, the Hugging
-    Face model, on the padded batch of token ids that the engine ran. On the same device, with the same data type,
-    number of threads and PyTorch build, the scores are equal bit for bit. A text that had a pass to itself is a
-    batch of one. The same text in a batch of another shape differs by rounding, as it does without this engine.
+    The plain model's answers (method ``siso``) equal those of ``pretrained.backbone.model``, the Hugging Face model, on
+    the padded batch of token ids that the engine ran. The scores are equal bit for bit on the same device, with the
+    same data type, number of threads and PyTorch build. A text that runs alone is a batch of one. In a batch of another
+    shape, the scores of the same text differ by rounding, as they do without this engine.
 
     Args:
-        pretrained: the model of the first task, on the device where it is to run; the engine owns it from here on.
-            None begins without a task.
-        adapters: adapter folders trained on it, one for each N.
-        limits: what may wait and run at once.
-        max_length: tokens that an input may have; None is what all adapters were trained with.
-        threads: CPU threads of the model; by default as many as PyTorch uses in the calling thread.
+        pretrained: the model of the first task, on the device where it runs. From now on it belongs to the engine.
+            None starts without a task.
+        adapters: adapter folders trained on this model, one for each N.
+        limits: limits on waiting and running inputs.
+        max_length: maximum number of tokens per input; None is the length that all adapters were trained with.
+        threads: number of CPU threads of the model; None is the number that PyTorch uses in the calling thread.
         task: name of the first task.
         threshold: see :meth:`add_task`.
-        on_pass: called on the model's thread with a report of every pass, once its answers are given.
+        on_pass: called on the model's thread with a report of every pass, after its answers are returned.
 
     Raises:
         UserError: as :meth:`add_task`.
@@ -89,29 +90,29 @@ class Engine:
         self.close()
 
     def start(self) -> None:
-        """Let the model take from the queue."""
+        """Start the model's thread, which takes inputs from the queue."""
         self._worker.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the model's thread runs."""
+        """Whether the model's thread is running."""
         return self._worker.alive
 
     @property
     def silent_seconds(self) -> float:
-        """Since a pass last began or ended: long where the model hangs, or where nobody asked."""
+        """Seconds since a pass last began or ended. A large value means that the model hangs or has had no requests."""
         return self._worker.silent_seconds
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """All tasks by name, in the order in which they came."""
+        """All tasks by name, in the order in which they were added."""
         return dict(self._tasks)
 
     def task(self, name: str | None = None) -> Task:
-        """The task with this name; None is the only task.
+        """Return the task with this name; None is the only task.
 
         Raises:
-            UnknownTask: no such task, or no name where there are several.
+            UnknownTask: there is no such task, or there are several and no name is given.
         """
         tasks = self._tasks
         if name is None and len(tasks) == 1:
@@ -128,21 +129,21 @@ class Engine:
         max_length: int | None = None,
         threshold: float | None = None,
     ) -> Task:
-        """Serve one more task, also while others are being served.
+        """Add a task. Other tasks are served meanwhile.
 
-        Weights that equal those of a task that is there already are kept once, see :mod:`revmux.serving.sharing`.
+        Weights that equal those of an existing task are kept in memory once, see :mod:`revmux.serving.sharing`.
 
         Args:
-            name: by which requests ask for it.
-            pretrained: its task model, on the device where it is to run; the engine owns it from here on.
-            adapters: adapter folders trained on it, one for each N.
-            max_length: tokens that an input may have; None is what all adapters were trained with.
-            threshold: confidence below which an answer falls back to the plain model, for all adapters; None is
-                each adapter's own, 0 switches it off.
+            name: name of the task in requests.
+            pretrained: the task model, on the device where it runs. From now on it belongs to the engine.
+            adapters: adapter folders trained on this model, one for each N.
+            max_length: maximum number of tokens per input; None is the length that all adapters were trained with.
+            threshold: confidence below which an answer falls back to the plain model, for all adapters. None uses
+                each adapter's own threshold, 0 disables the fallback.
 
         Raises:
-            UserError: a name that is taken, an adapter that does not fit, two of one N, a threshold that an adapter
-                cannot serve, or limits too small for one group.
+            UserError: the name is in use, an adapter does not fit, two adapters have the same N, an adapter does not
+                support the threshold, or the limits are too small for one group.
         """
         self._check_free(name)
         task = Task(name, pretrained, adapters, self.limits, max_length, threshold)
@@ -151,21 +152,21 @@ class Engine:
 
     def _check_free(self, name: str) -> None:
         if name in self._tasks:
-            raise UserError(f"task {name!r} is served already; choose another name, or remove that task first")
+            raise UserError(f"task {name!r} is already served; choose another name, or remove that task first")
 
     def change(
         self, add: Sequence[Task] = (), lineups: Mapping[str, Lineup] | None = None, remove: Collection[str] = ()
     ) -> None:
-        """Add tasks, remove tasks, and give others new adapters: all of it at once, or nothing after an error.
+        """Add tasks, remove tasks and replace the adapters of others in one step. After an error nothing has changed.
 
         Args:
-            add: loaded tasks of other names than those that stay.
-            lineups: by name of a task that stays, as :meth:`revmux.serving.task.Task.lineup_with` gives them.
-            remove: names of tasks that take no more requests; those that wait are still answered.
+            add: loaded tasks, with names that no remaining task has.
+            lineups: new line-ups from :meth:`revmux.serving.task.Task.lineup_with`, by name of the remaining task.
+            remove: names of the tasks that accept no more requests. Their waiting requests are still answered.
 
         Raises:
-            UserError: a name that is taken.
-            UnknownTask: no such task.
+            UserError: a name is in use.
+            UnknownTask: there is no such task.
         """
         with self._changing:
             removed = [self.task(name) for name in remove]
@@ -186,37 +187,37 @@ class Engine:
                 self._probes.pop(task, None)
         for task in [*add, *(task for task, _ in changed)]:
             for adapter in task.lineup.adapters:
-                _warn_if_useless(task, adapter)
+                _warn_if_unused(task, adapter)
 
     def remove_task(self, name: str) -> Task:
-        """Take no more requests for a task; those that wait are still answered.
+        """Accept no more requests for a task. Its waiting requests are still answered.
 
         Raises:
-            UnknownTask: no such task.
+            UnknownTask: there is no such task.
         """
         task = self.task(name)
         self.change(remove=[name])
         return task
 
     def load(self, folder: str | Path, task: str | None = None) -> LoadedAdapter:
-        """Serve with one more adapter, or with another one of the same N, without a pause.
+        """Add an adapter, or replace the one with the same N, without interrupting requests.
 
         Raises:
-            UnknownTask: no such task.
+            UnknownTask: there is no such task.
             UserError: the adapter does not fit.
         """
         with self._changing:
-            own = self.task(task)
-            adapter = own.load(folder)
-        _warn_if_useless(own, adapter)
+            resolved = self.task(task)
+            adapter = resolved.load(folder)
+        _warn_if_unused(resolved, adapter)
         return adapter
 
     def retire(self, num_inputs: int, task: str | None = None) -> LoadedAdapter:
-        """Serve without the adapter of one N from now on; groups in flight finish with it.
+        """Stop using the adapter with this N. Groups that are already running finish with it.
 
         Raises:
-            UnknownTask: no such task.
-            UserError: it has no such adapter.
+            UnknownTask: there is no such task.
+            UserError: the task has no adapter with this N.
         """
         with self._changing:
             return self.task(task).retire(num_inputs)
@@ -231,25 +232,25 @@ class Engine:
         priority: float = 0,
         timeout: float | None = None,
     ) -> list[Future[Answer]]:
-        """Tokenize in this thread and queue all texts, or none.
+        """Tokenize the texts in the calling thread and queue them. After an error none is queued.
 
         Args:
             texts: strings, or pairs of strings.
-            truncate: cut texts to the task's ``max_length`` tokens; otherwise longer ones are refused.
-            max_multiplex: widest group that these texts may ride in; 1 is the plain model, no exit head either.
-            task: the task or its name; None is the only task. A task that was looked up before answers even if it has
-                been removed or another one has taken its name.
-            priority: higher comes earlier, -10..10, see ``Limits.priority_seconds``.
-            timeout: seconds from now by which the model must have started, else :class:`Expired` is the answer.
+            truncate: cut texts to the task's ``max_length`` tokens; otherwise longer texts are refused.
+            max_multiplex: widest group that these texts may share; 1 is the plain model, without an exit head.
+            task: the task or its name; None is the only task. A :class:`Task` object is used even if it has been
+                removed or replaced by another task of the same name.
+            priority: -10..10, higher runs earlier, see ``Limits.priority_seconds``.
+            timeout: seconds within which the forward pass must start; otherwise the future raises :class:`Expired`.
 
         Returns:
-            A future an input; cancelling one that still waits takes it out of the queue.
+            One future per input. Cancelling the future of a waiting input removes the input from the queue.
 
         Raises:
-            UnknownTask: no such task.
-            TextError: a text that cannot be classified; none of them is queued.
-            UserError: another value that is out of range.
-            Overloaded: no room for all of them.
+            UnknownTask: there is no such task.
+            TextError: a text cannot be classified.
+            UserError: another value is out of range.
+            Overloaded: the queue has no room for all texts.
             Draining: :meth:`close` was called.
         """
         with self._admit(texts, truncate, max_multiplex, task, priority, timeout) as tokenize:
@@ -267,11 +268,12 @@ class Engine:
         priority: float = 0,
         timeout: float | None = None,
     ) -> list[Answer]:
-        """:meth:`submit` from an event loop, which is never blocked; cancelling the call cancels its texts.
+        """Do the same as :meth:`submit` without blocking the event loop. Cancelling the call cancels its texts.
 
         Raises:
-            Expired: the deadline passed before the model started.
-            InferenceFailed: the model failed on one of them; and as :meth:`submit`.
+            Expired: the timeout passed before the forward pass started.
+            InferenceFailed: the model failed on one of the texts.
+            UnknownTask, TextError, UserError, Overloaded, Draining: as in :meth:`submit`.
         """
         with self._admit(texts, truncate, max_multiplex, task, priority, timeout) as tokenize:
             tickets = await asyncio.get_running_loop().run_in_executor(self._pool, tokenize)
@@ -289,20 +291,18 @@ class Engine:
         texts: Sequence[Text],
         truncate: bool,
         max_multiplex: int | None,
-        asked: Task | str | None,
+        requested: Task | str | None,
         priority: float,
         timeout: float | None,
     ) -> Iterator[Callable[[], list[Ticket]]]:
-        """Check a request, keep room for it, and give what tokenizes it."""
-        task = asked if isinstance(asked, Task) else self.task(asked)
+        """Check a request, reserve room in the queue, and yield a function that tokenizes its texts."""
+        task = requested if isinstance(requested, Task) else self.task(requested)
         if max_multiplex is not None and max_multiplex < 1:
             raise UserError(f"max_multiplex is {max_multiplex}; choose 1 (the plain model) or more")
-        if not abs(priority) <= HIGHEST_PRIORITY:  # NaN too, which has no place in an order
-            raise UserError(
-                f"priority is {priority}; choose -{HIGHEST_PRIORITY}..{HIGHEST_PRIORITY}, 0 is the usual one"
-            )
+        if not abs(priority) <= HIGHEST_PRIORITY:  # true for NaN too, which cannot be ordered
+            raise UserError(f"priority is {priority}; choose -{HIGHEST_PRIORITY}..{HIGHEST_PRIORITY}, the default is 0")
         if timeout is not None and not timeout > 0:
-            raise UserError(f"the timeout is {timeout} s; choose more than 0, or leave it out")
+            raise UserError(f"the timeout is {timeout} s; choose a value above 0, or omit it")
         deadline = None if timeout is None else self._queue.clock() + timeout
 
         def tokenize() -> list[Ticket]:
@@ -320,30 +320,30 @@ class Engine:
             yield tokenize
 
     def probe(self, task: str | None = None) -> Future[Answer]:
-        """Ask the model one short text, ahead of the queue; questions at the same time share one answer.
+        """Classify one short text ahead of the queue, as a health check. Concurrent probes of a task share one answer.
 
         Args:
-            task: name; None is the first one.
+            task: name of the task; None is the first task.
 
         Raises:
-            UnknownTask: no such task.
+            UnknownTask: there is no such task.
             Draining: :meth:`close` was called.
         """
-        asked = self.task(task or next(iter(self._tasks), None))
+        probed = self.task(task or next(iter(self._tasks), None))
         with self._probe_lock:
-            self._probes = {own: probe for own, probe in self._probes.items() if not probe.done()}
-            if asked not in self._probes:
-                ticket = Ticket(asked, asked.probe_tokens, cap=1)
+            self._probes = {other: probe for other, probe in self._probes.items() if not probe.done()}
+            if probed not in self._probes:
+                ticket = Ticket(probed, probed.probe_tokens, cap=1)
                 self._queue.put([ticket], ahead=True)
-                self._probes[asked] = ticket.future
-            return self._probes[asked]
+                self._probes[probed] = ticket.future
+            return self._probes[probed]
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start, summed, and by task under ``tasks``.
+        """Return counts since the start: totals, and the counts of each task under ``tasks``.
 
-        ``inputs`` and ``groups`` (executions) are counted by width, inputs also by ``methods``, ``seconds`` by stage;
-        ``waiting`` is the queue's depth now. ``rejected`` found no room, ``expired`` waited too long, ``cancelled`` were dropped by their
-        clients: none of these ran.
+        ``inputs`` and ``groups`` are counted by width, ``methods`` counts inputs by method, and ``seconds`` sums time
+        by stage. ``waiting`` is the current depth of the queue. Inputs that never ran are counted as ``rejected`` (the
+        queue was full), ``expired`` (the timeout passed) or ``cancelled`` (by the client).
         """
         snapshot = self._metrics.snapshot()
         depths = self._queue.depths()
@@ -352,24 +352,25 @@ class Engine:
         return {"waiting": sum(depths.values()), **snapshot}
 
     def close(self, drain: bool = True) -> None:
-        """Refuse new texts, answer those that wait, and end the thread.
+        """Refuse new texts, answer the waiting ones, and end the model's thread.
 
         Args:
-            drain: False fails those that wait with :class:`Draining`; what runs is still answered.
+            drain: False fails the waiting texts with :class:`Draining`. Texts that are already running are answered.
         """
         self._queue.close()
         if not drain or not self.alive:
             for ticket in self._queue.clear():
-                ticket.future.set_exception(Draining("the server shut down before this input ran; ask another one"))
+                ticket.future.set_exception(Draining("the server shut down before this input ran; use another server"))
         if self.alive:
             self._worker.join()
         self._pool.shutdown()
 
 
-def _warn_if_useless(task: Task, adapter: LoadedAdapter) -> None:
+def _warn_if_unused(task: Task, adapter: LoadedAdapter) -> None:
     if adapter.route not in task.lineup.routes:
         logger.warning(
-            "adapter %s (N = %d) costs an input no less than a narrower one or the plain model and is never used",
+            "adapter %s (N = %d) is never used: its cost per input is no lower than that of a narrower adapter or of "
+            "the plain model",
             adapter.folder,
             adapter.route.width,
         )

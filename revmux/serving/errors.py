@@ -1,4 +1,4 @@
-"""Why a request gets no answer."""
+"""Errors of requests that get no answer."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from revmux.errors import UserError
 
 
 class UnknownTask(UserError):
-    """A task that is not served here.
+    """The request names a task that is not served, or no task although there are several.
 
     Args:
-        name: the task that was asked for; None where a request named none of several.
+        name: the requested task; None if the request names none.
         known: the tasks that are served.
     """
 
     def __init__(self, name: str | None, known: Iterable[str]) -> None:
         self.known = sorted(known)
-        asked = "no task is named" if name is None else f"unknown task {name!r}"
-        super().__init__(f"{asked}; known tasks: {', '.join(self.known) or 'none'}")
+        problem = "no task is named" if name is None else f"unknown task {name!r}"
+        super().__init__(f"{problem}; known tasks: {', '.join(self.known) or 'none'}")
 
 
 class Overloaded(RuntimeError):
-    """The queue is full: ask again later."""
+    """The queue is full. The client should retry later."""
 
 
 class Draining(RuntimeError):
-    """The engine is shutting down and takes no more requests."""
+    """The engine is shutting down and accepts no more requests."""
 
 
 class Expired(RuntimeError):
-    """The deadline of a request passed while it waited; it was not computed."""
+    """The deadline of an input passed while it waited in the queue. It was not computed."""
 
 
 class InferenceFailed(RuntimeError):
-    """The model failed on the batch that a request rode in."""
+    """The model failed on the batch that contained the input."""

@@ -1,4 +1,4 @@
-"""One forward pass of a batch of groups, timed stage by stage.
+"""Run one forward pass of a batch of groups, and time its stages.
 
 Stages: ``pad`` (tokens to the device), ``plain`` (the whole plain model), ``prefill``, ``multiplex``, ``upper``,
 ``head`` (demultiplexer and classifier), ``resume`` (inputs that fall back) and ``reply`` (scores to the CPU).
@@ -23,14 +23,14 @@ from revmux.serving.scheduling import PLAIN, Group
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a pass made of its R inputs.
+    """The results of a forward pass over R inputs.
 
     Attributes:
         scores: (R, C) float32 on the CPU, in the order of the groups' members.
-        finite: R, whether all scores of each input are finite.
-        fell_back: R, whether each input resumed alone.
-        padded_tokens: R times the longest input.
-        stages: seconds by stage.
+        finite: (R) whether all scores of the input are finite.
+        fell_back: (R) whether the input fell back to the plain model.
+        padded_tokens: R times the length of the longest input.
+        stages: seconds per stage.
     """
 
     scores: Tensor
@@ -41,10 +41,10 @@ class Outcome:
 
 
 class StageClock:
-    """Seconds between marks, on a GPU by its own events, so that nothing waits for it.
+    """Measures the time between marks. On a GPU it records CUDA events, so that marks do not synchronize.
 
     Args:
-        device: where the stages run.
+        device: the device that runs the stages.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,7 +53,7 @@ class StageClock:
         self.mark("")
 
     def mark(self, stage: str) -> None:
-        """The stage ends here."""
+        """Mark the end of a stage."""
         if self._stream is not None:
             event = torch.cuda.Event(enable_timing=True)
             event.record(self._stream)
@@ -62,7 +62,7 @@ class StageClock:
             self._marks.append((stage, perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """The time of each stage, summed where it came several times; on a GPU once the last has ended."""
+        """Return the total seconds of each stage. On a GPU, wait for the end of the last stage first."""
         if self._stream is not None:
             self._stream.synchronize()
         total: dict[str, float] = {}
@@ -83,14 +83,15 @@ def run_pass(
     groups: Sequence[Group],
     inputs: Sequence[dict[str, list[int]]],
 ) -> Outcome:
-    """Answer groups that share the layers below their cut.
+    """Compute the answers of groups that share one prefill.
 
     Args:
         backbone: the frozen task model.
-        models: adapters by N, an exit head at 1; not asked for the plain model.
-        thresholds: by N, the confidence below which an answer falls back; N without one never does.
+        models: backbone with adapter by N, an exit head at 1. The plain model needs none.
+        thresholds: confidence by N below which an answer falls back. Answers of an N without an entry never do.
         padder: the backbone's tokenizer.
-        groups: of one stem, see :class:`revmux.serving.scheduling.Route`; the plain model's have one member each.
+        groups: groups with the same stem, see :class:`revmux.serving.scheduling.Route`. Groups of the plain model have
+            one member each.
         inputs: R token lists, group by group in the order of the members.
     """
     clock = StageClock(backbone.device)
@@ -117,7 +118,7 @@ def _multiplexed(
     fell_back: Tensor,
     clock: StageClock,
 ) -> Tensor:
-    """Scores (R, C) of groups with adapters; marks in ``fell_back`` (R,) which inputs resumed alone."""
+    """Return the scores (R, C) of groups with adapters, and set ``fell_back`` (R,) for the inputs that fall back."""
     rows = len(fell_back)
     scores = torch.zeros(rows, backbone.num_labels, dtype=torch.float32, device=backbone.device)
     shared: HiddenState | None = None
@@ -130,7 +131,7 @@ def _multiplexed(
             prefilled = shared = model.prefill(tokens) if shared is None else shared
         clock.mark("prefill")
         output = model.run_groups(prefilled, own_slots, clock.mark)
-        # Zero for the rows of other widths, and the mean for a row that fills several slots.
+        # Rows of other widths are zero. A row that fills several slots gets the mean of their scores.
         found = gather_rows(output.scores, slots, rows).float()  # (R, C)
         scores += found
         if width in thresholds:
@@ -145,7 +146,7 @@ def _multiplexed(
 
 
 def slots_by_width(groups: Sequence[Group], device: torch.device | str = "cpu") -> dict[int, Tensor]:
-    """The rows in the slots of the groups of each N: (G, N) long, where members lie in the order of the groups."""
+    """Return by N the rows in the slots of its groups, (G, N) long. Rows are numbered in the order of the groups."""
     found: dict[int, list[Tensor]] = {}
     first = 0
     for group in groups:
@@ -155,14 +156,14 @@ def slots_by_width(groups: Sequence[Group], device: torch.device | str = "cpu") 
 
 
 def slot_rows(first: int, group: Group) -> Tensor:
-    """The rows in the N slots of a group whose members lie at ``first`` and after it; members repeat to fill it."""
+    """Return the rows (N,) in the slots of a group whose members start at row ``first``. Members repeat to fill it."""
     return first + torch.arange(group.width) % len(group.members)
 
 
 def pad(
     inputs: Sequence[dict[str, list[int]]], padder: PreTrainedTokenizerBase, device: torch.device | str
 ) -> TokenBatch:
-    """Token lists to tensors (R, S), S the longest, on the device."""
+    """Pad R token lists to tensors (R, S) on the device, with S the length of the longest list."""
     columns = {name: [tokens[name] for tokens in inputs] for name in inputs[0]}
     padded = padder.pad(columns, return_tensors="pt")
     return {name: tensor.to(device) for name, tensor in padded.items()}

@@ -1,4 +1,4 @@
-"""The bounds that an operator sets."""
+"""The limits that an operator sets."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from dataclasses import dataclass
 from revmux.errors import UserError
 
 HIGHEST_PRIORITY = 10
-"""Priorities go from minus this to plus this; bounded, so that no request can put off the others for good."""
+"""Priorities range from minus to plus this value. The limit ensures that no request can delay others forever."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine may take at once.
+    """Limits on waiting and running inputs.
 
     Args:
-        max_multiplex: widest group; wider adapters stay unused, at 1 all of them. None: as wide as the adapters are.
-        max_queue: inputs of one task that may wait.
-        max_batch: inputs of a forward pass.
-        max_batch_tokens: tokens of a forward pass, padding included.
-        plain_load: when what waits costs no more than this many plain inputs, the plain model answers every input;
-            beyond, an exit head does, or groups as narrow as brings the cost back below, else as wide as allowed.
-        priority_seconds: what a point of priority is worth: so many seconds of waiting within a task, and of the
-            device's time between tasks.
+        max_multiplex: maximum width of a group. Wider adapters are not used; 1 disables all adapters. None sets no
+            limit.
+        max_queue: maximum number of waiting inputs per task.
+        max_batch: maximum number of inputs per forward pass.
+        max_batch_tokens: maximum number of tokens per forward pass, including padding.
+        plain_load: the plain model answers all inputs while the waiting inputs cost no more than this many plain
+            inputs. Above, inputs use an exit head or the narrowest groups that reduce the cost below this limit, or
+            else the widest groups that are allowed.
+        priority_seconds: value of one point of priority: seconds of waiting time within a task, and seconds of device
+            time between tasks.
 
     Raises:
-        UserError: a bound below 1, a negative ``plain_load``, or ``priority_seconds`` that is not above 0.
+        UserError: a limit is below 1, ``plain_load`` is negative, or ``priority_seconds`` is not above 0.
     """
 
     max_multiplex: int | None = None
@@ -43,4 +45,4 @@ class Limits:
         if self.plain_load < 0:
             raise UserError(f"plain_load is {self.plain_load}; choose 0 (group whenever it is cheaper) or more")
         if not self.priority_seconds > 0:
-            raise UserError(f"priority_seconds is {self.priority_seconds}; choose more than 0, such as 1")
+            raise UserError(f"priority_seconds is {self.priority_seconds}; choose a value above 0, such as 1")

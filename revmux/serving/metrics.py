@@ -1,4 +1,4 @@
-"""What an engine has done, counted; a server exports it in whatever form it likes."""
+"""Counters of an engine's work, which a server exports in its own format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COUNTED = (
-    "requests",  # calls that were admitted, each of one or more inputs
+    "requests",  # admitted calls, each with one or more inputs
     "passes",
     "fell_back",
     "tokens",
@@ -22,20 +22,20 @@ COUNTED = (
 
 @dataclass(frozen=True)
 class PassReport:
-    """One forward pass that has run, for histograms; sequences have one entry per input that it answered.
+    """Report on a finished forward pass. Sequences have one entry per answered input, unless noted.
 
     Attributes:
-        task: its name.
-        widths: N of the group that each input rode in.
-        groups: N of each group that was answered.
-        methods: that each input rode with; ``siso`` is the plain model.
-        fell_back: which inputs resumed alone.
-        tokens: of all inputs that were computed.
-        padded_tokens: that the layers below the cut really got.
-        tokenize_seconds: from text to tokens.
-        queue_seconds: from being queued to the start of the pass.
-        stages: seconds of the pass by stage, see :mod:`revmux.serving.forward`.
-        seconds: of the whole pass.
+        task: name of the task.
+        widths: N of the input's group.
+        groups: N of each answered group; one entry per group.
+        methods: method that computed the answer; ``siso`` is the plain model.
+        fell_back: whether the input fell back to the plain model.
+        tokens: total tokens of all computed inputs, without padding.
+        padded_tokens: total tokens of all computed inputs, including padding.
+        tokenize_seconds: time of tokenization.
+        queue_seconds: time from queueing to the start of the pass.
+        stages: seconds of the pass per stage, see :mod:`revmux.serving.forward`.
+        seconds: time of the whole pass.
     """
 
     task: str
@@ -53,7 +53,7 @@ class PassReport:
 
 @dataclass
 class TaskCounts:
-    """Sums over one task, or over all."""
+    """Counts of one task, or of all tasks together."""
 
     inputs: Counter[int] = field(default_factory=Counter)
     groups: Counter[int] = field(default_factory=Counter)
@@ -62,7 +62,7 @@ class TaskCounts:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, other: TaskCounts) -> None:
-        """Take the sums of another task in."""
+        """Add the counts of another task."""
         for own, more in ((self.inputs, other.inputs), (self.groups, other.groups)):
             own.update(more)
         self.methods.update(other.methods)
@@ -71,14 +71,14 @@ class TaskCounts:
             self.seconds[stage] += seconds
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the counts as plain dictionaries."""
         counted = {name: self.counts[name] for name in COUNTED}
         by_width = {"inputs": dict(self.inputs), "groups": dict(self.groups)}
         return {**by_width, "methods": dict(self.methods), "seconds": dict(self.seconds), **counted}
 
 
 class Metrics:
-    """Counts since the start, written by any thread."""
+    """Counts since the start, by task. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -88,17 +88,17 @@ class Metrics:
         return self._tasks.setdefault(task, TaskCounts())
 
     def add(self, task: str) -> None:
-        """Count a task from now on; what was counted under its name before is kept."""
+        """Start to count a task. Earlier counts under the same name are kept."""
         with self._lock:
             self._of(task)
 
     def count(self, task: str, name: str, amount: int = 1) -> None:
-        """Add to one of :data:`COUNTED`."""
+        """Increase one of the counters in :data:`COUNTED`."""
         with self._lock:
             self._of(task).counts[name] += amount
 
     def record(self, report: PassReport) -> None:
-        """Add a pass."""
+        """Count a forward pass."""
         with self._lock:
             own = self._of(report.task)
             own.inputs.update(report.widths)
@@ -112,7 +112,7 @@ class Metrics:
                 own.seconds[stage] += seconds
 
     def snapshot(self) -> dict[str, Any]:
-        """All sums over the tasks, and those of each under ``tasks``; plain data of the caller's own."""
+        """Return a copy of the counts: totals over all tasks, and the counts of each task under ``tasks``."""
         with self._lock:
             total = TaskCounts()
             for counts in self._tasks.values():

@@ -1,4 +1,4 @@
-"""The one thread that owns the device: it takes what waits, runs it, and gives the answers."""
+"""The thread that owns the device: it takes waiting inputs from the queue, runs them, and returns the answers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from revmux.utils.out_of_memory import is_out_of_memory, release_memory
 logger = logging.getLogger(__name__)
 
 Share = tuple[Route, list[Ticket]]
-"""One group's way through the model, and its 1..N distinct members."""
+"""One group: its route through the model, and the tickets of its 1..N distinct members."""
 
 
 class ModelThread:
-    """Pulls from a queue until it is closed and empty.
+    """Runs inputs from a queue until the queue is closed and empty.
 
     Args:
-        queue: where tickets wait.
-        metrics: where passes are counted.
-        limits: of one pass.
-        threads: CPU threads of the model; by default as many as PyTorch uses in the thread that builds this object.
-        on_pass: called with a report of every pass, once its answers are given.
+        queue: the queue of tickets.
+        metrics: counts the passes.
+        limits: limits of the engine.
+        threads: number of CPU threads of the model; None is the number that PyTorch uses in the thread that builds this object.
+        on_pass: called with a report of every pass, after its answers are returned.
     """
 
     def __init__(
@@ -56,20 +56,20 @@ class ModelThread:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     @property
     def silent_seconds(self) -> float:
-        """Since a pass last began or ended."""
+        """Seconds since a pass last began or ended."""
         return self.queue.clock() - self._progress
 
     def start(self) -> None:
-        """Begin to pull."""
+        """Start the thread."""
         self._thread.start()
 
     def join(self) -> None:
-        """Wait until the queue is closed and empty."""
+        """Wait until the thread ends, which it does once the queue is closed and empty."""
         self._thread.join()
 
     def _work(self) -> None:
@@ -79,7 +79,7 @@ class ModelThread:
                 pass
 
     def _serve(self) -> bool:
-        """Wait for a window and run from it; False when the queue has ended."""
+        """Wait for a window and run one pass from it. Return False if the queue is closed and empty."""
         window = self.queue.window(self.limits.max_batch)
         if window is None:
             return False
@@ -91,7 +91,7 @@ class ModelThread:
         return True
 
     def _step(self, task: Task, lineup: Lineup, window: Window) -> None:
-        """Run the pass of the ticket whose turn it is, with the others of the window that can share it."""
+        """Run the pass of the window's first ticket, together with the other tickets that can share it."""
         tickets, limits = window.tickets, self.limits
         try:
             caps = [ticket.cap for ticket in tickets]
@@ -104,7 +104,7 @@ class ModelThread:
             return
         claimed = set(self.queue.claim([tickets[index] for group in forward.groups for index in group.members]))
         shares: list[Share] = []
-        for group in forward.groups:  # a group that lost a cancelled member is filled by those that are left
+        for group in forward.groups:  # if a member was cancelled, the remaining ones fill its slot
             members = [tickets[index] for index in group.members if tickets[index] in claimed]
             if members:
                 shares.append((group.route, members))
@@ -112,7 +112,7 @@ class ModelThread:
             self._run(task, lineup, shares)
 
     def _run(self, task: Task, lineup: Lineup, shares: Sequence[Share]) -> None:
-        """Run groups in one pass and answer them, in smaller passes where the memory is too small for one."""
+        """Run groups in one pass and answer them. After an out-of-memory error, retry them in smaller passes."""
         self._progress = started = self.queue.clock()
         groups, rows = _lay_out(shares)
         inputs = [ticket.tokens for ticket in rows]
@@ -122,9 +122,9 @@ class ModelThread:
             if len(shares) == 1 or not is_out_of_memory(error):
                 self._fail(rows, error)
                 return
-            traceback.clear_frames(error.__traceback__)  # their tensors would take memory from the smaller passes
+            traceback.clear_frames(error.__traceback__)  # releases the tensors of the failed pass
             logger.warning(
-                "a pass of %d groups of task %s ran out of memory and is retried as two; lower max_batch or "
+                "a pass of %d groups of task %s ran out of memory and is retried as two passes; lower max_batch or "
                 "max_batch_tokens",
                 len(shares),
                 task.name,
@@ -138,44 +138,44 @@ class ModelThread:
         self._run(task, lineup, shares[half:])
 
     def _answer(self, task: Task, lineup: Lineup, shares: Sequence[Share], outcome: Outcome, started: float) -> None:
-        """Answer the groups whose scores are finite; the members of the others run again, alone."""
-        places: list[int] = []  # rows of the pass that are answered
+        """Answer the groups whose scores are finite. Run the members of the other groups again, each alone."""
+        answered_rows: list[int] = []  # the answered rows of the pass
         answered: list[Share] = []
-        again: list[Ticket] = []
+        retried: list[Ticket] = []
         broken: list[Ticket] = []
         first = 0
         for route, members in shares:
-            own = range(first, first + len(members))
+            group_rows = range(first, first + len(members))
             first += len(members)
-            if all(outcome.finite[place] for place in own):
-                places += own
+            if all(outcome.finite[row] for row in group_rows):
+                answered_rows += group_rows
                 answered.append((route, members))
             elif route == PLAIN:
                 broken += members
             else:
-                # What is not finite in one member may have reached the others, even those with finite scores.
-                again += members
-        rows = [ticket for _, members in shares for ticket in members]
+                # A value that is not finite in one member may have changed the others, even if their scores are finite.
+                retried += members
+        tickets = [ticket for _, members in shares for ticket in members]
         report = PassReport(
             task=task.name,
             widths=tuple(route.width for route, members in answered for _ in members),
             groups=tuple(route.width for route, _ in answered),
             methods=tuple(route.method for route, members in answered for _ in members),
-            fell_back=tuple(outcome.fell_back[place] for place in places),
-            tokens=sum(ticket.length for ticket in rows),
+            fell_back=tuple(outcome.fell_back[row] for row in answered_rows),
+            tokens=sum(ticket.length for ticket in tickets),
             padded_tokens=outcome.padded_tokens,
-            tokenize_seconds=tuple(rows[place].tokenize_seconds for place in places),
-            queue_seconds=tuple(started - rows[place].queued for place in places),
+            tokenize_seconds=tuple(tickets[row].tokenize_seconds for row in answered_rows),
+            queue_seconds=tuple(started - tickets[row].queued for row in answered_rows),
             stages=outcome.stages,
             seconds=self.queue.clock() - started,
         )
         self.metrics.record(report)
         numbers = [number for (_, members), number in zip(answered, self._group_numbers) for _ in members]
-        for index, place in enumerate(places):
-            ticket = rows[place]
+        for index, row in enumerate(answered_rows):
+            ticket = tickets[row]
             ticket.future.set_result(
                 Answer(
-                    scores=outcome.scores[place],
+                    scores=outcome.scores[row],
                     width=report.widths[index],
                     method=report.methods[index],
                     queue_seconds=report.queue_seconds[index],
@@ -187,28 +187,28 @@ class ModelThread:
                     group=numbers[index],
                 )
             )
-        self._tell(report)
+        self._report(report)
         if broken:
             self._fail(broken, ArithmeticError("the scores of this input are not finite"))
-        if again:
+        if retried:
             logger.warning(
-                "%d inputs of task %s share groups with scores that are not finite; each runs again alone",
-                len(again),
+                "%d inputs of task %s are in groups with scores that are not finite; each is run again alone",
+                len(retried),
                 task.name,
             )
-            self._run(task, lineup, [(PLAIN, [ticket]) for ticket in again])
+            self._run(task, lineup, [(PLAIN, [ticket]) for ticket in retried])
 
-    def _tell(self, report: PassReport) -> None:
+    def _report(self, report: PassReport) -> None:
         if self.on_pass is None:
             return
         try:
             self.on_pass(report)
         except Exception:
-            logger.exception("on_pass failed; the answers of the pass were given")
+            logger.exception("on_pass failed; the answers of the pass were already returned")
 
     def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
         logger.error("%d inputs failed", len(tickets), exc_info=error)
-        # Clients keep the error for a while, and its frames would keep all tensors of the pass.
+        # Clients keep the error for a while. Its frames would keep all tensors of the pass alive.
         traceback.clear_frames(error.__traceback__)
         for ticket in tickets:
             self.metrics.count(ticket.task.name, "failed")
@@ -218,7 +218,7 @@ class ModelThread:
 
 
 def _lay_out(shares: Sequence[Share]) -> tuple[list[Group], list[Ticket]]:
-    """Groups whose members lie one after the other in the rows of a pass, and these rows."""
+    """Return groups whose members are consecutive rows of one pass, and the tickets in these rows."""
     groups: list[Group] = []
     rows: list[Ticket] = []
     for route, members in shares:

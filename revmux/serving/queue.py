@@ -1,9 +1,10 @@
-"""Bounded lines, one a task, that the model pulls from whenever it is free.
+"""A queue with one bounded line per task, from which the model's thread pulls whenever it is free.
 
-Within a task inputs come in the order of their arrival, a point of priority being worth a head start of some seconds.
-Between tasks the one comes next that has had the least of the device's time (start-time fair queueing), a point of
-priority being worth as many seconds of it. An input can thus be put off only by what came before it or within its head
-start after it, and a task only until the others have had as much as it: none waits for ever.
+Within a task, inputs run in the order of their arrival, and each point of priority is a head start of
+``priority_seconds``. Between tasks, the task that has used the least device time runs next (start-time fair queueing),
+and each point of priority counts as ``priority_seconds`` less device time. Priorities are limited, so every input
+eventually runs: later inputs of its task can overtake it only if they arrive within a limited time after it, and its
+task waits only until the other tasks have used as much device time.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ class Ticket:
     """One input that waits for its answer.
 
     Attributes:
-        task: that it is for.
-        tokens: what the tokenizer gave, each a list of ``length`` numbers.
-        cap: widest group that it allows; None is any.
-        priority: higher comes first.
-        deadline: second after which it must not be started any more; None waits as long as it takes.
+        task: the task that answers it.
+        tokens: output of the tokenizer: lists of ``length`` numbers by name.
+        cap: widest group that the input allows; None allows any.
+        priority: higher runs earlier.
+        deadline: latest start of the forward pass, on the queue's clock; None sets no deadline.
         truncated: whether the text was cut.
-        tokenize_seconds: what tokenizing took.
-        future: resolves to its answer.
-        queued: when it was queued, seconds of the queue's clock.
-        order: its place in the line of its task.
+        tokenize_seconds: time of tokenization.
+        future: resolves to the answer.
+        queued: time of queueing, on the queue's clock.
+        order: sort key within the line of its task.
     """
 
     task: Task
@@ -61,17 +62,17 @@ class Ticket:
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.tokens["input_ids"])
 
 
 @dataclass(frozen=True)
 class Window:
-    """What may run next: the first tickets of one task. They stay in the queue until they are claimed.
+    """The tickets that may run next: the first ones of one task. They stay in the queue until they are claimed.
 
     Attributes:
-        tickets: at least one, the first is the one whose turn it is.
-        waiting: tickets of all tasks.
+        tickets: at least one; the first one runs next.
+        waiting: number of waiting tickets of all tasks.
     """
 
     tickets: list[Ticket]
@@ -79,13 +80,13 @@ class Window:
 
 
 class PullQueue:
-    """Tickets of all tasks.
+    """The waiting tickets of all tasks.
 
     Args:
-        limit: tickets of one task that may wait.
-        metrics: where those are counted that never run.
-        priority_seconds: what a point of priority is worth.
-        clock: seconds that only grow.
+        limit: maximum number of waiting tickets per task.
+        metrics: counts the tickets that never run.
+        priority_seconds: seconds that one point of priority is worth.
+        clock: returns monotonic time in seconds.
     """
 
     def __init__(
@@ -99,10 +100,10 @@ class PullQueue:
         self.metrics = metrics
         self.priority_seconds = priority_seconds
         self.clock = clock
-        self._lines: dict[Task, list[Ticket]] = {}  # none of them empty
-        self._coming: Counter[Task] = Counter()  # inputs that were let in and are not queued yet
-        self._served: WeakKeyDictionary[Task, float] = WeakKeyDictionary()  # virtual seconds of the device
-        self._virtual = 0.0  # those of the task that ran last
+        self._lines: dict[Task, list[Ticket]] = {}  # only tasks with waiting tickets
+        self._reserved: Counter[Task] = Counter()  # reserved places of inputs that are not queued yet
+        self._served: WeakKeyDictionary[Task, float] = WeakKeyDictionary()  # virtual device seconds
+        self._virtual = 0.0  # virtual device seconds of the task that ran last
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._closed = False
@@ -111,7 +112,7 @@ class PullQueue:
         return sum(self.depths().values())
 
     def depths(self) -> dict[str, int]:
-        """Tickets that wait, by the name of their task; without the tasks that have none."""
+        """Return the number of waiting tickets by task name. Tasks without waiting tickets are omitted."""
         with self._changed:
             found: Counter[str] = Counter()
             for task, line in self._lines.items():
@@ -120,43 +121,43 @@ class PullQueue:
 
     @contextmanager
     def room(self, task: Task, tickets: int) -> Iterator[None]:
-        """Keep room for tickets that are to be put inside of the context, once work was spent on them.
+        """Reserve room for tickets that the caller prepares and puts within this context.
 
         Raises:
-            Overloaded: more tickets than there is room for.
-            Draining: closed.
+            Overloaded: the queue has no room for all tickets.
+            Draining: the queue is closed.
         """
         with self._changed:
-            self._check(task, tickets, self._coming[task])
-            self._coming[task] += tickets
+            self._check(task, tickets, self._reserved[task])
+            self._reserved[task] += tickets
         try:
             yield
         finally:
             with self._changed:
-                self._coming[task] -= tickets
-                if not self._coming[task]:
-                    del self._coming[task]
+                self._reserved[task] -= tickets
+                if not self._reserved[task]:
+                    del self._reserved[task]
 
-    def _check(self, task: Task, tickets: int, coming: int = 0) -> None:
+    def _check(self, task: Task, tickets: int, reserved: int = 0) -> None:
         if self._closed:
-            raise Draining("the server is shutting down and takes no more requests; ask another one")
-        waiting = len(self._lines.get(task, ())) + coming
+            raise Draining("the server is shutting down and accepts no more requests; use another server")
+        waiting = len(self._lines.get(task, ())) + reserved
         if waiting + tickets > self.limit:
             self.metrics.count(task.name, "rejected", tickets)
             raise Overloaded(
-                f"{waiting} inputs wait and at most {self.limit} may: no room for {tickets}; ask again later"
+                f"{waiting} inputs are waiting and at most {self.limit} may: no room for {tickets} more; retry later"
             )
 
     def put(self, tickets: Sequence[Ticket], ahead: bool = False) -> None:
-        """Queue all of the tickets, or none; inside of :meth:`room` there is room.
+        """Queue all tickets. After an error none is queued. Within :meth:`room` the reserved room suffices.
 
         Args:
-            tickets: of one task.
-            ahead: before all others and beyond the limit, for questions about the model's health.
+            tickets: tickets of one task.
+            ahead: put them before all others and ignore the limit, for health checks.
 
         Raises:
-            Overloaded: no room for all of them.
-            Draining: closed.
+            Overloaded: the queue has no room for all tickets.
+            Draining: the queue is closed.
         """
         if not tickets:
             return
@@ -182,24 +183,24 @@ class PullQueue:
                 self._remove(ticket)
 
     def _remove(self, ticket: Ticket) -> bool:
-        """Whether it was still in its line."""
+        """Remove a ticket from its line, and return whether it was still there."""
         line = self._lines.get(ticket.task, [])
-        place = bisect_left(line, ticket.order, key=_order)
-        if place == len(line) or line[place] is not ticket:
+        index = bisect_left(line, ticket.order, key=_order)
+        if index == len(line) or line[index] is not ticket:
             return False
-        del line[place]
+        del line[index]
         if not line:
             del self._lines[ticket.task]
         return True
 
-    def window(self, most: int) -> Window | None:
-        """Wait for tickets and look at those whose turn it is; tickets that have expired are told so.
+    def window(self, max_tickets: int) -> Window | None:
+        """Wait for tickets and return those that run next. Fail expired tickets with :class:`Expired`.
 
         Args:
-            most: tickets at most.
+            max_tickets: maximum number of tickets.
 
         Returns:
-            Tickets of one task; or None when the queue is closed and empty.
+            Tickets of one task, or None if the queue is closed and empty.
         """
         while True:
             with self._changed:
@@ -209,14 +210,12 @@ class PullQueue:
                 if self._lines:
                     task = min(self._lines, key=self._turn)
                     self._virtual = self._served[task]
-                    window = Window(self._lines[task][:most], sum(map(len, self._lines.values())))
+                    window = Window(self._lines[task][:max_tickets], sum(map(len, self._lines.values())))
                 ended = self._closed and window is None
             for ticket in expired:
                 waited = self.clock() - ticket.queued
                 ticket.future.set_exception(
-                    Expired(
-                        f"the deadline passed after {waited:.3f} s in the queue; ask again later, or allow more time"
-                    )
+                    Expired(f"the deadline passed after {waited:.3f} s in the queue; retry later, or allow more time")
                 )
             if window is not None or ended:
                 return window
@@ -239,13 +238,13 @@ class PullQueue:
         return late
 
     def claim(self, tickets: Sequence[Ticket]) -> list[Ticket]:
-        """Take tickets out of the queue to run them.
+        """Remove tickets from the queue to run them.
 
         Args:
-            tickets: of a window.
+            tickets: tickets of a window.
 
         Returns:
-            Those that still waited; they cannot be cancelled any more.
+            The tickets that were still waiting. They can no longer be cancelled.
         """
         with self._changed:
             return [
@@ -253,18 +252,18 @@ class PullQueue:
             ]
 
     def charge(self, task: Task, seconds: float) -> None:
-        """Book time of the device on a task."""
+        """Charge device time to a task."""
         with self._changed:
             self._served[task] = self._served.get(task, 0.0) + seconds
 
     def close(self) -> None:
-        """Refuse new tickets; those that wait can still be taken."""
+        """Refuse new tickets. Waiting tickets can still be claimed."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def clear(self) -> list[Ticket]:
-        """Take out all that wait, without the cancelled ones."""
+        """Remove all waiting tickets, and return those that are not cancelled."""
         with self._changed:
             tickets = [ticket for line in self._lines.values() for ticket in line]
             self._lines.clear()

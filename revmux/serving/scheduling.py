@@ -1,8 +1,8 @@
-"""Who rides with whom: from the inputs that were taken to groups and forward passes. Arithmetic only, no tensors.
+"""Form groups and forward passes from waiting inputs. Arithmetic only, no tensors.
 
-Costs are in units of one plain input. A route is one way to run inputs: alone through the plain model, alone with an
-exit head, or in groups of N. Each route that may run is cheaper an input than the ones before it, and the queue decides
-how far to go.
+The unit of cost is one input in the plain model. A route is one way to run inputs: alone through the plain model, alone
+with an exit head, or in groups of N. Routes are ordered by width, each with a lower cost per input than the one before.
+The number of waiting inputs decides up to which route the inputs may use them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from revmux.methods import Siso
 
 @dataclass(frozen=True)
 class Route:
-    """One way to run inputs, as the scheduler sees it.
+    """One way to run inputs.
 
     Attributes:
         width: N; 1 is the plain model or an exit head.
-        stem: routes with the same stem share the layers below the cut, and so a forward pass.
-        alone: cost of each distinct input before the shared part.
-        shared: cost of one group's shared part, however many of its slots hold distinct inputs.
+        stem: name of the prefill. Groups of routes with the same stem can share one forward pass.
+        alone: cost per distinct input of the layers that run before inputs are combined.
+        shared: cost per group of the layers that run after, regardless of the number of distinct inputs in its slots.
         method: name of the method; ``siso`` is the plain model.
     """
 
@@ -34,7 +34,7 @@ class Route:
 
     @property
     def per_input(self) -> float:
-        """Cost of an input in a full group."""
+        """Cost per input in a full group."""
         return self.alone + self.shared / self.width
 
     def group_cost(self, members: int) -> float:
@@ -42,7 +42,7 @@ class Route:
         return members * self.alone + self.shared
 
     def within(self, max_multiplex: int | None) -> bool:
-        """Whether a bound on the width admits the route: 1 demands the plain model, None admits everything."""
+        """Whether a limit on the width allows this route: 1 allows only the plain model, None allows every route."""
         return self == PLAIN or admits(max_multiplex, self.width)
 
 
@@ -50,17 +50,17 @@ PLAIN = Route(width=1, stem="plain", alone=1.0, shared=0.0, method=Siso.name)
 
 
 def admits(max_multiplex: int | None, num_inputs: int) -> bool:
-    """Whether a bound on the width admits an adapter of N = ``num_inputs``; 1 admits none, not even an exit head."""
+    """Whether a limit on the width allows an adapter of N = ``num_inputs``; 1 allows none, not even an exit head."""
     return max_multiplex is None or 1 < max_multiplex >= num_inputs
 
 
 @dataclass(frozen=True)
 class Group:
-    """Inputs that share a pass.
+    """Inputs that run together in the N slots of one group.
 
     Attributes:
-        route: how they run.
-        members: indices of 1..N distinct inputs; where fewer than N, they fill the remaining slots again.
+        route: the route of the group.
+        members: indices of 1..N distinct inputs. If there are fewer than N, they repeat to fill the remaining slots.
     """
 
     route: Route
@@ -74,11 +74,11 @@ class Group:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Groups that run together, below the cut as one batch.
+    """Groups that run together and are prefilled as one batch.
 
     Attributes:
-        stem: what they share, see :class:`Route`.
-        groups: of one or several widths.
+        stem: the stem of their routes, see :class:`Route`.
+        groups: groups of one or several widths.
     """
 
     stem: str
@@ -86,16 +86,16 @@ class ForwardPass:
 
 
 def useful_routes(routes: Sequence[Route]) -> list[Route]:
-    """The plain route and those of adapters that are cheaper an input than every narrower one, narrowest first.
+    """Return the plain route and each route with a lower cost per input than all narrower ones, narrowest first.
 
     Raises:
-        UserError: two adapters of one width.
+        UserError: two adapters have the same width.
     """
     kept = [PLAIN]
     widths: set[int] = set()
     for route in sorted(routes, key=lambda route: route.width):
         if route.width in widths:
-            raise UserError(f"two adapters serve N = {route.width}; name one for each N")
+            raise UserError(f"two adapters serve N = {route.width}; give one adapter for each N")
         widths.add(route.width)
         if route.per_input < kept[-1].per_input:
             kept.append(route)
@@ -103,49 +103,50 @@ def useful_routes(routes: Sequence[Route]) -> list[Route]:
 
 
 def choose_routes(waiting: int, routes: Sequence[Route], plain_load: float) -> list[Route]:
-    """As many routes, from the plain one on, as bring the cost of all that waits to ``plain_load`` plain inputs, or all.
+    """Return the routes up to the first one that brings the cost of all waiting inputs down to ``plain_load``, or all.
 
     Args:
-        waiting: inputs in the queue, those included that are about to run.
-        routes: as :func:`useful_routes` gives them.
-        plain_load: in plain inputs.
+        waiting: number of waiting inputs, including those that are about to run.
+        routes: routes from :func:`useful_routes`.
+        plain_load: cost in plain inputs.
     """
-    for place, route in enumerate(routes, 1):
+    for count, route in enumerate(routes, 1):
         if waiting * route.per_input <= plain_load:
-            return list(routes[:place])
+            return list(routes[:count])
     return list(routes)
 
 
 def form_groups(lengths: Sequence[int], caps: Sequence[int | None], routes: Sequence[Route]) -> list[Group]:
-    """Every input into one group of the cheapest route that it admits, with others of like length.
+    """Put every input into one group of the cheapest route that it allows, together with inputs of similar length.
 
-    The longest share a group first, since a group pays for its longest member. Inputs that are left over at one
-    width fill a group with themselves, or go on to the narrower widths, whichever is counted cheaper.
+    Inputs are grouped from the longest to the shortest, because the longest member determines the cost of a group. If
+    the remaining inputs of a width do not fill a group, they repeat to fill it or move to narrower widths, whichever
+    costs less.
 
     Args:
-        lengths: tokens of each input.
-        caps: what each input allows, see :meth:`Route.within`.
-        routes: as :func:`choose_routes` gives them.
+        lengths: tokens per input.
+        caps: widest group that each input allows, see :meth:`Route.within`.
+        routes: routes from :func:`choose_routes`.
     """
     best = [[route for route in routes if route.within(cap)][-1] for cap in caps]
     groups: list[Group] = []
     demoted: list[int] = []
-    for place in range(len(routes) - 1, -1, -1):
-        route = routes[place]
-        members = demoted + [index for index, own in enumerate(best) if own == route]
+    for position in range(len(routes) - 1, -1, -1):
+        route = routes[position]
+        members = demoted + [index for index, chosen in enumerate(best) if chosen == route]
         members.sort(key=lambda index: -lengths[index])
         left = len(members) % route.width
         full = len(members) - left
         groups += [Group(route, tuple(members[start : start + route.width])) for start in range(0, full, route.width)]
         demoted = members[full:]
-        if left and route.group_cost(left) < _narrow_cost(left, routes[:place]):
+        if left and route.group_cost(left) < _narrow_cost(left, routes[:position]):
             groups.append(Group(route, tuple(demoted)))
             demoted = []
     return groups
 
 
 def _narrow_cost(inputs: int, routes: Sequence[Route]) -> float:
-    """The least that ``inputs`` inputs cost in groups of these routes."""
+    """Return the lowest cost of ``inputs`` inputs in groups of these routes."""
     cost = [0.0]
     for count in range(1, inputs + 1):
         cost.append(
@@ -165,13 +166,13 @@ def next_pass(
     plain_load: float,
     max_tokens: int,
 ) -> ForwardPass:
-    """The forward pass that the first of the inputs rides in; the others may wait for the next one.
+    """Return the forward pass that contains the first input. Other inputs may wait for a later pass.
 
     Args:
-        lengths: tokens of each input, in the order of their turns.
-        caps: what each allows, see :meth:`Route.within`.
-        waiting: inputs in the queue, those of other tasks included.
-        routes: as :func:`useful_routes` gives them.
+        lengths: tokens per input, in the order in which the inputs should run.
+        caps: widest group that each input allows, see :meth:`Route.within`.
+        waiting: number of waiting inputs, including those of other tasks.
+        routes: routes from :func:`useful_routes`.
         plain_load: see :func:`choose_routes`.
         max_tokens: see :func:`form_passes`.
     """
@@ -181,12 +182,12 @@ def next_pass(
 
 
 def form_passes(groups: Sequence[Group], lengths: Sequence[int], max_tokens: int) -> list[ForwardPass]:
-    """Groups into forward passes: one stem each, like lengths, padding at most doubles them.
+    """Combine groups into forward passes with one stem each. Padding at most doubles the length of a group.
 
     Args:
-        groups: as :func:`form_groups` gives them.
-        lengths: tokens of each input.
-        max_tokens: inputs times longest input that one pass may hold; one group always may run.
+        groups: groups from :func:`form_groups`.
+        lengths: tokens per input.
+        max_tokens: maximum number of tokens per pass, including padding. A single group may always run.
     """
     passes = []
     for stem in dict.fromkeys(group.route.stem for group in groups):
@@ -195,12 +196,12 @@ def form_passes(groups: Sequence[Group], lengths: Sequence[int], max_tokens: int
         batch: list[Group] = []
         inputs = longest = 0
         for group in same:
-            own = max(lengths[index] for index in group.members)
-            if batch and ((inputs + len(group.members)) * longest > max_tokens or 2 * own < longest):
+            length = max(lengths[index] for index in group.members)
+            if batch and ((inputs + len(group.members)) * longest > max_tokens or 2 * length < longest):
                 passes.append(ForwardPass(stem, tuple(batch)))
                 batch, inputs = [], 0
             if not batch:
-                longest = own
+                longest = length
             batch.append(group)
             inputs += len(group.members)
         if batch:

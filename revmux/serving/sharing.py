@@ -1,4 +1,4 @@
-"""Task models that hold the same weights keep one copy of them in memory."""
+"""Keep one copy in memory of the weights that several task models have in common."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from revmux.backbone import Backbone
 
 
 def share_weights(backbone: Backbone, others: Iterable[Backbone]) -> int:
-    """Let a frozen backbone use the tensors of others wherever they are equal, value by value.
+    """Replace the tensors of a frozen backbone by those of other backbones that have the same name and equal values.
 
-    Two prompts on one language model share all of it; task models that were tuned above their lowest layers share
-    these; models that have nothing in common stay as they are.
+    Two prompts on one language model share all weights. Task models that were tuned only in their upper layers share
+    the lower ones. Other models remain unchanged.
 
     Args:
-        backbone: keeps its own tensors where no other has the same; frozen, and on its device.
+        backbone: frozen, and on its device. It keeps the tensors that no other backbone has.
         others: frozen.
 
     Returns:
-        Bytes of the backbone that are shared.
+        Number of bytes of the backbone that are shared.
     """
     shared = 0
     for other in others:
-        theirs = {name: tensor for name, _, _, tensor in _tensors(other)}
-        for name, owner, key, own in list(_tensors(backbone)):
-            same = theirs.get(name)
-            if same is None or not _equal(own, same):
+        candidates = {name: tensor for name, _, _, tensor in _tensors(other)}
+        for name, owner, key, tensor in list(_tensors(backbone)):
+            candidate = candidates.get(name)
+            if candidate is None or not _equal(tensor, candidate):
                 continue
-            shared += own.numel() * own.element_size()
-            if own is not same:
-                setattr(owner, key, same)
+            shared += tensor.numel() * tensor.element_size()
+            if tensor is not candidate:
+                setattr(owner, key, candidate)
     return shared
 
 
-def _equal(own: Tensor, other: Tensor) -> bool:
-    like = (own.shape, own.dtype, own.device) == (other.shape, other.dtype, other.device)
-    return like and (own is other or torch.equal(own, other))
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    comparable = (tensor.shape, tensor.dtype, tensor.device) == (other.shape, other.dtype, other.device)
+    return comparable and (tensor is other or torch.equal(tensor, other))
 
 
 def _tensors(backbone: Backbone) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every parameter and buffer with the module that holds it."""
+    """Yield every parameter and buffer: full name, owning module, name in the module, tensor."""
     for prefix, module in backbone.named_modules():
         for kind in (module._parameters, module._buffers):
             for key, tensor in kind.items():

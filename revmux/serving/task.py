@@ -1,4 +1,4 @@
-"""A named task: a frozen task model, and the line-up of adapters that requests may ride with at the moment."""
+"""A named task: a frozen task model, and the line-up of adapters that requests currently use."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from revmux.serving.scheduling import Route, admits, useful_routes
 
 @dataclass(frozen=True)
 class Lineup:
-    """Adapters of one task at one time; a forward pass keeps the one that it was scheduled with.
+    """The adapters of one task at one time. A forward pass keeps the line-up that it was scheduled with.
 
     Attributes:
-        adapters: loaded, narrowest first, one for each N.
-        thresholds: by N, the confidence below which an answer falls back; N without one never does.
+        adapters: loaded adapters, one for each N, narrowest first.
+        thresholds: confidence by N below which an answer falls back. Answers of an N without an entry never do.
     """
 
     adapters: tuple[LoadedAdapter, ...]
@@ -33,17 +33,17 @@ class Lineup:
 
     @cached_property
     def models(self) -> dict[int, MultiplexedClassifier]:
-        """The adapters on the backbone, by N."""
+        """The backbone with each adapter, by N."""
         return {adapter.route.width: adapter.model for adapter in self.adapters}
 
     @cached_property
     def routes(self) -> list[Route]:
-        """The ways that inputs may run, from the plain model to the cheapest."""
+        """The routes that inputs may use, from the plain model to the one with the lowest cost per input."""
         return useful_routes([adapter.route for adapter in self.adapters])
 
     @property
     def widest(self) -> int:
-        """The largest N that may run."""
+        """The largest N that inputs may use."""
         return self.routes[-1].width
 
 
@@ -51,24 +51,24 @@ class Task:
     """One task of an engine.
 
     Args:
-        name: by which requests ask for it.
-        pretrained: its frozen task model, on the device where it is to run.
-        adapters: adapter folders trained on it, one for each N.
-        limits: of the engine.
-        max_length: tokens that an input may have; None is what all adapters were trained with.
-        threshold: confidence below which an answer falls back to the plain model, for all adapters; None is each
-            adapter's own, 0 switches it off.
+        name: name of the task in requests.
+        pretrained: the frozen task model, on the device where it runs.
+        adapters: adapter folders trained on this model, one for each N.
+        limits: limits of the engine.
+        max_length: maximum number of tokens per input; None is the length that all adapters were trained with.
+        threshold: confidence below which an answer falls back to the plain model, for all adapters. None uses each
+            adapter's own threshold, 0 disables the fallback.
 
     Attributes:
-        lineup: what requests may ride with now.
-        label_names: classes in the order of the scores.
-        encoder: text to tokens.
-        probe_tokens: of the text that asks for the model's health.
-        padder: a tokenizer for the model's thread alone.
+        lineup: the adapters that requests currently use.
+        label_names: names of the classes, in the order of the scores.
+        encoder: converts texts to tokens.
+        probe_tokens: tokens of the text for health checks.
+        padder: a tokenizer for use by the model's thread only.
 
     Raises:
-        UserError: an adapter that does not fit, two of one N, a threshold that an adapter cannot serve, or limits too
-            small for one group.
+        UserError: an adapter does not fit, two adapters have the same N, an adapter does not support the threshold, or
+            the limits are too small for one group.
     """
 
     def __init__(
@@ -98,62 +98,63 @@ class Task:
         self.padder = copy.deepcopy(pretrained.tokenizer)
 
     def load(self, folder: str | Path) -> LoadedAdapter:
-        """Take an adapter into the line-up, in the place of the one with the same N.
+        """Add an adapter to the line-up, or replace the one with the same N.
 
-        Groups that are in flight finish with the line-up that they were scheduled with.
+        Groups that are already running finish with the line-up that they were scheduled with.
 
         Raises:
-            UserError: it does not fit the task model, the limits or the length that the task takes.
+            UserError: the adapter does not fit the task model, the limits or the task's maximum length.
         """
         before = self.lineup.adapters
         self.lineup = self.lineup_with([folder])
         return next(adapter for adapter in self.lineup.adapters if adapter not in before)
 
     def lineup_with(self, load: Sequence[str | Path] = (), retire: Collection[int] = ()) -> Lineup:
-        """The line-up with some adapters more, each in the place of the one with the same N, and without others.
+        """Build a line-up with some adapters added or replaced by N, and others removed.
 
-        Nothing changes before it is put in the place of :attr:`lineup`.
+        The result takes effect when the caller assigns it to :attr:`lineup`.
 
         Args:
             load: adapter folders.
-            retire: N of the adapters that go.
+            retire: N of the adapters to remove.
 
         Raises:
-            UserError: an adapter does not fit the task model, the limits or the length that the task takes.
+            UserError: an adapter does not fit the task model, the limits or the task's maximum length.
         """
         loaded = load_adapters(load, self.pretrained)
-        most = self.limits.max_multiplex
+        limit = self.limits.max_multiplex
         for adapter in loaded:
-            if not admits(most, adapter.route.width):
+            if not admits(limit, adapter.route.width):
                 raise UserError(
-                    f"adapter {adapter.folder!r} serves N = {adapter.route.width}, but max_multiplex is {most}; raise it"
+                    f"adapter {adapter.folder!r} serves N = {adapter.route.width}, but max_multiplex is {limit}; "
+                    "raise max_multiplex"
                 )
-        gone = {adapter.route.width for adapter in loaded} | set(retire)
-        kept = [adapter for adapter in self.lineup.adapters if adapter.route.width not in gone]
+        dropped = {adapter.route.width for adapter in loaded} | set(retire)
+        kept = [adapter for adapter in self.lineup.adapters if adapter.route.width not in dropped]
         lineup = self._lineup([*kept, *loaded])
         self._check(lineup)
         return lineup
 
     def retire(self, num_inputs: int) -> LoadedAdapter:
-        """Take the adapter of an N out of the line-up; groups in flight finish with it.
+        """Remove the adapter with this N from the line-up. Groups that are already running finish with it.
 
         Raises:
-            UserError: there is none of this N.
+            UserError: there is no adapter with this N.
         """
-        gone = [adapter for adapter in self.lineup.adapters if adapter.route.width == num_inputs]
-        if not gone:
+        retired = [adapter for adapter in self.lineup.adapters if adapter.route.width == num_inputs]
+        if not retired:
             known = ", ".join(str(width) for width in self.lineup.models) or "none"
             raise UserError(f"task {self.name!r} has no adapter of N = {num_inputs}; loaded: {known}")
-        self.lineup = self._lineup([adapter for adapter in self.lineup.adapters if adapter not in gone])
-        return gone[0]
+        self.lineup = self._lineup([adapter for adapter in self.lineup.adapters if adapter not in retired])
+        return retired[0]
 
     def _lineup(self, adapters: Sequence[LoadedAdapter]) -> Lineup:
         thresholds: dict[int, float] = {}
         for adapter in adapters:
-            own = adapter.config.fallback_threshold if self.threshold is None else self.threshold
-            check_threshold(own or 0.0, adapter.model.method, adapter.folder)
-            if own:
-                thresholds[adapter.route.width] = own
+            threshold = adapter.config.fallback_threshold if self.threshold is None else self.threshold
+            check_threshold(threshold or 0.0, adapter.model.method, adapter.folder)
+            if threshold:
+                thresholds[adapter.route.width] = threshold
         return Lineup(tuple(sorted(adapters, key=lambda adapter: adapter.route.width)), thresholds)
 
     def _longest(self, lineup: Lineup) -> int:
@@ -161,19 +162,19 @@ class Task:
         return self.backbone.max_length - added
 
     def _check(self, lineup: Lineup) -> None:
-        most, length, limits = self._longest(lineup), self.max_length, self.limits
-        if not 2 <= length <= most:
+        longest, length, limits = self._longest(lineup), self.max_length, self.limits
+        if not 2 <= length <= longest:
             raise UserError(
-                f"max_length of task {self.name!r} is {length}; its backbone with these adapters takes 2..{most}"
+                f"max_length of task {self.name!r} is {length}; its backbone and adapters allow 2..{longest}"
             )
         if lineup.widest > limits.max_batch or lineup.widest * length > limits.max_batch_tokens:
             raise UserError(
                 f"one group of {lineup.widest} inputs of {length} tokens exceeds max_batch ({limits.max_batch}) or "
-                f"max_batch_tokens ({limits.max_batch_tokens}); raise these, or lower max_multiplex or max_length"
+                f"max_batch_tokens ({limits.max_batch_tokens}); raise that limit, or lower max_multiplex or max_length"
             )
 
 
 def _pairs(lineup: Lineup) -> bool | None:
-    """Whether adapters were trained on pairs of texts; None where none of them records it."""
+    """Whether the adapters were trained on pairs of texts; None if no adapter records it."""
     recorded = (adapter.config.task.get("pairs") for adapter in lineup.adapters)
     return next((pairs for pairs in recorded if isinstance(pairs, bool)), None)
