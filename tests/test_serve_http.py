@@ -440,7 +440,7 @@ def test_the_log_reports_the_cost_of_each_adapter_and_warns_above_the_limit(
     assert f"adapter {str(folder)!r} (N = 2, revmux): " in record.getMessage()
     assert said in record.getMessage()
     if level == "WARNING":
-        assert "set a threshold to fall back, or leave this adapter out" in record.getMessage()
+        assert "Set a threshold for the fallback, or remove this adapter" in record.getMessage()
 
 
 def test_an_update_with_one_bad_adapter_changes_nothing(tasks: dict[str, Any], tmp_path: Path) -> None:
@@ -679,7 +679,7 @@ def test_adapters_and_tasks_can_be_changed_while_requests_are_answered(tasks: di
             assert "not an adapter folder" in httpx.get(f"{url}/info").json()["update_error"]
             assert widths(url) == [1, 2, 4]
             service.update(_live({"mood": mood.model_copy(update={"model": topic.model})}))
-            assert "is served with model" in httpx.get(f"{url}/info").json()["update_error"]
+            assert "is already served with model" in httpx.get(f"{url}/info").json()["update_error"]
             replaced = [*mood.adapters[:1], str(write_adapter(tmp_path, load(Path(mood.model)), 4, prefill_layers=2))]
             service.update(_live({"mood": mood.model_copy(update={"adapters": replaced})}))
             assert service.update_error is None

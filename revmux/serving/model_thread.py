@@ -33,7 +33,8 @@ class ModelThread:
         queue: the queue of tickets.
         metrics: counts the passes.
         limits: limits of the engine.
-        threads: number of CPU threads of the model; None is the number that PyTorch uses in the thread that builds this object.
+        threads: number of CPU threads of the model; None is the number that PyTorch uses in the thread that calls the
+            constructor.
         on_pass: called with a report of every pass, after its answers are returned.
     """
 
