@@ -19,7 +19,7 @@ from serve_app.sources import is_mlflow
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "python -m serve_app") -> ServerConfig:
-    """The configuration from ``--config FILE.yaml`` and flags; flags win."""
+    """Read the configuration from ``--config FILE.yaml`` and flags. Flags override the file."""
     parser = Parser(prog=prog, description="Serve a frozen task model and its RevMUX adapters over HTTP.")
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the settings below. Flags override it."
@@ -40,10 +40,10 @@ def check_served(config: ServerConfig) -> None:
     """Check the models and the adapter folders before torch and Ray are imported.
 
     Raises:
-        UserError: a folder that is missing or holds no model or no adapter.
+        UserError: a folder is missing, or does not contain a model or an adapter.
     """
     for task in config.served.values():
-        # An adapter may record the prompt that the model answers by.
+        # If there are adapters, they may record the prompt.
         check_model(BackboneConfig(task.model, prompt=task.prompt), needs_answers=not task.adapters)
         for adapter in task.adapters:
             if not is_mlflow(adapter):
@@ -51,7 +51,7 @@ def check_served(config: ServerConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m serve_app") -> int:
-    """Serve until interrupted; 0, or 2 after a mistake of the operator's."""
+    """Serve until interrupted. Return 0, or 2 after a user error."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("serve_app").setLevel(logging.INFO)
     try:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m serve_app") -
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    print(f"serving on {url}; Ctrl-C stops", flush=True)
+    print(f"serving on {url}; press Ctrl-C to stop", flush=True)
     stop.wait()
     shutdown()
     return 0

@@ -1,4 +1,4 @@
-"""What an operator sets, checked strictly: an unknown key is an error."""
+"""The server's settings. They are checked strictly: an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from revmux.errors import UserError
 from revmux.serving import Limits
 
 ONLY_TASK = "default"
-"""The name of the task where an operator describes only one."""
+"""The name of the task if the configuration describes only one."""
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_task_names(tasks: dict[str, Any]) -> dict[str, Any]:
-    """Tasks whose names can stand in a URL.
+    """Check that the names of the tasks can be part of a URL, and return the tasks.
 
     Raises:
-        ValueError: naming the first that cannot.
+        ValueError: a name cannot.
     """
     for name in tasks:
         if not TASK_NAME.fullmatch(name):
@@ -65,7 +65,7 @@ class _TaskSettings(_Strict):
 
 
 def absolute(name: str) -> str:
-    """A folder by its absolute path, any other name as it is: replicas run in directories of their own."""
+    """Return the absolute path of a folder, because replicas run in other directories. Return other names unchanged."""
     folder = Path(name).expanduser()
     return str(folder.resolve()) if folder.is_dir() else name
 
@@ -120,7 +120,7 @@ class Autoscaling(_Strict):
 
 
 class AppConfig(_TaskSettings):
-    """The application. The address that it listens on belongs to the Serve instance.
+    """Settings of the application. The address that it listens on is a setting of the Serve instance.
 
     Args:
         model: Frozen task model, if there is one task: a local folder with a trained classification head, or a Hugging Face
@@ -189,20 +189,20 @@ class AppConfig(_TaskSettings):
     def _one_or_several(self) -> AppConfig:
         if self.model is None:
             if not self.tasks:
-                raise ValueError("nothing to serve; name a model, or several tasks each with its model")
+                raise ValueError("nothing to serve; set model, or tasks with a model for each task")
             single = [name for name in _TaskSettings.model_fields if name in self.model_fields_set]
             if any(getattr(self, name) != _TaskSettings.model_fields[name].default for name in single):
-                raise ValueError(f"{', '.join(single)} describe a single task; write them under each of tasks")
+                raise ValueError(f"{', '.join(single)} apply to a single task; with tasks, set them for each task")
         elif self.tasks:
-            raise ValueError("model and tasks are both given; write the model under tasks too, or leave tasks out")
+            raise ValueError("model and tasks are both given; add the model to tasks, or omit tasks")
         return self
 
     @model_validator(mode="after")
     def _requests_fit_the_queue(self) -> AppConfig:
         if self.max_texts > self.max_queue:
             raise ValueError(
-                f"max_texts ({self.max_texts}) exceeds max_queue ({self.max_queue}), so the largest requests would never "
-                "find room; lower max_texts or raise max_queue"
+                f"max_texts ({self.max_texts}) exceeds max_queue ({self.max_queue}), so the largest requests would "
+                "always be refused; lower max_texts or raise max_queue"
             )
         return self
 
@@ -213,14 +213,14 @@ class AppConfig(_TaskSettings):
 
     @property
     def served(self) -> dict[str, TaskConfig]:
-        """The tasks by name, also where there is only one."""
+        """The tasks by name, even if there is only one."""
         if self.model is None:
             return dict(self.tasks)
-        own = {name: getattr(self, name) for name in _TaskSettings.model_fields}
-        return {ONLY_TASK: TaskConfig(model=self.model, **own)}
+        settings = {name: getattr(self, name) for name in _TaskSettings.model_fields}
+        return {ONLY_TASK: TaskConfig(model=self.model, **settings)}
 
     def limits(self) -> Limits:
-        """The engine's part of the bounds."""
+        """Return the limits that the engine enforces."""
         return Limits(
             self.max_multiplex,
             self.max_queue,
@@ -232,10 +232,10 @@ class AppConfig(_TaskSettings):
 
 
 class LiveConfig(_Strict):
-    """What may change while replicas run, Serve's ``user_config``.
+    """Settings that can change while replicas run: Serve's ``user_config``.
 
     Args:
-        tasks: all tasks that are to be served from now on.
+        tasks: all tasks to serve.
     """
 
     tasks: dict[str, TaskConfig] = Field(min_length=1)
@@ -247,10 +247,10 @@ class LiveConfig(_Strict):
 
 
 def live_tasks(user_config: Any) -> dict[str, TaskConfig]:
-    """The tasks of Serve's ``user_config``.
+    """Return the tasks of Serve's ``user_config``.
 
     Raises:
-        UserError: an unknown key or an illegal value, on one line.
+        UserError: a key is unknown or a value is illegal.
     """
     try:
         return LiveConfig.model_validate(user_config).tasks
@@ -259,7 +259,7 @@ def live_tasks(user_config: Any) -> dict[str, TaskConfig]:
 
 
 class ServerConfig(AppConfig):
-    """The application, and the address that it listens on.
+    """Settings of the application, and the address that it listens on.
 
     Args:
         host: Interface to listen on. 127.0.0.1 accepts connections from this machine only, 0.0.0.0 from every machine that
@@ -272,10 +272,10 @@ class ServerConfig(AppConfig):
 
 
 def server_config(**settings: Any) -> ServerConfig:
-    """A checked configuration.
+    """Build and check the server's configuration.
 
     Raises:
-        UserError: an unknown key or an illegal value, on one line.
+        UserError: a key is unknown or a value is illegal.
     """
     try:
         return ServerConfig(**settings)
@@ -286,7 +286,7 @@ def server_config(**settings: Any) -> ServerConfig:
 
 
 def explain(error: ValidationError) -> str:
-    """What pydantic found, on one line: places and reasons."""
+    """Return pydantic's errors on one line, each with its location and reason."""
     return "; ".join(
         ": ".join(filter(None, [".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")]))
         for found in error.errors()

@@ -1,4 +1,4 @@
-"""Live requests in groups: a queue that the model pulls from, group widths chosen by what waits, answers by futures."""
+"""Answer live requests in groups: a queue that the model pulls from, and group widths chosen by the queue's depth."""
 
 from typing import TYPE_CHECKING
 
