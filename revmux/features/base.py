@@ -1,4 +1,4 @@
-"""What training and evaluation read of an input: its tokens or its prefilled state, label, and teacher."""
+"""The features of an input that training and evaluation use: tokens or prefilled state, label, and teacher."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from revmux.backbone import HiddenState, TokenBatch
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """B inputs.
+    """The features of B inputs.
 
     Attributes:
         labels: (B,) long.
-        tokens: each (B, S); what :meth:`MultiplexedClassifier.run_tokens` takes. None where states are stored.
-        prefilled: states (B, S, d) at depth l; None where the prefill is to be computed.
-        teacher_vectors: (B, r), what the plain model's classifier reads; None without a teacher.
+        tokens: each (B, S), for :meth:`MultiplexedClassifier.run_tokens`; None if states are stored.
+        prefilled: states (B, S, d) at depth l; None if the model computes the prefill.
+        teacher_vectors: (B, r), the input of the plain model's classifier; None without a teacher.
         teacher_scores: (B, C), the plain model's label scores; None without a teacher.
     """
 
@@ -31,11 +31,11 @@ class FeatureBatch:
 
 
 class Features(Protocol):
-    """A split that can be asked for any rows.
+    """The features of a split, with access to any rows.
 
     Attributes:
         labels: (M,) long.
-        lengths: (M,) long, tokens an input.
+        lengths: (M,) long, tokens per input.
     """
 
     labels: Tensor
@@ -44,5 +44,5 @@ class Features(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
-        """The rows asked for, on the model's device, padded to the longest of them."""
+        """The given rows, on the model's device, padded to the longest of them."""
         ...

@@ -1,4 +1,4 @@
-"""How large a store will be, before a byte of it is written."""
+"""Prediction of the size of a store."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def predict_size(split: TokenizedSplit, backbone: Backbone, dtype: torch.dtype, 
 
     Args:
         split: the tokens.
-        backbone: whose widths count.
+        backbone: the backbone, which determines the widths.
         dtype: type of the states on disk.
-        prompt_length: states that an input has beyond its tokens, as a soft prompt brings them.
+        prompt_length: states per input besides those of its tokens, such as those of a soft prompt.
     """
     states = int(split.lengths.sum()) + prompt_length * len(split)
     return StoreSize(

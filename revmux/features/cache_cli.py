@@ -1,4 +1,4 @@
-"""What the feature cache holds, and how to be rid of it."""
+"""Listing and removal of the stores in the feature cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StoreInfo:
         inputs: inputs of the split.
         tokens: tokens of the split.
         contents: what is stored, such as ``teacher`` and ``layer-003-float16``.
-        losses: what each layer lost by its type on disk, as far as it was written and loses anything.
+        losses: the precision loss of each layer whose type on disk is narrower than the backbone's.
         bytes: size on disk.
     """
 
@@ -40,11 +40,11 @@ class StoreInfo:
 
 
 def list_stores(root: str | None = None, filesystem: FileSystem | None = None) -> list[StoreInfo]:
-    """Every store under a root, the largest first.
+    """All stores under a root, the largest first.
 
     Args:
-        root: folder or URI of the stores; by default the user's cache.
-        filesystem: where ``root`` is a path, if not on the local disk.
+        root: folder or URI of the stores. By default, the user's cache.
+        filesystem: the filesystem of the path ``root``. By default, the local disk.
     """
     place = Place.open(root or default_root(), filesystem)
     stores = []
@@ -63,19 +63,19 @@ def list_stores(root: str | None = None, filesystem: FileSystem | None = None) -
 def remove_stores(
     keys: Sequence[str], root: str | None = None, everything: bool = False, filesystem: FileSystem | None = None
 ) -> list[StoreInfo]:
-    """Remove stores; nothing but stores is ever touched.
+    """Remove stores. No other files are removed.
 
     Args:
-        keys: names of stores, or beginnings that fit one store each.
-        root: folder or URI of the stores; by default the user's cache.
-        everything: remove all stores in place of naming them.
-        filesystem: where ``root`` is a path, if not on the local disk.
+        keys: keys of stores, or unique prefixes of keys.
+        root: folder or URI of the stores. By default, the user's cache.
+        everything: whether to remove all stores, regardless of ``keys``.
+        filesystem: the filesystem of the path ``root``. By default, the local disk.
 
     Returns:
-        What was removed.
+        The removed stores.
 
     Raises:
-        UserError: a key that fits no store or several, no key at all, or a store that is being written.
+        UserError: a key matches no store or several stores, there is no key, or another process is writing a store.
     """
     stores = list_stores(root, filesystem)
     if not keys and not everything:
@@ -92,7 +92,7 @@ def ls(root: str | None = None) -> str:
     """List the feature stores, the largest first.
 
     Args:
-        root: folder or URI of the stores; by default the user's cache.
+        root: folder or URI of the stores. By default, the user's cache.
     """
     return format_stores(list_stores(root))
 
@@ -101,8 +101,8 @@ def rm(key: str, root: str | None = None) -> str:
     """Remove a feature store.
 
     Args:
-        key: the store's key, or a beginning that fits it alone; ``all`` removes every store.
-        root: folder or URI of the stores; by default the user's cache.
+        key: the store's key, or a unique prefix of it. ``all`` removes every store.
+        root: folder or URI of the stores. By default, the user's cache.
     """
     removed = remove_stores([] if key == "all" else [key], root, everything=key == "all")
     return "removed:\n" + format_stores(removed)

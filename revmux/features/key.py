@@ -1,4 +1,4 @@
-"""What a store depends on, hashed: change any ingredient and it is another store."""
+"""The key of a store: a hash of everything that determines its content."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _INERT = {
 
 
 def backbone_digest(backbone: Backbone) -> str:
-    """Hash of the weights as they are in memory, and of the configuration.
+    """Hash of the weights in memory and of the configuration.
 
-    The hash of the checkpoint's file is not enough: a head may be fresh, or the weights tuned since.
+    A hash of the checkpoint file is not enough, since the head may be new, or the weights may have been tuned.
     """
     digest = hashlib.blake2b(digest_size=16)
     config = {name: value for name, value in backbone.config.to_dict().items() if name not in _INERT}
@@ -42,7 +42,7 @@ def backbone_digest(backbone: Backbone) -> str:
 
 
 def tokens_digest(split: TokenizedSplit) -> str:
-    """Hash of all that the backbone reads of a split: data, template, tokenizer and max length show in it."""
+    """Hash of the token data of a split. It depends on the data, the template, the tokenizer and the maximum length."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{split.tokenizer.padding_side} {split.tokenizer.pad_token_id}".encode())
     digest.update(split.lengths.numpy().tobytes())
@@ -53,5 +53,5 @@ def tokens_digest(split: TokenizedSplit) -> str:
 
 
 def combine(ingredients: Mapping[str, Any]) -> str:
-    """One name, fit for a folder, for all ingredients together."""
+    """A hash of all ingredients that can serve as a folder name."""
     return hashlib.blake2b(json.dumps(ingredients, sort_keys=True).encode(), digest_size=12).hexdigest()

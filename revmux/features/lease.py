@@ -1,4 +1,4 @@
-"""Mutual exclusion on filesystems without locks: a file that names its holder and must be renewed."""
+"""Mutual exclusion on filesystems without locks, by a file that records its holder and must be renewed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _log = logging.getLogger(__name__)
 class Lease:
     """A lease file.
 
-    Object stores have no atomic creation, so this is a best effort: two processes that start within
-    ``settle`` seconds of each other's write could both go on. They would then write equal files twice.
+    Object stores have no atomic creation, so this is best effort. If two processes write the file within ``settle``
+    seconds, both may continue. They would then write identical files.
 
     Args:
-        filesystem: where the file is.
-        path: its path.
-        lifetime: seconds after which a lease that was not renewed counts as left behind.
-        settle: seconds between writing the file and reading who won.
-        poll: seconds between two looks at another's lease.
-        sleep: waits so many seconds.
-        now: seconds since the epoch.
+        filesystem: the filesystem of the file.
+        path: path of the file.
+        lifetime: seconds after which a lease that was not renewed expires.
+        settle: seconds between writing the file and reading its holder.
+        poll: seconds between two checks of another process's lease.
+        sleep: function that waits N seconds.
+        now: function that returns the seconds since the epoch.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Lease:
         self.holder = uuid.uuid4().hex
 
     def acquire(self, wait: bool = True) -> bool:
-        """Take the lease, waiting for another's to end if told so; says whether it was taken."""
-        told = False
+        """Acquire the lease. If another process holds it, wait, or return False if ``wait`` is False."""
+        logged = False
         while True:
             other = self._read()
             if other is None or self.now() - other["renewed"] > self.lifetime:
@@ -59,14 +59,14 @@ class Lease:
                     return True
             elif not wait:
                 return False
-            if not told:
-                _log.warning("another process is writing, says %s; waiting for it", self.path)
-                told = True
+            if not logged:
+                _log.warning("another process is writing (lease file %s); waiting for it", self.path)
+                logged = True
             self.sleep(self.poll)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep the acquired lease from running out, by a thread of its own, and give it back in the end."""
+        """Renew the acquired lease in a background thread, and release it when the block ends."""
         done = threading.Event()
 
         def renew() -> None:
@@ -86,14 +86,14 @@ class Lease:
             self.release()
 
     def renew(self) -> None:
-        """Say that the holder is alive."""
+        """Write the current time to the lease file."""
         if self._holds():
             self._write()
         else:
-            _log.warning("%s was taken by another process; both go on, and write the same files", self.path)
+            _log.warning("another process has acquired %s; both continue and write the same files", self.path)
 
     def release(self) -> None:
-        """Give the lease back."""
+        """Remove the lease file."""
         if self._holds():
             self.filesystem.delete_file(self.path)
 
@@ -110,7 +110,7 @@ class Lease:
                 return dict(json.loads(stream.read()))
         except FileNotFoundError:  # released just now
             return None
-        except ValueError:  # being written, just now or when its writer died
+        except ValueError:  # incomplete: it is being written, or its writer died
             return {"holder": "", "renewed": info.mtime.timestamp() if info.mtime else 0.0}
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""Features computed when they are asked for: nothing stored, the backbone runs for every batch."""
+"""Features that are computed per batch, without a store."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from revmux.features.base import FeatureBatch
 
 
 class OnlineFeatures:
-    """Tokens with, if wanted, the teacher computed on the spot.
+    """Tokens and, optionally, the teacher, computed per batch.
 
     Args:
         split: the tokens.
-        backbone: where batches go, and who the teacher is.
+        backbone: the teacher. Its device is the device of the batches.
         with_teacher: whether the plain model's answer is computed too, without gradients and in eval mode.
-        prefill_layers: l, where the teacher's pass hands over the states at that depth too, so that no layer runs
-            twice; None leaves the prefill to the model.
+        prefill_layers: l. The teacher's pass then also returns the states at depth l, so that no layer runs twice. With
+            None, the model computes the prefill.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How much of the memory-mapped shards a process keeps resident."""
+"""Limit on the resident memory of memory-mapped shards."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 RESIDENT_BYTES = 8 * 2**20
-"""About how much of one thing's shards stays resident in a process."""
+"""Approximate number of bytes of one shard set that stay resident in a process."""
 READ_AHEAD = 64 * 2**10
-"""What the kernel maps around the place that is read."""
+"""Bytes that the kernel maps around each read."""
 
 
 class MappedPages:
-    """Lets go of the pages of memory-mapped files after so many were read.
+    """Releases the pages of memory-mapped files once a certain number of bytes was read.
 
-    What a process has read of a mapped file counts as its memory until the kernel wants it back, which would be the
-    whole store after an epoch. Let go of, the pages stay in the kernel's cache, and reading them again costs little.
+    The pages that a process has read count as its memory until the kernel reclaims them. After an epoch, that would be
+    the whole store. Released pages stay in the kernel's page cache, so reading them again is cheap.
 
     Args:
-        files: whole files as they were mapped.
+        files: the mapped files, complete.
     """
 
     def __init__(self, files: Sequence[pa.Buffer]) -> None:
@@ -29,21 +29,21 @@ class MappedPages:
         self.touched = 0
 
     def touch(self, reads: int, size: int) -> None:
-        """Count ``reads`` reads of ``size`` bytes together."""
+        """Count ``reads`` reads with a total of ``size`` bytes."""
         self.touched += size + reads * READ_AHEAD
         if self.touched > RESIDENT_BYTES:
             self.release()
 
     def release(self) -> None:
-        """Let go of all pages now."""
+        """Release all pages."""
         self.touched = 0
         for file in self.files:
-            _let_go(file)
+            _release_pages(file)
 
 
-def _let_go(file: pa.Buffer) -> None:
+def _release_pages(file: pa.Buffer) -> None:
     advice = getattr(mmap, "MADV_DONTNEED", None)
-    if advice is not None:  # where the system knows no such advice, its own reclaim must do
+    if advice is not None:  # without this advice, the system reclaims the pages on its own
         _madvise(ctypes.c_void_p(file.address), ctypes.c_size_t(file.size), advice)
 
 

@@ -1,4 +1,4 @@
-"""A folder on a local disk or on any filesystem that pyarrow opens by URI: whole files, written all or nothing."""
+"""A folder on the local disk or on a filesystem that pyarrow opens by URI, with atomic writes of files."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _log = logging.getLogger(__name__)
 
 
 class Place:
-    """A folder.
+    """A folder on a filesystem.
 
     Args:
-        filesystem: where it is.
-        path: its path there.
+        filesystem: the filesystem.
+        path: path of the folder.
 
     Attributes:
         local: whether files can be memory-mapped.
@@ -40,14 +40,14 @@ class Place:
 
     @classmethod
     def open(cls, root: str, filesystem: FileSystem | None = None) -> Place:
-        """The folder that a path or URI names; it need not exist yet.
+        """The folder at a path or URI, which need not exist.
 
         Args:
             root: a local path, or a URI such as ``s3://bucket/features``.
-            filesystem: where ``root`` is a path, if not on the local disk.
+            filesystem: the filesystem of the path ``root``. By default, the local disk.
 
         Raises:
-            UserError: a URI that pyarrow cannot open.
+            UserError: pyarrow cannot open the URI.
         """
         if filesystem is not None:
             return cls(filesystem, root)
@@ -62,18 +62,18 @@ class Place:
             ) from None
 
     def child(self, name: str) -> Place:
-        """A folder inside."""
+        """A subfolder."""
         return Place(self.filesystem, f"{self.path}/{name}")
 
     def file(self, name: str) -> str:
-        """The path of a file inside."""
+        """The path of a file in the folder."""
         return f"{self.path}/{name}"
 
     def create(self) -> None:
-        """Make the folder and its parents.
+        """Create the folder and its parents.
 
         Raises:
-            UserError: it cannot be made.
+            UserError: the folder cannot be created.
         """
         try:
             self.filesystem.create_dir(self.path, recursive=True)
@@ -81,11 +81,11 @@ class Place:
             raise UserError(f"cannot write to {self.path} ({error}); choose another root for features") from None
 
     def files(self) -> list[str]:
-        """Names of the files inside, sorted."""
+        """Sorted names of the files in the folder."""
         return self._names(FileType.File)
 
     def folders(self) -> list[str]:
-        """Names of the folders inside, sorted."""
+        """Sorted names of the subfolders."""
         return self._names(FileType.Directory)
 
     def _names(self, kind: FileType) -> list[str]:
@@ -93,20 +93,20 @@ class Place:
         return sorted(info.base_name for info in infos if info.type == kind)
 
     def size(self) -> int:
-        """Bytes of all files inside, at any depth."""
+        """Total size in bytes of all files in the folder and its subfolders."""
         infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True, recursive=True))
         return sum(info.size for info in infos if info.type == FileType.File)
 
     def free(self) -> int:
-        """Free bytes on the local disk that holds this existing folder."""
+        """Free bytes on the local disk of the folder, which must exist."""
         return shutil.disk_usage(self.path).free
 
     def read(self, name: str) -> pa.Buffer | None:
-        """A file's bytes: memory-mapped where local, else read into memory; None if it is not there."""
+        """A file's content, memory-mapped if local, otherwise read into memory. None if the file does not exist."""
         path = self.file(name)
         if self.filesystem.get_file_info(path).type != FileType.File:
             return None
-        # A closed map keeps its pages for the buffers cut from it, without holding a file descriptor each.
+        # A closed map keeps its pages for the buffers that refer to it, but needs no file descriptor.
         with pa.memory_map(path) if self.local else self.filesystem.open_input_file(path) as stream:
             return stream.read_buffer()
 
@@ -119,10 +119,10 @@ class Place:
             return None
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write a whole file: under its own name it is complete and on the disk, or not there.
+        """Write a file atomically: it is either complete and on disk, or does not exist under its name.
 
         Raises:
-            UserError: it cannot be written, for want of space or of permission.
+            UserError: the file cannot be written, for example because of missing space or permissions.
         """
         temporary = self.file(f"{name}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
@@ -141,10 +141,10 @@ class Place:
             ) from None
 
     def copy(self, name: str, target: Place) -> None:
-        """Copy a file to another place, whole or not at all.
+        """Copy a file to another folder atomically.
 
         Raises:
-            UserError: it is gone, or cannot be written.
+            UserError: the file is missing, or the copy cannot be written.
         """
         data = self.read(name)
         if data is None:
@@ -153,30 +153,30 @@ class Place:
         target.write(name, data)
 
     def sweep(self) -> None:
-        """Remove what interrupted writers left unfinished; for the holder of the lock."""
+        """Remove unfinished files of interrupted writers. The caller must hold the lock."""
         for name in self.files():
             if name.endswith(TEMPORARY):
-                with suppress(FileNotFoundError):  # its writer has finished just now
+                with suppress(FileNotFoundError):  # its writer has just finished
                     self.remove_file(name)
 
     def remove_file(self, name: str) -> None:
-        """Remove a file inside."""
+        """Remove a file in the folder."""
         self.filesystem.delete_file(self.file(name))
 
     def remove(self, name: str) -> None:
-        """Remove a folder inside with all that it holds."""
+        """Remove a subfolder with its content."""
         self.filesystem.delete_dir(self.file(name))
 
     @contextmanager
     def exclusive(self, name: str, wait: bool = True) -> Iterator[None]:
-        """One holder at a time over all processes: a file lock where local, a lease file elsewhere.
+        """Hold a lock across processes: a file lock if local, otherwise a lease file.
 
         Args:
-            name: of the lock, a file in this folder.
-            wait: wait for another holder to finish.
+            name: name of the lock file in this folder.
+            wait: whether to wait if another process holds the lock.
 
         Raises:
-            UserError: another holds it and ``wait`` is False.
+            UserError: another process holds the lock and ``wait`` is False.
         """
         busy = UserError(f"{self.file(name)}: another process is writing there; wait until it has finished")
         if not self.local:

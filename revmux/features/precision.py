@@ -1,4 +1,4 @@
-"""What a narrower type on disk costs in precision."""
+"""The precision loss of a narrower type on disk."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Precision:
     """The loss of storing states in a narrower type.
 
     Attributes:
-        max_relative_error: the largest over tokens of ‖stored − true‖ / ‖true‖.
-        mean_relative_error: its mean over tokens.
-        changed: inputs whose label changes when the plain model goes on from the stored state.
-        inputs: inputs that were measured.
-        tokens: their tokens.
+        max_relative_error: maximum over tokens of ‖stored − true‖ / ‖true‖.
+        mean_relative_error: mean over tokens of the same ratio.
+        changed: number of inputs whose label changes if the plain model continues from the stored state.
+        inputs: number of measured inputs.
+        tokens: number of their tokens.
     """
 
     max_relative_error: float
@@ -34,7 +34,7 @@ class Precision:
 
     @classmethod
     def of(cls, parts: Sequence[Precision]) -> Precision:
-        """Of all inputs together that at least one part measured."""
+        """Combine the measurements of several parts."""
         tokens = sum(part.tokens for part in parts)
         return cls(
             max_relative_error=max(part.max_relative_error for part in parts),
@@ -52,13 +52,13 @@ class Precision:
 
 
 def noted_precision(notes: Sequence[Mapping[str, Any]]) -> Precision | None:
-    """What a layer lost, from what was noted of its shards; None where that is nothing."""
+    """The precision loss of a layer, from the notes of its shards. None if there is no loss."""
     parts = [Precision(**note) for note in notes if note]
     return Precision.of(parts) if parts else None
 
 
 def spread(rows: Sequence[int] | np.ndarray, count: int) -> list[int]:
-    """At most ``count`` of the rows, evenly spread over them."""
+    """At most ``count`` of the rows, evenly spaced."""
     places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64))
     return [int(row) for row in np.asarray(rows)[places]]
 
@@ -66,7 +66,7 @@ def spread(rows: Sequence[int] | np.ndarray, count: int) -> list[int]:
 def measure_precision(
     backbone: Backbone, split: TokenizedSplit, rows: Sequence[int], layer: int, dtype: torch.dtype, batch_size: int = 64
 ) -> Precision:
-    """Compare states at ``layer`` with what is left of them after a round trip through ``dtype``.
+    """Compare states at ``layer`` with the same states after conversion to ``dtype`` and back.
 
     Args:
         backbone: the cut model.
@@ -74,7 +74,7 @@ def measure_precision(
         rows: inputs to measure.
         layer: depth of the states.
         dtype: type of the states on disk.
-        batch_size: inputs a forward pass.
+        batch_size: inputs per forward pass.
     """
     parts = []
     with evaluating(backbone), torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Stored features as padded batches: the inner loop of training."""
+"""Padded batches of stored features, for the inner loop of training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from revmux.features.shards import ShardSet, fixed_values, ragged_values
 
 
 class RowIndex:
-    """Where each input lies.
+    """The shard and the row of each input.
 
     Args:
         shard_rows: row numbers of each shard.
 
     Attributes:
         shard: (M,) the shard of each input.
-        place: (M,) its row there.
+        place: (M,) the row of each input in its shard.
     """
 
     def __init__(self, shard_rows: list[np.ndarray]) -> None:
@@ -37,13 +37,13 @@ class RowIndex:
 
 
 class FixedRows:
-    """A column of equally wide rows over all shards; its values stay on disk until they are read."""
+    """A column of rows of equal width over all shards. The values stay on disk until they are read."""
 
     def __init__(self, shards: list[np.ndarray], index: RowIndex, pages: MappedPages) -> None:
         self.shards, self.index, self.pages = shards, index, pages
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """(B,) rows to (B, W)."""
+        """Read the given rows: (B,) to (B, W)."""
         taken = np.empty((len(rows), self.shards[0].shape[1]), self.shards[0].dtype)
         owners, places = self.index.shard[rows], self.index.place[rows]
         for shard in np.unique(owners):
@@ -54,13 +54,13 @@ class FixedRows:
 
 
 class RaggedRows:
-    """A column of rows of unequal length over all shards; its values stay on disk until they are read.
+    """A column of rows of different length over all shards. The values stay on disk until they are read.
 
     Args:
         shards: each shard's values (T, ...) and offsets (R + 1,).
         shard_rows: row numbers of each shard.
-        index: where each input lies.
-        pages: of the files that hold the shards.
+        index: the shard and row of each input.
+        pages: the pages of the shard files.
 
     Attributes:
         counts: (M,) tokens of each input.
@@ -82,12 +82,12 @@ class RaggedRows:
             self.counts[rows] = np.diff(offsets)
 
     def padded(self, rows: np.ndarray, pad_left: bool, pin: bool = False) -> Tensor:
-        """(B,) rows to (B, S, ...), zero where there is no token.
+        """Read the given rows as a padded batch: (B,) to (B, S, ...), zero at padding.
 
         Args:
             rows: the inputs.
-            pad_left: whether padding goes before the tokens.
-            pin: give page-locked memory, for copies to a GPU.
+            pad_left: whether padding comes before the tokens.
+            pin: whether to return page-locked memory, for copies to a GPU.
         """
         counts = self.counts[rows]
         length = int(counts.max())
@@ -96,7 +96,7 @@ class RaggedRows:
         batch = torch.empty(shape, dtype=getattr(torch, sample.dtype.name), pin_memory=pin)
         view = batch.numpy()
         where = zip(self.index.shard[rows].tolist(), self.starts[rows].tolist(), counts.tolist(), strict=True)
-        # An input's tokens are contiguous: one plain copy an input beats any gather by token.
+        # An input's tokens are contiguous, so one copy per input is faster than a gather per token.
         for target, (shard, start, count) in zip(view, where, strict=True):
             source = self.values[shard][start : start + count]
             if pad_left:
@@ -110,7 +110,7 @@ class RaggedRows:
 
 
 class TeacherReader:
-    """What is stored of each input once for all layers.
+    """The values that are stored once per input, for all layers.
 
     Args:
         shards: the teacher's shards.
@@ -130,24 +130,24 @@ class TeacherReader:
             for name in batches[0].schema.names
             if name not in self._fixed
         }
-        pages.release()  # what opening read
+        pages.release()  # the pages read so far
 
     def take(self, name: str, rows: np.ndarray) -> Tensor:
-        """``vectors`` (B, r), ``scores`` (B, C) or ``answer`` (B, A), counted from an input's first token."""
+        """``vectors`` (B, r), ``scores`` (B, C) or ``answer`` (B, A), positions relative to an input's first token."""
         return torch.from_numpy(self._fixed[name].take(rows))
 
     def padded(self, name: str, rows: np.ndarray, pad_left: bool) -> Tensor | None:
-        """``positions`` (B, S), ``segments`` (B, S) or ``spans`` (B, S, A); None where the family has none."""
+        """``positions`` (B, S), ``segments`` (B, S) or ``spans`` (B, S, A); None if the family has none."""
         return self._ragged[name].padded(rows, pad_left) if name in self._ragged else None
 
 
 class TeacherFeatures:
-    """Tokens with the stored teacher: the prefill is left to the model.
+    """Tokens and the stored teacher. The model computes the prefill.
 
     Args:
         split: the tokens and labels.
-        backbone: where batches go, and in which type.
-        teacher: its stored answers.
+        backbone: the backbone, which determines the device and type of the batches.
+        teacher: the stored teacher.
     """
 
     def __init__(self, split: TokenizedSplit, backbone: Backbone, teacher: TeacherReader) -> None:
@@ -172,12 +172,12 @@ class TeacherFeatures:
 
 
 class StoredFeatures(TeacherFeatures):
-    """Stored states at one depth, with the stored teacher.
+    """Stored states at one depth, and the stored teacher.
 
     Args:
         split: the labels.
-        backbone: where batches go, and in which type.
-        teacher: its stored answers.
+        backbone: the backbone, which determines the device and type of the batches.
+        teacher: the stored teacher.
         shards: the states at ``depth``.
         depth: l.
         dtype: type of the states on disk.
@@ -200,7 +200,7 @@ class StoredFeatures(TeacherFeatures):
         columns = [ragged_values(batch.column("hidden")) for batch in batches]
         pages = MappedPages(files)
         self.states = RaggedRows(columns, shard_rows, teacher.index, pages)
-        pages.release()  # what opening read
+        pages.release()  # the pages read so far
 
     def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
         """See :meth:`revmux.features.base.Features.batch`."""
@@ -210,7 +210,7 @@ class StoredFeatures(TeacherFeatures):
     def _state(self, rows: np.ndarray) -> HiddenState:
         device = self.backbone.device
         hidden = self.states.padded(rows, self.pad_left, pin=device.type == "cuda").view(self.dtype)  # (B, S, d)
-        # Half-width states cross to the device as they are and widen there.
+        # States in half precision are converted after the copy to the device, which halves the transfer.
         hidden = hidden.to(device, non_blocking=True).to(self.backbone.dtype)
         counts = torch.from_numpy(self.states.counts[rows]).unsqueeze(1)  # (B, 1)
         length = hidden.shape[1]
@@ -234,12 +234,12 @@ class StoredFeatures(TeacherFeatures):
             return None
         positions = positions.long()
         if not self.pad_left:
-            # Padding counts on, as families have it, so that rows in order are seen to be in order.
+            # Positions continue in the padding, as in the backbones, so that they are increasing.
             behind = (torch.arange(positions.shape[1]) - (counts - 1)).clamp(min=0)  # (B, S)
             positions += (behind > 0) * (positions.gather(1, counts - 1) + behind)
         return positions.to(self.backbone.device)
 
 
 def as_rows(rows: Sequence[int] | Tensor) -> np.ndarray:
-    """(B,) row numbers as numpy has them."""
+    """Row numbers (B,) as a numpy array."""
     return torch.as_tensor(rows, dtype=torch.long).cpu().numpy()

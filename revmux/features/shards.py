@@ -1,4 +1,4 @@
-"""Ragged rows as Arrow IPC files of some thousand inputs, each named by the hash of its bytes and trusted only by it."""
+"""Shards: Arrow IPC files of up to some thousand inputs. The name of a file contains the hash of its content."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from revmux.features.place import Place
 
 FORMAT = 2
 SHARD_TOKENS = 65_536
-"""Most tokens in a shard, so that a writer's memory stays small also where inputs are long."""
+"""Maximum number of tokens per shard, which limits the memory of a writer even if inputs are long."""
 _NAME = re.compile(r"shard-(\d+)\.([0-9a-f]{32})\.arrow")
 _NOTES = b"revmux"
 
 
 def assign_shards(lengths: np.ndarray, shard_inputs: int) -> list[np.ndarray]:
-    """Which inputs go into which shard: the longest first, so that want of memory shows at once.
+    """Assign inputs to shards, the longest first, so that a lack of memory shows at once.
 
     Args:
-        lengths: (M,) tokens an input.
-        shard_inputs: most inputs in a shard.
+        lengths: (M,) tokens per input.
+        shard_inputs: maximum number of inputs per shard.
 
     Returns:
         Row numbers of each shard.
@@ -45,28 +45,28 @@ def assign_shards(lengths: np.ndarray, shard_inputs: int) -> list[np.ndarray]:
 
 
 def ragged_column(values: Tensor, counts: Tensor) -> pa.Array:
-    """Rows of unequal length, one list an input, without copying.
+    """A column of rows of different length, one list per input, without copying.
 
     Args:
-        values: (T, ...) on the CPU, all rows' tokens one after the other; bfloat16 is stored as 2-byte binary.
-        counts: (R,) tokens a row.
+        values: (T, ...) on the CPU, the tokens of all rows, concatenated. bfloat16 is stored as 2-byte binary.
+        counts: (R,) tokens per row.
     """
     offsets = np.concatenate([[0], np.cumsum(counts.numpy())])
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), _flat(values))
 
 
 def fixed_column(values: Tensor) -> pa.Array:
-    """Rows of equal width, one list an input: values (R, W) on the CPU."""
+    """A column of rows of equal width, one list per input: values (R, W) on the CPU."""
     return _flat(values)
 
 
 def ragged_values(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """What :func:`ragged_column` made, in place: values (T, ...), bfloat16 as int16, and offsets (R + 1,)."""
+    """Views of a :func:`ragged_column`: values (T, ...), bfloat16 as int16, and offsets (R + 1,)."""
     return fixed_values(column.values), np.frombuffer(column.buffers()[1], np.int64)[: len(column) + 1]
 
 
 def fixed_values(column: pa.Array) -> np.ndarray:
-    """What :func:`fixed_column` made, in place: (R, W), bfloat16 as int16."""
+    """View of a :func:`fixed_column`: (R, W), bfloat16 as int16."""
     if not pa.types.is_fixed_size_list(column.type):
         return np.frombuffer(column.buffers()[1], _numpy_type(column.type))
     return fixed_values(column.values).reshape(-1, column.type.list_size)
@@ -88,19 +88,19 @@ def _numpy_type(kind: pa.DataType) -> Any:
 
 
 class ShardSet:
-    """The shards of one thing: the teacher, or the states of one layer.
+    """The shards of the teacher, or of the states of one layer.
 
-    A shard's name carries the hash of its bytes. So any process may write one without telling the others, and any
-    can tell whether one is what was written.
+    The name of a shard contains the hash of its content. Processes can therefore write shards without coordination,
+    and every process can verify a shard.
 
     Args:
-        place: their folder.
-        size: how many there are to be.
-        copies: local folder that shards are copied to, to be mapped from there; None where ``place`` is local.
+        place: folder of the shards.
+        size: total number of shards.
+        copies: local folder to which shards are copied for memory mapping; None if ``place`` is local.
 
     Attributes:
         names: file name of each shard that was found.
-        mapped: where shards are mapped from.
+        mapped: folder from which shards are mapped.
     """
 
     def __init__(self, place: Place, size: int, copies: Place | None = None) -> None:
@@ -111,14 +111,14 @@ class ShardSet:
         self._damaged: set[str] = set()
 
     def find(self, verify: bool = True) -> list[int]:
-        """Look which shards are there; one whose bytes are not what was written counts as missing.
+        """Find the existing shards. A shard whose content does not match its hash counts as missing.
 
         Args:
-            verify: read and hash those that were not hashed yet, which copies those of a remote place; else their
-                names are believed.
+            verify: whether to read and hash shards that were not hashed before. This copies shards of a remote folder.
+                Otherwise, their content is not checked.
 
         Returns:
-            Shards that are missing.
+            The missing shards.
         """
         names: dict[int, str] = {}
         self._damaged.clear()
@@ -130,21 +130,21 @@ class ShardSet:
         return [index for index in range(self.size) if index not in names]
 
     def sweep(self) -> None:
-        """Remove what interrupted writers left, and shards found damaged; for the holder of the lock."""
+        """Remove unfinished files of interrupted writers and damaged shards. The caller must hold the lock."""
         self.place.sweep()
         while self._damaged:
             self.place.remove_file(self._damaged.pop())
 
     def write(self, index: int, columns: Mapping[str, pa.Array], notes: Mapping[str, Any] | None = None) -> None:
-        """Write a shard whole.
+        """Write a shard atomically.
 
         Args:
-            index: its number.
-            columns: one row an input.
-            notes: what is to be known of it, as JSON.
+            index: number of the shard.
+            columns: the columns, with one row per input.
+            notes: metadata that is stored in the file as JSON.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the shard cannot be written.
         """
         batch = pa.record_batch(list(columns.values()), names=list(columns))
         batch = batch.replace_schema_metadata({_NOTES: json.dumps(dict(notes or {}))})
@@ -157,10 +157,10 @@ class ShardSet:
         self.names[index] = name
 
     def read(self, index: int) -> tuple[pa.RecordBatch, pa.Buffer]:
-        """A shard, and the memory-mapped file that its columns lie in.
+        """A shard, and the memory-mapped file that contains its columns.
 
         Raises:
-            UserError: the shard is gone.
+            UserError: the shard was removed.
         """
         name = self.names[index]
         data = self.mapped.read(name)
@@ -181,7 +181,7 @@ class ShardSet:
 
 
 def read_notes(place: Place) -> list[dict[str, Any]]:
-    """What was noted of each shard in a folder, from the ends of the files alone; unreadable ones are passed over."""
+    """The notes of all shards in a folder. Only the ends of the files are read; unreadable files are skipped."""
     notes = []
     for name in filter(_NAME.fullmatch, place.files()):
         with suppress(OSError, pa.ArrowInvalid, KeyError), place.filesystem.open_input_file(place.file(name)) as file:
@@ -190,7 +190,7 @@ def read_notes(place: Place) -> list[dict[str, Any]]:
 
 
 def read_object(place: Place, name: str) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or none that can be read."""
+    """A JSON object from a file, empty if the file is missing or unreadable."""
     data = place.read(name)
     try:
         return {} if data is None else dict(json.loads(data.to_pybytes()))
@@ -199,5 +199,5 @@ def read_object(place: Place, name: str) -> dict[str, Any]:
 
 
 def write_object(place: Place, name: str, content: Mapping[str, Any]) -> None:
-    """Write a JSON object."""
+    """Write a JSON object to a file."""
     place.write(name, json.dumps(content, indent=2, sort_keys=True).encode())

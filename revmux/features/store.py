@@ -1,4 +1,4 @@
-"""The feature store: what the frozen backbone says of each input alone, computed once and read by every run."""
+"""The feature store: the frozen backbone's outputs for each input alone, computed once and read by every run."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from revmux.pretrained.pretrained import Pretrained
 _log = logging.getLogger(__name__)
 META = "meta.json"
 AGREEMENT = 0.05
-"""Share of their norm by which stored features may differ from computed ones, rounding and hardware included."""
+"""Maximum relative difference between stored and computed features, which covers rounding and hardware."""
 
 
 class NotSeenError(UserError):
-    """What workers wrote to a store is not there for the process that sent them: they have another disk."""
+    """The process that started the workers cannot see the shards that they wrote, since they have another disk."""
 
 
 class FeatureStore:
-    """A split's stored features, complete.
+    """The complete stored features of a split.
 
     Args:
-        key: the name of its folder.
-        wanted: layers that were asked for.
+        key: name of the store's folder.
+        wanted: the requested layers.
         split: the tokens and labels.
         pretrained: the backbone.
         teacher: the teacher's shards.
@@ -49,7 +49,7 @@ class FeatureStore:
         dtype: type of the states on disk.
 
     Attributes:
-        stored_layers: layers whose states are stored; at the others that were asked for, the prefill is online.
+        stored_layers: layers whose states are stored. For the other requested layers, the prefill is computed online.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class FeatureStore:
         """The split's features for a prefill of ``layer`` layers.
 
         Returns:
-            States at that depth with the teacher; tokens with the teacher where the states are not stored.
+            The states at that depth and the teacher, or tokens and the teacher if the states are not stored.
 
         Raises:
-            UserError: the layer was not asked for when the store was opened.
+            UserError: the layer was not requested when the store was opened.
         """
         if layer not in self.wanted:
             raise UserError(
-                f"layer {layer} was not asked for; the store was opened for {', '.join(map(str, self.wanted))}; "
+                f"layer {layer} was not requested; the store was opened for {', '.join(map(str, self.wanted))}; "
                 "add it to prefill_layers"
             )
         if layer not in self._layers:
@@ -89,21 +89,21 @@ class FeatureStore:
         return StoredFeatures(self._split, self._backbone, self._teacher, self._layers[layer], layer, self._dtype)
 
     def with_tokens(self) -> TeacherFeatures:
-        """Tokens and the stored teacher: for models that prefill otherwise than the frozen backbone does."""
+        """Tokens and the stored teacher, for models whose prefill differs from that of the frozen backbone."""
         return TeacherFeatures(self._split, self._backbone, self._teacher)
 
     def precision(self, layer: int) -> Precision | None:
-        """What a stored layer lost by its type on disk, measured when it was written; None where that is nothing."""
+        """The precision loss of a stored layer, measured when it was written. None if there is no loss."""
         return noted_precision(read_notes(self._layers[layer].mapped))
 
     def check(self, inputs: int = 4) -> None:
-        """Compare some inputs with what the backbone says now: its code can change where its weights do not.
+        """Compare the stored features of some inputs with the backbone's current output, since library code may change.
 
         Args:
-            inputs: how many, evenly spread over the split.
+            inputs: number of inputs, evenly spaced over the split.
 
         Raises:
-            UserError: the stored features are not the backbone's.
+            UserError: the stored features differ from the backbone's output.
         """
         rows = np.linspace(0, len(self._split) - 1, min(inputs, len(self._split))).round().astype(np.int64)
         with evaluating(self._backbone), torch.inference_mode():
@@ -120,9 +120,9 @@ class FeatureStore:
         stored, computed = stored.float().cpu(), computed.float().cpu()
         if stored.shape != computed.shape or float((stored - computed).norm()) > AGREEMENT * float(computed.norm()):
             raise UserError(
-                f"{self._folder}: what it holds of {name} is not what the backbone computes now: library versions have "
-                "changed, or its answers depend on padding, which no store can hold; remove that folder, or: "
-                f"python -m revmux cache rm {self.key}"
+                f"{self._folder}: the stored features of {name} differ from what the backbone computes now; either library "
+                "versions have changed, or its answers depend on padding, which a store does not support; remove that "
+                f"folder, or run: python -m revmux cache rm {self.key}"
             )
 
 
@@ -134,30 +134,30 @@ def open_features(
     filesystem: FileSystem | None = None,
     weights: str | None = None,
 ) -> FeatureStore:
-    """Open the store of a backbone's features of a split; what of it is not there yet is computed and written.
+    """Open the store of a backbone's features of a split. Missing features are computed and written.
 
-    Processes that ask for the same store at once do the work once: the others wait and read.
+    If several processes open the same store at once, one of them computes the features and the others wait.
 
     Args:
         pretrained: the frozen backbone.
         split: the tokens.
-        prefill_layers: depths whose states are wanted, 0 (embeddings) to L; may be empty.
-        config: where and how to store.
-        filesystem: where ``config.root`` is a path, if not on the local disk.
-        weights: :func:`revmux.features.key.backbone_digest` of the backbone as it is now, of a caller that opens several
-            stores of it; computed where it is not given.
+        prefill_layers: depths whose states are requested, from 0 (embeddings) to L. May be empty.
+        config: settings of the store.
+        filesystem: the filesystem of the path ``config.root``. By default, the local disk.
+        weights: the current :func:`revmux.features.key.backbone_digest` of the backbone, to avoid computing it again for
+            several stores. By default, it is computed.
 
     Raises:
-        UserError: a layer out of range, an empty split, or a place that cannot be written.
+        UserError: a layer is out of range, the split is empty, or the store cannot be written.
     """
     return StoreBuilder(pretrained, split, prefill_layers, config, filesystem, weights).open()
 
 
 class StoreBuilder:
-    """Finds, completes and opens one store; its arguments are those of :func:`open_features`.
+    """Finds, completes and opens one store. The arguments are those of :func:`open_features`.
 
     Attributes:
-        key: of the store.
+        key: key of the store.
         split: the tokens.
     """
 
@@ -177,7 +177,7 @@ class StoreBuilder:
             if not 0 <= layer <= self.backbone.num_layers:
                 raise UserError(f"prefill layer {layer} does not exist; choose 0..{self.backbone.num_layers}")
         if not len(split):
-            raise UserError("the split is empty; bring at least one example")
+            raise UserError("the split is empty; provide at least one example")
         self.dtype: torch.dtype = getattr(torch, self.config.dtype)
         self.shard_rows = assign_shards(split.lengths.numpy(), self.config.shard_inputs)
         self.ingredients = {
@@ -194,26 +194,26 @@ class StoreBuilder:
         self.layers = {layer: self._shards(layer_folder(layer, self.config.dtype)) for layer in self.wanted}
 
     def complete(self, verify: bool = True) -> bool:
-        """Whether all that is wanted is stored.
+        """Whether all requested features are stored.
 
         Args:
-            verify: read and hash every shard; else their names are believed.
+            verify: whether to read and hash every shard. Otherwise, their content is not checked.
         """
         missing = [shards.find(verify) for shards in (self.teacher, *self.layers.values())]
         return not any(missing)
 
     @contextmanager
     def filling(self, verify: bool = True) -> Iterator[FeaturePass]:
-        """Be the one process that completes the store, waiting for another that is at it.
+        """Hold the store's lock while it is completed; wait if another process holds it.
 
         Args:
             verify: see :meth:`complete`.
 
         Yields:
-            What is to be written, as far as the budget goes; at the end it is there.
+            The missing shards within the budget. The caller must write them before the block ends.
 
         Raises:
-            NotSeenError: what was written is not seen here.
+            NotSeenError: this process cannot see the shards that were written.
         """
         self.root.create()
         with self.root.exclusive(f"{self.key}.lock"):
@@ -230,12 +230,12 @@ class StoreBuilder:
             )
             if not self.complete(verify):
                 raise NotSeenError(
-                    f"{self.place.path}: what was written there is not seen from here; name a root that every node "
-                    "reaches under the same name, a shared folder or a URI"
+                    f"{self.place.path}: this process cannot see the shards that were written there; name a root that "
+                    "every node reaches under the same name, such as a shared folder or a URI"
                 )
 
     def open(self) -> FeatureStore:
-        """The store, completed here as far as the budget goes."""
+        """Open the store. Missing features within the budget are computed in this process."""
         if not self.complete():
             with self.filling() as missing:
                 missing.write(self.backbone, self.split)
@@ -253,7 +253,7 @@ class StoreBuilder:
         return ShardSet(self.place.child(name), len(self.shard_rows), copies)
 
     def _affordable(self) -> dict[int, ShardSet]:
-        """The layers to store: all, or those that are there already."""
+        """The layers to store: all requested layers if they fit the budget, otherwise those that are already stored."""
         complete = {layer: shards for layer, shards in self.layers.items() if len(shards.names) == len(self.shard_rows)}
         missing = sorted(set(self.layers) - set(complete))
         if not missing:
@@ -261,7 +261,7 @@ class StoreBuilder:
         probe = self._probe()
         if probe.decoder is not None:
             _log.warning(
-                "%s has a decoder that reads the text too, which the store does not hold; "
+                "%s has a decoder that also reads the text, which the store does not support; "
                 "storing the teacher only and computing the prefill online",
                 self.pretrained.identity["name"],
             )
@@ -276,10 +276,10 @@ class StoreBuilder:
         if needed > self.config.budget_gb * GIGABYTE:
             limit = f"budget_gb = {self.config.budget_gb:g}"
         elif needed > disk:
-            limit = f"the {disk / GIGABYTE:.3g} GB that the disk has for them"
+            limit = f"the {disk / GIGABYTE:.3g} GB available on the disk"
         if limit is not None:
             _log.warning(
-                "features at layers %s of %d inputs need %.3g GB, over %s; "
+                "features at layers %s of %d inputs need %.3g GB, more than %s; "
                 "storing the teacher only and computing the prefill online",
                 missing,
                 len(self.split),
@@ -294,7 +294,7 @@ class StoreBuilder:
             return self.backbone.embed(self.split.batch([0], self.backbone.device))
 
     def _disk(self) -> int:
-        """Bytes that the disk from which shards are mapped has for this store, with what it takes there already."""
+        """Free bytes on the disk from which shards are mapped, plus the bytes that this store already uses there."""
         place, root = (self.place, self.root) if self.copies is None else (self.copies, Place.open(self.config.copies))
         root.create()
         return place.size() + root.free()

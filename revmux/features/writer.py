@@ -1,4 +1,4 @@
-"""One pass of the frozen backbone over a split, shard by shard: here, or each shard wherever there is a worker."""
+"""One pass of the frozen backbone over a split, shard by shard, in this process or distributed over workers."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from revmux.features.precision import Precision, measure_precision, spread
 from revmux.features.shards import ShardSet, fixed_column, ragged_column
 
 TOKEN_FIELDS = ("positions", "segments", "spans")
-"""What a state may say of each token beside the hidden vector."""
-PRECISION_INPUTS, PRECISION_INPUTS_A_SHARD = 32, 8
-"""Inputs whose rounding is measured, at least: enough for its size; each costs two passes a layer."""
+"""Optional values per token in a state, besides the hidden vector."""
+PRECISION_INPUTS, PRECISION_INPUTS_PER_SHARD = 32, 8
+"""Minimum numbers of inputs whose precision loss is measured, in total and per shard. Each costs two passes per layer."""
 
 
 @dataclass(frozen=True)
 class FeaturePass:
-    """What one store lacks. Every shard is a unit of work of its own, for any process that has the backbone.
+    """The work to complete one store. Each shard is independent, and any process that has the backbone can write it.
 
     Attributes:
-        key: of the store.
-        backbone_digest: of the backbone that the store belongs to.
+        key: key of the store.
+        backbone_digest: digest of the store's backbone.
         shard_rows: row numbers of each shard.
-        teacher: where the teacher goes.
-        layers: where each layer's states go.
+        teacher: shards of the teacher.
+        layers: shards of each layer's states.
         dtype: type of the states on disk.
-        batch_size: inputs a forward pass.
+        batch_size: inputs per forward pass.
     """
 
     key: str
@@ -49,35 +49,36 @@ class FeaturePass:
 
     @cached_property
     def missing(self) -> list[int]:
-        """Shards to be written, the longest inputs first."""
+        """The shards to write, the longest inputs first."""
         present = [shards.names for shards in (self.teacher, *self.layers.values())]
         return [index for index in range(len(self.shard_rows)) if not all(index in names for names in present)]
 
     def check_backbone(self, backbone: Backbone) -> None:
-        """Refuse another backbone than the one whose store this is, as a worker may find it on its own disk.
+        """Check that a backbone is the store's own. A worker may have loaded other files from its own disk.
 
         Raises:
-            UserError: its weights or settings differ.
+            UserError: the weights or settings differ.
         """
         if backbone_digest(backbone) != self.backbone_digest:
             raise UserError(
-                "this worker loaded another backbone than the job's driver did: the model's folder has other files "
-                "there, or another library version; give every node the same"
+                "this worker loaded another backbone than the job's driver: the files in the model's folder or the library "
+                "versions differ; use the same files and versions on every node"
             )
 
     def write_shard(self, backbone: Backbone, split: TokenizedSplit, index: int) -> dict[int, Precision]:
-        """Compute and write one shard, of everything that lacks it.
+        """Compute and write one shard for the teacher and all layers in which it is missing.
 
         Args:
-            backbone: where it is computed, on its own device, in eval mode.
+            backbone: the backbone, which computes on its own device, in eval mode.
             split: the tokens.
             index: number of the shard.
 
         Returns:
-            What each layer loses on some of the shard's inputs, where ``dtype`` is not the backbone's.
+            The precision loss of each layer, measured on some of the shard's inputs, if ``dtype`` differs from the
+            backbone's.
 
         Raises:
-            UserError: states that ``dtype`` cannot hold, or a place that cannot be written.
+            UserError: ``dtype`` cannot represent the states, or the shard cannot be written.
         """
         rows = self.shard_rows[index]
         wants_teacher = index not in self.teacher.names
@@ -89,7 +90,7 @@ class FeaturePass:
                 pieces.add(backbone, backbone.embed(batch))
         if wants_teacher:
             self.teacher.write(index, pieces.teacher_columns())
-        measured = spread(rows, max(PRECISION_INPUTS_A_SHARD, -(-PRECISION_INPUTS // len(self.shard_rows))))
+        measured = spread(rows, max(PRECISION_INPUTS_PER_SHARD, -(-PRECISION_INPUTS // len(self.shard_rows))))
         losses = {}
         for layer in layers:
             if self.dtype != backbone.dtype:
@@ -116,12 +117,12 @@ class FeaturePass:
 
 
 class _Pieces:
-    """What the batches of one shard have brought so far.
+    """Accumulates the batches of one shard.
 
     Args:
         dtype: type of the states on disk.
-        wants_teacher: whether the shard's teacher is wanted.
-        layers: depths whose states are wanted, rising.
+        wants_teacher: whether to store the teacher.
+        layers: depths whose states are stored, in increasing order.
     """
 
     def __init__(self, dtype: torch.dtype, wants_teacher: bool, layers: list[int]) -> None:
@@ -130,14 +131,14 @@ class _Pieces:
         self.counts: list[Tensor] = []
 
     def add(self, backbone: Backbone, state: HiddenState) -> None:
-        """Run a batch from its embeddings to the last depth that is wanted."""
+        """Run a batch from its embeddings to the last requested depth, and keep its features."""
         mask = state.mask
         self.counts.append(mask.sum(dim=1).cpu())
         if self.wants_teacher:
             self._add_tokens(state)
         for depth in self.layers:
             state = backbone.run(state, depth)
-            self._keep(str(depth), self._convert(state.hidden[mask], depth))  # (T, d), real tokens alone
+            self._keep(str(depth), self._convert(state.hidden[mask], depth))  # (T, d), real tokens only
         if self.wants_teacher:
             answer = backbone.answers(backbone.run(state, backbone.num_layers))[:, 0]  # (B, d)
             vectors = backbone.readout(answer)
@@ -145,17 +146,17 @@ class _Pieces:
             self._keep("scores", backbone.score(vectors).float())
 
     def column(self, name: str) -> Any:
-        """All batches' tokens as one Arrow column, one list an input."""
+        """The tokens of all batches as one Arrow column, one list per input."""
         return ragged_column(torch.cat(self.parts.pop(name)), torch.cat(self.counts))
 
     def teacher_columns(self) -> dict[str, Any]:
-        """What is stored once for all layers."""
+        """The columns that are stored once for all layers."""
         columns = {name: fixed_column(torch.cat(self.parts[name])) for name in ("vectors", "scores", "answer")}
         return columns | {name: self.column(name) for name in TOKEN_FIELDS if name in self.parts}
 
     def _add_tokens(self, state: HiddenState) -> None:
         mask = state.mask
-        first = mask.int().argmax(dim=1, keepdim=True)  # (B, 1) padding on the left
+        first = mask.int().argmax(dim=1, keepdim=True)  # (B, 1) length of the padding on the left
         self._keep("answer", (state.answer - first).int())
         if state.positions is not None:
             self._keep("positions", state.positions[mask].int())  # (T,)
