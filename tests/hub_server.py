@@ -40,7 +40,7 @@ class Hub:
 
     Attributes:
         repositories: by ``user/name``.
-        requests: method and path of all that was asked.
+        requests: method and path of every request.
     """
 
     def __init__(self) -> None:

@@ -92,8 +92,8 @@ def talk(url: str, *pieces: bytes, pause: threading.Event | None = None) -> byte
 
     Args:
         url: base URL.
-        pieces: sent one after the other; a server that has closed meanwhile is not told more.
-        pause: waited for 50 ms between pieces.
+        pieces: sent one after the other, until the server closes the connection.
+        pause: whether to wait for 50 ms between pieces.
     """
     with connected(url) as connection:
         for piece in pieces:

@@ -24,8 +24,8 @@ CUT = 1
 def write_model(folder: Path) -> Path:
     """A tiny BERT whose layers above the cut do not change a state.
 
-    A token-split adapter that was never trained then answers every input as the plain model does, whoever else is
-    in its group: an answer that went to the wrong input shows.
+    An untrained token-split adapter then gives every input the same answer as the plain model, whatever its group, so
+    an answer for the wrong input is detected.
     """
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ok", *WORDS]))
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def plain_scores(pretrained: Pretrained, texts: list[str]) -> Tensor:
 def write_identifying_model(folder: Path, seed: int) -> tuple[Path, dict[str, str]]:
     """A task model with one label per text, so that an answer identifies its text.
 
-    The head is solved for, so that each text of :func:`known_texts` scores 10 at its own label and 0 at the others.
+    The head is the solution of a linear system, so that each text of :func:`known_texts` scores 10 at its own label and 0 at the others.
     All layers are those of :func:`write_model`, the same for every seed, but each seed labels the texts in another
     order.
 

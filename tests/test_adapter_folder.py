@@ -111,7 +111,7 @@ def test_a_tuned_backbone_is_loaded_with_its_adapter_and_the_given_backbone_is_u
     before = scores(plain, other)
     loaded = load_adapter(folder, other)
     assert_close(scores(loaded, other), scores(model, own))
-    assert torch.equal(scores(plain, other), before), "other adapters of this backbone still find it as it was"
+    assert torch.equal(scores(plain, other), before), "the backbone must be unchanged for other adapters"
 
 
 RETRIEVAL = [
@@ -133,8 +133,10 @@ def test_weights_used_only_in_training_are_not_stored(
     stored = load_file(folder / WEIGHTS_NAME)
     assert not [name for name, value in stored.items() if "retrieval" in name or value.shape == decoder.shape]
     loaded = load_adapter(folder, tiny_pretrained)
-    assert loaded.method.state_dict().keys() == {name.removeprefix("method.") for name in stored}, "nothing is random"
-    assert "retrieval_decoder.weight" in model.method.state_dict(), "the model in training keeps it"
+    assert loaded.method.state_dict().keys() == {name.removeprefix("method.") for name in stored}, (
+        "no weight is left at random"
+    )
+    assert "retrieval_decoder.weight" in model.method.state_dict(), "the model keeps it for training"
     edit_weights(folder, lambda weights: weights.update({"method.retrieval_decoder.weight": decoder}))
     with pytest.raises(UserError, match=r"unexpected method\.retrieval_decoder\.weight"):
         load_adapter(folder, tiny_pretrained)

@@ -173,7 +173,7 @@ def multiplexer(backbone: GenerativeBackbone, depth: int, seed: int = 0) -> Mult
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 def test_a_model_cut_at_any_layer_computes_the_same_as_the_whole_model(name: str, attention: str, padding: str) -> None:
     expected = own_forward(name, batch(), attention)
-    assert expected.std(dim=0).min() > 0.05, "inputs must be told apart for this to mean anything"
+    assert expected.std(dim=0).min() > 0.05, "inputs must have different scores for this test to be meaningful"
     tokens = batch("left" if padding == "left" else "right")
     if padding == "none":  # the longest input alone: no mask is needed, so attention uses its fast paths
         tokens, expected = {key: tensor[:1] for key, tensor in tokens.items()}, expected[:1]

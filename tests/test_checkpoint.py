@@ -65,7 +65,7 @@ def halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [flip, halve, Path.unlink], ids=["flipped", "halved", "gone"])
+@pytest.mark.parametrize("damage", [flip, halve, Path.unlink], ids=["flipped", "halved", "missing"])
 @pytest.mark.parametrize("suffix", ["pt", "json"])
 def test_the_previous_checkpoint_is_loaded_if_the_newest_is_damaged(
     damage: Callable[[Path], None], suffix: str, saved: Path, caplog: pytest.LogCaptureFixture
@@ -86,7 +86,7 @@ def test_the_previous_checkpoint_is_loaded_if_the_newest_is_damaged(
     assert latest.step == 25
 
 
-@pytest.mark.parametrize("damage", [halve, Path.unlink], ids=["halved", "gone"])
+@pytest.mark.parametrize("damage", [halve, Path.unlink], ids=["halved", "missing"])
 @pytest.mark.parametrize("name", ["step-00000020.pt", "step-00000020.json"])
 def test_damaged_checkpoints_do_not_evict_good_ones(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
@@ -106,7 +106,7 @@ def test_damaged_checkpoints_do_not_evict_good_ones(damage: Callable[[Path], Non
     }
 
 
-@pytest.mark.parametrize("damage", [halve, Path.unlink], ids=["halved", "gone"])
+@pytest.mark.parametrize("damage", [halve, Path.unlink], ids=["halved", "missing"])
 def test_lost_best_weights_are_written_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
     """Later checkpoints share the file; without it none of them could be read."""
     folder = CheckpointFolder(tmp_path)

@@ -57,7 +57,9 @@ def test_every_format_gives_the_same_task(suffix: str, tiny_files: dict[str, Pat
         rows = getattr(task, split)
         assert [task.label_names[label] for label in rows["label"]] == [given[text] for text in rows["text"]]
     assert task.identity["source"] == f"tiny.{suffix}"
-    assert task.identity["sha256"] == load(tiny_files["csv"]).identity["sha256"], "the content, not the file, counts"
+    assert task.identity["sha256"] == load(tiny_files["csv"]).identity["sha256"], (
+        "the identity depends on the content, not on the file"
+    )
 
 
 def test_splits_are_disjoint_sized_and_seeded(tiny_csv: Path, tiny_rows: list) -> None:
@@ -77,7 +79,7 @@ def test_a_limit_reduces_train_and_keeps_the_other_splits_and_all_classes(tmp_pa
     assert len(task.train) == 5
     assert set(texts(task)) < set(texts(whole))
     assert texts(task, "test") == texts(whole, "test")
-    assert task.label_names == [f"c{label}" for label in range(10)], "classes that the few examples lack count too"
+    assert task.label_names == [f"c{label}" for label in range(10)], "classes missing from the few examples are kept"
 
 
 def test_a_glue_tsv_reads_quotes_as_text_and_drops_the_byte_order_mark(tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ def test_the_truncation_count_covers_only_truncated_texts(tiny_pretrained: Pretr
     batch = split.batch([0, 3])
     assert batch["input_ids"].tolist() == [[2, 5, 3, 0, 0], [2, 5, 6, 7, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
-    assert split.batch([0])["input_ids"].shape == (1, 3), "padded to the longest of the rows asked for"
+    assert split.batch([0])["input_ids"].shape == (1, 3), "padded to the longest of the requested rows"
 
 
 def test_pairs_become_two_segments(tiny_pretrained: Pretrained) -> None:
@@ -304,7 +306,7 @@ def test_the_embedded_task_is_balanced(docstrings: DatasetDict) -> None:
         counts = {label: labels.count(label) for label in LIBRARIES}
         assert set(counts.values()) == {int(60 * share)}, split
         assert len(labels) == len(LIBRARIES) * int(60 * share)
-        assert labels != sorted(labels), "classes come mixed"
+        assert labels != sorted(labels), "classes are mixed"
 
 
 def test_the_embedded_task_masks_the_names_of_its_libraries(docstrings: DatasetDict) -> None:
@@ -319,7 +321,7 @@ def test_the_embedded_task_masks_the_names_of_its_libraries(docstrings: DatasetD
 
 def test_the_splits_of_the_embedded_task_share_no_sentence(docstrings: DatasetDict) -> None:
     everything = [skeleton(text) for rows in docstrings.values() for text in rows["text"]]
-    assert len(set(everything)) == len(everything), "sentences alike but for names and numbers are kept once"
+    assert len(set(everything)) == len(everything), "sentences that differ only in names and numbers are kept once"
     assert skeleton("Return the 3 rows of `DataFrame`.") == skeleton("Return the 14 rows of `Series`.")
 
 
@@ -372,7 +374,7 @@ def test_a_module_is_in_one_split_and_a_sentence_occurs_once(toy_libraries: None
                 homes.setdefault(f"{label} {words[0]}", set()).add(split)
     assert len(homes) > 30
     assert all(len(splits) == 1 for splits in homes.values())
-    assert sum("columns" in text for text in texts) <= 1, "alike but for names and numbers"
+    assert sum("columns" in text for text in texts) <= 1, "these differ only in names and numbers"
 
 
 def test_the_same_seed_gives_the_same_task(toy_libraries: None) -> None:

@@ -133,7 +133,7 @@ def test_spaces_that_give_no_tokens_do_not_count(tokenizer: PreTrainedTokenizerF
     text = "the quick" + " " * 2_000_000 + "fox"
     whole = tokenizer(text, verbose=False)["input_ids"]
     if len(whole) > MAX_LENGTH:
-        pytest.skip("this tokenizer makes tokens of spaces")
+        pytest.skip("this tokenizer gives tokens for spaces")
     assert encoder(tokenizer).encode(text).tokens["input_ids"] == whole
 
 

@@ -22,7 +22,7 @@ INPUTS = 10_000
 
 @dataclass
 class Sent:
-    """One input with its expected answer."""
+    """One input and the state of its request."""
 
     task: str
     text: str

@@ -65,7 +65,7 @@ def test_every_input_gets_the_answer_of_its_own_slot(tiny_pretrained: Pretrained
         for group in groups:
             alone = model.run_tokens(data.split.batch(group), torch.tensor([[0, 1]])).scores[0]  # (2, C)
             assert torch.equal(predicted[group], alone.argmax(-1))
-    assert predicted.unique().numel() == 2, "a model that says one thing would prove nothing"
+    assert predicted.unique().numel() == 2, "a model that predicts one class would prove nothing"
 
 
 def test_the_batch_size_does_not_change_an_answer(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
@@ -90,14 +90,14 @@ def test_an_input_that_fills_several_slots_gets_their_mean(tiny_pretrained: Pret
         assert predict(model, data, groups)[0].tolist() == [mean]
         if mean != first:
             return
-    pytest.fail("no adapter whose slots disagree was drawn")
+    pytest.fail("found no random adapter whose slots disagree")
 
 
 def test_shuffles_are_averaged_and_seeded(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     model, data = multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows)
     found = evaluate(model, data, shuffles=4, seed=10)
     assert len(found.accuracies) == 4
-    assert len(set(found.accuracies)) > 1, "who shares a group matters to random adapters"
+    assert len(set(found.accuracies)) > 1, "random adapters depend on who shares a group"
     spread = torch.tensor(found.accuracies, dtype=torch.float64)
     assert found.accuracy_mean == pytest.approx(spread.mean().item())
     assert found.accuracy_std == pytest.approx(spread.std(correction=0).item())

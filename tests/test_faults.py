@@ -244,7 +244,7 @@ def test_the_same_command_resumes_after_its_driver_was_killed(job: TrainJob, und
         workers = train_workers(process.pid)
         process.kill()
         left = psutil.wait_procs(workers, timeout=60)[1]
-        assert not left, "workers outlive their driver"
+        assert not left, "workers still run after their driver was killed"
     with job.started() as process:
         assert process.wait() == 0, job.log.read_text()
     (resumed,) = job.starts()
@@ -292,7 +292,7 @@ def test_training_resumes_after_a_node_is_lost_and_replaced(
     with job.started() as process:
         step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
         family = psutil.Process(second.pid).children(recursive=True)
-        assert train_workers(second.pid), "one worker a node"
+        assert train_workers(second.pid), "one worker per node"
         kill_group(second)
         psutil.wait_procs(kill_all(family))
         two_nodes()
@@ -364,7 +364,7 @@ def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(
         assert f"cannot write the checkpoint of step 12 to {folder} (" in str(told.value)
         assert "make room there" in str(told.value)
         assert "resumes from step 8" in str(told.value)
-        assert not list(folder.glob(".*")), "half a file is left"
+        assert not list(folder.glob(".*")), "a partial file is left"
         free[0]()
         again = trainer(folder)
         assert again.resume() == 8

@@ -118,14 +118,14 @@ def test_a_feature_pass_completes_although_a_worker_is_killed(
     for job in jobs:
         job.result()
     filled = shards(recipe)
-    assert len(filled) == total, "each shard once, though two jobs asked for them"
+    assert len(filled) == total, "each shard is written once, although two jobs need it"
     assert {path: filled[path] for path in before} == before
-    assert capsys.readouterr().out.count("layer 2 in bfloat16: states lose") == 1, "one of the jobs did the work"
+    assert capsys.readouterr().out.count("layer 2 in bfloat16: states lose") == 1, "only one of the jobs did the work"
 
     main(FeaturesJob(recipe.backbone, data, LAYERS, recipe.store, cluster, str(tmp_path)))
     assert "features: complete in" in capsys.readouterr().out
     prepared = prepare(replace(recipe, method=MethodConfig(prefill_layers=2)), task)
-    assert shards(recipe) == filled, "neither a further job nor a run that reads writes anything"
+    assert shards(recipe) == filled, "another job or a run that only reads must not write"
 
     local = replace(recipe.store, root=str(tmp_path / "local"), shard_inputs=64)
     for split, read in zip(splits, (prepared.train, prepared.selection, prepared.test), strict=True):

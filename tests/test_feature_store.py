@@ -556,7 +556,7 @@ def resident_bytes(folder: str) -> int:
     return total
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="this system does not tell what is resident")
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="this system does not report resident memory")
 def test_reading_keeps_little_memory_resident(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pretrained(bert())
     texts = [" ".join(WORDS[(row + place) % len(WORDS)] for place in range(38)) for row in range(400)]

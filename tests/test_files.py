@@ -105,7 +105,7 @@ def test_a_folder_survives_a_kill_at_every_step_of_its_replacement(way: str, tmp
         [sys.executable, "-c", KILLED_AT_EACH_STEP, str(tmp_path), way], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 6, "each rename and each flush is a step"
+    assert int(done.stdout) > 6, "each rename and each sync is a step"
 
 
 @pytest.mark.usefixtures("_either_way")
@@ -220,7 +220,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are found in /proc")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to find the names of open files")
 def test_data_is_synced_before_the_rename_and_the_rename_before_the_call_returns(
     tmp_path: Path, steps: list[tuple[str, str]]
 ) -> None:

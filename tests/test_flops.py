@@ -360,7 +360,7 @@ def test_a_local_model_folder_is_estimated_from_its_config(tmp_path):
     assert meta_backbone(str(tmp_path)).hidden_size == 64
 
 
-@pytest.mark.parametrize("model_type", ["vit", "nobody-knows-it"])
+@pytest.mark.parametrize("model_type", ["vit", "unknown-architecture"])
 def test_an_unsupported_architecture_is_refused_without_running_its_code(command, tmp_path, monkeypatch, model_type):
     ran = tmp_path / "ran"
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # the user would answer yes if asked to trust the code

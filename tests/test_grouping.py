@@ -34,9 +34,9 @@ def test_an_epoch_uses_every_input_and_no_group_contains_an_input_twice(
     times = torch.bincount(schedule.flatten(), minlength=total)
     assert times.min() >= 1
     members = schedule.flatten(0, 1).sort(dim=1).values
-    assert bool((members[:, 1:] != members[:, :-1]).all()), "an input meets itself"
+    assert bool((members[:, 1:] != members[:, :-1]).all()), "an input occurs twice in a group"
     if total >= num_inputs * per_step:
-        assert times.max() <= 2, "steps are filled up with each input once more at most"
+        assert times.max() <= 2, "steps are filled with each input at most once more"
     if total % (num_inputs * per_step) == 0:
         assert times.max() == 1
 
@@ -66,7 +66,7 @@ def test_the_schedule_depends_only_on_seed_and_epoch() -> None:
     assert torch.equal(schedule(1, 2), schedule(1, 2))
     assert not torch.equal(schedule(1, 2), schedule(1, 3))
     assert not torch.equal(schedule(1, 2), schedule(2, 2))
-    assert not torch.equal(schedule(1, 2), schedule(2, 1)), "seed and epoch are not simply added"
+    assert not torch.equal(schedule(1, 2), schedule(2, 1)), "seed and epoch must not simply be added"
 
 
 def test_members_of_a_group_have_similar_lengths() -> None:
@@ -96,7 +96,7 @@ def test_slots_and_the_order_of_steps_are_random() -> None:
     longer_first = (schedule[..., 0] > schedule[..., 1]).double().mean()
     assert 0.3 < longer_first < 0.7, "the longer of two is not always in the same slot"
     means = schedule.double().mean(dim=(1, 2))
-    assert not torch.equal(means, means.sort().values), "steps do not go from short to long"
+    assert not torch.equal(means, means.sort().values), "steps must not be sorted by length"
 
 
 def test_fewer_examples_than_a_group_are_refused() -> None:
@@ -119,7 +119,7 @@ def test_a_shuffle_contains_every_input_and_fills_the_last_group_with_its_own_me
     full, rest = divmod(total, num_inputs)
     assert groups.shape == (full + bool(rest), num_inputs)
     assert groups.unique().tolist() == list(range(total))
-    assert groups[:full].unique().numel() == full * num_inputs, "full groups hold no input twice"
+    assert groups[:full].unique().numel() == full * num_inputs, "a full group contains no input twice"
     if rest:
         assert groups[-1].unique().numel() == rest
         assert not set(groups[-1].tolist()) & set(groups[:-1].flatten().tolist())

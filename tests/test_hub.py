@@ -73,7 +73,7 @@ def test_an_adapter_loaded_from_the_hub_equals_the_pushed_one(
     hub: Hub, tiny_pretrained: Pretrained, tmp_path: Path
 ) -> None:
     folder = save(tiny_pretrained, tmp_path / "adapter")
-    assert hub.requests == [], "saving asks no hub"
+    assert hub.requests == [], "saving sends no request to the hub"
     commit = push_to_hub(folder, "me/adapter", private=True)
     pushed = hub.repositories["me/adapter"]
     assert pushed.private
@@ -147,7 +147,7 @@ def test_a_local_backbone_is_recorded_under_its_id_on_the_hub(
     push_to_hub(folder, "me/adapter", base_model="me/tiny")
     identity = {"name": "me/tiny", "revision": commit, "sha256": tiny_pretrained.identity["sha256"]}
     assert load_adapter_config("me/adapter").base_model == identity
-    assert load_adapter_config(folder).base_model == tiny_pretrained.identity, "the folder stays as it was"
+    assert load_adapter_config(folder).base_model == tiny_pretrained.identity, "the folder must be unchanged"
     assert_close(scores("me/adapter"), scores(folder, backbone=tiny_pretrained))
 
 
@@ -180,7 +180,7 @@ def test_a_prompt_that_cannot_be_read_offline_is_not_treated_as_missing(
     online = read_prompt("org/model")
     assert online == (prompt if written else None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert read_prompt("org/model") == online, "known by now, also that there is none"
+    assert read_prompt("org/model") == online, "cached by now, including that there is none"
 
 
 def test_the_hash_of_several_files_is_the_same_here_and_on_the_hub(hub: Hub, tmp_path: Path) -> None:

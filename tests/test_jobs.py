@@ -144,7 +144,9 @@ def task_model(head: Head, settings: list[str | Path], tiny_model_folder: Path) 
     flags = ["--backbone.model", tiny_model_folder, "--optim.epochs", "1", "--optim.batch_size", "8"]
     done = head.submit("finetune", *flags, *settings, "--cluster.workers", "1", "--cluster.cpus_per_worker", "2")
     assert done.returncode == 0, done.stdout
-    assert "cpu, 2 threads each" in done.stdout, "a worker's share of the CPUs, not the environment's OMP_NUM_THREADS"
+    assert "cpu, 2 threads each" in done.stdout, (
+        "a worker uses its share of the CPUs, not OMP_NUM_THREADS of the environment"
+    )
     assert done.stdout.count("task-model: epoch 1/1") == 1
     return head.storage / "task-model"
 

@@ -131,7 +131,7 @@ def test_two_workers_with_32_inputs_have_the_gradient_of_one_with_64(run_workers
     settings = [config(negatives, "cosine", 0.1, distillation_weight=0.5) for negatives in ("batch", "group")]
     whole = [loss_and_gradient(slice(None), choice) for choice in settings]
     halves = [loss_and_gradient(half, settings[0])[0] for half in (slice(16), slice(16, 32))]
-    assert abs(sum(halves) / 2 - whole[0][0]) > 1e-2, "without the other worker's negatives the loss is another"
+    assert abs(sum(halves) / 2 - whole[0][0]) > 1e-2, "without the other worker's negatives the loss differs"
     for results in run_workers(half_the_groups, 2, settings):
         for (loss, gradient), (expected_loss, expected_gradient) in zip(results, whole):
             assert_close(loss, expected_loss)

@@ -288,7 +288,7 @@ def test_retrieval_ignores_padding_on_a_backbone_without_a_padding_token(name):
     asked = torch.zeros(LENGTH, dtype=torch.long)
     asked[questions.positions] = 1
     assert (mask[questions.slots, questions.positions] == 1).all()
-    assert asked[: int(mask.sum(dim=1).min())].all(), "the text's own end tokens are asked for"
+    assert asked[: int(mask.sum(dim=1).min())].all(), "the text's own end tokens are sampled"
     shared = MultiplexedClassifier(backbone, method, 0).run_tokens(tokens, groups).shared
     other = ids.where(mask.bool(), 8)
     losses = []

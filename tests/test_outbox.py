@@ -196,7 +196,7 @@ class Faulty:
     """MLflow's client of a real store that fails on demand.
 
     Attributes:
-        fault: gets the name of a call and its arguments; the error that it returns is raised.
+        fault: called with the name of a call and its arguments; the error that it returns is raised.
     """
 
     def __init__(self, client: MlflowClient) -> None:
@@ -378,7 +378,7 @@ def test_a_record_that_always_fails_blocks_only_its_own_run_until_it_is_dropped(
         case.outbox.flush()
     assert case.losses(healthy) == [3.0]
     assert case.losses(poisoned) == []
-    assert len(case.outbox) == 2, "it is young: an outage of the server may be all that it met"
+    assert len(case.outbox) == 2, "it is recent, so the failures may be an outage of the server"
     monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.0)
     assert case.outbox.flush() == 0
     assert case.losses(poisoned) == [2.0]

@@ -19,10 +19,10 @@ from ray_jobs.sweep.trials import TrialRow
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 
-pytest.importorskip("psycopg2", reason="no driver of PostgreSQL here; run: pip install 'revmux[postgres]'")
+pytest.importorskip("psycopg2", reason="the PostgreSQL driver is not installed; run: pip install 'revmux[postgres]'")
 BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=None)
 if BINARIES is None or not (BINARIES / "initdb").is_file():
-    pytest.skip("no PostgreSQL here; install it, such as: apt install postgresql", allow_module_level=True)
+    pytest.skip("PostgreSQL is not installed; install it, for example: apt install postgresql", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_the_hash_changes_with_the_weights(tmp_path: Path, tiny_model_folder: Pa
     assert weights_sha256(same) == weights_sha256(tiny_model_folder)
     assert weights_sha256(other) != weights_sha256(tiny_model_folder)
     (other / "model.safetensors").write_bytes((same / "model.safetensors").read_bytes())
-    assert weights_sha256(other) == weights_sha256(same), "a file that changed is read again"
+    assert weights_sha256(other) == weights_sha256(same), "a changed file is hashed again"
 
 
 def test_weights_are_loaded_in_the_given_narrower_dtype(tiny_model_folder: Path) -> None:
@@ -113,7 +113,7 @@ def test_shape_and_classes_are_read_without_loading_weights(tiny_model_folder: P
     shape, labels = inspect(config(tiny_model_folder))
     assert (shape.hidden_size, shape.num_layers, shape.num_labels) == (32, 3, 2)
     assert labels == ["bad", "good"]
-    assert inspect(BackboneConfig())[1] is None, "the embedded backbone has no head of its own"
+    assert inspect(BackboneConfig())[1] is None, "the embedded backbone has no head"
 
 
 def test_a_model_without_a_head_is_refused_with_the_command_that_trains_one() -> None:

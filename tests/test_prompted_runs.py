@@ -248,7 +248,7 @@ def test_a_language_model_without_a_prompt_is_refused_with_both_remedies(
     argv = ["--backbone.model", str(model_folder("llama")), "--data.source", str(tiny_csv), "--storage", str(tmp_path)]
     assert cli.run(train.main, TrainJob, None, argv) == 2
     assert "--backbone.prompt" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir()), "before anything starts"
+    assert not list(tmp_path.iterdir()), "nothing may be written before the job starts"
 
 
 def test_prompts_for_models_that_cannot_answer_by_words_are_refused(
@@ -307,8 +307,8 @@ def test_settings_contain_the_content_of_the_prompt(prompt_file: Path, model_fol
     argv = ["--backbone.model", str(model_folder("t5")), "--backbone.prompt", str(prompt_file)]
     job = cli.parse(TrainJob, None, argv)
     assert job.backbone.prompt == PROMPT
-    assert job.backbone.prompt.name == "mine", "no path of this machine"
-    assert PROMPT.template in repr(job.recipes()).replace("\\n", "\n"), "what tells one run from another"
+    assert job.backbone.prompt.name == "mine", "the name must not be a local path"
+    assert PROMPT.template in repr(job.recipes()).replace("\\n", "\n"), "runs are distinguished by the template"
     inline = prompt_file.with_name("job.yaml")
     inline.write_text(json.dumps({"backbone": {"prompt": PROMPT.to_dict()}, "adapter": "x"}))
     assert cli.parse(EvaluateJob, None, ["--config", str(inline)]).backbone.prompt == PROMPT
@@ -341,7 +341,7 @@ def test_a_soft_prompt_is_tuned_saved_and_used_with_adapters(
         assert_close(loaded.backbone.freeze()(loaded.encode(TEXTS)), expected)
     assert meta_backbone(str(tuned)).max_length == 40 - 4
     plain = load_pretrained(backbone(model_folder(family)))
-    assert loaded.identity["sha256"] != plain.identity["sha256"], "another soft prompt is another backbone"
+    assert loaded.identity["sha256"] != plain.identity["sha256"], "another soft prompt changes the identity"
     with pytest.raises(UserError, match="was tuned with prompt mine, not other"):
         load_pretrained(backbone(tuned, replace(PROMPT, name="other", template="{text}")))
     with pytest.raises(UserError, match=r"max_length is 37, .* accepts at most 36 tokens"):

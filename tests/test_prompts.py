@@ -173,7 +173,7 @@ def test_a_chat_prompt_is_wrapped_in_the_chat_template_of_the_model() -> None:
     written = prompt.write(tokenizer, "so")
     assert written == "<s>[user]Is it? so\n[model]\n"
     tokens = prompt.encode(tokenizer, [written])["input_ids"][0]
-    assert tokens.count(tokenizer.bos_token_id) == 1, "the chat template brings the special tokens"
+    assert tokens.count(tokenizer.bos_token_id) == 1, "the chat template adds the special tokens"
     assert tokenizer.decode(tokens) == written
     bare = tuple((tokenizer.convert_tokens_to_ids(letter),) for letter in "xz")
     assert prompt.verbalizer(tokenizer).token_ids == bare, "the model answers on a new line, without a space"

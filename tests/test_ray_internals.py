@@ -126,7 +126,7 @@ def test_the_start_timeout_is_passed_on_to_the_controller(monkeypatch: pytest.Mo
     assert START_TIMEOUT not in os.environ
     monkeypatch.setenv(START_TIMEOUT, "9")
     with start_timeout(7.5):
-        assert train_constants.get_env_vars_to_propagate()[START_TIMEOUT] == "9", "the user's own choice stays"
+        assert train_constants.get_env_vars_to_propagate()[START_TIMEOUT] == "9", "the user's own value is kept"
 
 
 def test_names_of_variables_that_the_jobs_set() -> None:
@@ -138,7 +138,7 @@ def test_names_of_variables_that_the_jobs_set() -> None:
     assert train_constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR == "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
     assert train_constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR == "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
     assert constants.TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S == "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
-    assert TorchConfig().backend_cls.on_shutdown, "the controller reads that one when it stops the workers"
+    assert TorchConfig().backend_cls.on_shutdown, "the controller reads this attribute when it stops the workers"
     assert "TUNE_FUNCTION_THREAD_TIMEOUT_S" in inspect.getsource(function_trainable)
     assert f'"{CALLBACK_VARIABLE}"' in inspect.getsource(serve_constants)
 
@@ -226,7 +226,9 @@ def test_lines_of_the_clusters_processes_pass_the_filter(
 
     monkeypatch.setenv("RAY_COLOR_PREFIX", "0")
     assert list(inspect.signature(worker.print_worker_logs).parameters) == ["data", "print_file", "ignore_prefix"]
-    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages), "which the raylet's lines take"
+    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages), (
+        "the raylet's lines use this function"
+    )
     log = io.StringIO()
     data = {"pid": 7, "actor_name": "Worker", "ip": "a", "localhost": "a", "is_err": False, "lines": ["mine", "Ray's"]}
     with ray_internals.worker_lines_filtered(lambda origin, line: line == "Ray's", log):

@@ -42,6 +42,6 @@ def test_gradient_checkpointing_recomputes_upper_layers_and_trains_the_same_weig
         passes.append(len(with_gradient))
         weights.append(prepared.model.method.state_dict())
     assert passes[0] > 0
-    assert passes[1] == 2 * passes[0], "once forward, once on the way back"
+    assert passes[1] == 2 * passes[0], "once in the forward and once in the backward pass"
     for name, value in weights[0].items():
         assert_close(weights[1][name], value, layers=50)  # one epoch of steps

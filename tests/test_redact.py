@@ -33,7 +33,9 @@ SECRET = "s3cret"
 def uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An unreachable server whose URI has a password."""
     if request.param != "http":
-        pytest.importorskip("psycopg2", reason="no driver of PostgreSQL here; run: pip install 'revmux[postgres]'")
+        pytest.importorskip(
+            "psycopg2", reason="the PostgreSQL driver is not installed; run: pip install 'revmux[postgres]'"
+        )
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
     with socket.socket() as probe:

@@ -1,6 +1,6 @@
 """Faults under load on a real Ray Serve with two replicas: no answer is lost, repeated or swapped.
 
-The adapters answer as the plain model does, and every text has scores of its own, so a reply tells which text it is for.
+The adapters answer like the plain model and every text has different scores, so a reply identifies its text.
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ class Load:
     """Clients that send requests without a pause and repeat those that were temporarily refused.
 
     Attributes:
-        statuses: of all replies; ``"broken"`` are connections that ended without one.
-        swapped: replies that are for another text.
-        unclean: refusals that do not say in JSON that and when to come back.
-        answered: texts.
+        statuses: status codes of all replies; ``"broken"`` counts connections that ended without a reply.
+        swapped: replies for another text.
+        unclean: refusals that are not JSON or do not say when to retry.
+        answered: number of answered texts.
     """
 
     def __init__(self, cluster: Cluster, clients: int = 6, texts_per_request: int = 4) -> None:

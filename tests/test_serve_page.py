@@ -21,7 +21,9 @@ from serve_app.service import Service
 from serve_app.web import create_app
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install one, such as: apt install chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium is not installed; install it, for example: apt install chromium"
+)
 
 
 class Browser:

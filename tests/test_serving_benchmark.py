@@ -78,7 +78,9 @@ def test_arrivals_do_not_wait_for_replies(seen: Seen, url: str) -> None:
     arrivals = [0.0, 0.1, 0.2, 0.3]
     leg = send(Load(url, [{"n": n} for n in range(4)], arrivals=arrivals))
     assert seen.numbers == [0, 1, 2, 3]
-    assert all(reply.ended >= arrivals[-1] for reply in leg.replies), "none is answered before the last one came"
+    assert all(reply.ended >= arrivals[-1] for reply in leg.replies), (
+        "no request is answered before the last one arrived"
+    )
     assert [reply.ended - reply.seconds for reply in leg.replies] == pytest.approx(arrivals)
 
 

@@ -198,7 +198,7 @@ def test_a_process_runs_several_trials_and_a_lost_process_is_replaced(
     assert set(status.values()) == {"done", "stopped"}
     assert "goes on in another process, its process was lost" in text
     assert re.search(r"1 worker \(cpu, 1 thread each\), step [1-9]", text), "from its last checkpoint"
-    assert len(set(re.findall(r"run_trial pid=(\d+)", text))) == 2, "the lost process and the one after it"
+    assert len(set(re.findall(r"run_trial pid=(\d+)", text))) == 2, "the lost process and its replacement"
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     for row in table:
         child = client.get_run(row["run_id"])

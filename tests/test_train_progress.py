@@ -51,7 +51,7 @@ def test_rates_count_only_the_steps_of_this_process(
     )
     clock.seconds += 0.5
     progress.step(5, 10, {"loss": torch.tensor(0.25), "tokens": 40})
-    assert capsys.readouterr().out == "", "not yet time for a line"
+    assert capsys.readouterr().out == "", "it is not yet time for a line"
     clock.seconds += 0.5
     progress.step(6, 10, {"loss": torch.tensor(0.25), "tokens": 60})
     assert (

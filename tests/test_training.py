@@ -76,7 +76,7 @@ def test_the_loss_decreases_and_only_adapters_change(tiny_pretrained: Pretrained
     reports = list(running.run())
     losses = [report.metrics["train_cross_entropy"] for report in reports]
     assert losses[-1] < 0.5 * losses[0]
-    assert reports[-1].metrics["selection_accuracy"] > 0.8, "the first word tells the label"
+    assert reports[-1].metrics["selection_accuracy"] > 0.8, "the first word determines the label"
     assert changed(backbone, running.model.backbone) == set()
     assert changed(method, running.model.method) == set(method)
     assert [report.epoch for report in reports] == list(range(1, 17))
@@ -107,7 +107,7 @@ def test_a_resumed_run_ends_with_the_same_weights_as_an_uninterrupted_one(
     torch.save(kept, on_disk)
     on_disk.seek(0)
     next(reports)
-    assert kept["state"]["epoch"] == 2, "what was kept does not follow the run"
+    assert kept["state"]["epoch"] == 2, "the checkpoint must not change as the run continues"
 
     restarted = trainer(tiny_pretrained, tiny_rows, seed=99)
     restarted.load_state_dict(torch.load(on_disk, weights_only=True))
@@ -128,7 +128,7 @@ def test_training_stops_when_accuracy_stops_improving_and_stays_stopped(
 
     restarted = trainer(tiny_pretrained, tiny_rows, still)
     restarted.load_state_dict(running.state_dict())
-    assert list(restarted.run()) == [], "a run that had stopped does not go on after a restart"
+    assert list(restarted.run()) == [], "a run that had stopped does not continue after a restart"
 
 
 class Stopped(Exception):
@@ -246,7 +246,7 @@ def test_each_part_of_a_step_uses_the_teachers_of_the_whole_step(
 
     monkeypatch.setattr(running.train_step, "forward", checked)
     list(running.run())
-    assert sum(map(bool, twins)) == 2, "in both parts of one step"
+    assert sum(map(bool, twins)) == 2, "repeated inputs occur in both parts of one step"
 
 
 def test_steps_are_reported_without_warnings(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
@@ -328,7 +328,7 @@ def test_tuning_a_task_model_changes_only_what_is_above_the_frozen_layers(
     moved = changed(before, prepared.model.backbone)
     frozen = [f"encoder.layer.{index}." for index in range(frozen_layers)] + ["embeddings."] * (frozen_layers > 0)
     assert moved == {name for name in before if not any(word in name for word in frozen)}
-    assert list(tmp_path.iterdir()) == [], "nothing that a moving backbone says is stored"
+    assert list(tmp_path.iterdir()) == [], "features of a tuned backbone are not stored"
 
 
 def test_a_soft_prompt_is_trained_only_if_no_layer_is_frozen() -> None:
@@ -367,7 +367,7 @@ def test_a_recipe_runs_from_files_to_metrics(tiny_model_folder: Path, tiny_csv: 
     assert config.training["optim"]["epochs"] == 2
     torch.manual_seed(123)
     again = prepare(recipe, load_task(recipe.data))
-    assert torch.equal(again.model.method.down.weight, first), "the recipe's seed alone draws the adapters"  # type: ignore[union-attr]
+    assert torch.equal(again.model.method.down.weight, first), "the adapters depend only on the recipe's seed"  # type: ignore[union-attr]
 
 
 def test_a_recipe_is_checked_from_shapes_without_weights(tiny_pretrained: Pretrained) -> None:
@@ -432,7 +432,7 @@ def test_two_workers_follow_the_loss_curve_of_one(
     accumulate: int, negatives: Negatives, run_workers: Callable, tiny_model_folder: Path, tiny_rows: list
 ) -> None:
     alone = loss_curve(str(tiny_model_folder), tiny_rows, 1, negatives)
-    assert alone[-1] < 0.8 * alone[0], "a curve, not a line"
+    assert alone[-1] < 0.8 * alone[0], "the loss must decrease"
     for curve in run_workers(loss_curve, 2, str(tiny_model_folder), tiny_rows, accumulate, negatives):
         assert_close(curve, alone, layers=50)  # one per step
 

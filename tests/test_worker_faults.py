@@ -155,7 +155,7 @@ def test_a_user_error_in_one_worker_ends_all_workers_at_once(
     told = capfd.readouterr()
     # Ray may print its own stack traces on a busy machine, but none may end with this error.
     assert f"{type(error).__name__}: {error}" not in told.out + told.err
-    assert (told.out + told.err).count("each), step") == 1, "it was tried again"
+    assert (told.out + told.err).count("each), step") == 1, "it was retried"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("revmux").experiment_id])
     assert run.info.status == "FAILED"
@@ -184,7 +184,7 @@ def test_a_lost_worker_is_reported_instead_of_the_broken_connection_of_its_peer(
 
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are found in /proc")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to find the names of open files")
 def test_checkpoints_are_removed_once_the_adapter_is_saved(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +203,9 @@ def test_checkpoints_are_removed_once_the_adapter_is_saved(
     start(kill_oneself, workers=1)
     names = [path.name for path in before]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names)
-    assert tmp_path in before[names.index("adapter_model.safetensors") :], "the adapter's own name"
+    assert tmp_path in before[names.index("adapter_model.safetensors") :], (
+        "the adapter folder is synced after its rename"
+    )
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

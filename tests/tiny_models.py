@@ -67,8 +67,8 @@ def tiny_config(model_type: str, **settings: Any) -> PreTrainedConfig:
 
     Args:
         model_type: as in ``config.json``.
-        settings: the architecture's settings. Sizes go by BERT's names, whatever the architecture calls them; the
-            rest of :data:`SIZES` is the default. The architecture's own names are taken as they are and count more.
+        settings: the architecture's settings. Sizes may use BERT's names for every architecture; those left out
+            default to :data:`SIZES`. The architecture's own names are used unchanged and take precedence.
     """
     names, own = _OWN_NAMES.get(model_type, {}), {}
     for name, value in {**SIZES, **settings}.items():
