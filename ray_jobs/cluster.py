@@ -1,4 +1,4 @@
-"""Where a job runs: a Ray cluster of one's own on this machine, or one that is there."""
+"""Connect a job to a Ray cluster: a new one on this machine, or a running one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.ray_log import ray_messages_in
+from ray_jobs.ray_log import redirect_ray_messages
 from revmux.errors import UserError
 from revmux.utils.environment import compute_environment
 from revmux.utils.extras import require
 
 LOCAL_ENVIRONMENT = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
-    # Workers wait after each epoch until Ray Train looks for their report, every 2 seconds by default.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this machine is not preempted
+    # After each epoch, workers wait until Ray Train polls their reports. By default it polls every 2 seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
 
@@ -59,9 +59,9 @@ class ClusterConfig:
 
     @property
     def resolved_address(self) -> str:
-        """The address given, or what the surroundings say."""
-        inside = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
-        return self.address or ("auto" if inside else "local")
+        """The configured address, or the default for this process."""
+        in_cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
+        return self.address or ("auto" if in_cluster else "local")
 
     @property
     def use_gpu(self) -> bool:
@@ -70,32 +70,32 @@ class ClusterConfig:
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        """What a worker takes, by Ray's names."""
+        """The resources of a worker, by Ray's names."""
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
 
     @property
     def is_this_machine(self) -> bool:
-        """Whether all work is done by this machine's CPUs, so that the driver's process is as good as another."""
+        """Whether all work runs on this machine's CPUs, so that the driver's process can do it as well as a worker."""
         return self.resolved_address == "local" and not self.use_gpu
 
     def check_training(self) -> None:
         """:meth:`check_here` for workers that train together.
 
         Raises:
-            UserError: as there; or workers would share a GPU, which NCCL refuses.
+            UserError: see :meth:`check_here`; or several workers would share a GPU, which NCCL does not support.
         """
         if self.workers > 1 and 0 < self.gpus_per_worker < 1:
             raise UserError(
                 f"gpus_per_worker is {self.gpus_per_worker:g} with {self.workers} workers, but workers that train together "
-                "cannot share a GPU (NCCL refuses it); choose --cluster.workers 1, or --cluster.gpus_per_worker 1"
+                "cannot share a GPU (NCCL does not support it); choose --cluster.workers 1, or --cluster.gpus_per_worker 1"
             )
         self.check_here()
 
     def check_here(self) -> None:
-        """Refuse GPUs on a machine without, before a local cluster starts.
+        """Check that this machine has GPUs if they are requested, before a local cluster starts.
 
         Raises:
-            UserError: GPUs were asked for and this machine has none.
+            UserError: GPUs are requested and torch finds none on this machine.
         """
         require("ray", "train")
         if self.resolved_address != "local" or not self.use_gpu:
@@ -104,16 +104,16 @@ class ClusterConfig:
 
         if not torch.cuda.is_available():
             raise UserError(
-                f"gpus_per_worker is {self.gpus_per_worker}, but this machine has no GPU that torch sees; choose "
-                "gpus_per_worker 0, or name a cluster with --cluster.address"
+                f"gpus_per_worker is {self.gpus_per_worker}, but torch finds no GPU on this machine; choose "
+                "gpus_per_worker 0, or set --cluster.address to a cluster with GPUs"
             )
 
 
 def check_port_number(port: int) -> None:
-    """Refuse a number that is no TCP port.
+    """Check that a number is a TCP port.
 
     Raises:
-        UserError: naming the legal range.
+        UserError: the number is out of range; the message names the legal range.
     """
     if not 1 <= port <= 65535:
         raise UserError(f"port is {port}; choose 1 to 65535, such as 8000")
@@ -121,14 +121,14 @@ def check_port_number(port: int) -> None:
 
 @contextmanager
 def connected(config: ClusterConfig, storage: Path | None = None) -> Iterator[None]:
-    """A connection to the cluster; a local one starts here and ends here.
+    """Inside the context, this process is connected to the cluster. A local cluster starts and stops with it.
 
     Args:
-        config: which cluster.
-        storage: folder of the job, whose ``logs/ray.log`` takes Ray's own messages; None shows them.
+        config: address and workers.
+        storage: storage folder of the job, for Ray's own messages in ``logs/ray.log``; None prints them instead.
 
     Raises:
-        UserError: no cluster at the address, or one without the CPUs or GPUs asked for.
+        UserError: there is no cluster at the address, or this machine has too few CPUs or GPUs.
     """
     config.check_here()
     import ray
@@ -140,7 +140,7 @@ def connected(config: ClusterConfig, storage: Path | None = None) -> Iterator[No
     with ExitStack() as stack:
         if storage is not None:
             log = storage / "logs" / "ray.log"
-            stack.enter_context(ray_messages_in(log))
+            stack.enter_context(redirect_ray_messages(log))
             print(f"Ray's own messages: {log}", flush=True)
         stack.callback(ray.shutdown)
         _connect(config)
@@ -163,18 +163,17 @@ def _connect(config: ClusterConfig) -> None:
         ray.init(address=address, runtime_env=environment, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise UserError(
-            f"no Ray cluster at {address!r} ({error}); start one with 'ray start --head', or use local"
+            f"no Ray cluster at {address!r} ({error}); start one with 'ray start --head', or choose --cluster.address local"
         ) from None
 
 
 def check_resources(config: ClusterConfig) -> None:
-    """Refuse a job that the cluster could never start.
+    """Check that a local cluster is large enough for the job.
 
-    A cluster that scales with demand may have fewer GPUs now than it can get, so only a cluster without an
-    autoscaler is held to what it has.
+    Other clusters are not checked, since they may scale with demand and have fewer machines now than they can get.
 
     Raises:
-        UserError: naming what is asked for and what there is.
+        UserError: names the requested and the available resources.
     """
     import ray
 
@@ -182,9 +181,9 @@ def check_resources(config: ClusterConfig) -> None:
         return
     present = ray.cluster_resources()
     for kind, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
-        wanted, there = each * config.workers, present.get(kind, 0.0)
-        if wanted > there:
+        requested, available = each * config.workers, present.get(kind, 0.0)
+        if requested > available:
             raise UserError(
-                f"{config.workers} workers × {each:g} {kind} = {wanted:g}, but this machine has {there:g}; "
+                f"{config.workers} workers × {each:g} {kind} = {requested:g}, but this machine has {available:g}; "
                 f"choose fewer --cluster.workers or a smaller --cluster.{kind.lower()}s_per_worker"
             )

@@ -1,4 +1,4 @@
-"""Where a job writes."""
+"""Absolute paths of the folders that a job writes to."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ if TYPE_CHECKING:
 
 
 def absolute_path(path: str, setting: str) -> Path:
-    """A path that results go to, as an absolute one.
+    """Make an output path absolute.
 
     Args:
-        path: as given.
-        setting: what it was given as, for the message.
+        path: the path as the user gave it.
+        setting: name of the setting, for the error message.
 
     Raises:
-        UserError: a URI; or a relative path in a submitted job, which runs in a copy that is thrown away.
+        UserError: ``path`` is a URI, or it is relative in a submitted job, whose working folder is temporary.
     """
     if "://" in path:
-        raise UserError(f"{setting} {path!r} is a URI; mount what it names and give the folder, such as /mnt/revmux")
-    place = Path(path).expanduser()
-    if not place.is_absolute() and in_submitted_job():
         raise UserError(
-            f"{setting} {path!r} is relative, but a submitted job runs in a copy that is thrown away; name an absolute "
-            "folder that every node reaches, such as --storage /mnt/revmux"
+            f"{setting} {path!r} is a URI; mount the storage that it names and choose a folder of it, such as /mnt/revmux"
         )
-    return place.absolute()
+    expanded = Path(path).expanduser()
+    if not expanded.is_absolute() and in_submitted_job():
+        raise UserError(
+            f"{setting} {path!r} is relative, but the working folder of a submitted job is temporary; choose an absolute "
+            "path that every node reaches, such as --storage /mnt/revmux"
+        )
+    return expanded.absolute()
 
 
 def absolute_storage(storage: str) -> Path:
-    """The storage folder, made where it is missing.
+    """Make the storage folder's path absolute, and create the folder if it is missing.
 
     Raises:
-        UserError: as :func:`absolute_path`, or it cannot be made or written.
+        UserError: see :func:`absolute_path`; or the folder cannot be created or written.
     """
     folder = absolute_path(storage, "storage")
     try:
@@ -46,22 +48,22 @@ def absolute_storage(storage: str) -> Path:
         (folder / ".write-test").touch()
         (folder / ".write-test").unlink()
     except OSError as error:
-        raise UserError(f"storage {storage!r} cannot be written ({error}); name a folder that can") from None
+        raise UserError(f"storage {storage!r} cannot be written ({error}); choose a writable folder") from None
     return folder
 
 
 def store_in(storage: Path, store: StoreConfig) -> StoreConfig:
-    """A job's feature store with its root spelled out, since workers run in folders of their own.
+    """The store's settings with an absolute root, since workers run in other working folders.
 
-    By default the store is in the storage folder, which every node reaches, so that the machines of a cluster share
-    what each of them computed. The user's cache is on one machine only.
+    By default the store is in the storage folder, which every node reaches, so that all machines of a cluster share
+    computed features. The user's cache folder exists on one machine only.
 
     Args:
-        storage: of the job, absolute.
-        store: as given.
+        storage: absolute storage folder of the job.
+        store: settings as the user gave them.
 
     Raises:
-        UserError: as :func:`absolute_path`, for a relative root.
+        UserError: see :func:`absolute_path`; for a relative root.
     """
     root = store.root or str(storage / "features")
     return replace(store, root=root if "://" in root else str(absolute_path(root, "--store.root")))

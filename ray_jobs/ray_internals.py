@@ -1,6 +1,6 @@
-"""The one file that relies on parts of Ray that Ray does not document; each has a test in tests/test_ray_internals.py.
+"""The only module that uses undocumented parts of Ray. Each use has a test in tests/test_ray_internals.py.
 
-Ray may change any of them without notice. When Ray's version changes, run those tests first.
+Ray may change these parts without notice. Run those tests first after an upgrade of Ray.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _DEAD_ACTOR_TEXT = "The actor died"
 
 
 def __getattr__(name: str) -> Any:
-    """Import Ray only where its callback class is used.
+    """Import Ray only when its callback class is used.
 
-    ``UserCallback``, the public class, is not called before the workers start and cannot end a run that waits.
+    Ray Train does not call the public class ``UserCallback`` before the workers start, so it cannot end a waiting run.
     """
     if name == "ControllerCallback":
         from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
 def in_submitted_job() -> bool:
     """Whether this process is the driver of a job that ``ray job submit`` started.
 
-    A flag of our own would have to be given by the person whose forgotten absolute path this check is for.
+    A flag would not help: a user who forgets to give an absolute path would also forget the flag.
     """
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
@@ -54,7 +54,7 @@ def workers_are_running(state: object) -> bool:
 
 
 def unwrap_health_check(error: Exception) -> Exception:
-    """The error behind a failed health check of a Ray Train worker; any other error as it is."""
+    """The error behind a failed health check of a Ray Train worker; any other error unchanged."""
     if type(error).__name__ != _HEALTH_CHECK_ERROR:
         return error
     failure: Exception = error.health_check_failure  # type: ignore[attr-defined]
@@ -62,15 +62,15 @@ def unwrap_health_check(error: Exception) -> Exception:
 
 
 def is_cluster_too_small(error: BaseException) -> bool:
-    """Whether Ray Train gave up because the cluster can never hold a worker."""
+    """Whether Ray Train gave up because no machine of the cluster can ever fit a worker."""
     return type(error).__name__ == _TOO_SMALL_ERROR
 
 
 def trial_stop_check() -> Callable[[], bool]:
-    """A function that says whether Ray Tune is stopping the trial that this process runs.
+    """Return a function that returns whether Ray Tune is stopping the trial of this process.
 
-    The public way is a ``Trainable`` class, whose ``step`` would need a thread of its own around the whole run.
-    Call this on the trial's thread; the function itself works on any thread.
+    The public way is a ``Trainable`` class, whose ``step`` would need a separate thread for the whole run.
+    Call this on the trial's thread; the returned function works on any thread.
     """
     from ray.train._internal.session import get_session
 
@@ -80,10 +80,10 @@ def trial_stop_check() -> Callable[[], bool]:
 
 
 @contextmanager
-def out_of_memory_trials_are_retried() -> Iterator[None]:
-    """Within, a trial that Ray's memory monitor ends is retried like one whose process was lost.
+def retry_out_of_memory_trials() -> Iterator[None]:
+    """Inside the context, retry a trial that Ray's memory monitor ends, as if its process had been lost.
 
-    Ray Tune does not handle the memory monitor's error and would end the whole sweep.
+    Otherwise Ray Tune does not handle the memory monitor's error, and the whole sweep fails.
     """
     from ray.air.execution._internal.actor_manager import RayActorManager
     from ray.exceptions import OutOfMemoryError, RayActorError
@@ -103,32 +103,32 @@ def out_of_memory_trials_are_retried() -> Iterator[None]:
 
 
 def last_error(error_file: str) -> str:
-    """The newest entry of the error file that Ray Tune keeps of a trial.
+    """The newest entry of the error file that Ray Tune writes for a trial.
 
     Args:
-        error_file: its whole text.
+        error_file: the whole text of the file.
     """
     return error_file.rpartition(_FAILURE_MARK)[2]
 
 
 def ended_by_memory_monitor(error: str) -> bool:
-    """Whether an error's text says that Ray's memory monitor ended the process."""
+    """Whether an error text reports that Ray's memory monitor ended the process."""
     return _MEMORY_MONITOR_TEXT in error
 
 
 def process_was_lost(error: str) -> bool:
-    """Whether an error's text says that an actor's process ended without an exception of its own."""
+    """Whether an error text reports that an actor's process ended without raising an exception."""
     return _DEAD_ACTOR_TEXT in error
 
 
 @contextmanager
-def worker_lines_filtered(is_hidden: Callable[[Mapping[str, Any], str], bool], log: IO[str]) -> Iterator[None]:
-    """Within, some of the lines that processes of the cluster print go to a file and not to this process's output.
+def filter_worker_lines(is_hidden: Callable[[Mapping[str, Any], str], bool], log: IO[str]) -> Iterator[None]:
+    """Inside the context, write selected lines that the cluster's processes print to a file instead of the output.
 
-    Ray can show all such lines or none.
+    Ray itself can only show all such lines or none.
 
     Args:
-        is_hidden: takes the process (``pid``, ``actor_name``) and a line; whether the line goes to the file.
+        is_hidden: called with the process (``pid``, ``actor_name``) and a line; returns whether to write it to the file.
         log: the file.
     """
     from ray._private import worker

@@ -1,4 +1,4 @@
-"""Ray's own messages in a file, so that the terminal shows what the job prints."""
+"""Write Ray's own messages to a file, so that the terminal shows only what the job prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.ray_internals import worker_lines_filtered
+from ray_jobs.ray_internals import filter_worker_lines
 
 RAY_LINE = re.compile(
     r"\[\d{4}-\d\d-\d\d [\d:,.]+ [A-Z] "  # Ray's C++ code
@@ -22,11 +22,11 @@ RAY_ACTORS = ("ServeController", "ProxyActor", "PlacementGroupCleaner")
 
 
 def is_from_ray(origin: Mapping[str, Any], line: str) -> bool:
-    """Whether Ray wrote a line that a process of the cluster printed.
+    """Whether a line that a process of the cluster printed comes from Ray itself.
 
     Args:
         origin: ``pid`` and ``actor_name`` of the process.
-        line: without its newline.
+        line: the line without its newline.
     """
     if origin.get("pid") == "raylet" or origin.get("actor_name") in RAY_ACTORS:
         return True
@@ -34,26 +34,26 @@ def is_from_ray(origin: Mapping[str, Any], line: str) -> bool:
 
 
 @contextmanager
-def ray_messages_in(file: Path) -> Iterator[None]:
-    """Within, Ray's messages are appended to a file, and everything else is still shown.
+def redirect_ray_messages(file: Path) -> Iterator[None]:
+    """Inside the context, append Ray's messages to a file; everything else is still shown.
 
-    This covers Ray's loggers, the lines of Ray's own processes, and what native code of this process writes to the
-    standard error. Python's ``sys.stderr`` still reaches the terminal.
+    Ray's messages are the records of its loggers, the lines of its own processes, and anything that native code of this
+    process writes to standard error. Python's ``sys.stderr`` still writes to the terminal.
 
     Args:
-        file: made with its folder where it is missing.
+        file: created with its folder if missing.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         log = stack.enter_context(file.open("a", buffering=1, encoding="utf-8"))
-        stack.enter_context(_logger_in("ray", log))
-        stack.enter_context(worker_lines_filtered(is_from_ray, log))
-        stack.enter_context(_native_errors_in(log.fileno()))
+        stack.enter_context(_redirect_logger("ray", log))
+        stack.enter_context(filter_worker_lines(is_from_ray, log))
+        stack.enter_context(_redirect_native_stderr(log.fileno()))
         yield
 
 
 @contextmanager
-def _logger_in(name: str, log: Any) -> Iterator[None]:
+def _redirect_logger(name: str, log: Any) -> Iterator[None]:
     logger, handler = logging.getLogger(name), logging.StreamHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s -- %(message)s"))
     before, logger.handlers = logger.handlers, [handler]
@@ -64,13 +64,13 @@ def _logger_in(name: str, log: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _native_errors_in(descriptor: int) -> Iterator[None]:
+def _redirect_native_stderr(descriptor: int) -> Iterator[None]:
     sys.stderr.flush()
     terminal, before = os.dup(2), sys.stderr
     own = open(terminal, "w", buffering=1, encoding=before.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     try:
         os.dup2(descriptor, 2)
-        if _descriptor_of(before) == 2:  # pytest, notebooks and the like have put something else in its place
+        if _descriptor_of(before) == 2:  # pytest and notebooks replace sys.stderr
             sys.stderr = own
         yield
     finally:

@@ -379,7 +379,7 @@ def test_a_record_that_always_fails_blocks_only_its_own_run_until_it_is_dropped(
     assert case.losses(healthy) == [3.0]
     assert case.losses(poisoned) == []
     assert len(case.outbox) == 2, "it is recent, so the failures may be an outage of the server"
-    monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(outbox_module, "GIVE_UP_SECONDS", 0.0)
     assert case.outbox.flush() == 0
     assert case.losses(poisoned) == [2.0]
     assert case.names("quarantine") == ["batch"]
@@ -390,7 +390,7 @@ def test_an_unreachable_server_does_not_use_up_the_attempts_of_a_record(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox_module, "TRIES", 1)
-    monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(outbox_module, "GIVE_UP_SECONDS", 0.0)
     run_id = case.make_run()
     case.faulty.fault = away
     case.log(run_id, 0.5)

@@ -37,8 +37,8 @@ from ray.tune.experiment.trial import Trial
 from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
 from ray_jobs import ray_internals
-from ray_jobs.training.waiting import START_TIMEOUT, Waiting, start_timeout
-from ray_jobs.training.worker_errors import as_told, in_words
+from ray_jobs.training.resource_wait import START_TIMEOUT, WorkerWait, start_timeout
+from ray_jobs.training.worker_errors import describe_error, error_to_raise
 from revmux import UserError
 from serve_app.proxy import CALLBACK_VARIABLE
 
@@ -86,7 +86,7 @@ def test_the_controller_calls_the_callback_with_the_arguments_used() -> None:
         "after_controller_state_update",
     ):
         declared = inspect.signature(getattr(ControllerCallback, name)).parameters
-        ours = inspect.signature(getattr(Waiting, name)).parameters
+        ours = inspect.signature(getattr(WorkerWait, name)).parameters
         assert [(key, value.kind) for key, value in ours.items()] == [
             (key, value.kind) for key, value in declared.items()
         ]
@@ -99,17 +99,17 @@ def test_an_attribute_that_does_not_exist_is_an_attribute_error() -> None:
 
 
 def test_a_pending_user_error_ends_the_run() -> None:
-    waiting = Waiting("run", minutes=1)
+    waiting = WorkerWait("run", minutes=1)
 
     def give_up(workers: int, each: object) -> None:
         raise UserError("no machines")
 
-    waiting.patience.look = give_up  # type: ignore[method-assign]
+    waiting.resource_wait.check = give_up  # type: ignore[method-assign]
     with pytest.raises(ControllerError) as ended:
         waiting.on_controller_start_worker_group(
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}), num_workers=1
         )
-    assert str(as_told(ended.value)) == "no machines"
+    assert str(error_to_raise(ended.value)) == "no machines"
 
 
 def test_only_the_running_state_means_that_workers_run() -> None:
@@ -147,12 +147,12 @@ def test_errors_of_ray_train_are_recognised_by_their_class_names() -> None:
     inner = ValueError("the worker's own")
     failed = pickle.loads(pickle.dumps(WorkerHealthCheckFailedError("worker 1 is not healthy", inner)))  # noqa: S301
     assert str(ray_internals.unwrap_health_check(failed)) == str(inner)
-    assert in_words(failed) == "ValueError: the worker's own"
+    assert describe_error(failed) == "ValueError: the worker's own"
     assert ray_internals.unwrap_health_check(inner) is inner
     too_small = InsufficientClusterResourcesError("no node\nhas a GPU")
     assert ray_internals.is_cluster_too_small(too_small)
     assert not ray_internals.is_cluster_too_small(inner)
-    told = as_told(ControllerError(too_small))
+    told = error_to_raise(ControllerError(too_small))
     assert isinstance(told, UserError)
     assert str(told) == "no node has a GPU"
 
@@ -193,7 +193,7 @@ def test_a_process_that_the_memory_monitor_ended_counts_as_lost() -> None:
     task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
     with pytest.raises(RuntimeError):  # once Ray no longer raises here, the context manager can be removed
         manager._actor_task_failed(tracked_actor_task=task, exception=OutOfMemoryError("too large"))
-    with ray_internals.out_of_memory_trials_are_retried():
+    with ray_internals.retry_out_of_memory_trials():
         manager._actor_task_failed(tracked_actor_task=task, exception=OutOfMemoryError("too large"))
     assert [type(error) for error in told] == [RayActorError]
     assert "too large" in str(told[0])
@@ -231,7 +231,7 @@ def test_lines_of_the_clusters_processes_pass_the_filter(
     )
     log = io.StringIO()
     data = {"pid": 7, "actor_name": "Worker", "ip": "a", "localhost": "a", "is_err": False, "lines": ["mine", "Ray's"]}
-    with ray_internals.worker_lines_filtered(lambda origin, line: line == "Ray's", log):
+    with ray_internals.filter_worker_lines(lambda origin, line: line == "Ray's", log):
         worker.print_to_stdstream(data, ignore_prefix=False)
     assert capsys.readouterr().out == "(Worker pid=7) mine\n"
     assert log.getvalue() == "(Worker pid=7) Ray's\n"

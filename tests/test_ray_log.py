@@ -42,10 +42,10 @@ import logging, os, sys
 from pathlib import Path
 import ray
 from ray._private import worker
-from ray_jobs.ray_log import ray_messages_in
+from ray_jobs.ray_log import redirect_ray_messages
 
 lines = ["INFO 2026-11-24 17:22:00,260 proxy 192.0.2.2 -- Got updated endpoints", "task-model: epoch 1/1"]
-with ray_messages_in(Path(sys.argv[1])):
+with redirect_ray_messages(Path(sys.argv[1])):
     logging.getLogger("ray.train").warning("from a logger")
     os.write(2, b"from native code\\n")
     print("a warning of the job", file=sys.stderr)
@@ -68,9 +68,9 @@ def test_messages_of_ray_go_to_the_file_and_all_others_to_the_terminal(tmp_path:
 
 
 def test_the_handlers_of_rays_logger_are_restored(tmp_path: Path) -> None:
-    from ray_jobs.ray_log import ray_messages_in
+    from ray_jobs.ray_log import redirect_ray_messages
 
     before = list(logging.getLogger("ray").handlers)
-    with ray_messages_in(tmp_path / "ray.log"):
+    with redirect_ray_messages(tmp_path / "ray.log"):
         assert logging.getLogger("ray").handlers != before
     assert logging.getLogger("ray").handlers == before

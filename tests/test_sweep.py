@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.early_stopping import FrontScheduler
 from ray_jobs.sweep.run import prepare_sweep
+from ray_jobs.sweep.run_trial import fitting_trials, run_trial
 from ray_jobs.sweep.search import FrontSearch
-from ray_jobs.sweep.trial_process import fitting_trials, run_trial
 from ray_jobs.sweep.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
 from revmux import UserError
 from revmux.data.config import DataConfig

@@ -146,7 +146,7 @@ def test_trials_ended_by_the_memory_monitor_are_reported_and_counted(
     assert "none of the 2 trials finished (" in done.stdout
     table = table_of(tmp_path / "runs")
     assert [row["status"] for row in table] == ["failed", "failed"]
-    assert all(row["why"].startswith("Ray ended its process, since the machine ran out of memory") for row in table)
+    assert all(row["why"].startswith("Ray ended its process because the machine ran out of memory") for row in table)
 
 
 @pytest.mark.long
@@ -196,7 +196,7 @@ def test_a_process_runs_several_trials_and_a_lost_process_is_replaced(
     assert status[1, 0.02] == "done"
     assert status[2, 1e-9] == "stopped"
     assert set(status.values()) == {"done", "stopped"}
-    assert "goes on in another process, its process was lost" in text
+    assert "continues in another process: its process was lost" in text
     assert re.search(r"1 worker \(cpu, 1 thread each\), step [1-9]", text), "from its last checkpoint"
     assert len(set(re.findall(r"run_trial pid=(\d+)", text))) == 2, "the lost process and its replacement"
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")

@@ -86,7 +86,7 @@ def test_the_next_job_detects_a_run_whose_driver_was_killed_and_resumes_it(stora
 
         again = tracker_of(storage)
         assert found(again, killed).info.status == "KILLED"
-        assert "without a word" in found(again, killed).data.tags["revmux.killed"]
+        assert "without reporting a status" in found(again, killed).data.tags["revmux.killed"]
         assert found(again, beside).info.status == "RUNNING", "its process is still alive"
 
     with again.run("one", {"rate": 1, "workers": 4, "more": "new"}, resume=killed) as run_id:

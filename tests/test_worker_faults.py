@@ -24,8 +24,8 @@ from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.launch import Trained, launch
-from ray_jobs.training.waiting import missing
-from ray_jobs.training.worker_errors import WorkerError, as_told, first_error
+from ray_jobs.training.resource_wait import lacks_resources
+from ray_jobs.training.worker_errors import WorkerError, error_to_raise, first_error
 from revmux import UserError
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
@@ -62,15 +62,15 @@ def test_out_of_memory_is_recognised_on_every_device() -> None:
 @pytest.mark.cluster
 def test_a_gpu_that_ray_did_not_assign_is_not_used(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert ray_jobs.training.worker.own_device() == torch.device("cpu")
+    assert ray_jobs.training.worker.assigned_device() == torch.device("cpu")
 
 
 def test_an_aborted_run_is_reported_on_one_line() -> None:
-    told = as_told(WorkerGroupError("a page of tracebacks", {0: CLOSED, 3: KeyError("label")}))
-    assert (type(told), str(told)) == (WorkerError, "worker 3 failed, KeyError: 'label'")
-    assert str(as_told(ControllerError(UserError("no room on worker 2")))) == "no room on worker 2"
+    told = error_to_raise(WorkerGroupError("a page of tracebacks", {0: CLOSED, 3: KeyError("label")}))
+    assert (type(told), str(told)) == (WorkerError, "worker 3 failed: KeyError: 'label'")
+    assert str(error_to_raise(ControllerError(UserError("no room on worker 2")))) == "no room on worker 2"
     other = ControllerError(TypeError("a mistake in our code"))
-    assert as_told(other) is other
+    assert error_to_raise(other) is other
 
 
 @pytest.fixture(scope="module")
@@ -167,18 +167,18 @@ def test_a_user_error_in_one_worker_ends_all_workers_at_once(
 def test_other_errors_of_one_worker_are_retried_and_reported(
     failures: int, start: Start, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(WorkerError, match=r"^worker 1 failed, OSError: \[Errno 5\] Input/output error"):
+    with pytest.raises(WorkerError, match=r"^worker 1 failed: OSError: \[Errno 5\] Input/output error"):
         start(partial(raise_, OSError(5, "Input/output error")), max_failures=failures)
     told = capfd.readouterr()
     assert (told.out + told.err).count("each), step") == 1 + failures
-    assert "run: worker 1 failed, OSError: [Errno 5] Input/output error" in told.out + told.err
+    assert "run: worker 1 failed: OSError: [Errno 5] Input/output error" in told.out + told.err
 
 
 @pytest.mark.cluster
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_lost_worker_is_reported_instead_of_the_broken_connection_of_its_peer(start: Start) -> None:
-    with pytest.raises(WorkerError, match=r"^worker 1 failed, .*died"):
+    with pytest.raises(WorkerError, match=r"^worker 1 failed: .*died"):
         start(kill_oneself, max_failures=0)
 
 
@@ -222,6 +222,6 @@ def test_a_run_reports_missing_machines_and_ends_after_the_limit(
 
 
 def test_resources_used_by_other_work_do_not_count_as_missing() -> None:
-    assert not missing(2, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0})
-    assert missing(2, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0})
-    assert missing(1, {"GPU": 1.0}, {"CPU": 8.0})
+    assert not lacks_resources(2, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0})
+    assert lacks_resources(2, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0})
+    assert lacks_resources(1, {"GPU": 1.0}, {"CPU": 8.0})

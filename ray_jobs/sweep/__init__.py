@@ -1,1 +1,1 @@
-"""The trials of a sweep on Ray Tune."""
+"""Sweeps on Ray Tune."""

@@ -1,4 +1,4 @@
-"""A finished sweep in MLflow: the same keys on every child, and the front as table, picture and page on the parent."""
+"""Record a finished sweep in MLflow: equal keys on every child run, and the front as artifacts of the parent run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from revmux.plan.plots import plot_front_html, plot_front_png
 from revmux.utils.files import write_json
 
 ABSENT = "none"
-"""What MLflow shows of a setting that a trial's method does not have."""
+"""Value in MLflow of a setting that a trial's method does not have."""
 SYSTEM = "system/"
 ENDS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-"""How MLflow says what became of a trial."""
+"""MLflow's run status for each status of a trial."""
 
 
 def equalize_children(tracker: Tracker, parent: str, rows: Sequence[TrialRow]) -> None:
-    """Give every trial of a sweep the keys of all: MLflow compares only runs that have the keys asked for.
+    """Give every trial's run the keys of all trials, since MLflow compares only runs that have the same keys.
 
-    A figure that a trial did not come to is NaN. A run ends as its row says, whatever its process said last; one whose
-    trial was lost is ended.
+    A metric that a trial did not reach is NaN. Each run gets the final status of its row. A run that still counts as
+    running but has no row is marked KILLED.
     """
     from mlflow.entities import Metric, Param
 
@@ -58,7 +58,7 @@ def record_front(rows: Sequence[FrontRow], folder: Path, title: str) -> list[Pat
 
 
 def record_comparison(tracker: Tracker, parent: str, rows: Sequence[TrialRow], folder: Path, title: str) -> None:
-    """All of a sweep that its parent run shows.
+    """Record a sweep's trials and front on its parent run.
 
     Raises:
         UserError: no trial finished, or none reported an accuracy.
@@ -69,14 +69,14 @@ def record_comparison(tracker: Tracker, parent: str, rows: Sequence[TrialRow], f
     except Exception as error:
         if is_refusal(error):
             raise
-        print(f"MLflow is away; the same command completes the comparison when it is back: {folder}", flush=True)
+        print(f"cannot reach MLflow; run the same command again later to complete the comparison: {folder}", flush=True)
     tracker.client.log_artifact(parent, str(folder / "sweep.json"))
     counts = {f"trials_{status}": sum(row.status == status for row in rows) for status in ("done", "stopped", "failed")}
     tracker.log_metrics(parent, {name: float(count) for name, count in counts.items()})
     if not counts["trials_done"]:
-        why = next((row.why for row in rows if row.why), "")
+        reason = next((row.why for row in rows if row.why), "")
         raise UserError(
-            f"none of the {len(rows)} trials finished ({why}); what became of each is in {folder / 'sweep.json'}"
+            f"none of the {len(rows)} trials finished ({reason}); see {folder / 'sweep.json'} for each trial"
         )
     compared = front_rows(rows)
     if not compared:

@@ -1,4 +1,4 @@
-"""Which trials are stopped before their end: ASHA among trials of equal cost, and what cannot reach the front."""
+"""Early stopping of trials: ASHA among trials of equal cost, and trials that cannot reach the front."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ EPOCH, ACCURACY = "epoch", "selection_accuracy"
 
 
 class FrontScheduler(FIFOScheduler):
-    """Stops a trial after an epoch for one of two reasons, and remembers which.
+    """Stops a trial after an epoch for one of two reasons, and records the reason.
 
-    - ASHA: among the trials of its own cost it is not of the best ``1 / reduction`` at a rung.
-    - Front: a trial of no greater cost was at the same epoch more accurate by over ``deviations`` standard errors,
-      so that not even luck on the selection split would put it on the front.
+    - ASHA: at a rung, the trial is not among the best ``1 / reduction`` of the trials of its cost.
+    - Front: a trial of equal or lower cost was more accurate at the same epoch by more than ``deviations`` standard
+      errors, so sampling noise on the selection split cannot explain the gap.
 
     Args:
-        selection_inputs: inputs that the selection accuracy is a mean over.
+        selection_inputs: number of inputs in the selection split.
         grace: epochs that every trial may run.
-        reduction: ASHA's factor.
-        deviations: standard errors of the difference that count as certain.
+        reduction: ASHA's reduction factor.
+        deviations: standard errors of the difference from which a trial counts as beaten.
 
     Attributes:
-        stopped: why, by trial id of Tune.
+        stopped: reason for each stopped trial, by Tune's trial id.
     """
 
     def __init__(self, selection_inputs: int, grace: int = 1, reduction: float = 3, deviations: float = 3.0) -> None:
@@ -40,7 +40,7 @@ class FrontScheduler(FIFOScheduler):
         self._trials: dict[str, Trial] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial joins the bracket of its cost; one that goes on after a failure, with the epochs that it has."""
+        """Add a trial to the ASHA bracket of its cost; a trial that continues after a failure keeps its curve."""
         mine: Trial = trial.config["trial"]
         self._trials[trial.trial_id] = mine
         self._curves[trial.trial_id] = self._set_aside.pop(trial.trial_id, {})
@@ -62,7 +62,7 @@ class FrontScheduler(FIFOScheduler):
         return self._brackets[cost]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Continue or stop; a trial in its last epoch is let through to its evaluation."""
+        """Continue or stop a trial; a trial in its last epoch continues to its evaluation."""
         mine = self._trials[trial.trial_id]
         epoch, accuracy = result.get(EPOCH), result.get(ACCURACY)
         if epoch is None or accuracy is None:
@@ -84,7 +84,7 @@ class FrontScheduler(FIFOScheduler):
         return str(TrialScheduler.STOP)
 
     def beaten(self, trial_id: str, epoch: int) -> str:
-        """Why a trial cannot reach the front any more; empty while it can."""
+        """The reason why a trial can no longer reach the front; empty if it still can."""
         mine, accuracy = self._trials[trial_id], self._curves[trial_id][epoch]
         for other_id, other in self._trials.items():
             theirs = self._curves[other_id].get(epoch)
@@ -94,16 +94,16 @@ class FrontScheduler(FIFOScheduler):
             if theirs - accuracy > self.deviations * math.sqrt(variance / self.selection_inputs):
                 return (
                     f"cannot reach the front: at epoch {epoch} its selection accuracy is {accuracy:.1%} at cost "
-                    f"{mine.cost:.2f}, that of {other.name} was {theirs:.1%} at cost {other.cost:.2f}"
+                    f"{mine.cost:.2f}, while that of {other.name} was {theirs:.1%} at cost {other.cost:.2f}"
                 )
         return ""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """A trial has ended; unless it failed, its curve goes on counting."""
+        """Keep the curve of a trial that ended, unless it failed."""
         if result.get(FAILED):
             self.on_trial_error(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """A trial has failed; its curve does not count, unless it goes on and is added again."""
+        """Ignore the curve of a trial that failed, until Tune adds the trial again."""
         self._set_aside[trial.trial_id] = self._curves[trial.trial_id]
         self._curves[trial.trial_id] = {}

@@ -1,4 +1,4 @@
-"""A sweep from its space to its recorded comparison."""
+"""Run a sweep: check its space, run its trials, and record the comparison."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from ray_jobs.cluster import connected
 from ray_jobs.paths import absolute_storage, store_in
-from ray_jobs.ray_internals import out_of_memory_trials_are_retried
+from ray_jobs.ray_internals import retry_out_of_memory_trials
 from ray_jobs.sweep.comparison import record_comparison
 from ray_jobs.sweep.config import TuneJob
-from ray_jobs.sweep.trial_process import fitting_trials, run_trial, trains_itself, trial_resources
+from ray_jobs.sweep.run_trial import fitting_trials, run_trial, trains_in_process, trial_resources
 from ray_jobs.sweep.trials import SweepFolder, Trial, TrialRow, make_trials
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
@@ -37,12 +37,12 @@ class Sweep:
     """A sweep that is checked and ready to start.
 
     Attributes:
-        job: its settings.
-        space: its space.
+        job: settings of the sweep.
+        space: search space.
         trials: every legal point, cheapest first.
-        task: the data.
-        folder: of its rows and trials.
-        storage: of the job, absolute.
+        task: the task's data.
+        folder: folder for the rows and trials.
+        storage: absolute storage folder of the job.
     """
 
     job: TuneJob
@@ -54,21 +54,21 @@ class Sweep:
 
 
 def base_recipe(job: TuneJob) -> Recipe:
-    """What the space does not say."""
+    """The settings that the space does not set."""
     return Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=job.store, shuffles=job.shuffles)
 
 
 def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> Sweep:
-    """Check all that can be checked before a cluster starts.
+    """Check everything that can be checked before a cluster starts.
 
     Args:
-        job: settings.
-        storage: absolute.
-        task: the data where it is read already.
+        job: settings of the sweep.
+        storage: absolute storage folder.
+        task: the data, if it is already loaded.
 
     Raises:
-        UserError: a space without a legal point, a model without a head, unreadable data, or a sweep folder of another
-            task.
+        UserError: the space has no legal point, the model has no head, the data cannot be read, or the sweep folder
+            belongs to another task.
     """
     job = replace(job, store=store_in(storage, job.store))
     space = load_space(job.space)
@@ -87,7 +87,7 @@ def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> 
 
 
 def run_sweep(sweep: Sweep, tracker: Tracker) -> tuple[list[TrialRow], str]:
-    """A sweep on the connected cluster, recorded; returns its rows, cheapest first, and the MLflow run of the sweep."""
+    """Run a sweep on the connected cluster and record it; returns its rows, cheapest first, and its MLflow run id."""
     job, folder = sweep.job, sweep.folder
     parent = folder.parent() if tracker.has_run(folder.parent()) else None
     settings = {"space": job.space, "points": len(sweep.trials), "sweep": sweep.space}
@@ -102,7 +102,7 @@ def run_sweep(sweep: Sweep, tracker: Tracker) -> tuple[list[TrialRow], str]:
 
 
 def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
-    """The trials that are left, by Ray Tune; rows of an earlier start are kept."""
+    """Run the remaining trials with Ray Tune; rows of an earlier start are kept."""
     from ray_jobs.sweep.search import FrontSearch
 
     job, folder = sweep.job, sweep.folder
@@ -110,20 +110,20 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
     limit = sweep.space.trials
     search = FrontSearch(sweep.trials, list(rows.values()), limit, sweep.space.search == "optuna", sweep.space.seed)
     if rows:
-        print(f"sweep: {len(rows)} trials came to an end before, {search.budget} are left", flush=True)
+        print(f"sweep: {len(rows)} trials ended in an earlier start, {search.budget} are left", flush=True)
     if search.budget:
-        concurrent = trials_side_by_side(job)
+        concurrent = concurrent_trials(job)
         fill_for([trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers)
-        shutil.rmtree(folder.path / "tune", ignore_errors=True)  # of an earlier start; what counts is in the rows
+        shutil.rmtree(folder.path / "tune", ignore_errors=True)  # from an earlier start; the rows hold its results
         tuner = make_tuner(sweep, tracker, parent, rows, search, concurrent)
-        with out_of_memory_trials_are_retried():
+        with retry_out_of_memory_trials():
             tuner.fit()
     found = folder.read(sweep.trials)
     return [found[trial.name] for trial in sweep.trials if trial.name in found]
 
 
 def kept_rows(sweep: Sweep) -> dict[str, TrialRow]:
-    """The rows of an earlier start, without those that are to be tried again."""
+    """The rows of an earlier start, without those of failed trials if they are to be retried."""
     rows = sweep.folder.read(sweep.trials)
     if sweep.job.retry_failed:
         for name in [name for name, row in rows.items() if row.status == "failed"]:
@@ -131,8 +131,8 @@ def kept_rows(sweep: Sweep) -> dict[str, TrialRow]:
     return rows
 
 
-def trials_side_by_side(job: TuneJob) -> int:
-    """How many trials run at the same time."""
+def concurrent_trials(job: TuneJob) -> int:
+    """The number of trials that run at the same time."""
     import ray
 
     return job.concurrent_trials or fitting_trials(job.cluster, ray.cluster_resources())
@@ -141,20 +141,20 @@ def trials_side_by_side(job: TuneJob) -> int:
 def make_tuner(
     sweep: Sweep, tracker: Tracker, parent: str, rows: dict[str, TrialRow], search: FrontSearch, concurrent: int
 ) -> Tuner:
-    """Ray Tune, set up for the trials that are left.
+    """Set up Ray Tune for the remaining trials.
 
     Args:
-        sweep: what is swept.
-        tracker: where trials are recorded.
+        sweep: the sweep.
+        tracker: records the trials.
         parent: MLflow run of the sweep.
-        rows: of an earlier start; grows as trials end.
-        search: which trials are tried, in which order.
-        concurrent: trials side by side.
+        rows: rows of an earlier start; rows are added as trials end.
+        search: chooses the next trial.
+        concurrent: number of trials that run at the same time.
     """
     from ray import tune
 
     from ray_jobs.sweep.early_stopping import FrontScheduler
-    from ray_jobs.sweep.progress import SweepProgress
+    from ray_jobs.sweep.reporting import SweepReporter
 
     job, folder = sweep.job, sweep.folder
     parameters = {
@@ -177,8 +177,8 @@ def make_tuner(
         )
     stopped = scheduler.stopped if scheduler is not None else {}
     total, wait_minutes = len(rows) + search.budget, job.cluster.wait_minutes
-    progress = SweepProgress(folder, tracker, parent, rows, total, concurrent, stopped, wait_minutes, resources)
-    # Tune's tables would hide the lines of SweepProgress, which reports each error in one, without its stack.
+    progress = SweepReporter(folder, tracker, parent, rows, total, concurrent, stopped, wait_minutes, resources)
+    # Tune's tables would hide the lines of SweepReporter, which prints each error on one line without a traceback.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     return tune.Tuner(
@@ -188,7 +188,7 @@ def make_tuner(
             scheduler=scheduler,
             num_samples=search.budget,
             max_concurrent_trials=concurrent,
-            reuse_actors=trains_itself(job.cluster),
+            reuse_actors=trains_in_process(job.cluster),
             trial_name_creator=lambda trial: trial.config["trial"].name,
             trial_dirname_creator=lambda trial: trial.config["trial"].name,
         ),
@@ -197,13 +197,13 @@ def make_tuner(
             storage_path=str(folder.path),
             verbose=0,
             callbacks=[progress],
-            failure_config=tune.FailureConfig(job.cluster.max_failures if trains_itself(job.cluster) else 0),
+            failure_config=tune.FailureConfig(job.cluster.max_failures if trains_in_process(job.cluster) else 0),
         ),
     )
 
 
 def run_tune(job: TuneJob) -> list[TrialRow]:
-    """The whole job: check every point, connect to the cluster, run the trials, record the comparison."""
+    """Run the whole job: check every point, connect to the cluster, run the trials, and record the comparison."""
     storage = absolute_storage(job.storage)
     sweep = prepare_sweep(job, storage)
     tracker = Tracker(job.tracking, storage)

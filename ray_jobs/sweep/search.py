@@ -1,4 +1,4 @@
-"""Which trial comes next: the points of a space in order, or as Optuna's search for accuracy and cost finds them."""
+"""Choose the next trial: the points of a space in order, or guided by Optuna's search for accuracy and cost."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ray_jobs.sweep.trials import FAILED, Trial, TrialRow
 
 
 class FrontSearch(Searcher):
-    """Gives out each trial once.
+    """Suggests each trial once.
 
-    Where there are more points than may be tried, and Optuna is installed, its multi-objective sampler names the
-    knobs that it would try next, and the trial closest to them that is left is given out. A trial that was stopped
-    counts with the accuracy that it had, a failed one does not count.
+    If the space has more points than the limit and Optuna is installed, Optuna's multi-objective sampler proposes the
+    settings of the next trial, and the closest remaining trial is suggested. Optuna learns a stopped trial with the
+    accuracy that it reached, and ignores a failed one.
 
     Args:
         trials: every point of the space.
         finished: rows of an earlier start.
-        limit: trials in all, finished ones included; None tries every point.
-        adaptive: whether Optuna may choose.
-        seed: of the search.
+        limit: maximum number of trials, including finished ones; None tries every point.
+        adaptive: whether to use Optuna.
+        seed: seed of Optuna's sampler.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class FrontSearch(Searcher):
         self.left = [trial for trial in trials if trial.name not in ended]
         budget = len(trials) if limit is None else min(limit, len(trials))
         self.budget = min(len(self.left), max(0, budget - len(ended)))
-        self.given: dict[str, Trial] = {}
+        self.suggested: dict[str, Trial] = {}
         self.study = None
         if adaptive and self.budget < len(self.left) and importlib.util.find_spec("optuna"):
             import optuna
@@ -55,26 +55,28 @@ class FrontSearch(Searcher):
             for row in finished:
                 self.learn(row.trial, row.selection_accuracy)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Tune also takes FINISHED
-        """The next trial for Tune."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Tune also accepts FINISHED
+        """Return the next trial, or ``FINISHED``."""
         if self.budget == 0:
             return str(Searcher.FINISHED)
         self.budget -= 1
         trial = self.left[0] if self.study is None else self._closest()
         self.left.remove(trial)
-        self.given[trial_id] = trial
+        self.suggested[trial_id] = trial
         return {"trial": trial}
 
     def _closest(self) -> Trial:
         import optuna
 
         assert self.study is not None
-        asked = self.study.ask(self.distributions)
-        self.study.tell(asked, state=optuna.trial.TrialState.FAIL)  # what is run instead is told by its own knobs
-        return max(self.left, key=lambda trial: sum(trial.knobs[knob] == value for knob, value in asked.params.items()))
+        proposal = self.study.ask(self.distributions)
+        self.study.tell(proposal, state=optuna.trial.TrialState.FAIL)  # learn() adds the trial that runs instead
+        return max(
+            self.left, key=lambda trial: sum(trial.knobs[knob] == value for knob, value in proposal.params.items())
+        )
 
     def learn(self, name: str, accuracy: float | None) -> None:
-        """Tell Optuna what a trial came to."""
+        """Report a trial's accuracy and cost to Optuna."""
         if self.study is None or accuracy is None:
             return
         import optuna
@@ -87,14 +89,14 @@ class FrontSearch(Searcher):
         )
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tune calls this when a trial has ended, in whichever way."""
+        """Report a trial that ended; Tune calls this after success and failure."""
         figures = result or {}
         failed = error or FAILED in figures
-        self.learn(self.given[trial_id].name, None if failed else figures.get("selection_accuracy"))
+        self.learn(self.suggested[trial_id].name, None if failed else figures.get("selection_accuracy"))
 
     def save(self, checkpoint_path: str) -> None:
-        """A sweep goes on from its rows, so there is nothing to keep; Tune wants a file."""
+        """Write an empty file, which Tune requires; a sweep resumes from its rows."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """See :meth:`save`."""
+        """Do nothing; see :meth:`save`."""

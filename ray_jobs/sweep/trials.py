@@ -1,4 +1,4 @@
-"""The trials of a sweep on disk: what is to be tried, and of each finished one a row, written whole."""
+"""The trials of a sweep, and the sweep folder with one row per trial that ended."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from revmux.utils.files import write_durably, write_json
 from revmux.utils.redact import without_passwords
 
 COUNTED_LENGTH = 64
-"""Tokens of the inputs at which points are compared before they run; relative costs hardly depend on it."""
+"""Tokens per input at which the costs of points are counted before they run; relative costs hardly depend on it."""
 ROWS, IDENTITY = "rows", "sweep-identity.json"
 FAILED = "failed"
-"""What a trial reports that has failed for good, and has written so in its row."""
+"""Key that a trial reports after it has failed for good and has written its row."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A point of the space that is to be tried.
+    """A point of the space to try.
 
     Attributes:
-        name: readable, and unique to the recipe and the data.
-        recipe: the run.
-        cost: counted beforehand, relative to SISO.
+        name: readable name, unique for the recipe and the data.
+        recipe: settings of the run.
+        cost: counted cost relative to SISO, known before the trial runs.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Trial:
 
     @property
     def knobs(self) -> dict[str, str | int | float]:
-        """What the search varies."""
+        """The settings that the search varies."""
         method = self.recipe.method
         return {
             "method": method.name,
@@ -60,22 +60,22 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialRow:
-    """What became of a trial; the same fields for all.
+    """The outcome of a trial, with the same fields for all trials.
 
     Attributes:
-        trial: its name.
+        trial: name of the trial.
         method: registered name of the method.
         num_inputs: N.
         prefill_layers: l.
         infonce_weight: λ.
         learning_rate: peak rate.
-        status: ``done``; ``stopped`` before its end, since others were better; ``failed``.
-        why: of a trial that was stopped or failed.
-        cost_counted: operations an input relative to SISO.
-        metrics: the figures of the reported split, or as far as training came.
+        status: ``done``, ``stopped`` early because other trials were better, or ``failed``.
+        why: reason why the trial was stopped or failed; empty if it is done.
+        cost_counted: operations per input relative to SISO.
+        metrics: figures on the reported split, or the last training metrics of a trial that is not done.
         seconds: from the start to the end of the trial.
         adapter: folder of the adapter; None unless done.
-        run_id: of the MLflow run; None where none was begun.
+        run_id: id of the MLflow run; None if the trial started no run.
     """
 
     trial: str
@@ -94,23 +94,23 @@ class TrialRow:
 
     @property
     def selection_accuracy(self) -> float | None:
-        """Best accuracy on the slice of train that chooses; None where training did not come so far."""
+        """Best accuracy on the selection set; None if no epoch was evaluated."""
         return self.metrics.get("selection_accuracy")
 
 
 def row_of(trial: Trial, status: Literal["done", "stopped", "failed"], why: str = "", **figures: Any) -> TrialRow:
-    """The row of a trial, with its knobs filled in."""
+    """The row of a trial, with the trial's settings filled in."""
     knobs: dict[str, Any] = trial.knobs
     return TrialRow(trial=trial.name, status=status, why=why, **knobs, **{"cost_counted": trial.cost} | figures)
 
 
 def make_trials(points: Sequence[Recipe], task: TaskData, backbone: Backbone) -> list[Trial]:
-    """Points with their names and counted costs, cheapest first.
+    """Name the points and count their costs; returns the trials, cheapest first.
 
     Args:
-        points: legal ones.
-        task: the data.
-        backbone: of any device; its shape counts.
+        points: legal points.
+        task: the task's data.
+        backbone: on any device; only its shape is used.
     """
     shape = BackboneShape.of(backbone)
     made = []
@@ -129,11 +129,11 @@ class SweepFolder:
     """The folder of a sweep.
 
     Args:
-        path: made where it is missing.
-        identity: of data and backbone.
+        path: created if missing.
+        identity: identity of the data and the backbone.
 
     Raises:
-        UserError: the folder holds a sweep of other data or another backbone.
+        UserError: the folder contains a sweep on other data or another backbone.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
@@ -144,42 +144,42 @@ class SweepFolder:
             for key, value in identity.items():
                 if found.get(key) != value:
                     raise UserError(
-                        f"sweep folder {str(path)!r} has {key} {found.get(key)!r}, this sweep has {value!r}; give this one "
-                        "another --name"
+                        f"sweep folder {str(path)!r} belongs to a sweep with {key} {found.get(key)!r}, but this sweep has "
+                        f"{value!r}; choose another --name"
                     )
         else:
             write_json(file, identity)
 
     def write(self, row: TrialRow) -> None:
-        """Note what became of a trial."""
+        """Write the row of a trial."""
         write_json(self.path / ROWS / f"{row.trial}.json", asdict(row))
 
     def forget(self, row: TrialRow) -> None:
-        """Take a row away, so that its trial is tried again."""
+        """Delete a row, so that its trial is tried again."""
         (self.path / ROWS / f"{row.trial}.json").unlink(missing_ok=True)
 
     def read(self, trials: Sequence[Trial]) -> dict[str, TrialRow]:
-        """The rows of those of the trials that came to an end, by name."""
+        """The rows of the given trials that have ended, by name."""
         files = {trial.name: self.path / ROWS / f"{trial.name}.json" for trial in trials}
         return {name: TrialRow(**json.loads(file.read_text())) for name, file in files.items() if file.is_file()}
 
     def remove_checkpoints(self, trial: Trial) -> None:
-        """Free what a trial that will not go on has left."""
+        """Delete the checkpoints of a trial that will not continue."""
         for folder in (self.path / "checkpoints").glob(f"{trial.name}-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def parent(self) -> str | None:
-        """The MLflow run of the sweep, if it was begun."""
+        """The MLflow run id of the sweep; None before its first start."""
         file = self.path / "parent-run.txt"
         return (file.read_text().strip() or None) if file.is_file() else None
 
     def set_parent(self, run_id: str) -> None:
-        """Note the MLflow run of the sweep."""
+        """Write the MLflow run id of the sweep."""
         write_durably(self.path / "parent-run.txt", run_id + "\n")
 
 
 def front_rows(rows: Sequence[TrialRow]) -> list[FrontRow]:
-    """The finished trials and SISO as rows of a front, by accuracy on the reported split."""
+    """The finished trials and SISO as rows of a front, with accuracies on the reported split."""
     done = [row for row in rows if row.status == "done" and "accuracy_mean" in row.metrics]
     made = [
         FrontRow(
@@ -202,8 +202,8 @@ def front_rows(rows: Sequence[TrialRow]) -> list[FrontRow]:
 
 
 def reason_of(error: str) -> str:
-    """One line of a traceback that says why a trial failed."""
+    """The line of a traceback that states why a trial failed."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    told = [line for line in lines if re.match(r"([\w.]+\.)?(UserError|\w*OutOfMemory\w*|FloatingPointError)\b", line)]
+    clear = [line for line in lines if re.match(r"([\w.]+\.)?(UserError|\w*OutOfMemory\w*|FloatingPointError)\b", line)]
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Died)\b", line)]
-    return without_passwords((told or named or lines or ["unknown"])[-1].removeprefix("revmux.errors."))[:400]
+    return without_passwords((clear or named or lines or ["unknown"])[-1].removeprefix("revmux.errors."))[:400]

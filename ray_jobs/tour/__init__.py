@@ -1,1 +1,1 @@
-"""The parts of the quickstart."""
+"""The steps of the quickstart."""

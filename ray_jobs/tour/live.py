@@ -1,4 +1,4 @@
-"""Live requests to a running server, all at once, each answer shown with the group that it rode in."""
+"""Send concurrent requests to a running server and print answers with the width of their groups."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from revmux.data.task import TaskData
 
 
 def show_live_answers(url: str, task: TaskData, count: int, shown: int = 8) -> None:
-    """Send ``count`` test texts at once and print some answers and all widths.
+    """Send ``count`` test texts concurrently, then print some of the answers and the number of answers per width.
 
     Args:
         url: base URL of the server.
-        task: its test split is asked.
-        count: concurrent requests.
-        shown: answers that are printed.
+        task: the task whose test split is sent.
+        count: number of concurrent requests.
+        shown: number of answers to print.
     """
     rows = list(islice(cycle(task.test), count))
 
@@ -36,8 +36,8 @@ def show_live_answers(url: str, task: TaskData, count: int, shown: int = 8) -> N
     print("   width  answer          truth           text")
     for row, (label, width) in list(zip(rows, answers))[:: max(1, count // shown)][:shown]:
         print(f"   {width:>5}  {label:<14}  {task.label_names[row['label']]:<14}  {row['text'][:60]}")
-    right = sum(label == task.label_names[row["label"]] for row, (label, _) in zip(rows, answers))
+    correct = sum(label == task.label_names[row["label"]] for row, (label, _) in zip(rows, answers))
     widths = ", ".join(
         f"{number} in groups of {width}" for width, number in sorted(Counter(w for _, w in answers).items())
     )
-    print(f"   {count} of {count} answered, {right} right: {widths}")
+    print(f"   {count} of {count} answered, {correct} correct: {widths}")

@@ -1,1 +1,1 @@
-"""What is recorded in MLflow."""
+"""Recording runs and models in MLflow."""

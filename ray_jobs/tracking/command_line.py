@@ -1,4 +1,4 @@
-"""The command that a process was started with, as a person would give it again."""
+"""The command that started this process, in a form that the user can run again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from revmux.utils.redact import without_passwords
 
 
 def command_line() -> str:
-    """Interpreter, module or script, and arguments; without the passwords of URIs, since it is recorded."""
+    """Interpreter, module or script, and arguments; passwords in URIs are removed because MLflow records it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:
         start = ["python", "-m", spec.name.removesuffix(".__main__")]

@@ -1,4 +1,4 @@
-"""The front of a plan in MLflow's registry: a version for each point, and names for those that people ask for."""
+"""Register a plan's front in MLflow: a model version per point, and aliases for the points that users ask for."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ CHAMPION, FAST, EXACT = "champion", "fast", "exact"
 
 
 def register_plan(tracker: Tracker, name: str, plan: Plan, backbone: str, pairs: bool) -> dict[str, str]:
-    """Register every adapter on the front and every one that is served; those of an earlier call are kept.
+    """Register every adapter on the front and every served adapter; versions of an earlier call are reused.
 
-    ``champion`` is the plan's choice, ``fast`` the cheapest point of the front, ``exact`` its most accurate adapter.
-    Where the plain model is the choice, or the goal is missed, no version is the champion.
+    The alias ``champion`` is the plan's choice, ``fast`` the cheapest point of the front, and ``exact`` its most
+    accurate adapter. There is no champion if the plan chooses SISO or misses its goal.
 
     Args:
-        tracker: of the runs that trained them.
-        name: of the registered model.
-        plan: with its choice.
+        tracker: tracker of the runs that trained the adapters.
+        name: name of the registered model.
+        plan: the plan with its choice.
         backbone: see :func:`ray_jobs.tracking.pyfunc.save_pyfunc`.
         pairs: whether an input is a pair of texts.
 
@@ -51,12 +51,12 @@ def register_plan(tracker: Tracker, name: str, plan: Plan, backbone: str, pairs:
             artifact = MODEL_NAME if system.threshold is None else f"{MODEL_NAME}-{system.threshold:g}"
             known[tags["system"]] = tracker.register(system.run_id, folder, name, tags, backbone, pairs, artifact)
         made[system.name] = known[tags["system"]]
-    _name(tracker, name, made, plan, systems)
+    _set_aliases(tracker, name, made, plan, systems)
     return made
 
 
 def tags_of(system: Candidate) -> dict[str, str]:
-    """What a person chooses a version by."""
+    """Tags by which users choose a version."""
     return {
         "system": f"{system.run_id}/{system.name}",
         "method": system.method,
@@ -72,12 +72,12 @@ def tags_of(system: Candidate) -> dict[str, str]:
 
 
 def versions(tracker: Tracker, name: str) -> dict[str, str]:
-    """Versions of a registered model by their tag ``system``."""
+    """Versions of a registered model, by their tag ``system``."""
     found = tracker.client.search_model_versions(f"name = '{name}'")
     return {version.tags["system"]: str(version.version) for version in found if "system" in version.tags}
 
 
-def _name(tracker: Tracker, name: str, made: Mapping[str, str], plan: Plan, systems: list[Candidate]) -> None:
+def _set_aliases(tracker: Tracker, name: str, made: Mapping[str, str], plan: Plan, systems: list[Candidate]) -> None:
     points: list[Any] = [system for system in front(systems) if system.name in made]
     if not points:
         return
@@ -92,7 +92,7 @@ def _name(tracker: Tracker, name: str, made: Mapping[str, str], plan: Plan, syst
 
 
 def model_uris(plan: Plan, name: str, made: Mapping[str, str]) -> list[str]:
-    """What a server loads for each width: the champion by its alias, the narrower ones by their version."""
+    """The model URI that a server loads for each width: the champion by its alias, narrower widths by version."""
     uris = []
     for one in plan.served:
         system = one.judged.candidate

@@ -1,9 +1,9 @@
-"""What MLflow could not take is kept on disk and sent later: a tracking server that is away ends no job.
+"""Keep records on disk while MLflow cannot be reached and send them later, so that jobs continue without the server.
 
-Each record is a file of its own in the outbox. Its name begins with a number one above the highest that waits, so the
-records of a run are sent in the order in which they were made, whatever the clocks of the machines say. The next process
-that reaches the server sends what waits. A record that cannot be sent is moved to the folder ``quarantine``, and those
-behind it are sent.
+Each record is one file in the outbox. Its name starts with a number that is one above the highest number present, so
+the records of a run are sent in the order in which they were made, regardless of the machines' clocks. The next process
+that reaches the server sends all waiting records. A record that can never be sent is moved to the folder ``quarantine``,
+and later records are sent.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
-"""How long the server is left alone after it did not answer."""
-TRIES, PATIENCE_SECONDS = 10, 3600.0
-"""A record goes to quarantine after so many tries over so long a time, all of them while the server answered others."""
+"""Seconds before the next attempt after the server did not answer."""
+TRIES, GIVE_UP_SECONDS = 10, 3600.0
+"""Attempts, and seconds since the first one, after which a record that fails while the server answers is quarantined."""
 LOCAL = "local-"
-"""How ids of runs begin that were made while the server was away; when it is back they get ids of its own."""
+"""Prefix of run ids created while the server was unreachable. The server's own ids replace them later."""
 FILES, IDS, QUARANTINE = "files", "ids.json", "quarantine"
 REFUSALS = frozenset(
     {
@@ -47,26 +47,26 @@ REFUSALS = frozenset(
         "RESOURCE_DOES_NOT_EXIST",
     }
 )
-"""MLflow's codes for what it will never take. Others, such as ``UNAUTHENTICATED``, may pass."""
+"""MLflow's error codes for requests that it will never accept. Other errors, such as ``UNAUTHENTICATED``, may pass."""
 _MISTAKES = (AssertionError, AttributeError, NameError, TypeError)
 
 
 class _Unsendable(Exception):
-    """A record that can never be sent; the message says why."""
+    """A record that can never be sent; the message contains the reason."""
 
 
 class Outbox:
-    """Records that wait, in a folder that all processes of a job reach.
+    """Waiting records in a folder that all processes of a job reach.
 
     Args:
-        folder: made when the first record waits.
-        client: of MLflow.
+        folder: created with the first waiting record.
+        client: MLflow's client.
     """
 
     def __init__(self, folder: Path, client: Any) -> None:
         self.folder, self.client = folder, client
         self.is_away = False
-        self._retry_at = 0.0  # by the monotonic clock
+        self._retry_at = 0.0  # on the monotonic clock
 
     def __len__(self) -> int:
         return len(self._waiting())
@@ -75,10 +75,10 @@ class Outbox:
         return sorted(self.folder.glob("[0-9]*.json")) if self.folder.is_dir() else []
 
     def send(self, call: str, run_id: str, **values: Any) -> None:
-        """Send a record, after all of its run that wait; keep it if MLflow does not take it now.
+        """Send a record after all waiting records of its run; keep it if MLflow does not accept it now.
 
         Raises:
-            MlflowException: MLflow refuses it, see :func:`is_refusal`.
+            MlflowException: MLflow refuses the record; see :func:`is_refusal`.
         """
         record = {"call": call, "run_id": run_id, "values": values}
         if self._can_be_sent_at_once(call, run_id):
@@ -106,15 +106,15 @@ class Outbox:
             self.went_away(error)
             return
         _log.warning(
-            "MLflow did not take a record (%s); it waits in %s and is sent again later", error_line(error), self.folder
+            "MLflow did not accept a record (%s); it is kept in %s and sent again later", error_line(error), self.folder
         )
         self._retry_at = time.monotonic() + RETRY_SECONDS
 
     def went_away(self, error: Exception) -> None:
-        """Leave the server alone for a while; logged once, until it is back."""
+        """Pause requests to the server that cannot be reached; logs once until the server is back."""
         if not self.is_away:
             _log.warning(
-                "MLflow took no record (%s); records wait in %s and are sent when it is back",
+                "cannot reach MLflow (%s); records are kept in %s and sent when it is back",
                 error_line(error),
                 self.folder,
             )
@@ -123,7 +123,7 @@ class Outbox:
     def _keep(self, record: dict[str, Any]) -> None:
         number = 1 + max((int(file.name.partition("-")[0]) for file in self._waiting()), default=0)
         name = f"{number:020d}-{uuid.uuid4().hex[:8]}-{record['run_id']}"
-        if record["call"] == "artifacts":  # the copy is sent later, since the original may change
+        if record["call"] == "artifacts":  # keep a copy, since the original may change
             source, target = Path(record["values"]["path"]), Path(FILES, name)
             with atomic_folder(self.folder / target) as temporary:
                 if source.is_dir():
@@ -135,20 +135,20 @@ class Outbox:
         write_json(self.folder / f"{name}.json", record)
 
     def flush(self) -> int:
-        """Send what waits; returns how many records still do."""
+        """Send waiting records; returns how many are left."""
         if not self._waiting():
             return 0
         try:
             with FileLock(str(self.folder / "lock"), timeout=0):
                 self._send_waiting()
-        except Timeout:  # another process sends them
+        except Timeout:  # another process is sending them
             pass
         except OSError as error:
             _log.warning("cannot send the records in %s (%s)", self.folder, error_line(error))
         return len(self)
 
     def _send_waiting(self) -> None:
-        held: set[str] = set()  # runs of which an earlier record waits
+        held: set[str] = set()  # runs with an earlier record that could not be sent
         failures = 0
         for file in self._waiting():
             record: dict[str, Any] = {}
@@ -167,7 +167,9 @@ class Outbox:
                     self._quarantine(file, error)
                 else:
                     failures += 1
-                    if record["call"] != "artifacts":  # nothing depends on those, and their store may be away for long
+                    if (
+                        record["call"] != "artifacts"
+                    ):  # no record depends on artifacts, and their store may be unreachable for long
                         held.add(record["run_id"])
             else:
                 self._remove(file)
@@ -175,10 +177,10 @@ class Outbox:
         self._retry_at = time.monotonic() + RETRY_SECONDS if failures else 0.0
 
     def _is_held(self, record: dict[str, Any], held: set[str]) -> bool:
-        """Whether a record waits for an earlier one of its run, or its run for that of the sweep.
+        """Whether a record must wait for an earlier record of its run, or its run for the sweep's run.
 
         Raises:
-            _Unsendable: its run was never made.
+            _Unsendable: its run was never created.
         """
         if record["call"] == "create":
             tags = record["values"]["tags"].values()
@@ -186,7 +188,7 @@ class Outbox:
         else:
             waits = record["run_id"] in held
             if not waits and self.resolve(record["run_id"]).startswith(LOCAL):
-                raise _Unsendable("the record that makes its run is missing")
+                raise _Unsendable("the record that creates its run is missing")
         if waits:
             held.add(record["run_id"])
         return waits
@@ -202,7 +204,7 @@ class Outbox:
         now = time.time()
         failed = record.setdefault("failed", {"tries": 0, "since": now})
         failed["tries"] += 1
-        if failed["tries"] >= TRIES and now - failed["since"] >= PATIENCE_SECONDS:
+        if failed["tries"] >= TRIES and now - failed["since"] >= GIVE_UP_SECONDS:
             return True
         write_json(file, record)
         return False
@@ -270,16 +272,16 @@ class Outbox:
 
 
 def _run_of(file: Path) -> str | None:
-    """The run that a record's name tells; None if an older version named it."""
+    """The run id in a record's file name; None for a file of an older version."""
     parts = file.stem.split("-", 2)
     return parts[2] if len(parts) == 3 else None
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A record.
+    """Read a record.
 
     Raises:
-        _Unsendable: the file is damaged, or cannot be read.
+        _Unsendable: the file is damaged or cannot be read.
     """
     try:
         record = json.loads(file.read_bytes())
@@ -287,22 +289,22 @@ def _read(file: Path) -> dict[str, Any]:
         raise _Unsendable(f"the file is damaged: {error}") from None
     kinds = {"call": str, "run_id": str, "values": dict}
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
-        raise _Unsendable("the file is damaged: it holds no record")
+        raise _Unsendable("the file is damaged: it does not contain a record")
     return record
 
 
-class PatientClient:
-    """MLflow's client as far as runs are written; what is read is asked of the server itself.
+class BufferedClient:
+    """MLflow's client with writes that go through the outbox. Reads go directly to the server.
 
     Args:
-        uri: of the store.
-        outbox: folder of records that wait.
+        uri: URI of the store.
+        outbox: folder for waiting records.
     """
 
     def __init__(self, uri: str, outbox: Path) -> None:
         from mlflow import MlflowClient
 
-        # By default a request is tried for minutes, while a training step waits.
+        # By default a request is retried for minutes while a training step waits.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         self.plain = MlflowClient(uri)
@@ -312,11 +314,11 @@ class PatientClient:
         return getattr(self.plain, name)
 
     def get_run(self, run_id: str) -> Any:
-        """A run by either of its ids."""
+        """Return a run by its local id or the server's id."""
         return self.plain.get_run(self.outbox.resolve(run_id))
 
     def create_run(self, experiment_id: str, run_name: str, tags: dict[str, str]) -> Any:
-        """A run; where the server is away one with an id of our own."""
+        """Create a run; with a local id if the server cannot be reached."""
         started = int(time.time() * 1000)
         self.outbox.flush()
         known = {key: self.outbox.resolve(value) for key, value in tags.items()}
@@ -333,7 +335,7 @@ class PatientClient:
             return SimpleNamespace(info=SimpleNamespace(run_id=run_id))
 
     def log_batch(self, run_id: str, metrics: Sequence[Metric] = (), params: Sequence[Param] = ()) -> None:
-        """Metrics and parameters."""
+        """Log metrics and parameters."""
         self.outbox.send(
             "batch",
             run_id,
@@ -342,45 +344,45 @@ class PatientClient:
         )
 
     def set_tag(self, run_id: str, key: str, value: str) -> None:
-        """A tag."""
+        """Set a tag."""
         self.outbox.send("tag", run_id, key=key, value=str(value))
 
     def update_run(self, run_id: str, status: str) -> None:
-        """The status of a run that goes on."""
+        """Set the status of a run that has not ended."""
         self.outbox.send("status", run_id, status=status, ended=None)
 
     def set_terminated(self, run_id: str, status: str) -> None:
-        """The end of a run."""
+        """End a run."""
         self.outbox.send("status", run_id, status=status, ended=int(time.time() * 1000))
         if not self.outbox.is_away:
             self.outbox.flush()  # this process may record nothing more
 
     def log_inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None:
-        """The data sets that a run read."""
+        """Log the data sets that a run read."""
         for found in datasets:
             dataset = {key: getattr(found.dataset, key) for key in ("name", "digest", "source_type", "source")}
             self.outbox.send("input", run_id, dataset=dataset, tags={tag.key: tag.value for tag in found.tags})
 
     def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
-        """A folder."""
+        """Log the files of a folder."""
         self.outbox.send("artifacts", run_id, path=os.path.abspath(local_dir), artifact_path=artifact_path)
 
     def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
-        """A file."""
+        """Log a file."""
         self.outbox.send("artifacts", run_id, path=os.path.abspath(local_path), artifact_path=artifact_path)
 
 
 def dataset_input(dataset: dict[str, str], tags: dict[str, str]) -> DatasetInput:
-    """MLflow's own object for a data set."""
+    """Create MLflow's object for a data set."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     return DatasetInput(Dataset(**dataset), [InputTag(key, value) for key, value in tags.items()])
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether asking again would not help: MLflow said no, or a mistake in our own code, which waiting would hide.
+    """Whether a retry cannot help: MLflow refused the request, or the error is a bug in this code that must not be hidden.
 
-    All else may pass: a server or an object store that is away or overloaded, or that does not accept who asks.
+    Other errors may pass: a server or object store that is unreachable, overloaded, or rejects the credentials.
     """
     from mlflow.exceptions import MlflowException
 

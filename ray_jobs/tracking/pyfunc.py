@@ -20,18 +20,18 @@ EXAMPLES = {"text": ["Several requests share one pass."], "text_pair": ["The pas
 
 
 def save_pyfunc(adapter: str | Path, folder: Path, backbone: str | None = None, pairs: bool = False) -> Path:
-    """Write an adapter as a folder of MLflow's ``python_function`` flavour, without any pickled object.
+    """Write an adapter as a folder in MLflow's ``python_function`` flavor, without pickled objects.
 
     Args:
         adapter: adapter folder.
-        folder: that is made.
-        backbone: a local backbone, which is copied into the model where the adapter does not record one that is found
-            again everywhere (the embedded one, or one of the hub); None leaves it out, and whoever loads the model must
-            name it.
+        folder: folder to create.
+        backbone: folder of a local backbone. It is copied into the model unless the adapter records a backbone that any
+            machine can load (the embedded one or one of the hub). If None, it is left out, and the user must name a
+            backbone when loading the model.
         pairs: whether an input is a pair of texts.
 
     Raises:
-        UserError: mlflow is not installed, or no adapter.
+        UserError: mlflow is not installed, or ``adapter`` is not an adapter.
     """
     mlflow = require("mlflow", "mlflow")
     import pandas as pd
@@ -39,21 +39,21 @@ def save_pyfunc(adapter: str | Path, folder: Path, backbone: str | None = None, 
     from mlflow.types import ColSpec, Schema
 
     config = load_adapter_config(adapter)
-    brought = {"adapter": local_adapter_folder(adapter)}
+    copied = {"adapter": local_adapter_folder(adapter)}
     if backbone is not None and not config.backbone_is_found:
-        brought["backbone"] = Path(resolve(backbone))
+        copied["backbone"] = Path(resolve(backbone))
     columns = list(EXAMPLES)[: 2 if pairs else 1]
-    # Unnamed inputs: MLflow hands a list of texts on only where the signature names no columns.
+    # Unnamed inputs: MLflow accepts a list of texts only if the signature names no columns.
     signature = ModelSignature(
         Schema([ColSpec("string") for _ in columns]), Schema([ColSpec("double", name) for name in config.label_names])
     )
     with tempfile.TemporaryDirectory() as staging:
-        for name, source in brought.items():  # MLflow calls them as their folders are called, which may be alike
+        for name, source in copied.items():  # MLflow names artifacts after their folders, whose names may be equal
             shutil.copytree(source, Path(staging) / name)
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(MODEL_CODE),
-            artifacts={name: str(Path(staging) / name) for name in brought},
+            artifacts={name: str(Path(staging) / name) for name in copied},
             model_config={"backbone": None, "device": "cpu"},
             signature=signature,
             input_example=pd.DataFrame({name: EXAMPLES[name] for name in columns}),
@@ -63,8 +63,10 @@ def save_pyfunc(adapter: str | Path, folder: Path, backbone: str | None = None, 
 
 
 def requirements(config: AdapterConfig) -> list[str]:
-    """What predicting takes, at the versions installed here."""
+    """The packages that prediction needs, pinned to the versions installed here."""
     packages = list(PACKAGES)
     if config.base_model["name"] == EMBEDDED_NAME:
         packages.append(EMBEDDED_PACKAGE.replace("_", "-"))
-    return [f"{name}=={version(name).partition('+')[0]}" for name in packages]  # without a build's own +cpu
+    return [
+        f"{name}=={version(name).partition('+')[0]}" for name in packages
+    ]  # without a local build suffix such as +cpu

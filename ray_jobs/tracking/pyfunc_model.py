@@ -1,6 +1,6 @@
-"""What MLflow runs for a registered adapter: data frames or lists of texts to label scores.
+"""The MLflow model of a registered adapter, which turns data frames or lists of texts into label scores.
 
-MLflow keeps a copy of this file with the model and runs that copy, so it imports nothing of its own folder.
+MLflow stores a copy of this file with the model and runs the copy, so it imports nothing from its own folder.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ COLUMNS = ["text", "text_pair"]
 
 
 class AdapterModel(PythonModel):
-    """An adapter with its backbone, as MLflow's ``python_function`` flavour asks for it."""
+    """An adapter with its backbone, in the interface of MLflow's ``python_function`` flavor."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the adapter, and the backbone that is named at loading, lies beside it, or is recorded by it.
+        """Load the adapter and its backbone: from the setting, from the artifact, or as the adapter records it.
 
         Args:
-            context: artifacts ``adapter`` and maybe ``backbone``; settings ``backbone`` and ``device``.
+            context: artifacts ``adapter`` and optionally ``backbone``; settings ``backbone`` and ``device``.
 
         Raises:
-            UserError: no backbone is found, or another one than the adapter's.
+            UserError: the backbone is not found, or it is not the adapter's backbone.
         """
         settings = context.model_config or {}
         backbone = settings.get("backbone") or context.artifacts.get("backbone")
@@ -46,14 +46,14 @@ class AdapterModel(PythonModel):
 
         Args:
             context: unused.
-            model_input: a column ``text``, and ``text_pair`` where the adapter answers pairs; or columns 0 and 1, into
-                which MLflow puts lists.
+            model_input: a column ``text``, and ``text_pair`` if the adapter classifies pairs; or columns 0 and 1, which
+                MLflow creates from lists.
 
         Returns:
-            A row an input and a column a class, in the order of the model's classes.
+            One row per input and one column per class, in the order of the model's classes.
 
         Raises:
-            UserError: other columns, or a text that cannot be classified.
+            UserError: the columns are wrong, or a text cannot be classified.
         """
         del context
         given: list[object] = list(model_input.columns)
@@ -62,7 +62,7 @@ class AdapterModel(PythonModel):
             model_input = model_input[named]
         elif given != [*range(len(named))]:
             raise UserError(
-                f"the input has the columns {', '.join(map(repr, given))}; give {' and '.join(named)} first, such as "
+                f"the input has the columns {', '.join(map(repr, given))}; pass only {' and '.join(named)}, such as "
                 f"frame[{named}], or a list of texts"
             )
         scores = self.classifier.scores(list(model_input.itertuples(index=False, name=None)))

@@ -1,4 +1,4 @@
-"""How busy the machine is while a run trains: CPU, memory, disk, network and GPU, beside the run's curves in MLflow."""
+"""Record the machine's load (CPU, memory, disk, network and GPU) in the MLflow run while it trains."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
-    """Record the machine's load under ``system/`` while the body runs.
+    """Inside the context, record the machine's load under ``system/``.
 
-    On unless ``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false`` is set; MLflow's other variables set the intervals. A short
-    run gets a sample as well. A store that cannot be reached is told and harms nothing.
+    This is on unless ``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false`` is set. MLflow's other variables set the intervals.
+    Even a short run gets one sample. If the store cannot be reached, a warning is logged and training continues.
 
     Args:
         tracking_uri: MLflow store.
-        run_id: the MLflow run, which must be running.
+        run_id: the MLflow run, whose status must be RUNNING.
     """
     from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING as ENABLED
 
@@ -34,15 +34,15 @@ def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
         return
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells when it starts and stops
-    redact_logs("mlflow")  # its thread logs what the store answers
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs its start and stop
+    redact_logs("mlflow")  # its thread logs responses of the store
     try:
         monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)
         monitor.collect_metrics()
         monitor.publish_metrics(monitor.aggregate_metrics())
         monitor.start()
     except Exception as error:
-        _log.warning("system metrics are not recorded (%s); training goes on", error_line(error))
+        _log.warning("system metrics are not recorded (%s); training continues", error_line(error))
         yield
         return
     try:

@@ -1,4 +1,4 @@
-"""Runs in MLflow: one store for every job, children under a sweep, the same keys on every run."""
+"""Record runs in MLflow: one store for all jobs, child runs under a sweep, the same keys on every run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from ray_jobs.tracking.command_line import command_line
 from ray_jobs.tracking.config import TrackingConfig
-from ray_jobs.tracking.outbox import PatientClient, is_refusal
+from ray_jobs.tracking.outbox import BufferedClient, is_refusal
 from ray_jobs.tracking.pyfunc import MODEL_NAME, save_pyfunc
 from revmux.errors import UserError
 from revmux.utils.extras import require
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """One experiment of one tracking store.
+    """One experiment in one tracking store.
 
     Args:
-        config: which.
-        storage: the job's storage folder, for the default store.
-        command: recorded with every run; by default that of this process.
+        config: store and experiment.
+        storage: the job's storage folder, which contains the default store.
+        command: command to record with every run; by default that of this process.
 
     Raises:
         UserError: mlflow is not installed, or the store cannot be opened.
@@ -45,12 +45,14 @@ class Tracker:
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         redact_logs("mlflow")
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it shows the stack of what it raises
+        logging.getLogger("mlflow.store.db.utils").setLevel(
+            logging.CRITICAL
+        )  # it prints a traceback for what it raises
         self.command = command or command_line()
         self.uri = config.uri or f"sqlite:///{storage / 'mlflow.db'}"
         self.outbox, self.running = storage / "outbox", storage / "running"
         try:
-            self.client = PatientClient(self.uri, self.outbox)
+            self.client = BufferedClient(self.uri, self.outbox)
             experiment = self.client.get_experiment_by_name(config.experiment)
             if experiment is None:
                 location = (storage / "mlartifacts").as_uri() if is_database(self.uri) else None
@@ -60,7 +62,7 @@ class Tracker:
         except Exception as error:
             remedy = "name a running server or a database with --tracking.uri"
             if isinstance(error, ModuleNotFoundError) and self.uri.startswith("postgresql"):
-                # Which driver a bare postgresql:// means depends on SQLAlchemy's version.
+                # The default driver of a bare postgresql:// depends on SQLAlchemy's version.
                 remedy = "run: pip install 'revmux[postgres]', and name its driver: postgresql+psycopg2://..."
             raise UserError(
                 f"cannot open the MLflow store {without_passwords(self.uri)!r} "
@@ -73,14 +75,14 @@ class Tracker:
     def run(
         self, name: str, params: Mapping[str, Any], parent: str | None = None, resume: str | None = None
     ) -> Iterator[str]:
-        """A run that ends FINISHED, FAILED if its body raises, KILLED if it is stopped; yields the run id.
+        """Open a run for the body and yield its id. It ends FINISHED, FAILED if the body raises, KILLED if it is stopped.
 
         Args:
-            name: shown in MLflow.
-            params: nested settings; logged flat, as ``optim.learning_rate``. A run that goes on keeps those it has, and
-                tells others in its tag ``revmux.changed``.
-            parent: run id of the sweep that this run is a trial of; a trial that was interrupted goes on in its own run.
-            resume: id of a run to go on in.
+            name: name shown in MLflow.
+            params: nested settings, logged flat, as ``optim.learning_rate``. A resumed run keeps its parameters and lists
+                changed ones in its tag ``revmux.changed``.
+            parent: run id of the sweep to which this trial belongs; an interrupted trial resumes its own run.
+            resume: id of a run to resume.
 
         Raises:
             UserError: the storage folder cannot be written.
@@ -98,7 +100,7 @@ class Tracker:
             alive = FileLock(self.running / run_id).acquire()
         except OSError as error:
             raise UserError(
-                f"cannot write to {self.running} ({error.strerror or error}); make room there, or name another storage folder"
+                f"cannot write to {self.running} ({error.strerror or error}); make room there or choose another --storage folder"
             ) from error
         with alive:
             if resume is not None:
@@ -108,7 +110,7 @@ class Tracker:
                 yield run_id
             except BaseException as error:
                 status = "FAILED" if isinstance(error, Exception) else "KILLED"
-                with suppress(MlflowException, OSError):  # a full disk or a server that is away must not hide the error
+                with suppress(MlflowException, OSError):  # a full disk or an unreachable server must not hide the error
                     self._end(run_id, status)
                 raise
             self._end(run_id, "FINISHED")
@@ -117,35 +119,37 @@ class Tracker:
         self.client.set_terminated(run_id, status)
         (self.running / run_id).unlink(missing_ok=True)
 
-    def _log_params(self, run_id: str, params: Mapping[str, Any], goes_on: bool) -> None:
+    def _log_params(self, run_id: str, params: Mapping[str, Any], resumed: bool) -> None:
         from mlflow.entities import Param
 
-        there: dict[str, str] = {}
-        if goes_on:
+        logged: dict[str, str] = {}
+        if resumed:
             try:
-                there = self.client.get_run(run_id).data.params
+                logged = self.client.get_run(run_id).data.params
             except Exception as error:
                 if is_refusal(error):
                     raise
         texts = {key: str(value)[:500] for key, value in params.items()}
-        changed = [f"{key}: {there[key]} → {text}" for key, text in texts.items() if there.get(key, text) != text]
-        if changed:  # MLflow's parameters are for ever
+        changed = [f"{key}: {logged[key]} → {text}" for key, text in texts.items() if logged.get(key, text) != text]
+        if changed:  # MLflow's parameters cannot be changed
             self.client.set_tag(run_id, "revmux.changed", "; ".join(changed)[:5000])
-        self.client.log_batch(run_id, params=[Param(key, text) for key, text in texts.items() if key not in there])
+        self.client.log_batch(run_id, params=[Param(key, text) for key, text in texts.items() if key not in logged])
 
     def end_abandoned(self) -> None:
-        """Mark runs of this storage folder KILLED whose process was: each holds a lock there as long as it lives."""
+        """Mark runs of this storage folder as KILLED if their process was killed, that is, no longer holds the run's lock."""
         for file in self.running.glob("*"):
             with suppress(Timeout, FileNotFoundError), FileLock(file, timeout=0):
                 try:
                     status = self.client.get_run(file.name).info.status
                 except Exception as error:
                     if not is_refusal(error):
-                        continue  # the server is away
-                    status = "unknown"  # deleted, or of another store
+                        continue  # the server cannot be reached
+                    status = "unknown"  # deleted, or in another store
                 if status == "RUNNING":
                     when = time.strftime("%Y-%m-%d %H:%M:%S")
-                    self.client.set_tag(file.name, "revmux.killed", f"its process was gone without a word at {when}")
+                    self.client.set_tag(
+                        file.name, "revmux.killed", f"its process ended without reporting a status; found at {when}"
+                    )
                     self.client.set_terminated(file.name, "KILLED")
                 file.unlink(missing_ok=True)
 
@@ -160,7 +164,7 @@ class Tracker:
         return found
 
     def has_run(self, run_id: str | None) -> bool:
-        """Whether the store holds a run, and it was not deleted."""
+        """Whether the store contains a run that was not deleted."""
         from mlflow.exceptions import MlflowException
 
         with suppress(MlflowException):
@@ -168,20 +172,20 @@ class Tracker:
         return False
 
     def child_of(self, parent: str, name: str) -> str | None:
-        """The run of a trial that was begun before, or None."""
+        """The run id of a trial that started before, or None."""
         try:
             return next((run.info.run_id for run in self.children(parent) if run.info.run_name == name), None)
         except Exception as error:
             if is_refusal(error):
                 raise
-            return None  # the server is away; what is recorded now waits for it
+            return None  # the server cannot be reached; the outbox keeps new records
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Scalars at a step."""
+        """Log scalars at a step."""
         log_metrics(self.client, run_id, metrics, step)
 
     def log_folder(self, run_id: str, folder: Path, name: str) -> None:
-        """A folder as artifact."""
+        """Log a folder as an artifact."""
         self.client.log_artifacts(run_id, str(folder), name)
 
     def register(
@@ -194,18 +198,18 @@ class Tracker:
         pairs: bool = False,
         artifact: str = MODEL_NAME,
     ) -> str:
-        """An adapter as the next version of a registered model.
+        """Register an adapter as the next version of a model.
 
-        The server loads it as ``models:/NAME/VERSION``, and so does ``mlflow.pyfunc.load_model``.
+        The server and ``mlflow.pyfunc.load_model`` load it as ``models:/NAME/VERSION``.
 
         Args:
-            run_id: the run that made the adapter.
-            adapter: its folder.
-            name: of the registered model, made where it is missing.
-            tags: what a person chooses by.
+            run_id: the run that trained the adapter.
+            adapter: folder of the adapter.
+            name: name of the registered model, created if missing.
+            tags: tags by which users choose a version.
             backbone: see :func:`ray_jobs.tracking.pyfunc.save_pyfunc`.
             pairs: whether an input is a pair of texts.
-            artifact: its name among the artifacts of the run, which may have been registered with other settings.
+            artifact: name of the artifact in the run; different settings of one run need different names.
 
         Returns:
             The version.
@@ -214,14 +218,14 @@ class Tracker:
 
         with tempfile.TemporaryDirectory() as folder:
             self.log_folder(run_id, save_pyfunc(adapter, Path(folder) / MODEL_NAME, backbone, pairs), artifact)
-        with suppress(MlflowException):  # it is there
+        with suppress(MlflowException):  # it exists
             self.client.create_registered_model(name)
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact}"
         texts = {key: str(value) for key, value in tags.items()}
         return str(self.client.create_model_version(name, source, run_id, tags=texts).version)
 
     def log_data(self, run_id: str, identity: Mapping[str, Any]) -> None:
-        """The data set that a run read, as MLflow input."""
+        """Log the data set that a run read as MLflow input."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = str(identity["source"])
@@ -230,16 +234,14 @@ class Tracker:
 
 
 def is_database(uri: str) -> bool:
-    """Whether a tracking URI names a database, which keeps no artifacts; a server decides where its own are kept."""
+    """Whether a tracking URI names a database, which does not store artifacts. A server chooses its artifact location."""
     from mlflow.store.db.db_types import DATABASE_ENGINES
 
     return uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES
 
 
-def log_metrics(client: PatientClient, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-    """Scalars at a step."""
-    import time
-
+def log_metrics(client: BufferedClient, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+    """Log scalars at a step."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)

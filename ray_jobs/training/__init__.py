@@ -1,1 +1,1 @@
-"""One training run on Ray Train, and the feature pass before it."""
+"""A training run on Ray Train and the feature pass before it."""

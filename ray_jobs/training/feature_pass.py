@@ -1,4 +1,4 @@
-"""Fills the feature stores of a task with Ray Data."""
+"""Fill the feature stores of a task with Ray Data."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ Work = list[tuple[FeaturePass, TokenizedSplit]]
 def fill_stores(
     recipe: Recipe, layers: Sequence[int], task: TaskData, cluster: ClusterConfig, workers: int | None = None
 ) -> None:
-    """Complete the stores of a task's splits by a Ray Data job: each worker computes shards and writes them itself.
+    """Complete the stores of a task's splits with a Ray Data job in which each worker computes and writes shards.
 
-    A pass that was stopped goes on where it was, a lost worker's shard is given to another, and where two jobs ask
-    for the same store one of them waits and finds it complete. On this machine alone, what is less than a shard's worth
-    of inputs in all is computed in this process, before others would have started.
+    A pass that was stopped resumes, and the shard of a lost worker is given to another worker. If two jobs need the
+    same store, one waits until the other has completed it. On a single machine, this process computes the missing inputs
+    itself if they fit in one shard, because starting workers would take longer.
 
     Args:
-        recipe: whose backbone and store count.
-        layers: depths whose states are wanted, beside the teacher.
-        task: its data.
-        cluster: what a worker takes; connected already.
-        workers: at most so many, in place of the cluster's.
+        recipe: the backbone and the store; other settings are ignored.
+        layers: depths of the states to store, in addition to the teacher.
+        task: the task's data.
+        cluster: resources per worker; already connected.
+        workers: maximum number of workers; by default that of ``cluster``.
 
     Raises:
-        UserError: a layer out of range, a state that the store's type cannot hold, a place that cannot be written.
-        NotSeenError: what the workers wrote is not seen from here.
+        UserError: a layer is out of range, a state does not fit the store's type, or the store cannot be written.
+        NotSeenError: this process does not see the files that the workers wrote.
     """
     pretrained = load_backbone(recipe, task.label_names)
     check_labels(pretrained, task)
     pretrained.backbone.freeze()
     builders = _builders(pretrained, recipe, layers, task)
-    verify = builders[0].root.local  # hashing is reading: of a remote store, that is for those who train
+    verify = builders[0].root.local  # hashing reads everything, so the training workers verify a remote store
     with ExitStack() as stack:
         work = [
             (stack.enter_context(builder.filling(verify)), builder.split)
@@ -63,45 +63,45 @@ def fill_stores(
         ]
         total = sum(len(todo.shard_rows[index]) for todo, _ in work for index in todo.missing)
         if total:
-            places = ", ".join(map(str, sorted({layer for todo, _ in work for layer in todo.layers}))) or "none"
-            print(f"features: {total:,} inputs, layers {places}: {recipe.store.root}", flush=True)
+            names = ", ".join(map(str, sorted({layer for todo, _ in work for layer in todo.layers}))) or "none"
+            print(f"features: {total:,} inputs, layers {names}: {recipe.store.root}", flush=True)
             if total <= recipe.store.shard_inputs and cluster.is_this_machine:
-                losses = _write_here(work, pretrained, total)
+                losses = _write_in_process(work, pretrained, total)
             else:
-                losses = _write(work, recipe, task.label_names, cluster, workers or cluster.workers, total)
+                losses = _write_with_workers(work, recipe, task.label_names, cluster, workers or cluster.workers, total)
             for layer, parts in sorted(losses.items()):
                 print(f"features: layer {layer} in {recipe.store.dtype}: {Precision.of(parts)}")
 
 
 def fill_for(recipes: Sequence[Recipe], task: TaskData, cluster: ClusterConfig, workers: int | None = None) -> None:
-    """Fill what runs are going to read, before their workers start.
+    """Fill the stores that runs will read, before their workers start.
 
     Args:
-        recipes: runs that differ in method and optimisation alone.
+        recipes: runs that differ only in method and optimization.
         task: their data.
         cluster: see :func:`fill_stores`.
         workers: see :func:`fill_stores`.
 
     Raises:
-        UserError: as :func:`fill_stores`.
+        UserError: see :func:`fill_stores`.
     """
     shape, _ = inspect(recipes[0].backbone)
-    read = [layers for recipe in recipes if (layers := layers_read(recipe, shape)) is not None]
-    if not read:
+    needed = [layers for recipe in recipes if (layers := layers_read(recipe, shape)) is not None]
+    if not needed:
         return
     try:
-        fill_stores(recipes[0], sorted({layer for layers in read for layer in layers}), task, cluster, workers)
+        fill_stores(recipes[0], sorted({layer for layers in needed for layer in layers}), task, cluster, workers)
     except NotSeenError as error:
-        print(f"features: {error}; for now every machine completes its own", flush=True)
+        print(f"features: {error}; each machine completes its own copy for now", flush=True)
 
 
 class ShardWorker:
-    """A worker of the pass: loads the backbone once, then writes one shard after the other.
+    """A worker of the feature pass, which loads the backbone once and then writes one shard after another.
 
     Args:
-        recipe: whose backbone counts.
+        recipe: the backbone; other settings are ignored.
         label_names: the task's classes.
-        work: reference to the stores and their splits; tokens are all that crosses Ray's object store.
+        work: reference to the stores and their splits. Only tokens go through Ray's object store.
         device: where the backbone runs.
         threads: CPU threads; 0 leaves torch's default.
     """
@@ -118,19 +118,19 @@ class ShardWorker:
         self.pretrained: Pretrained | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Write shards ``batch["shard"]`` of stores ``batch["store"]``; a mistake of the user's is told, not raised.
+        """Write shards ``batch["shard"]`` of stores ``batch["store"]``; a ``UserError`` is returned, not raised.
 
-        Loading belongs here, since Ray Data hands over what is returned but not what a constructor raises.
+        The backbone is loaded here because Ray Data passes on return values but not an exception of the constructor.
         """
-        told: list[dict[str, Any]] = []
+        outcomes: list[dict[str, Any]] = []
         for number, index in zip(batch["store"].tolist(), batch["shard"].tolist(), strict=True):
             todo, split = self.work[number]
             try:
                 losses = todo.write_shard(self._backbone(todo).backbone, split, index)
-                told.append({"losses": {layer: asdict(loss) for layer, loss in losses.items()}})
+                outcomes.append({"losses": {layer: asdict(loss) for layer, loss in losses.items()}})
             except UserError as error:
-                told.append({"problem": str(error)})
-        return batch | {"told": np.array([json.dumps(what) for what in told])}
+                outcomes.append({"problem": str(error)})
+        return batch | {"outcome": np.array([json.dumps(outcome) for outcome in outcomes])}
 
     def _backbone(self, todo: FeaturePass) -> Pretrained:
         if self.pretrained is None:
@@ -142,7 +142,7 @@ class ShardWorker:
 
 
 def _builders(pretrained: Pretrained, recipe: Recipe, layers: Sequence[int], task: TaskData) -> list[StoreBuilder]:
-    """One a store, in the order of their keys: jobs that lock several lock them in the same order."""
+    """One builder per store, sorted by key, so that all jobs lock several stores in the same order."""
     splits = [
         pretrained.tokenize(split, recipe.backbone.max_length) for split in (task.train, task.selection, task.test)
     ]
@@ -152,23 +152,23 @@ def _builders(pretrained: Pretrained, recipe: Recipe, layers: Sequence[int], tas
     return [builder for _, builder in sorted(builders.items())]
 
 
-def _write(
+def _write_with_workers(
     work: Work, recipe: Recipe, label_names: list[str], cluster: ClusterConfig, workers: int, total: int
 ) -> dict[int, list[Precision]]:
-    """Have all missing shards written; returns what each layer lost in each."""
+    """Write all missing shards with Ray Data workers; returns, per layer, the rounding loss of each shard."""
     import ray
     from ray.data import ActorPoolStrategy, from_items
 
-    from ray_jobs.training.waiting import wait_for_a_place
+    from ray_jobs.training.resource_wait import wait_for_resources
 
-    wait_for_a_place("the feature pass", cluster.worker_resources, cluster.wait_minutes)
+    wait_for_resources("the feature pass", cluster.worker_resources, cluster.wait_minutes)
     shards = [{"store": number, "shard": index} for number, (todo, _) in enumerate(work) for index in todo.missing]
-    shards.sort(key=lambda shard: -len(work[shard["store"]][0].shard_rows[shard["shard"]]))  # what takes longest, first
-    data = from_items(shards, override_num_blocks=len(shards))  # a block a shard: the unit that is retried
+    shards.sort(key=lambda shard: -len(work[shard["store"]][0].shard_rows[shard["shard"]]))  # the longest first
+    data = from_items(shards, override_num_blocks=len(shards))  # one block per shard: Ray Data retries blocks
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
     data.context.max_consecutive_actor_init_deaths = cluster.max_failures
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    tokens = ray.put(work)  # once for all workers, and held here for those that are started again
+    tokens = ray.put(work)  # shared by all workers; this reference keeps it for restarted ones
     written = data.map_batches(
         ShardWorker,
         batch_size=None,
@@ -187,17 +187,17 @@ def _write(
     progress = _Progress(total)
     for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
         assert isinstance(batch, dict)
-        for number, index, told in _rows(batch):
-            if "problem" in told:
-                raise UserError(told["problem"])
-            for layer, loss in told["losses"].items():
+        for number, index, outcome in _rows(batch):
+            if "problem" in outcome:
+                raise UserError(outcome["problem"])
+            for layer, loss in outcome["losses"].items():
                 losses.setdefault(int(layer), []).append(Precision(**loss))
             progress.add(len(work[number][0].shard_rows[index]))
     return losses
 
 
-def _write_here(work: Work, pretrained: Pretrained, total: int) -> dict[int, list[Precision]]:
-    """:func:`_write` in this process, which has the backbone."""
+def _write_in_process(work: Work, pretrained: Pretrained, total: int) -> dict[int, list[Precision]]:
+    """:func:`_write` in this process, which has already loaded the backbone."""
     losses: dict[int, list[Precision]] = {}
     progress = _Progress(total)
     for todo, split in work:
@@ -209,32 +209,32 @@ def _write_here(work: Work, pretrained: Pretrained, total: int) -> dict[int, lis
 
 
 def _rows(batch: dict[str, np.ndarray]) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    for number, index, told in zip(
-        batch["store"].tolist(), batch["shard"].tolist(), batch["told"].tolist(), strict=True
+    for number, index, outcome in zip(
+        batch["store"].tolist(), batch["shard"].tolist(), batch["outcome"].tolist(), strict=True
     ):
-        yield number, index, json.loads(told)
+        yield number, index, json.loads(outcome)
 
 
 class _Progress:
-    """A bar on a terminal, a line every tenth in a log.
+    """A progress bar on a terminal; otherwise one printed line per tenth of the inputs.
 
     Args:
-        total: inputs of the pass.
+        total: inputs in the pass.
     """
 
     def __init__(self, total: int) -> None:
-        self.total, self.done, self.told = total, 0, 0
+        self.total, self.done, self.printed_tenths = total, 0, 0
         self.started = time.perf_counter()
         self.bar = tqdm(total=total, desc="features", unit=" inputs", disable=None)
 
     def add(self, inputs: int) -> None:
-        """So many more inputs are stored."""
+        """Count inputs that were stored."""
         self.done += inputs
         self.bar.update(inputs)
         if self.done == self.total:
             self.bar.close()
-        if self.bar.disable and 10 * self.done // self.total > self.told:
-            self.told = 10 * self.done // self.total
+        if self.bar.disable and 10 * self.done // self.total > self.printed_tenths:
+            self.printed_tenths = 10 * self.done // self.total
             rate = self.done / (time.perf_counter() - self.started)
             print(
                 f"features: {self.done:,} of {self.total:,} inputs, {rate:.0f} inputs/s, "

@@ -1,4 +1,4 @@
-"""From a recipe to a finished folder: one Ray Train run, recorded in MLflow."""
+"""Train one recipe with Ray Train, record the run in MLflow, and write the finished folder."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from revmux.utils.files import atomic_folder, remove_folder, write_durably
 if TYPE_CHECKING:
     from ray_jobs.training.worker import WorkerConfig
 
-RUN_NOTE = "mlflow-run.txt"
+RUN_ID_FILE = "mlflow-run.txt"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left.
+    """The result of a run.
 
     Attributes:
-        folder: adapter or task model.
-        method: what was trained.
-        metrics: the figures of the test split, cost, weights.
-        run_id: of the MLflow run.
+        folder: folder of the adapter or task model.
+        method: the method that was trained.
+        metrics: figures on the test split, cost, and number of tunable weights.
+        run_id: id of the MLflow run.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ class Trained:
 
 
 def load_checked(recipe: Recipe, workers: int) -> TaskData:
-    """Check a recipe against the backbone's shape, then read its data: all that can fail before a cluster starts."""
+    """Check a recipe against the backbone's shape and read its data, so that mistakes show before a cluster starts."""
     if not makes_head(recipe):
         check_answers(recipe.backbone)
     backbone, own_labels = outline(recipe.backbone)
@@ -59,13 +59,13 @@ def load_checked(recipe: Recipe, workers: int) -> TaskData:
 
 @dataclass(frozen=True)
 class TrialHooks:
-    """How the trial of a sweep takes part in its run; the defaults are those of a run that is no trial.
+    """Hooks through which a sweep's trial controls its run. The defaults are for a run outside a sweep.
 
     Attributes:
-        report: takes the metrics of each epoch. Where it is given, the run has one worker, which is this very process
-            (Ray Train's local mode), and the caller retries what fails.
-        callbacks: of Ray Train.
-        stopping: whether this process is being stopped, and its workers before it.
+        report: called with the metrics of each epoch. If it is given, this process is the only worker (Ray Train's
+            local mode), and the caller retries failures.
+        callbacks: callbacks for Ray Train.
+        stopping: returns whether Ray Tune is stopping this process, which stops its workers first.
     """
 
     report: Callable[[dict[str, float]], None] | None = None
@@ -85,24 +85,24 @@ def launch(
     checkpoint: CheckpointConfig | None = None,
     hooks: TrialHooks | None = None,
 ) -> Trained:
-    """Train on the connected cluster; a run that was stopped goes on from its last checkpoint.
+    """Train on the connected cluster; a run that was stopped resumes from its last checkpoint.
 
     Args:
-        recipe: checked already.
+        recipe: already checked.
         task: its data.
-        cluster: workers and their resources; connected already.
-        tracker: where the run is recorded.
+        cluster: workers and their resources; already connected.
+        tracker: records the run.
         storage: absolute folder for checkpoints, on a disk that every worker reaches.
-        name: of the run; the same name with the same recipe resumes.
-        output: folder that the result takes.
-        parent: MLflow run id of a sweep.
-        checkpoint: when the run is saved; by default at the end of each epoch.
-        hooks: of a trial.
+        name: name of the run; the same name with the same recipe resumes.
+        output: folder to write the result to.
+        parent: MLflow run id of the sweep that the run belongs to.
+        checkpoint: when to save checkpoints; by default at the end of each epoch.
+        hooks: hooks of a sweep's trial.
 
     Raises:
-        UserError: something that the user has to fix, such as a full disk; the checkpoints stay.
+        UserError: the user has to fix something, such as a full disk; the checkpoints are kept.
         WorkerError: a worker failed more often than ``cluster.max_failures``.
-        SystemExit: it failed because it is being stopped.
+        SystemExit: the run failed because Ray Tune is stopping it.
     """
     import ray
     import ray.train
@@ -111,11 +111,11 @@ def launch(
 
     hooks = hooks or TrialHooks()
     run_folder = storage / "checkpoints" / f"{name}-{fingerprint(recipe, task)}"
-    note = run_folder / RUN_NOTE
-    with tracker.run(name, run_params(recipe, cluster), parent, begun_run(note, tracker)) as run_id:
-        write_note(note, run_id)
+    run_id_file = run_folder / RUN_ID_FILE
+    with tracker.run(name, run_params(recipe, cluster), parent, previous_run_id(run_id_file, tracker)) as run_id:
+        write_run_id(run_id_file, run_id)
         tracker.log_data(run_id, task.identity)
-        # The plots of a comparison begin with a run's first figure, which would be the machine's load.
+        # MLflow's comparison plots start with the first metric logged, which would otherwise be the machine's load.
         tracker.log_metrics(run_id, {"accuracy_mean": math.nan})
         worker = WorkerConfig(
             recipe=recipe,
@@ -139,32 +139,32 @@ def launch(
 
 
 def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict[str, float]:
-    """Run the workers by Ray Train until they end.
+    """Run the workers with Ray Train until they finish.
 
     Args:
-        worker: what each of them does.
-        cluster: their number and resources.
-        hooks: of a trial.
+        worker: settings of each worker.
+        cluster: number of workers and resources per worker.
+        hooks: hooks of a sweep's trial.
 
     Returns:
-        What the workers return.
+        The metrics that the workers return.
 
     Raises:
         UserError: see :func:`launch`.
-        WorkerError: see there.
-        SystemExit: see there.
+        WorkerError: see :func:`launch`.
+        SystemExit: see :func:`launch`.
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ray_jobs.training.waiting import Waiting, start_timeout
+    from ray_jobs.training.resource_wait import WorkerWait, start_timeout
     from ray_jobs.training.worker import train_worker
-    from ray_jobs.training.worker_errors import StopOnMistake, as_told
+    from ray_jobs.training.worker_errors import StopOnUserError, error_to_raise
 
-    # Ray Train's own print shows lines twice, and hides the bar.
+    # Ray Train's patch of print() shows lines twice and hides the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    logging.getLogger("ray.train.v2.api.config").setLevel(logging.WARNING)  # else each local run is announced
-    waiting = Waiting(worker.title, cluster.wait_minutes)
+    logging.getLogger("ray.train.v2.api.config").setLevel(logging.WARNING)  # it announces each local run
+    waiting = WorkerWait(worker.title, cluster.wait_minutes)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": worker},
@@ -178,52 +178,54 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
             name=worker.folder.name,
             storage_path=str(worker.folder.parent),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[*hooks.callbacks, StopOnMistake(worker.title), waiting],
+            callbacks=[*hooks.callbacks, StopOnUserError(worker.title), waiting],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
-        with start_timeout(waiting.patience.interval):
+        with start_timeout(waiting.resource_wait.interval):
             metrics: dict[str, float] = trainer.fit().return_value
     except Exception as error:
         if hooks.stopping():
             raise SystemExit(0) from error
         if isinstance(error, TrainingFailedError):
-            raise as_told(error) from error
+            raise error_to_raise(error) from error
         raise
     return metrics
 
 
-def begun_run(note: Path, tracker: Tracker) -> str | None:
-    """The MLflow run that an earlier start of the same run noted, where MLflow still has it."""
-    begun = note.read_text().strip() if note.is_file() else None
-    return begun if tracker.has_run(begun) else None
+def previous_run_id(file: Path, tracker: Tracker) -> str | None:
+    """The MLflow run id that an earlier start of this run wrote; None if there is none or MLflow no longer has it."""
+    run_id = file.read_text().strip() if file.is_file() else None
+    return run_id if tracker.has_run(run_id) else None
 
 
 def record_result(tracker: Tracker, run_id: str, recipe: Recipe, metrics: dict[str, float], output: Path) -> None:
-    """The final metrics and the finished folder in MLflow."""
-    best = metrics.get("selection_accuracy", math.nan)  # a point of this name would be on the curve of the epochs
+    """Log the final metrics and the finished folder to MLflow."""
+    best = metrics.get(
+        "selection_accuracy", math.nan
+    )  # under its own name it would add a point to the curve of the epochs
     final = {name: value for name, value in metrics.items() if name != "selection_accuracy"}
     tracker.log_metrics(run_id, final | {"best_selection_accuracy": best})
     tracker.log_folder(run_id, output, "task-model" if method_class(recipe.method.name).is_plain else "adapter")
 
 
-def write_note(note: Path, run_id: str) -> None:
-    """Note the MLflow run beside the checkpoints, so that both go on together.
+def write_run_id(file: Path, run_id: str) -> None:
+    """Write the MLflow run id beside the checkpoints, so that a resumed run continues in the same MLflow run.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written.
     """
     try:
-        write_durably(note, run_id + "\n")
+        write_durably(file, run_id + "\n")
     except OSError as error:
         raise UserError(
-            f"cannot write to {note.parent} ({error.strerror or error}); make room there, or name another storage folder"
+            f"cannot write to {file.parent} ({error.strerror or error}); make room there or choose another --storage folder"
         ) from error
 
 
 def run_params(recipe: Recipe, cluster: ClusterConfig) -> dict[str, Any]:
-    """What MLflow shows of a run, the same keys for every run; the three knobs come first, where its plots begin."""
+    """A run's parameters in MLflow, with the same keys for every run. MLflow's plots start with the first three."""
     return {
         "infonce_weight": recipe.loss.infonce_weight,
         "num_inputs": recipe.method.num_inputs,
@@ -236,12 +238,12 @@ def run_params(recipe: Recipe, cluster: ClusterConfig) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe, task: TaskData) -> str:
-    """Eight characters that change with anything that decides the weights: only the same run is resumed.
+    """Eight characters that identify everything that determines the trained weights, so that only the same run resumes.
 
-    Other weights under the backbone's name make another run; another place of the store, or more shuffles, do not.
+    Different weights under the same backbone name change it. The store's location and the number of shuffles do not.
     """
     backbone = recipe.backbone
     model = identify(backbone.model, resolve(backbone.model), backbone.revision)
-    weights = model["revision"] or model["sha256"]  # a commit is known before the weights are here
-    decides = replace(recipe, store=StoreConfig(root="any", copies="any", dtype=recipe.store.dtype), shuffles=1)
-    return hashlib.sha256(f"{decides!r}{weights}{task.identity['sha256']}".encode()).hexdigest()[:8]
+    weights = model["revision"] or model["sha256"]  # a commit is known before the weights are downloaded
+    determining = replace(recipe, store=StoreConfig(root="any", copies="any", dtype=recipe.store.dtype), shuffles=1)
+    return hashlib.sha256(f"{determining!r}{weights}{task.identity['sha256']}".encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""What every Ray Train worker does: prepare, train from the last checkpoint, report, evaluate, hand over."""
+"""The Ray Train worker: prepare, train from the last checkpoint, report, evaluate, and save the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ray_jobs.tracking.system_metrics import system_metrics
 from ray_jobs.training.progress import TrainProgress
-from ray_jobs.training.worker_errors import in_words, lost_a_peer
+from ray_jobs.training.worker_errors import describe_error, lost_a_peer
 from revmux.adapters.folder import save_adapter
 from revmux.data.task import TaskData
 from revmux.errors import UserError
@@ -34,25 +34,25 @@ from revmux.utils.out_of_memory import is_out_of_memory
 
 RESULT_NAME = "result"
 PEER_SECONDS = 10.0
-"""How long a worker that lost a peer keeps still, so that the peer's own failure is seen first."""
+"""Seconds that a worker waits after losing a peer, so that Ray Train sees the peer's own failure first."""
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What the driver tells its workers.
+    """Settings that the driver passes to its workers.
 
     Attributes:
         recipe: the run.
         task: reference to the data that the driver read.
-        title: what is trained, in the words of the progress lines.
-        threads: of each worker, its share of the CPUs.
-        folder: of the run's checkpoints and its result, on a disk that every worker reaches.
-        checkpoint: when the run is saved.
+        title: name of the run in printed lines.
+        threads: CPU threads per worker.
+        folder: folder for the run's checkpoints and result, on a disk that every worker reaches.
+        checkpoint: when to save checkpoints.
         tracking_uri: MLflow store.
-        outbox: folder for what the store cannot take while it is away.
-        run_id: the MLflow run that curves go to.
+        outbox: folder for records while MLflow cannot be reached.
+        run_id: the MLflow run to log to.
         progress: whether to draw a bar.
-        report: takes the figures of each epoch.
+        report: called with the metrics of each epoch.
     """
 
     recipe: Recipe
@@ -61,7 +61,7 @@ class WorkerConfig:
     threads: int
     folder: Path
     checkpoint: CheckpointConfig
-    tracking_uri: str = field(repr=False)  # Ray keeps what this shows, and a URI may have a password
+    tracking_uri: str = field(repr=False)  # Ray stores the repr, and a URI may contain a password
     outbox: Path
     run_id: str
     progress: bool
@@ -69,29 +69,31 @@ class WorkerConfig:
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
-    """Body of a worker; every rank runs it and reports alike.
+    """Body of a worker. Every rank runs it and reports the same metrics.
 
-    To the end, rank 0 is the one process that writes the run's checkpoints and its result.
+    Only rank 0 writes the run's checkpoints and its result.
 
     Args:
-        arguments: ``{"config": WorkerConfig}``, as Ray Train hands it over.
+        arguments: ``{"config": WorkerConfig}``, as Ray Train passes it.
 
     Returns:
-        The figures of the test split, cost, weights.
+        Figures on the test split, cost, and number of tunable weights.
 
     Raises:
-        UserError: what a person has to mend, on one worker or on all; :class:`ray_jobs.training.worker_errors.StopOnMistake` ends the
-            others.
+        UserError: the user has to fix something, on one worker or on all;
+            :class:`ray_jobs.training.worker_errors.StopOnUserError` ends the others.
     """
     try:
-        with ExitStack() as until_the_end:
-            return train(arguments["config"], until_the_end)
+        with ExitStack() as worker_stack:
+            return train(arguments["config"], worker_stack)
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
-            logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it shows the stack of what is told in a line
+            logging.getLogger("ray.train").setLevel(
+                logging.CRITICAL
+            )  # it would print a traceback for an error that is printed on one line
         if is_out_of_memory(error):
             raise UserError(
-                f"out of memory ({in_words(error)}); choose a smaller --optim.batch_size, --optim.accumulate 2 or more, or "
+                f"out of memory ({describe_error(error)}); choose a smaller --optim.batch_size, --optim.accumulate 2 or more, or "
                 "--optim.gradient_checkpointing true"
             ) from error
         if lost_a_peer(error):
@@ -99,27 +101,27 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
         raise
 
 
-def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
-    """Go on from the last checkpoint to the end, evaluate, and leave the result in the run's folder.
+def train(config: WorkerConfig, worker_stack: ExitStack) -> dict[str, float]:
+    """Train from the last checkpoint to the end, evaluate, and write the result to the run's folder.
 
     Args:
-        config: from the driver.
-        until_the_end: what is held while the worker lives.
+        config: settings from the driver.
+        worker_stack: contexts that stay open until the worker ends.
 
     Raises:
-        UserError: what a person has to mend.
+        UserError: the user has to fix something.
     """
     torch.set_num_threads(config.threads)
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every report otherwise
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it shows the stack of what it raises
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train would log every report
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints a traceback for what it raises
     disable_progress_bar()
     task: TaskData = ray.get(config.task)
     first = rank_and_world()[0] == 0
     checkpoints = CheckpointFolder(config.folder, config.checkpoint.keep)
     with fail_together():
-        prepared = prepare(config.recipe, task, own_device())
+        prepared = prepare(config.recipe, task, assigned_device())
         if first:
-            until_the_end.enter_context(checkpoints.locked())
+            worker_stack.enter_context(checkpoints.locked())
     trainer = prepared.trainer(checkpoints=checkpoints, checkpoint_steps=config.checkpoint.steps)
     start = trainer.resume()
     progress = (
@@ -128,7 +130,7 @@ def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
         else None
     )
     if progress is not None:
-        progress.tell(f"{workers_in_words()}, step {start} of {trainer.total_steps}")
+        progress.print_line(f"{describe_workers()}, step {start} of {trainer.total_steps}")
         trainer.on_step = progress.step
     with system_metrics(config.tracking_uri, config.run_id) if first else nullcontext():
         for report in trainer.run():
@@ -145,45 +147,45 @@ def train(config: WorkerConfig, until_the_end: ExitStack) -> dict[str, float]:
         "best_epoch": float(trainer.state.best_epoch),
         "selection_accuracy": trainer.state.best_accuracy,
     }
-    metrics = {name: value for name, value in metrics.items() if value == value}  # no NaN where there is no teacher
+    metrics = {
+        name: value for name, value in metrics.items() if value == value
+    }  # figures against a teacher are NaN if there is none
     with fail_together():
         if first:
-            leave_result(config.folder / RESULT_NAME, prepared, metrics)
+            write_result(config.folder / RESULT_NAME, prepared, metrics)
     return metrics
 
 
-def own_device() -> torch.device:
-    """The GPU that Ray gave this process; else the CPU, though torch may see GPUs that are others'."""
+def assigned_device() -> torch.device:
+    """The GPU that Ray assigned to this process; otherwise the CPU, even if torch sees GPUs of other processes."""
     return get_device() if ray.get_gpu_ids() else torch.device("cpu")
 
 
-def workers_in_words() -> str:
-    """How many workers there are, on what, with how many threads each."""
+def describe_workers() -> str:
+    """The number of workers, their backend and device, and the threads per worker, as text."""
     world, backend = (dist.get_world_size(), f"{dist.get_backend()}, ") if dist.is_initialized() else (1, "")
     threads = torch.get_num_threads()
-    return (
-        f"{world} worker{'s' * (world > 1)} ({backend}{own_device().type}, {threads} thread{'s' * (threads > 1)} each)"
-    )
+    return f"{world} worker{'s' * (world > 1)} ({backend}{assigned_device().type}, {threads} thread{'s' * (threads > 1)} each)"
 
 
-def leave_result(folder: Path, prepared: Prepared, metrics: dict[str, float]) -> None:
-    """:func:`save_result`, whole or not at all.
+def write_result(folder: Path, prepared: Prepared, metrics: dict[str, float]) -> None:
+    """Call :func:`save_result` atomically.
 
     Raises:
-        UserError: the disk is full or refuses.
+        UserError: the disk is full or cannot be written.
     """
     try:
         with atomic_folder(folder) as temporary:
             save_result(temporary, prepared, metrics)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write the result to {folder} ({error}); make room there and give the same command again: "
-            "training is done and its checkpoint kept"
+            f"cannot write the result to {folder} ({error}); make room there and run the same command again: "
+            "training is complete and its checkpoint is kept"
         ) from error
 
 
 def save_result(folder: Path, prepared: Prepared, metrics: dict[str, float]) -> None:
-    """The finished adapter, or the finished task model in Hugging Face's own form."""
+    """Save the trained adapter, or the trained task model in Hugging Face's format."""
     if prepared.model.method.is_plain:
         save_task_model(prepared.pretrained, folder, prepared.task.is_pair)
     else:

@@ -1,4 +1,4 @@
-"""When workers fail: the error that came first is told, and what starting again cannot mend ends the run at once."""
+"""Failures of workers: report the original error, and end a run at once if a restart cannot help."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from revmux.utils.redact import without_passwords
 
 
 class WorkerError(RuntimeError):
-    """A worker failed, and starting again did not help; the message names the worker and its own error."""
+    """A worker failed and restarts did not help; the message contains the worker's rank and error."""
 
 
-class StopOnMistake(UserCallback):
-    """Ends a run as soon as one worker has met what a person has to mend, and tells why workers start again.
+class StopOnUserError(UserCallback):
+    """Ends a run as soon as one worker raises ``UserError``, and prints why workers restart after any other error.
 
-    Ray Train asks the workers how they are and calls this where one has failed. The others may still wait for that one,
-    within a sum over workers, and would until its time-out of half an hour; Ray Train then stops them.
+    Ray Train polls the workers and calls this when one has failed. The other workers may be waiting for the failed one
+    in a collective operation, whose time-out is half an hour. Ray Train stops them when this raises.
 
     Args:
-        title: what is trained, in the words of the progress lines.
+        title: name of the run in printed lines.
     """
 
     def __init__(self, title: str) -> None:
         self.title = title
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ray Train calls this on its controller before it decides whether the workers start again.
+        """Ray Train calls this on its controller before it decides whether to restart the workers.
 
         Raises:
-            ControllerError: a :class:`UserError` is among the exceptions; the one error that is never tried again.
+            ControllerError: a :class:`UserError` is among the exceptions. Ray Train never retries after this error.
         """
         rank, error = first_error(worker_exceptions)
         if isinstance(error, UserError):
             raise ControllerError(error)
-        print(f"{self.title}: worker {rank} failed, {in_words(error)}", flush=True)
+        print(f"{self.title}: worker {rank} failed: {describe_error(error)}", flush=True)
 
 
 def first_error(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
-    """The failure that the others follow from, with its rank: a mistake, else any but a peer that went away.
+    """The failure that caused the others, with its rank: a ``UserError`` if any, else one that is not a lost peer.
 
     Args:
-        failures: by rank, at least one.
+        failures: exceptions by rank, at least one.
     """
 
     def order(rank: int) -> tuple[bool, bool, int]:
@@ -59,32 +59,32 @@ def first_error(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether all that an error says is that another worker went away in the middle of what they do together."""
+    """Whether an error only reports that another worker disappeared during a collective operation."""
     if isinstance(error, dist.DistError):
         return True
-    words = r"\bgloo\b|connection (closed|reset|refused)"
-    return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
+    pattern = r"\bgloo\b|connection (closed|reset|refused)"
+    return isinstance(error, RuntimeError) and re.search(pattern, str(error), re.IGNORECASE) is not None
 
 
-def in_words(error: Exception) -> str:
-    """An error in one line."""
+def describe_error(error: Exception) -> str:
+    """An error's type and message on one line, without passwords."""
     error = unwrap_health_check(error)
     lines = [line.strip() for line in without_passwords(str(error)).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
 
 
-def as_told(failed: Exception) -> Exception:
-    """What a person is told of a run that Ray Train gave up.
+def error_to_raise(failed: Exception) -> Exception:
+    """The exception to raise for a failed Ray Train run.
 
     Args:
-        failed: raised by ``fit``.
+        failed: exception that ``fit`` raised.
 
     Returns:
-        :class:`UserError` where a person has to mend something, else :class:`WorkerError`, or what it was.
+        :class:`UserError` if the user has to fix something, :class:`WorkerError` if a worker failed, else ``failed``.
     """
     if isinstance(failed, WorkerGroupError):
         rank, error = first_error(failed.worker_failures)
-        return WorkerError(f"worker {rank} failed, {in_words(error)}")
+        return WorkerError(f"worker {rank} failed: {describe_error(error)}")
     cause = failed.controller_failure if isinstance(failed, ControllerError) else failed
     if isinstance(cause, UserError):
         return UserError(str(cause))

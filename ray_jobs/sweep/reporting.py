@@ -1,4 +1,4 @@
-"""A sweep while it runs: what became of each trial is written down, and told in words."""
+"""Report a running sweep: write a row for each trial that ends, and print the state of the sweep."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ray_jobs.ray_internals import ended_by_memory_monitor, last_error, process_
 from ray_jobs.sweep.comparison import ENDS
 from ray_jobs.sweep.trials import SweepFolder, Trial, TrialRow, front_rows, reason_of, row_of
 from ray_jobs.tracking.tracker import Tracker
-from ray_jobs.training.waiting import Patience
+from ray_jobs.training.resource_wait import ResourceWait
 from revmux.plan.front import front
 
 
-class SweepProgress(Callback):
-    """Completes the rows of trials that were stopped or failed, ends their MLflow runs, and tells how the sweep stands.
+class SweepReporter(Callback):
+    """Writes the rows of trials that were stopped or failed, ends their MLflow runs, and prints the sweep's state.
 
-    A trial that came to its end has written its own row, so that a driver that is killed loses none.
+    A trial that finishes writes its own row, so a killed driver loses no results.
 
     Args:
-        folder: of the sweep.
-        tracker: where trials are recorded.
+        folder: folder of the sweep.
+        tracker: records the trials.
         parent: MLflow run of the sweep.
-        rows: of trials that came to an end in an earlier start; grows as others do.
-        total: trials in all.
-        concurrent: trials side by side.
-        stopped: why trials were stopped, by Tune's trial id.
-        wait_minutes: how long no trial may run for want of machines.
-        each: what a trial's process takes of the cluster, as Ray names it.
+        rows: rows of trials that ended in an earlier start, by name; rows of other trials are added as they end.
+        total: number of trials.
+        concurrent: number of trials that run at the same time.
+        stopped: reason for each stopped trial, by Tune's trial id.
+        wait_minutes: time limit while no trial runs because machines are missing; 0 means no limit.
+        each: resources of a trial's process, by Ray's names.
     """
 
     def __init__(
@@ -51,23 +51,23 @@ class SweepProgress(Callback):
         self.started: dict[str, float] = {}
         self.latest: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
-        self.patience, self.each = Patience("the sweep", wait_minutes), each
+        self.resource_wait, self.each = ResourceWait("the sweep", wait_minutes), each
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tune calls this over and over.
+        """Check whether trials wait for resources; Tune calls this repeatedly.
 
         Raises:
-            UserError: no trial has found its place for too long.
+            UserError: no trial could be scheduled within the time limit.
         """
         if any(trial.status == "RUNNING" for trial in trials):
-            self.patience.found()
+            self.resource_wait.started()
         elif any(trial.status == "PENDING" for trial in trials):
-            self.patience.look(1, self.each)
+            self.resource_wait.check(1, self.each)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune calls this when a trial begins."""
+        """Tune calls this when a trial starts."""
         self.started[trial.trial_id] = time.perf_counter()
-        self._tell(f"{trial.config['trial'].name} begins")
+        self._print_state(f"{trial.config['trial'].name} started")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -76,34 +76,34 @@ class SweepProgress(Callback):
         self.latest[trial.trial_id] = figures(result) or self.latest.get(trial.trial_id, {})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune calls this when a trial came to its end, or was stopped."""
+        """Tune calls this when a trial finished or was stopped."""
         mine: Trial = trial.config["trial"]
-        why = self.stopped.get(trial.trial_id)
-        if why is not None:
-            self._end(trial, "stopped", why)
+        reason = self.stopped.get(trial.trial_id)
+        if reason is not None:
+            self._end(trial, "stopped", reason)
             self.folder.remove_checkpoints(mine)
             return
-        self._take(trial, self.folder.read([mine])[mine.name])
+        self._use_own_row(trial, self.folder.read([mine])[mine.name])
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune calls this when the process of a trial is lost or fails, and another goes on with it."""
-        self._tell(f"{trial.config['trial'].name} goes on in another process, {last_failure(trial)}")
+        """Tune calls this when a trial's process was lost or failed and another process continues the trial."""
+        self._print_state(f"{trial.config['trial'].name} continues in another process: {last_failure(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune calls this when the process of a trial was lost, or failed, too often; the sweep goes on."""
+        """Tune calls this when a trial's process was lost or failed too often; the sweep continues."""
         row = self.folder.read([trial.config["trial"]]).get(trial.config["trial"].name)
         if row is not None:
-            self._take(trial, row)
+            self._use_own_row(trial, row)
         else:
-            self._end(trial, "failed", f"{last_failure(trial)}; --retry_failed true tries it again")
+            self._end(trial, "failed", f"{last_failure(trial)}; use --retry_failed true to try it again")
 
-    def _take(self, trial: Any, row: TrialRow) -> None:
-        """A row that the trial wrote itself."""
+    def _use_own_row(self, trial: Any, row: TrialRow) -> None:
+        """Report the row that the trial wrote itself."""
         if row.status == "failed":
             self._end(trial, row.status, row.why)
             return
-        self._note(trial, row)
-        self._tell(f"{row.trial}: accuracy {row.metrics['accuracy_mean']:.1%} at cost {row.cost_counted:.2f}")
+        self._add(trial, row)
+        self._print_state(f"{row.trial}: accuracy {row.metrics['accuracy_mean']:.1%} at cost {row.cost_counted:.2f}")
 
     def _end(self, trial: Any, status: Literal["stopped", "failed"], why: str) -> None:
         mine: Trial = trial.config["trial"]
@@ -115,42 +115,42 @@ class SweepProgress(Callback):
         metrics = self.latest.get(trial.trial_id, {})
         row = row_of(mine, status, why, metrics=metrics, run_id=run_id, seconds=seconds)
         self.folder.write(row)
-        self._note(trial, row)
-        self._tell(f"{mine.name} {status}, {why}")
+        self._add(trial, row)
+        self._print_state(f"{mine.name} {status}: {why}")
 
-    def _note(self, trial: Any, row: TrialRow) -> None:
+    def _add(self, trial: Any, row: TrialRow) -> None:
         self.rows[row.trial] = row
         self.seconds.append(time.perf_counter() - self.started.pop(trial.trial_id, time.perf_counter()))
 
-    def _tell(self, what: str) -> None:
-        print(f"{self.summary()}; {what}", flush=True)
+    def _print_state(self, event: str) -> None:
+        print(f"{self.summary()}; {event}", flush=True)
 
     def summary(self) -> str:
-        """Trials done, running and left, time left, and the best accuracy so far at each cost."""
+        """Number of trials by status, estimated time left, and the best accuracy so far at each cost."""
         ended = list(self.rows.values())
         count = {status: sum(row.status == status for row in ended) for status in ("done", "stopped", "failed")}
         running = len(self.started)
         left = self.total - len(ended) - running
-        words = f"sweep: {count['done']} done, {count['stopped']} stopped, {count['failed']} failed, "
-        words += f"{running} running, {left} left"
+        text = f"sweep: {count['done']} done, {count['stopped']} stopped, {count['failed']} failed, "
+        text += f"{running} running, {left} left"
         if self.seconds:
             each = sum(self.seconds) / len(self.seconds)
-            words += f", about {each * (left + running / 2) / self.concurrent:.0f} s to go"
+            text += f", about {each * (left + running / 2) / self.concurrent:.0f} s left"
         best = [row for row in front(front_rows(ended)) if not row.kind.is_plain]
         if best:
-            words += "; best " + ", ".join(f"{row.accuracy:.1%} at cost {row.cost:.2f}" for row in best)
-        return words
+            text += "; best " + ", ".join(f"{row.accuracy:.1%} at cost {row.cost:.2f}" for row in best)
+        return text
 
 
 def last_failure(trial: Any) -> str:
-    """Why a trial of Tune failed the last time, in a line."""
+    """The reason for the latest failure of a Tune trial, on one line."""
     error = last_error(Path(trial.error_file).read_text()) if trial.error_file else ""
     if ended_by_memory_monitor(error):
-        return "Ray ended its process, since the machine ran out of memory; choose fewer --concurrent_trials"
+        return "Ray ended its process because the machine ran out of memory; choose fewer --concurrent_trials"
     return "its process was lost" if process_was_lost(error) else reason_of(error)
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of training among what Tune notes of a trial."""
+    """The training metrics in a result of Tune."""
     kept = ("selection_", "train_", "epoch")
     return {key: float(value) for key, value in result.items() if key.startswith(kept)}

@@ -1,8 +1,8 @@
-"""A trial of a sweep, and the process that Ray Tune gives it.
+"""Run one trial of a sweep in the process that Ray Tune starts for it.
 
-Most of a short trial would be the start of processes, so a trial of one worker trains in the process that Ray Tune
-gives it (Ray Train's local mode), and that process takes the next trial when it is done. A trial of several workers has
-processes of its own, which the first one drives.
+A trial with one worker trains in Tune's process (Ray Train's local mode), and Tune reuses that process for the next
+trial, because starting processes would take most of the time of a short trial. A trial with several workers has separate
+worker processes, which Tune's process drives.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from revmux.data.task import TaskData
 from revmux.errors import UserError
 
 
-def trains_itself(cluster: ClusterConfig) -> bool:
-    """Whether the process of a trial is its one worker, or drives others."""
+def trains_in_process(cluster: ClusterConfig) -> bool:
+    """Whether a trial's process is its only worker, instead of the driver of other workers."""
     return cluster.workers == 1
 
 
 def trial_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """What Tune reserves for the process of a trial, by Ray's names."""
-    if not trains_itself(cluster):
-        return {"memory": 1.0}  # it waits, its workers hold the cores; Tune wants something for it, so a byte
+    """The resources that Tune reserves for a trial's process, by Ray's names."""
+    if not trains_in_process(cluster):
+        return {"memory": 1.0}  # it only waits for its workers; Tune requires some resource, so reserve one byte
     return cluster.worker_resources
 
 
 def fitting_trials(cluster: ClusterConfig, present: dict[str, float]) -> int:
-    """How many trials the cluster's resources hold side by side, at least one."""
+    """The number of trials that fit on the cluster at the same time, at least one."""
     fitting = present.get("CPU", 0) // (cluster.cpus_per_worker * cluster.workers)
     if cluster.use_gpu:
         fitting = min(fitting, present.get("GPU", 0) // (cluster.gpus_per_worker * cluster.workers))
@@ -55,38 +55,38 @@ def run_trial(
     parent: str,
     command: str,
 ) -> None:
-    """One trial: a Ray Train run, which writes its row when it is done, or failed in a way that would come again.
+    """Run a trial with Ray Train and write its row when it is done or has failed for good.
 
     Args:
         point: ``{"trial": Trial}``.
-        task: the data, which Tune hands over by its object store.
+        task: the data, which Tune passes through Ray's object store.
         cluster: workers of the trial.
-        tracking: with the URI spelled out.
-        storage: of the job.
-        folder: of the sweep.
+        tracking: with an explicit URI.
+        storage: storage folder of the job.
+        folder: folder of the sweep.
         parent: MLflow run of the sweep.
-        command: that started the sweep.
+        command: command that started the sweep.
 
     Raises:
-        Exception: of a trial of one worker, what another process may not meet: Tune tries it again, from its last
-            checkpoint. Of one of several workers, whatever Ray Train gave up on.
+        Exception: with one worker, an error that another process may not meet; Tune retries the trial from its last
+            checkpoint. With several workers, any error after which Ray Train gave up.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     trial: Trial = point["trial"]
     row = folder.read([trial]).get(trial.name)
-    if row is not None and row.status == "done":  # the process was lost between its row and its report
+    if row is not None and row.status == "done":  # the process was lost after it wrote its row and before it reported
         tune.report(row.metrics)
         return
     started = time.perf_counter()
     output, tracker = folder.path / "trials" / trial.name, Tracker(tracking, storage, command)
-    inside = trains_itself(cluster)
+    inside = trains_in_process(cluster)
     if inside:
-        gc.collect()  # the models of the trial before, off the device
+        gc.collect()  # free the models of the previous trial
         if cluster.use_gpu:
-            torch.cuda.empty_cache()  # others may share it
-        # A trial that is stopped first ends its MLflow run. The trial after it would fail if that took longer.
+            torch.cuda.empty_cache()  # other processes may share the GPU
+        # A stopped trial ends its MLflow run first. If that took longer than this time, the next trial would fail.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "3600"
     hooks = TrialHooks(report=tune.report)
     if not inside:
@@ -97,7 +97,7 @@ def run_trial(
         if inside and not isinstance(error, UserError):
             raise
         folder.write(row_of(trial, "failed", reason_of(f"{type(error).__name__}: {error}")))
-        if not inside:  # an epoch may still be on its way to Tune, which takes one report at a time
+        if not inside:  # a report of an epoch may be in flight, and Tune accepts one report at a time
             raise
         tune.report({FAILED: True})
         return
