@@ -1,4 +1,4 @@
-"""Command lines of the jobs: typed settings from YAML and flags, and one line for a mistake."""
+"""Command lines of the jobs: parse typed settings from YAML and flags, and print a user's mistake on one line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Config = TypeVar("Config")
 def parse(
     config_class: type[Config], description: str | None, argv: Sequence[str] | None = None, prog: str | None = None
 ) -> Config:
-    """The settings from ``--config FILE.yaml`` and flags; flags win.
+    """Parse the settings from ``--config FILE.yaml`` and flags; flags override the file.
 
     Args:
-        config_class: a dataclass, whose docstring is the help.
-        description: head of ``--help``, the module's docstring.
-        argv: command line without the program's name; the process's own by default.
-        prog: the program's name in messages; by default ``python -m MODULE`` as this process was started.
+        config_class: a dataclass whose docstring is the help text of its settings.
+        description: first part of ``--help``, the module's docstring.
+        argv: command line without the program's name; by default that of this process.
+        prog: the program's name in messages; by default ``python -m MODULE`` with the module of this process.
     """
     parser = Parser(
         prog=prog or _program(),
@@ -47,8 +47,8 @@ def _program() -> str | None:
     return None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
 
 
-def at_its_place(config: Config) -> Config:
-    """A job whose model folder is an absolute path: trials and replicas run in folders of their own."""
+def with_absolute_model(config: Config) -> Config:
+    """Make the path of a local model absolute, since workers run in other working folders."""
     backbone = getattr(config, "backbone", None)
     if not isinstance(backbone, BackboneConfig) or backbone.model == EMBEDDED_NAME:
         return config
@@ -68,21 +68,21 @@ def run(
     """Parse the settings and run a job.
 
     Args:
-        job: takes the settings. It checks them before it imports torch or Ray.
+        job: called with the settings. It checks them before it imports torch or Ray.
         config_class: see :func:`parse`.
         description: see :func:`parse`.
         argv: see :func:`parse`.
         prog: see :func:`parse`.
 
     Returns:
-        0; 2 after a mistake of the user's, which is printed on one line; 1 after any other error, with its traceback.
+        0 on success; 2 after a ``UserError``, which is printed on one line; 1 after any other error, with its traceback.
     """
     try:
-        job(at_its_place(parse(config_class, description, argv, prog)))
+        job(with_absolute_model(parse(config_class, description, argv, prog)))
     except UserError as error:
         print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         return 2
-    except Exception:  # its message may name the tracking URI
+    except Exception:  # its message may contain the tracking URI
         print(without_passwords(traceback.format_exc()), end="", file=sys.stderr)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""The ``revmux`` command: every job and tool as a subcommand. Nothing heavy is imported before one is chosen."""
+"""The ``revmux`` command with a subcommand per job and tool. It imports only the module of the chosen subcommand."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ COMMANDS = {
         "cache": ("revmux.__main__:main", "List or remove stored features."),
     },
 }
-"""Under each heading of the help: the function of each subcommand, and its line of help."""
+"""The function and help line of each subcommand, under the headings of the help."""
 
 
 def help_text() -> str:
-    """The list of subcommands."""
+    """The text of ``revmux --help``."""
     lines = ["usage: revmux COMMAND [SETTINGS]", "", "Multiplexed inference of frozen classifiers.", ""]
     for heading, commands in COMMANDS.items():
         lines += [f"{heading}:", *(f"  {name:<12}{line}" for name, (_, line) in commands.items()), ""]
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without the program's name; the process's own by default.
 
     Returns:
-        The status of the subcommand; 2 where there is no such subcommand.
+        The exit status of the subcommand; 2 for an unknown subcommand.
     """
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     functions = {name: function for commands in COMMANDS.values() for name, (function, _) in commands.items()}

@@ -17,10 +17,10 @@ from revmux.utils.extras import check_extras
 
 
 def main(job: EvaluateJob) -> dict[str, float]:
-    """Check, evaluate on a worker, record."""
+    """Check the settings, evaluate the adapter on a worker, and record its metrics."""
     check_extras("train", "mlflow")
     load_adapter_config(job.adapter)
-    check_model(job.backbone, needs_answers=False)  # the adapter may record the prompt that the model answers by
+    check_model(job.backbone, needs_answers=False)  # the adapter may record the prompt that the model needs
     check_source(job.data)
     from ray_jobs.training.evaluate_adapter import run_evaluate
 
@@ -28,7 +28,7 @@ def main(job: EvaluateJob) -> dict[str, float]:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    """Run this job from a command line; returns the exit status, see :func:`ray_jobs.cli.run`."""
     return cli.run(main, EvaluateJob, __doc__, argv, prog)
 
 

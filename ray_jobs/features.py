@@ -16,7 +16,7 @@ from revmux.utils.extras import check_extras
 
 
 def main(job: FeaturesJob) -> None:
-    """Check, read the data, fill the stores."""
+    """Check the settings, read the data, and fill the stores."""
     check_extras("train")
     check_model(job.backbone)
     check_source(job.data)
@@ -26,7 +26,7 @@ def main(job: FeaturesJob) -> None:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    """Run this job from a command line; returns the exit status, see :func:`ray_jobs.cli.run`."""
     return cli.run(main, FeaturesJob, __doc__, argv, prog)
 
 

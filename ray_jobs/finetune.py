@@ -1,4 +1,4 @@
-"""Tune a backbone to a task. The result is the SISO model, which stays frozen from then on. A ready classifier needs no tuning.
+"""Tune a backbone to a task. The result is the SISO model, which is frozen afterwards. A model that is already a classifier needs no tuning.
 
 revmux finetune --data.source reviews.csv --output runs/task-model
 """
@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 
 
 def main(job: FinetuneJob) -> Trained:
-    """Check, tune, evaluate, record."""
+    """Check the settings, then tune, evaluate and record the task model."""
     check_extras("train", "mlflow")
     if job.backbone.dtype != "float32":
-        raise UserError(
-            f"dtype is {job.backbone.dtype}, but a task model is tuned in float32; leave --backbone.dtype out"
-        )
+        raise UserError(f"dtype is {job.backbone.dtype}, but tuning requires float32; omit --backbone.dtype")
     check_model(job.backbone, needs_answers=False)
     check_source(job.data)
     from ray_jobs.training.task_model import run_finetune
@@ -35,7 +33,7 @@ def main(job: FinetuneJob) -> Trained:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    """Run this job from a command line; returns the exit status, see :func:`ray_jobs.cli.run`."""
     return cli.run(main, FinetuneJob, __doc__, argv, prog)
 
 

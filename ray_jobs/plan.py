@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def main(job: PlanJob) -> Plan:
-    """Check, sweep, choose, verify once, register, and write the server's configuration.
+    """Check the settings, run the sweep, choose and verify a system, register it, and write the server's configuration.
 
     Raises:
-        UserError: the goal cannot be met, or the loss on the test split exceeds the allowance; all is written by then.
+        UserError: the goal cannot be met, or the loss on the test split exceeds the allowance. The results are already
+            written then.
     """
     check_extras("tune", "mlflow", "report", "plan")
     load_space(job.space)
@@ -37,7 +38,7 @@ def main(job: PlanJob) -> Plan:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    """Run this job from a command line; returns the exit status, see :func:`ray_jobs.cli.run`."""
     return cli.run(main, PlanJob, __doc__, argv, prog)
 
 

@@ -18,7 +18,7 @@ from tune_spaces.space import load_space
 
 
 def main(job: QuickstartJob) -> None:
-    """Check, then run every step. Nothing that the tour starts is left running."""
+    """Check the settings, then run every step and stop everything that was started."""
     check_extras("tune", "serve", "mlflow", "report", "tour")
     load_space(job.space)
     check_model(job.backbone, needs_answers=False)  # a model without a head is tuned first
@@ -29,7 +29,7 @@ def main(job: QuickstartJob) -> None:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    """Run this job from a command line; returns the exit status, see :func:`ray_jobs.cli.run`."""
     return cli.run(main, QuickstartJob, __doc__, argv, prog)
 
 

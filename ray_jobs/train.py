@@ -1,4 +1,4 @@
-"""Train adapters on a frozen task model, for one N after the other.
+"""Train adapters on a frozen task model, one after another for each N.
 
 revmux train --backbone.model runs/task-model --data.source reviews.csv --num_inputs [2,4]
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(job: TrainJob) -> list[Trained]:
-    """Check, then train, evaluate and record one adapter for each N."""
+    """Check the settings, then train, evaluate and record one adapter per N."""
     check_extras("train", "mlflow")
     check_method_name(job.method.name)
     check_model(job.backbone)
@@ -32,7 +32,7 @@ def main(job: TrainJob) -> list[Trained]:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    """Run this job from a command line; returns the exit status, see :func:`ray_jobs.cli.run`."""
     return cli.run(main, TrainJob, __doc__, argv, prog)
 
 

@@ -1,4 +1,4 @@
-"""Sweep N, l and λ over a search space. Each trial is a Ray Train run, and a child of one MLflow run.
+"""Sweep N, l and λ over a search space. Each trial is a Ray Train run and a child of the sweep's MLflow run.
 
 revmux tune --backbone.model runs/task-model --data.source reviews.csv --space quick
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(job: TuneJob) -> list[TrialRow]:
-    """Check every point, run the trials, record the comparison."""
+    """Check the settings, run the trials, and record the comparison."""
     check_extras("tune", "mlflow", "report")
     load_space(job.space)
     check_model(job.backbone)
@@ -32,7 +32,7 @@ def main(job: TuneJob) -> list[TrialRow]:
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run this job from a command line; 0, or 2 after a mistake of the user's."""
+    """Run this job from a command line; returns the exit status, see :func:`ray_jobs.cli.run`."""
     return cli.run(main, TuneJob, __doc__, argv, prog)
 
 

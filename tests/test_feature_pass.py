@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.features import main
 from ray_jobs.training.config import FeaturesJob
-from ray_jobs.training.feature_pass import ShardWorker, fill_for, fill_stores
+from ray_jobs.training.feature_pass import ShardWorker, fill_stores, fill_stores_for
 from revmux import UserError
 from revmux.data.config import DataConfig
 from revmux.data.task import TaskData, load_task
@@ -160,10 +160,10 @@ def test_a_user_error_in_a_worker_is_printed_on_one_line(
     narrow = replace(recipe, store=replace(recipe.store, dtype="float16"))
     large = replace(narrow, backbone=replace(recipe.backbone, model=str(folder)))
     with pytest.raises(UserError, match=r"float16 cannot hold the states of layer 1.*bfloat16 or float32"):
-        fill_for([replace(large, method=MethodConfig(prefill_layers=1))], task, cluster)
+        fill_stores_for([replace(large, method=MethodConfig(prefill_layers=1))], task, cluster)
 
 
 def test_layers_are_checked_before_a_cluster_starts(recipe: Recipe, data: DataConfig, tmp_path: Path) -> None:
     job = FeaturesJob(recipe.backbone, data, [9], recipe.store, storage=str(tmp_path))
-    with pytest.raises(UserError, match=r"layers has 9, but the backbone has 3; choose 0..3"):
+    with pytest.raises(UserError, match=r"layers contains 9, but the backbone has 3 layers; choose 0..3"):
         main(job)

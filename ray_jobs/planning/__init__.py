@@ -1,1 +1,1 @@
-"""The job that plans: from an allowed loss of accuracy to a server's configuration."""
+"""The plan job, which turns an allowed loss of accuracy into a server's configuration."""

@@ -1,4 +1,4 @@
-"""Settings of the plan job. Nothing heavy is imported here."""
+"""Settings of the plan job. This module imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class PlanJob(TuneJob):
     """Settings of the job. It runs a sweep first, whose settings are those of ``tune``.
 
     Args:
-        goal: Allowed loss of accuracy, or the throughput wanted.
+        goal: Allowed loss of accuracy, or the required throughput.
         choosing: Selection set: a slice of the training data that chooses the system and trains nothing.
         measure: How systems are measured on this hardware.
-        tuning: Optimizer and schedule for tuning the backbone first, where it has no classification head.
+        tuning: Optimizer and schedule for tuning the backbone first, if it has no classification head.
         frozen_layers: Number of lowest layers that this tuning leaves unchanged. 0 tunes the whole model.
         register: Name of the registered model in MLflow. The systems of the front become its versions.
         host: Interface that the planned server listens on.

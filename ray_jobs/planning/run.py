@@ -1,4 +1,4 @@
-"""From an allowed loss of accuracy to the server that costs least: sweep, choose, verify, register."""
+"""Find the cheapest system within an allowed loss of accuracy: sweep, choose, verify, register."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ from revmux.utils.redact import error_line, without_passwords
 from serve_app.config import server_config
 
 DEPLOY = (
-    "export RAY_AUTH_MODE=token      # else anyone who reaches this machine runs code on it",
+    "export RAY_AUTH_MODE=token      # otherwise anyone who reaches this machine can run code on it",
     "ray get-auth-token --generate   # once",
     "ray start --head",
 )
-"""What comes before ``serve deploy`` in a shell."""
+"""Shell commands to run before ``serve deploy``."""
 
 
 def run_plan(job: PlanJob) -> Plan:
-    """Sweep, choose, verify once, register, and write the server's configuration.
+    """Run the sweep, choose and verify a system, register it, and write the server's configuration.
 
     Raises:
-        UserError: the goal cannot be met, or the promise did not hold on the test split; all is written down by then.
+        UserError: the goal cannot be met, or the loss on the test split exceeds the allowance. The results are already
+            written then.
     """
     storage = absolute_storage(job.storage)
     job = replace(job, store=store_in(storage, job.store))
@@ -63,7 +64,7 @@ def run_plan(job: PlanJob) -> Plan:
         sweep = replace(sweep, trials=[trial for trial in sweep.trials if is_servable(trial.recipe.method, backbone)])
         if not sweep.trials:
             raise UserError(
-                "every point of the space tunes the backbone, which a server shares; plan with other methods"
+                "every point of the space tunes the backbone, which a server shares between methods; choose a space with other methods"
             )
         rows, parent = run_sweep(sweep, tracker)
         plan = measure_on_worker(job, rows, choosing, task, storage / "plans" / job.name)
@@ -73,8 +74,8 @@ def run_plan(job: PlanJob) -> Plan:
         if is_refusal(error):
             raise
         raise UserError(
-            f"the plan is made ({plan.folder / PAGE_NAME}), but MLflow at {without_passwords(tracker.uri)} is away "
-            f"({error_line(error)}); give the same command again when it is back, and it is registered"
+            f"the plan is complete ({plan.folder / PAGE_NAME}), but MLflow at {without_passwords(tracker.uri)} cannot be "
+            f"reached ({error_line(error)}); run the same command again later to register the plan"
         ) from None
     record(job, plan, versions, tracker, parent)
     print(summary(job, plan))
@@ -84,14 +85,14 @@ def run_plan(job: PlanJob) -> Plan:
 
 
 def is_servable(method: Any, backbone: Any) -> bool:
-    """Whether a method leaves the backbone as it is, which the plain model and other adapters share."""
+    """Whether a method leaves the backbone unchanged, since SISO and the other adapters share it."""
     with torch.device("meta"):
         built = build_method(method.name, BackboneShape.of(backbone), method.num_inputs, method.options)
     return not built.tunes_backbone
 
 
 def tuned_model(job: PlanJob, choosing: TaskData, tracker: Tracker, storage: Path) -> Path:
-    """A task model tuned on what does not choose; that of an earlier start is kept."""
+    """Tune a task model without the selection set, or reuse the one of an earlier start; returns its folder."""
     tuning = FinetuneJob(job.backbone, job.data, job.tuning, job.frozen_layers, job.cluster, job.tracking, str(storage))
     folder = storage / "task-models" / f"{job.name}-{fingerprint(tuning.recipe(), choosing)}"
     recover_folder(folder)
@@ -101,7 +102,7 @@ def tuned_model(job: PlanJob, choosing: TaskData, tracker: Tracker, storage: Pat
 
 
 def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, task: TaskData, folder: Path) -> Plan:
-    """Candidates, choice and verification, where the device is."""
+    """Measure the candidates, choose a system and verify it, on a worker that has the device."""
     import ray
 
     adapters = [
@@ -144,7 +145,7 @@ def _plan(
 
 
 def record(job: PlanJob, plan: Plan, versions: dict[str, str], tracker: Tracker, parent: str) -> None:
-    """The plan's files in MLflow, and where the goal is met the YAML that deploys it."""
+    """Log the plan's files to MLflow, and write the YAML that deploys the plan if the goal is met."""
     content = json.loads((plan.folder / PLAN_NAME).read_text())
     content["registered"] = {"model": job.register, "versions": versions}
     write_json(plan.folder / PLAN_NAME, content)
@@ -154,7 +155,7 @@ def record(job: PlanJob, plan: Plan, versions: dict[str, str], tracker: Tracker,
     if plan.is_met:
         settings = check_server(job, model_uris(plan, job.register, versions), tracker.uri)
         write_durably(serve, yaml.safe_dump(settings, sort_keys=False))
-        if without_passwords(tracker.uri) == tracker.uri:  # else whoever sees the run would see the password
+        if without_passwords(tracker.uri) == tracker.uri:  # a password in the URI would be visible in the run
             files.append(serve.name)
         last = plan.served[-1]
         figures = {"promised_loss": last.judged.bound, "verified_loss": last.verification.loss}
@@ -165,15 +166,15 @@ def record(job: PlanJob, plan: Plan, versions: dict[str, str], tracker: Tracker,
 
 
 def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[str, Any]:
-    """The Serve configuration of a plan, checked by the server's own rules.
+    """Build the Serve configuration of a plan and validate it with the server's own settings class.
 
     Args:
-        job: settings.
+        job: settings of the plan.
         adapters: folders or registry URIs, narrowest first.
-        tracking_uri: of the registry.
+        tracking_uri: MLflow URI of the registry.
 
     Raises:
-        UserError: an illegal value.
+        UserError: a value is not legal.
     """
     settings = {
         "model": job.backbone.model,
@@ -202,13 +203,13 @@ def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[s
 
 
 def summary(job: PlanJob, plan: Plan) -> str:
-    """The plan in a few lines, and what to type next."""
+    """A summary of the plan, with the commands that deploy it."""
     lines = [f"plan: {plan.folder / PAGE_NAME}"]
     for one in plan.served:
-        seen = one.verification
+        verified = one.verification
         lines.append(
-            f"N = {one.num_inputs}: {describe_system(one.judged)}; on the test split {seen.loss:.2f} points lost, "
-            f"{seen.lower:.2f} to {seen.upper:.2f}"
+            f"N = {one.num_inputs}: {describe_system(one.judged)}; on the test split it loses {verified.loss:.2f} points "
+            f"(interval {verified.lower:.2f} to {verified.upper:.2f})"
         )
     if plan.is_met:
         lines += ["deploy it:", *(f"  {line}" for line in DEPLOY), f"  serve deploy {plan.folder / 'serve.yaml'}"]

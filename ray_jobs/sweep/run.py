@@ -17,7 +17,7 @@ from ray_jobs.sweep.run_trial import fitting_trials, run_trial, trains_in_proces
 from ray_jobs.sweep.trials import SweepFolder, Trial, TrialRow, make_trials
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
-from ray_jobs.training.feature_pass import fill_for
+from ray_jobs.training.feature_pass import fill_stores_for
 from revmux.data.task import TaskData, load_task
 from revmux.methods import BackboneShape
 from revmux.pretrained.identity import identity_of
@@ -113,7 +113,9 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
         print(f"sweep: {len(rows)} trials ended in an earlier start, {search.budget} are left", flush=True)
     if search.budget:
         concurrent = concurrent_trials(job)
-        fill_for([trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers)
+        fill_stores_for(
+            [trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers
+        )
         shutil.rmtree(folder.path / "tune", ignore_errors=True)  # from an earlier start; the rows hold its results
         tuner = make_tuner(sweep, tracker, parent, rows, search, concurrent)
         with retry_out_of_memory_trials():

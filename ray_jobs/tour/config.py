@@ -1,4 +1,4 @@
-"""Settings of the tour. Nothing heavy is imported here."""
+"""Settings of the quickstart. This module imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
 
 @dataclass(frozen=True)
 class QuickstartJob:
-    """Settings of the tour. The defaults take minutes on two cores.
+    """Settings of the quickstart. With the defaults it runs for minutes on two cores.
 
     Args:
-        backbone: Pretrained model, or a ready classifier, which is not tuned again.
+        backbone: Pretrained model, or a classifier, which is not tuned again.
         data: Labelled text.
         tuning: Optimizer and schedule for tuning the task model.
         frozen_layers: Number of lowest layers that tuning leaves unchanged. 0 tunes the whole model.
         num_inputs: Widths N to train adapters for, as a list such as [2,4].
-        prefill_layers: Number of prefill layers l that each input runs through alone.
+        prefill_layers: Number of prefill layers l, which each input passes alone.
         options: Options of the revmux method, as a mapping such as {skip: true}.
         optim: Optimizer and schedule for training the adapters.
         loss: Training loss of the adapters.
@@ -32,8 +32,8 @@ class QuickstartJob:
         sweep_trials: Maximum number of points of the space to try. At least 1.
         requests: Number of live requests to send to the server.
         cluster: Workers of each training run, and the Ray cluster that they run on.
-        port: TCP port of the server while it is shown, 1 to 65535.
-        storage: Folder for everything that the tour writes.
+        port: TCP port of the server during the quickstart, 1 to 65535.
+        storage: Folder for everything that the quickstart writes.
         results: JSON file for the comparison. Default: results.json in the storage folder.
         plot: PNG file for the plot of accuracy against cost. Default: front.png in the storage folder.
     """
@@ -63,7 +63,7 @@ class QuickstartJob:
                 raise UserError(f"{name} is {getattr(self, name)}; choose {least} or more")
 
     def recipe(self, model: str, method: MethodConfig, storage: Path) -> Recipe:
-        """A run on the frozen task model."""
+        """The recipe of a run on the frozen task model."""
         backbone = replace(self.backbone, model=model)
         store = StoreConfig(root=str(storage / "features"))
         return Recipe(backbone, self.data, method, self.optim, self.loss, store)

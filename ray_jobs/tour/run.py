@@ -1,4 +1,4 @@
-"""The tour: task model, adapters, sweep, server and report, one step after the other."""
+"""The quickstart: task model, adapters, sweep, server and report, one step after another."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from serve_app.run import check_port, deploy, shutdown
 
 
 class Steps:
-    """Headings with the time that each step took."""
+    """Prints a heading and the duration of each step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def step(self, title: str, words: str) -> Iterator[None]:
-        """Say what comes, and how long it took."""
-        print(f"\n== {len(self.seconds) + 1}. {title}\n   {words}", flush=True)
+    def step(self, title: str, description: str) -> Iterator[None]:
+        """Print the heading of a step, run the body, and print its duration."""
+        print(f"\n== {len(self.seconds) + 1}. {title}\n   {description}", flush=True)
         started = time.perf_counter()
         yield
         self.seconds[title] = round(time.perf_counter() - started, 1)
@@ -58,7 +58,7 @@ class Steps:
 
 
 def run_tour(job: QuickstartJob) -> None:
-    """Run every step; nothing that it starts is left running."""
+    """Run every step and stop everything that was started."""
     storage = absolute_storage(job.storage)
     results = absolute_path(job.results, "--results") if job.results else storage / "results.json"
     plot = absolute_path(job.plot, "--plot") if job.plot else storage / "front.png"
@@ -80,7 +80,7 @@ def run_tour(job: QuickstartJob) -> None:
         if own_labels is None:
             with steps.step(
                 "Task model",
-                f"Tuning {model} to the task by Ray Train, {job.cluster.workers} workers. Frozen from then on.",
+                f"Tuning {model} to the task with Ray Train on {job.cluster.workers} workers. The model is frozen afterwards.",
             ):
                 tuned = FinetuneJob(
                     job.backbone, job.data, job.tuning, job.frozen_layers, job.cluster, tracking, str(storage)
@@ -91,11 +91,11 @@ def run_tour(job: QuickstartJob) -> None:
         exits = exit_layers(job, pretrained)
         base = job.recipe(model, MethodConfig("revmux", job.num_inputs[0], job.prefill_layers, job.options), storage)
         with steps.step(
-            "Features", "Storing what the frozen model says of each input alone: every run below reads it."
+            "Features", "Storing the frozen model's states and scores of each input, which all runs below read."
         ):
             fill_stores(base, sorted({job.prefill_layers, *exits.values()}), task, job.cluster)
         rows, folders = [], []
-        with steps.step("Adapters", f"Training RevMUX for N = {', '.join(map(str, job.num_inputs))} by Ray Train."):
+        with steps.step("Adapters", f"Training RevMUX for N = {', '.join(map(str, job.num_inputs))} with Ray Train."):
             training = TrainJob(
                 base.backbone,
                 job.data,
@@ -113,17 +113,19 @@ def run_tour(job: QuickstartJob) -> None:
                 folders.append(str(trained.folder))
                 rows.append(result_row(pretrained, task, trained.method, trained.metrics))
         with steps.step(
-            "Exit heads", "Training the honest rival at the same cost: a head on an early layer of the same model."
+            "Exit heads", "Training the baseline of equal cost: an exit head on an early layer of the same model."
         ):
             for layer in sorted(set(exits.values())):
                 rows.append(train_exit_head(job, base, layer, task, tracker, pretrained))
-        with steps.step("Sweep", f"A small Ray Tune run over N, l and λ ('{job.space}'), on the stored features."):
+        with steps.step(
+            "Sweep", f"A small Ray Tune sweep over N, l and λ (space '{job.space}') on the stored features."
+        ):
             sweep = TuneJob(
                 base.backbone,
                 job.data,
                 job.space,
                 job.sweep_trials,
-                replace(job.optim, batch_size=8),  # short trials: steps count more than their size
+                replace(job.optim, batch_size=8),  # short trials need many steps more than large ones
                 job.loss,
                 base.store,
                 shuffles=1,
@@ -134,14 +136,15 @@ def run_tour(job: QuickstartJob) -> None:
             )
             run_tune(sweep)
         with steps.step(
-            "Serve", f"Ray Serve on port {job.port}: {job.requests} live requests at once, widths as the queue grows."
+            "Serve",
+            f"Ray Serve on port {job.port}: {job.requests} concurrent requests. The width grows with the queue.",
         ):
             try:
                 config = server_config(model=model, adapters=folders, port=job.port, max_length=job.backbone.max_length)
                 show_live_answers(deploy(config), task, job.requests)
             finally:
                 shutdown()
-    with steps.step("Report", "Measuring throughput against SISO in pairs, on this machine."):
+    with steps.step("Report", "Measuring throughput on this machine in paired runs against SISO."):
         rows.insert(0, siso_row(pretrained, task, rows))
         measure_throughput(rows, pretrained, task, job, folders)
         meta = describe_run(command_line(), task.identity, pretrained.identity)
@@ -157,7 +160,7 @@ def run_tour(job: QuickstartJob) -> None:
 
 
 def exit_layers(job: QuickstartJob, pretrained: Pretrained) -> dict[int, int]:
-    """For each N, the exit layer that costs no more."""
+    """For each N, the exit layer whose cost is at most that of RevMUX."""
     backbone = pretrained.backbone
     methods = {n: build_method("revmux", BackboneShape.of(backbone), n, job.options) for n in job.num_inputs}
     length = job.backbone.max_length
@@ -167,7 +170,7 @@ def exit_layers(job: QuickstartJob, pretrained: Pretrained) -> dict[int, int]:
 def train_exit_head(
     job: QuickstartJob, base: Recipe, layer: int, task: TaskData, tracker: Tracker, pretrained: Pretrained
 ) -> dict[str, Any]:
-    """A head at one layer, trained in this process: with stored states it takes seconds."""
+    """Train an exit head at one layer in this process, which takes seconds with stored states."""
     method = exit_head_config(layer)
     optim = replace(base.optim, epochs=3 * base.optim.epochs, learning_rate=1e-3)
     recipe = replace(base, method=method, optim=optim, loss=replace(base.loss, infonce_weight=0.0), shuffles=1)
@@ -186,7 +189,7 @@ def train_exit_head(
 def result_row(
     pretrained: Pretrained, task: TaskData, method: MethodConfig, figures: dict[str, float]
 ) -> dict[str, Any]:
-    """One row of the result file."""
+    """A row of the results file."""
     return {
         "method": method.name,
         "family": pretrained.backbone.config.model_type,
@@ -204,7 +207,7 @@ def result_row(
 
 
 def siso_row(pretrained: Pretrained, task: TaskData, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plain model, whose accuracy every other row knows as its teacher's."""
+    """The row of SISO, whose accuracy the other rows contain as their teacher's."""
     figures = {
         "accuracy_mean": rows[0]["siso_accuracy"],
         "siso_accuracy": rows[0]["siso_accuracy"],
@@ -217,13 +220,13 @@ def siso_row(pretrained: Pretrained, task: TaskData, rows: list[dict[str, Any]])
 def measure_throughput(
     rows: list[dict[str, Any]], pretrained: Pretrained, task: TaskData, job: QuickstartJob, folders: list[str]
 ) -> None:
-    """Fill in the measured columns."""
+    """Measure throughput and add it to the rows."""
     shape = BackboneShape.of(pretrained.backbone)
     siso = plain_classifier(pretrained.backbone)
     rivals = {row_name(rows[index + 1]): load_adapter(folder, pretrained) for index, folder in enumerate(folders)}
     for row in rows:
         method = exit_head_config(row["prefill_layers"])
-        if row["method"] == method.name:  # its weights were not kept, and speed does not depend on them
+        if row["method"] == method.name:  # its weights were not kept, but speed does not depend on them
             head = build_method(method.name, shape, 1, method.options)
             rivals[row_name(row)] = MultiplexedClassifier(pretrained.backbone, head, method.prefill_layers)
     split = pretrained.tokenize(task.test, job.backbone.max_length)
@@ -237,7 +240,7 @@ def measure_throughput(
 
 
 def next_commands(job: QuickstartJob, storage: Path, model: str, folders: list[str]) -> str:
-    """What to type next."""
+    """Commands to try after the quickstart."""
     return "\n".join(
         [
             "Next:",

@@ -1,4 +1,4 @@
-"""Train adapters on a frozen task model on a cluster, for one N after the other."""
+"""Train adapters on a frozen task model on a cluster, one after another for each N."""
 
 from __future__ import annotations
 
@@ -9,18 +9,25 @@ from ray_jobs.cluster import connected
 from ray_jobs.paths import absolute_path, absolute_storage, store_in
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import TrainJob
-from ray_jobs.training.feature_pass import fill_for
+from ray_jobs.training.feature_pass import fill_stores_for
 from ray_jobs.training.launch import Trained, launch, load_checked
 from revmux.data.task import TaskData
 
 
 def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, storage: Path) -> list[Trained]:
-    """The job on a connected cluster, with its data read, one run after the other."""
+    """Train the job's adapters on a connected cluster, one run after another.
+
+    Args:
+        job: settings, with the store's root set.
+        tasks: the data of each run, by the run's name.
+        tracker: records the runs.
+        storage: absolute storage folder.
+    """
     output = absolute_path(job.output, "output") if job.output else storage / "adapters"
     recipes, done = job.recipes(), []
     print(f"features: stored in {job.store.root}", flush=True)
-    if job.cluster.workers > 1:  # else the one worker fills the store as well by itself
-        fill_for(list(recipes.values()), next(iter(tasks.values())), job.cluster)
+    if job.cluster.workers > 1:  # a single worker fills the store itself just as well
+        fill_stores_for(list(recipes.values()), next(iter(tasks.values())), job.cluster)
     for name, recipe in recipes.items():
         trained = launch(
             recipe, tasks[name], job.cluster, tracker, storage, name, output / name, checkpoint=job.checkpoint
@@ -44,7 +51,7 @@ def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, 
 
 
 def run_train(job: TrainJob) -> list[Trained]:
-    """The whole job: read the data, connect to the cluster, then train, evaluate and record one adapter for each N."""
+    """Run the whole job: read the data, connect to the cluster, then train, evaluate and record one adapter per N."""
     storage = absolute_storage(job.storage)
     job = replace(job, store=store_in(storage, job.store))
     job.cluster.check_training()

@@ -1,4 +1,4 @@
-"""Settings of the jobs that train and evaluate. Nothing heavy is imported here."""
+"""Settings of the jobs that train and evaluate. This module imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FinetuneJob:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 0 or more")
 
     def recipe(self) -> Recipe:
-        """The job as a recipe: SISO with the backbone or a soft prompt tuned."""
+        """The job's recipe: SISO with its backbone or a soft prompt tuned."""
         tuned = {"soft_prompt": self.soft_prompt} if self.soft_prompt else {"tune_backbone": True}
         method = MethodConfig(PLAIN_METHOD, 1, self.frozen_layers, tuned)
         return Recipe(self.backbone, self.data, method, self.optim, LossConfig(infonce_weight=0.0), shuffles=1)
@@ -132,7 +132,7 @@ class TrainJob:
             raise UserError(f"shuffles is {self.shuffles}; choose 1 or more")
 
     def recipes(self) -> dict[str, Recipe]:
-        """A recipe for each N, by the name of its run."""
+        """One recipe per N, by the name of its run."""
         recipes = {}
         for inputs in self.num_inputs or [self.method.num_inputs]:
             method = replace(self.method, num_inputs=inputs)

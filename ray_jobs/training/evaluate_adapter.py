@@ -1,4 +1,4 @@
-"""Evaluate an adapter on a worker, over shuffles of the test split."""
+"""Evaluate an adapter on a worker, averaged over random groupings of the test split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from revmux.utils.files import write_json
 
 
 def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
-    """The figures of one adapter; runs where the device is."""
+    """Evaluate one adapter; runs on the worker that has the device."""
     import torch
 
     pretrained = load_pretrained(job.backbone, task.label_names if job.backbone.prompt else None)
@@ -46,10 +46,10 @@ def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
 
 
 class ShuffleProgress:
-    """Prints how far an evaluation is, at most once in ``interval`` seconds and at the end.
+    """Prints the progress of an evaluation at most once per interval, and at the end.
 
     Args:
-        interval: seconds.
+        interval: seconds between printed lines.
     """
 
     def __init__(self, interval: float = 5.0) -> None:
@@ -57,7 +57,7 @@ class ShuffleProgress:
         self.started = self.printed = time.perf_counter()
 
     def __call__(self, done: int, total: int, accuracy: float) -> None:
-        """After each shuffle; see :func:`revmux.training.evaluation.evaluate`."""
+        """Report a shuffle; the ``on_shuffle`` of :func:`revmux.training.evaluation.evaluate`."""
         now = time.perf_counter()
         if done < total and now - self.printed < self.interval:
             return
@@ -67,7 +67,7 @@ class ShuffleProgress:
 
 
 def run_evaluate(job: EvaluateJob) -> dict[str, float]:
-    """Check, evaluate on a worker, record."""
+    """Run the whole job: read the data, evaluate the adapter on a worker, and record its metrics."""
     storage = absolute_storage(job.storage)
     job = replace(job, store=store_in(storage, job.store))
     name = f"evaluate-{Path(job.adapter).name}"

@@ -73,7 +73,9 @@ def fill_stores(
                 print(f"features: layer {layer} in {recipe.store.dtype}: {Precision.of(parts)}")
 
 
-def fill_for(recipes: Sequence[Recipe], task: TaskData, cluster: ClusterConfig, workers: int | None = None) -> None:
+def fill_stores_for(
+    recipes: Sequence[Recipe], task: TaskData, cluster: ClusterConfig, workers: int | None = None
+) -> None:
     """Fill the stores that runs will read, before their workers start.
 
     Args:

@@ -1,4 +1,4 @@
-"""Fill the feature store ahead of training: check, read the data, run the pass."""
+"""Fill the feature store before training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from revmux.training.config import Recipe
 
 
 def run_features(job: FeaturesJob) -> None:
-    """Check, read the data, fill the stores."""
+    """Run the whole job: read the data, connect to the cluster, and fill the stores."""
     storage = storage_of(job)
     if storage is not None:
         job = replace(job, store=store_in(storage, job.store))
@@ -35,20 +35,20 @@ def run_features(job: FeaturesJob) -> None:
 
 
 def storage_of(job: FeaturesJob) -> Path | None:
-    """The storage folder; None for a submitted job that names its store only, and needs no other folder."""
+    """The storage folder; None for a submitted job that sets only ``store.root``, which needs no other folder."""
     if job.store.root is not None and in_submitted_job() and job.storage == FeaturesJob.storage:
         return None
     return absolute_storage(job.storage)
 
 
 def check_layers(layers: Sequence[int], shape: BackboneShape) -> None:
-    """Refuse depths that the backbone does not have, before anything is loaded.
+    """Check that the backbone has the given depths, before it is loaded.
 
     Raises:
-        UserError: naming the legal ones.
+        UserError: a depth is out of range; the message names the legal ones.
     """
     for layer in layers:
         if not 0 <= layer <= shape.num_layers:
             raise UserError(
-                f"layers has {layer}, but the backbone has {shape.num_layers}; choose 0..{shape.num_layers}"
+                f"layers contains {layer}, but the backbone has {shape.num_layers} layers; choose 0..{shape.num_layers}"
             )

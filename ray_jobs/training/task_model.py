@@ -13,7 +13,7 @@ from revmux.data.task import TaskData
 
 
 def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: Path) -> Trained:
-    """The job on a connected cluster, with its data read."""
+    """Tune the task model on a connected cluster with data that is already loaded."""
     output = absolute_path(job.output, "output") if job.output else storage / "task-model"
     trained = launch(job.recipe(), task, job.cluster, tracker, storage, job.name, output, checkpoint=job.checkpoint)
     print(f"task model: {trained.folder}, accuracy on the test split {trained.metrics['accuracy_mean']:.1%}")
@@ -21,7 +21,7 @@ def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: Path
 
 
 def run_finetune(job: FinetuneJob) -> Trained:
-    """The whole job: read the data, connect to the cluster, tune, evaluate, record."""
+    """Run the whole job: read the data, connect to the cluster, then tune, evaluate and record the task model."""
     storage = absolute_storage(job.storage)
     job.cluster.check_training()
     task = load_checked(job.recipe(), job.cluster.workers)
