@@ -1,4 +1,4 @@
-"""What is swept, where, and which trials are stopped early."""
+"""Settings of a sweep and of its early stopping. This module imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StoppingConfig:
     Args:
         enabled: Whether trials are stopped early.
         grace: Number of epochs that every trial may run. At least 1.
-        reduction: Reduction factor of ASHA. Of the trials of one cost, one in this many continues from each rung. Above 1.
+        reduction: Reduction factor of ASHA. Of the trials of equal cost, one in this many continues after each rung. Above 1.
         deviations: Number of standard errors by which a trial of equal or lower cost must be more accurate at the same epoch
             for this trial to be stopped. Above 0.
     """
@@ -48,15 +48,15 @@ class TuneJob:
         data: Labelled text.
         space: Search space: quick, paper, wide, or a YAML file.
         trials: Maximum number of points of the space to try. At least 1. Default: as the space says.
-        optim: Optimizer and schedule, where the space does not set them.
-        loss: Training loss, where the space does not set it.
+        optim: Optimizer and schedule, unless the space sets them.
+        loss: Training loss, unless the space sets it.
         store: Feature store, which all trials share.
         shuffles: Number of random groupings to average each trial's accuracy over. At least 1.
         stopping: Early stopping of trials.
-        retry_failed: Repeat the trials that failed in an earlier start of the same sweep.
+        retry_failed: Whether to retry the trials that failed in an earlier start of the same sweep.
         cluster: Workers of one trial, and the Ray cluster that they run on.
         concurrent_trials: Maximum number of trials that run at the same time. At least 1. Default: as many as the present
-            resources allow. On a cluster that scales with demand, set how many it may grow to.
+            resources allow. On a cluster that scales with demand, set the number that it may grow to.
         tracking: MLflow tracking.
         storage: Folder for checkpoints, trials and the default MLflow store. In a submitted job it must be an absolute path.
         name: Name of the sweep. The same name with the same task model and data resumes where it stopped.
@@ -82,6 +82,6 @@ class TuneJob:
         for name in ("concurrent_trials", "trials"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; choose 1 or more, or leave it out")
+                raise UserError(f"{name} is {value}; choose 1 or more, or omit it")
         if self.shuffles < 1:
             raise UserError(f"shuffles is {self.shuffles}; choose 1 or more")

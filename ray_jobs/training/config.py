@@ -29,7 +29,7 @@ class FinetuneJob:
         output: Folder for the task model. Default: task-model in the storage folder.
         name: Name of the run. A run of the same name and the same settings resumes from its last checkpoint.
         soft_prompt: Number of trainable vectors to put before every input of a language model, such as 20. They are
-            tuned in place of the model's weights. Requires --backbone.prompt. 0 tunes the weights.
+            tuned instead of the model's weights. Requires --backbone.prompt. 0 tunes the weights.
         checkpoint: When to save checkpoints.
     """
 
@@ -66,9 +66,9 @@ class FeaturesJob:
         data: Labelled text. Use the settings that training will use, because the splits determine what is stored.
         layers: Depths at which to store hidden states, as a list such as [2,3]: every number of prefill layers that will
             be trained. Legal values: 0 to the number of layers. The teacher's scores are always stored.
-        store: Feature store. On several machines, name a root that all of them reach: a shared folder or a URI.
+        store: Feature store. On several machines, set a root that all of them reach: a shared folder or a URI.
         cluster: Workers and the Ray cluster that they run on.
-        storage: Folder for the stores, unless store.root names another place. In a submitted job it must be an absolute
+        storage: Folder for the stores, unless store.root is set. In a submitted job it must be an absolute
             path.
     """
 
@@ -87,7 +87,7 @@ class TrainJob:
     Args:
         backbone: Frozen task model: a classifier with its head.
         data: Labelled text.
-        method: Method to train. Its num_inputs applies where num_inputs below is not set.
+        method: Method to train. Its num_inputs applies only if num_inputs below is not set.
         num_inputs: Widths N to train, one adapter each, as a list such as [2,4]. Default: method.num_inputs alone.
         optim: Optimizer and schedule.
         loss: Training loss: cross-entropy + λ · InfoNCE + distillation.
@@ -100,9 +100,9 @@ class TrainJob:
         register: Name of a registered model in MLflow. Each adapter becomes a version of it, tagged with its N, l, cost
             and accuracy. The server and mlflow.pyfunc.load_model load it as models:/NAME/VERSION. Default: adapters are
             not registered.
-        register_backbone: Copy a local task model into each registered version, so that the version predicts wherever
-            MLflow loads it. If false, the task model's folder must be named when a version is loaded.
-        output: Folder for the adapters, with one subfolder for each N. Default: adapters in the storage folder.
+        register_backbone: Whether to copy a local task model into each registered version, so that any machine can load the
+            version. If false, the user must name the task model's folder when loading a version.
+        output: Folder for the adapters, with one subfolder per N. Default: adapters in the storage folder.
         checkpoint: When to save checkpoints.
     """
 
@@ -149,8 +149,8 @@ class EvaluateJob:
         adapter: Adapter folder, on a disk that the worker reaches, or an id on the Hugging Face hub.
         backbone: Task model that the adapter was trained on.
         data: Labelled text. The test split is evaluated.
-        store: Feature store for the task model's states of the test split. Each input then runs through the lower layers
-            once, whatever the number of shuffles, and not at all if training stored them.
+        store: Feature store for the task model's states of the test split. Each input then passes the lower layers
+            once, regardless of the number of shuffles, or not at all if training has stored its states.
         shuffles: Number of random groupings of the test split to average the accuracy over. At least 1.
         seed: Random seed of the groupings.
         cluster: Resources of the one worker that evaluates, and the Ray cluster that it runs on.
