@@ -143,7 +143,9 @@ def test_a_feature_pass_reports_missing_machines_and_ends_after_the_limit(
 ) -> None:
     cores = ray.cluster_resources()["CPU"]
     large = replace(cluster, cpus_per_worker=cores + 1, wait_minutes=0.02)
-    words = rf"workers of the feature pass did not find .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
+    words = (
+        rf"few resources for the workers of the feature pass .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
+    )
     with pytest.raises(UserError, match=words):
         fill_stores(recipe, LAYERS, task, large)
 

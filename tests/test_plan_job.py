@@ -138,7 +138,9 @@ def test_an_unreachable_registry_keeps_the_plan_files(
         raise MlflowException("connection refused")
 
     monkeypatch.setattr(planning, "register_plan", away)
-    with pytest.raises(UserError, match=r"the plan is complete \(.*plan\.md\), but MLflow at sqlite.* cannot be reached"):
+    with pytest.raises(
+        UserError, match=r"the plan is complete \(.*plan\.md\), but MLflow at sqlite.* cannot be reached"
+    ):
         plan.main(job)
 
 

@@ -177,7 +177,7 @@ def test_pairs_are_two_columns_in_any_order(
 
 def test_other_columns_and_texts_are_refused(tracked: Registered) -> None:
     model = mlflow.pyfunc.load_model("models:/toy@champion")
-    with pytest.raises(UserError, match=r"has the columns 'id'; give text first, such as frame\[\['text'\]\]"):
+    with pytest.raises(UserError, match=r"has the columns 'id'; pass only text, such as frame\[\['text'\]\]"):
         model.predict(pd.DataFrame({"id": ["7"], "text": ["w1"]}))
     with pytest.raises(UserError, match="empty text"):
         model.predict(["w1", ""])

@@ -193,7 +193,7 @@ def test_a_sweep_folder_of_another_task_is_refused(tiny_model_folder: Path, tiny
         storage=str(tmp_path),
     )
     assert prepare_sweep(job, tmp_path).trials
-    with pytest.raises(UserError, match=r"sweep folder .* has data .* another --name"):
+    with pytest.raises(UserError, match=r"sweep folder .* data .* another --name"):
         prepare_sweep(replace(job, data=replace(job.data, limit=30)), tmp_path)
     assert prepare_sweep(replace(job, data=replace(job.data, limit=30), name="other"), tmp_path).trials
 

@@ -130,7 +130,7 @@ def test_a_sweep_reports_missing_machines_and_ends(job: Callable[..., TuneJob]) 
     with connected(ClusterConfig(workers=1)):
         cores = ray.cluster_resources()["CPU"]
         cluster = ClusterConfig(address="auto", workers=1, cpus_per_worker=cores + 1, wait_minutes=0.05)
-        words = rf"workers of the sweep did not find .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
+        words = rf"few resources for the workers of the sweep .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
         with pytest.raises(UserError, match=words):
             main(job(points, cluster=cluster))
 
