@@ -69,7 +69,7 @@ def test_a_trial_that_cannot_reach_the_front_is_stopped_with_the_reason() -> Non
     assert tell(scheduler, cheap, 2, 0.85) == "CONTINUE"
     assert tell(scheduler, dear, 2, 0.70) == "STOP"
     assert scheduler.stopped["dear"] == (
-        "cannot reach the front: at epoch 2 its selection accuracy is 70.0% at cost 0.70, that of cheap was 85.0% at "
+        "cannot reach the front: at epoch 2 its selection accuracy is 70.0% at cost 0.70, while that of cheap was 85.0% at "
         "cost 0.50"
     )
 
