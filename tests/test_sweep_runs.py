@@ -181,7 +181,7 @@ def test_a_process_runs_several_trials_and_a_lost_process_is_replaced(
     with log.open("w") as out:
         driver = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
         found = wait_until(
-            lambda: list(runs.glob("sweeps/sweep/checkpoints/*/step-*")) and trial_process(driver.pid),
+            lambda: list(runs.glob("sweeps/sweep/checkpoints/*/step-*.json")) and trial_process(driver.pid),
             400,
             every=0.005,
             failure=lambda: None if driver.poll() is None else log.read_text(),
