@@ -120,7 +120,7 @@ def test_records_are_sent_in_order_when_the_server_is_back(tmp_path: Path, caplo
         (adapter / "weights").write_text("changed later")
     tracked.__exit__(None, None, None)
     assert len(tracker.client.outbox) > 4
-    assert caplog.text.count("records wait in") == 1
+    assert caplog.text.count("records are kept in") == 1
 
     with server(tmp_path, port) as url:
         again = Tracker(TrackingConfig(url), storage)  # as the next job of this storage folder does
