@@ -75,7 +75,7 @@ def test_wide_groups_are_served_beside_more_expensive_narrow_ones() -> None:
     slightly[:4] = 0.0
     made = [
         candidate("two", siso, 0.7, 2),
-        candidate("four-dear", siso, 0.75, 4),
+        candidate("four-expensive", siso, 0.75, 4),
         candidate("eight", slightly, 0.4, 8),
         candidate("sixteen-bad", siso * 0.9, 0.2, 16),
         candidate("head", slightly, 0.5, 1),
@@ -84,8 +84,8 @@ def test_wide_groups_are_served_beside_more_expensive_narrow_ones() -> None:
     assert names(choice) == ["head", "eight"]
     assert choice.chosen is choice.widths[-1]
     assert names(choose(siso, made[:-1], Goal(allowance=1.0))) == ["two", "eight"]
-    dear = candidate("head", slightly, 0.9, 1)
-    assert names(choose(siso, [*made[:-1], dear], Goal(allowance=1.0))) == ["head", "two", "eight"]
+    expensive = candidate("head", slightly, 0.9, 1)
+    assert names(choose(siso, [*made[:-1], expensive], Goal(allowance=1.0))) == ["head", "two", "eight"]
 
 
 def test_an_exit_head_or_siso_is_chosen_if_it_is_better() -> None:

@@ -359,11 +359,11 @@ def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(
     free: list[Callable] = []
     with disk(tmp_path / "disk") as fill:
         folder = tmp_path / "disk" / "run"
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as reported:
             list(trainer(folder, fill_at_10).run())
-        assert f"cannot write the checkpoint of step 12 to {folder} (" in str(told.value)
-        assert "make room there" in str(told.value)
-        assert "resumes from step 8" in str(told.value)
+        assert f"cannot write the checkpoint of step 12 to {folder} (" in str(reported.value)
+        assert "make room there" in str(reported.value)
+        assert "resumes from step 8" in str(reported.value)
         assert not list(folder.glob(".*")), "a partial file is left"
         free[0]()
         again = trainer(folder)

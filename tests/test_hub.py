@@ -262,7 +262,7 @@ def test_an_adapter_pushed_on_one_machine_gives_the_same_scores_on_another(
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[-1]
 
-    told = python("one", "-m", "revmux", "push", str(folder), "me/adapter", "--base_model", "me/tiny")
-    assert told == f"pushed: me/adapter at {hub.repositories['me/adapter'].branches['main']}"
+    reported = python("one", "-m", "revmux", "push", str(folder), "me/adapter", "--base_model", "me/tiny")
+    assert reported == f"pushed: me/adapter at {hub.repositories['me/adapter'].branches['main']}"
     found = torch.tensor(json.loads(python("another", "-c", OTHER_MACHINE, "me/adapter", json.dumps(TEXTS))))
     assert_close(found, scores(folder, backbone=tiny_pretrained))

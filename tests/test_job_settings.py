@@ -28,7 +28,7 @@ from revmux.training.config import MethodConfig, Recipe
 from revmux.training.recipe import check, prepare
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
+def printed_error(capsys: pytest.CaptureFixture[str]) -> str:
     """Return the one line that a refused job printed."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return line
@@ -61,7 +61,7 @@ def test_a_user_error_is_one_line_and_exit_status_2(
     argv = ["--backbone.model", str(tiny_model_folder), "--backbone.max_length", "16", "--storage", str(tmp_path)]
     argv += ["--method.prefill_layers", "1", "--data.source", str(tiny_csv), *flags]
     assert cli.run(train.main, TrainJob, None, argv) == 2
-    line = told(capsys)
+    line = printed_error(capsys)
     for word in words:
         assert word in line
     assert not list(tmp_path.iterdir())
@@ -74,7 +74,7 @@ def test_gpus_are_refused_on_a_machine_without_gpus(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     argv = ["--cluster.gpus_per_worker", "1"]
     assert cli.run(lambda job: job.cluster.check_here(), FinetuneJob, None, argv) == 2
-    assert "no GPU" in told(capsys)
+    assert "no GPU" in printed_error(capsys)
 
 
 @pytest.mark.parametrize("job", [train, finetune, tune])
@@ -84,7 +84,7 @@ def test_workers_that_would_share_a_gpu_are_refused(
     argv = ["--backbone.model", str(tiny_model_folder), "--storage", str(tmp_path), "--cluster.workers", "2"]
     config = {train: TrainJob, finetune: FinetuneJob, tune: TuneJob}[job]
     assert cli.run(job.main, config, None, [*argv, "--cluster.gpus_per_worker", "0.5"]) == 2
-    assert "gpus_per_worker is 0.5 with 2 workers" in told(capsys)
+    assert "gpus_per_worker is 0.5 with 2 workers" in printed_error(capsys)
 
 
 def test_one_worker_may_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_resources_are_checked(settings: dict[str, float]) -> None:
 def test_a_folder_that_is_not_an_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--adapter", str(tmp_path / "nothing"), "--storage", str(tmp_path)]
     assert cli.run(evaluate.main, EvaluateJob, None, argv) == 2
-    assert "not an adapter folder" in told(capsys)
+    assert "not an adapter folder" in printed_error(capsys)
 
 
 def test_a_recipe_is_checked_without_loading_weights() -> None:

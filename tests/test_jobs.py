@@ -167,9 +167,9 @@ def test_a_user_error_ends_the_job_with_status_2_and_one_line(head: Head, settin
     assert failed.returncode != 0
     assert "failed with exit code 2" in failed.stdout
     assert "Traceback" not in failed.stdout
-    told = {line for line in failed.stdout.splitlines() if line.startswith("error:")}
-    assert len(told) == 1
-    assert "unknown text_column 'reviews'" in told.pop()
+    reported = {line for line in failed.stdout.splitlines() if line.startswith("error:")}
+    assert len(reported) == 1
+    assert "unknown text_column 'reviews'" in reported.pop()
 
 
 @pytest.mark.cluster
@@ -258,8 +258,8 @@ def test_the_configuration_written_by_a_plan_is_deployed_from_the_registry(
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: status(f"{url}/health") == 200, 300)
-        told = requests.get(f"{url}/info", timeout=60).text
-        assert all(f'"num_inputs":{width}' in told.replace(" ", "") for width in widths)
+        reported = requests.get(f"{url}/info", timeout=60).text
+        assert all(f'"num_inputs":{width}' in reported.replace(" ", "") for width in widths)
         alone = requests.post(f"{url}/predict", json={"inputs": "w1 w5"}, timeout=60)
         assert (alone.status_code, alone.headers["x-revmux-width"]) == (200, "1")
         many = requests.post(f"{url}/predict", json={"inputs": [["w1 w5"]] * 32}, timeout=60)

@@ -95,8 +95,8 @@ def test_a_plan_can_be_deployed_with_the_promised_widths(job: PlanJob, ray_here:
     url = deploy(server_config(**application["args"] | {"port": 8751, "plain_load": 0.0}))
     try:
         widths = [one.num_inputs for one in found.served]
-        told = requests.get(f"{url}/info", timeout=60).json()
-        assert all(f'"num_inputs": {width}' in json.dumps(told) for width in widths)
+        reported = requests.get(f"{url}/info", timeout=60).json()
+        assert all(f'"num_inputs": {width}' in json.dumps(reported) for width in widths)
         reply = requests.post(
             f"{url}/predict", json={"inputs": [["w1 w5"], ["w2 w6"], ["w1 w7"], ["w2 w8"]]}, timeout=60
         )

@@ -152,9 +152,9 @@ def test_errors_of_ray_train_are_recognised_by_their_class_names() -> None:
     too_small = InsufficientClusterResourcesError("no node\nhas a GPU")
     assert ray_internals.is_cluster_too_small(too_small)
     assert not ray_internals.is_cluster_too_small(inner)
-    told = error_to_raise(ControllerError(too_small))
-    assert isinstance(told, UserError)
-    assert str(told) == "no node has a GPU"
+    reported = error_to_raise(ControllerError(too_small))
+    assert isinstance(reported, UserError)
+    assert str(reported) == "no node has a GPU"
 
 
 def test_a_trial_sees_that_tune_stops_it(trial_storage: StorageContext) -> None:
@@ -185,18 +185,18 @@ def test_a_trial_sees_that_tune_stops_it(trial_storage: StorageContext) -> None:
 def test_a_process_that_the_memory_monitor_ended_counts_as_lost() -> None:
     original = RayActorManager._actor_task_failed
     assert list(inspect.signature(original).parameters) == ["self", "tracked_actor_task", "exception"]
-    told: list[Exception] = []
+    reported: list[Exception] = []
     manager = RayActorManager.__new__(RayActorManager)
     manager._failed_actor_ids = set()
     manager._cleanup_actor = lambda tracked_actor: None
-    actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: told.append(error))
+    actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: reported.append(error))
     task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
     with pytest.raises(RuntimeError):  # once Ray no longer raises here, the context manager can be removed
         manager._actor_task_failed(tracked_actor_task=task, exception=OutOfMemoryError("too large"))
     with ray_internals.retry_out_of_memory_trials():
         manager._actor_task_failed(tracked_actor_task=task, exception=OutOfMemoryError("too large"))
-    assert [type(error) for error in told] == [RayActorError]
-    assert "too large" in str(told[0])
+    assert [type(error) for error in reported] == [RayActorError]
+    assert "too large" in str(reported[0])
     assert RayActorManager._actor_task_failed is original
 
 

@@ -91,7 +91,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def _distinct(texts: list[str], pretrained: Any) -> list[str]:
-    """Return texts whose answers can be told apart."""
+    """Return texts with distinguishable answers."""
     kept: list[str] = []
     scores = plain_scores(pretrained, texts)
     rows: list[Tensor] = []

@@ -203,9 +203,9 @@ def test_the_model_has_the_dtype_that_its_adapters_were_trained_with(
     (folder / "adapter_config.json").write_text(json.dumps(recorded))
     config = AppConfig.model_validate({"model": tasks["topic"]["model"], "adapters": [str(folder)], "dtype": asked})
     service = Service(config)
-    told = pytest.warns(UserWarning, match="was trained on a bfloat16 backbone") if asked else nullcontext()
+    expected_warning = pytest.warns(UserWarning, match="was trained on a bfloat16 backbone") if asked else nullcontext()
     try:
-        with told:
+        with expected_warning:
             service.serve(config.served)
         assert service.info()["model_dtype"] == found
     finally:

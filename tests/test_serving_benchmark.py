@@ -21,9 +21,9 @@ from benchmarks.serving.alone import compare, random_backbone, random_tokens
 from benchmarks.serving.latency import poisson
 from benchmarks.serving.load import Leg, Load, Reply, send
 from benchmarks.serving.page import serving_words
-from benchmarks.serving.places import texts_of_length
 from benchmarks.serving.settings import Sizes
 from benchmarks.serving.shares import PARTS, share_rows, shares
+from benchmarks.serving.workloads import texts_of_length
 from revmux.pretrained.config import EMBEDDED_NAME
 from revmux.pretrained.identity import resolve
 

@@ -62,13 +62,13 @@ def test_asha_stops_the_worse_trial_of_equal_cost_and_ignores_other_costs() -> N
 
 def test_a_trial_that_cannot_reach_the_front_is_stopped_with_the_reason() -> None:
     scheduler = FrontScheduler(selection_inputs=2000)
-    cheap, dear, rival = start(scheduler, trial("cheap", 0.5), trial("dear", 0.7), trial("rival", 0.4))
+    cheap, expensive, rival = start(scheduler, trial("cheap", 0.5), trial("expensive", 0.7), trial("rival", 0.4))
     assert tell(scheduler, cheap, 1, 0.80) == "CONTINUE"
-    assert tell(scheduler, dear, 1, 0.79) == "CONTINUE"  # within the noise
+    assert tell(scheduler, expensive, 1, 0.79) == "CONTINUE"  # within the noise
     assert tell(scheduler, rival, 1, 0.60) == "CONTINUE"  # cheaper than all
     assert tell(scheduler, cheap, 2, 0.85) == "CONTINUE"
-    assert tell(scheduler, dear, 2, 0.70) == "STOP"
-    assert scheduler.stopped["dear"] == (
+    assert tell(scheduler, expensive, 2, 0.70) == "STOP"
+    assert scheduler.stopped["expensive"] == (
         "cannot reach the front: at epoch 2 its selection accuracy is 70.0% at cost 0.70, while that of cheap was 85.0% at "
         "cost 0.50"
     )
@@ -218,12 +218,12 @@ def test_rows_are_read_back_and_give_a_front(tmp_path: Path) -> None:
 def test_a_trial_that_wrote_its_row_is_not_repeated_when_its_process_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, mine, told = SweepFolder(tmp_path, {"data": "a"}), trial("mine", 0.5), []
+    folder, mine, reported = SweepFolder(tmp_path, {"data": "a"}), trial("mine", 0.5), []
     folder.write(row_of(mine, "done", metrics={"accuracy_mean": 0.8}))
-    monkeypatch.setattr(ray.tune, "report", told.append)
+    monkeypatch.setattr(ray.tune, "report", reported.append)
     nothing: Any = None
     run_trial({"trial": mine}, nothing, nothing, nothing, nothing, folder, "parent", "command")
-    assert told == [{"accuracy_mean": 0.8}]
+    assert reported == [{"accuracy_mean": 0.8}]
 
 
 @pytest.mark.parametrize(

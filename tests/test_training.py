@@ -250,19 +250,19 @@ def test_each_part_of_a_step_uses_the_teachers_of_the_whole_step(
 
 
 def test_steps_are_reported_without_warnings(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     tokens = 0
 
     def on_step(step: int, total: int, metrics: dict) -> None:
         nonlocal tokens
-        told.append((step, total))
+        reported.append((step, total))
         tokens += metrics["tokens"]
 
     running = trainer(tiny_pretrained, tiny_rows, OptimConfig(epochs=1, batch_size=16), on_step=on_step)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*requires_grad.*")
         list(running.run())
-    assert told == [(step, 4) for step in range(1, 5)]
+    assert reported == [(step, 4) for step in range(1, 5)]
     assert tokens == sum(len(row["text"].split()) + 2 for row in tiny_rows[:64])
 
 

@@ -66,8 +66,8 @@ def test_a_gpu_that_ray_did_not_assign_is_not_used(two_cores: None, monkeypatch:
 
 
 def test_an_aborted_run_is_reported_on_one_line() -> None:
-    told = error_to_raise(WorkerGroupError("a page of tracebacks", {0: CLOSED, 3: KeyError("label")}))
-    assert (type(told), str(told)) == (WorkerError, "worker 3 failed: KeyError: 'label'")
+    reported = error_to_raise(WorkerGroupError("a page of tracebacks", {0: CLOSED, 3: KeyError("label")}))
+    assert (type(reported), str(reported)) == (WorkerError, "worker 3 failed: KeyError: 'label'")
     assert str(error_to_raise(ControllerError(UserError("no room on worker 2")))) == "no room on worker 2"
     other = ControllerError(TypeError("a mistake in our code"))
     assert error_to_raise(other) is other
@@ -152,10 +152,10 @@ def test_a_user_error_in_one_worker_ends_all_workers_at_once(
 ) -> None:
     with pytest.raises(UserError, match=words):
         start(partial(raise_, error))
-    told = capfd.readouterr()
+    reported = capfd.readouterr()
     # Ray may print its own stack traces on a busy machine, but none may end with this error.
-    assert f"{type(error).__name__}: {error}" not in told.out + told.err
-    assert (told.out + told.err).count("each), step") == 1, "it was retried"
+    assert f"{type(error).__name__}: {error}" not in reported.out + reported.err
+    assert (reported.out + reported.err).count("each), step") == 1, "it was retried"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("revmux").experiment_id])
     assert run.info.status == "FAILED"
@@ -169,9 +169,9 @@ def test_other_errors_of_one_worker_are_retried_and_reported(
 ) -> None:
     with pytest.raises(WorkerError, match=r"^worker 1 failed: OSError: \[Errno 5\] Input/output error"):
         start(partial(raise_, OSError(5, "Input/output error")), max_failures=failures)
-    told = capfd.readouterr()
-    assert (told.out + told.err).count("each), step") == 1 + failures
-    assert "run: worker 1 failed: OSError: [Errno 5] Input/output error" in told.out + told.err
+    reported = capfd.readouterr()
+    assert (reported.out + reported.err).count("each), step") == 1 + failures
+    assert "run: worker 1 failed: OSError: [Errno 5] Input/output error" in reported.out + reported.err
 
 
 @pytest.mark.cluster
@@ -214,11 +214,11 @@ def test_a_run_reports_missing_machines_and_ends_after_the_limit(
     start: Start, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cores = ray.cluster_resources()["CPU"]
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as reported:
         start(kill_oneself, cpus_per_worker=cores, wait_minutes=0.05)
     asked = f"2 × {cores:g} CPU; the cluster has {cores:g} CPU"
-    assert asked in str(told.value)
-    assert "--cluster.wait_minutes" in str(told.value)
+    assert asked in str(reported.value)
+    assert "--cluster.wait_minutes" in str(reported.value)
 
 
 def test_resources_used_by_other_work_do_not_count_as_missing() -> None:

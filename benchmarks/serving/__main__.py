@@ -15,9 +15,9 @@ from jsonargparse import ArgumentParser
 
 from benchmarks.rows import kept_rows
 from benchmarks.serving import alone, latency, saturated
-from benchmarks.serving.places import Place, embedded_place, shape_place
 from benchmarks.serving.servers import Servers
 from benchmarks.serving.settings import CUTS, WIDTHS, Row, Settings
+from benchmarks.serving.workloads import Workload, embedded_workload, shape_workload
 from revmux.errors import UserError
 from revmux.utils.files import write_json
 from revmux.utils.run_info import describe_run
@@ -36,25 +36,25 @@ def measure(settings: Settings, folder: Path, keep: Path) -> tuple[list[Row], di
     """
     rows: list[Row] = []
     texts: dict[str, Any] = {}
-    for make in (shape_place, embedded_place):
-        place = make(settings, folder)
-        texts[place.name] = {"texts": len(place.texts), "tokens": place.mean_length, "sha256": place.digest}
-        rows += measure_place(place, settings, keep)
+    for make in (shape_workload, embedded_workload):
+        workload = make(settings, folder)
+        texts[workload.name] = {"texts": len(workload.texts), "tokens": workload.mean_length, "sha256": workload.digest}
+        rows += measure_workload(workload, settings, keep)
     return rows + alone.measure_gpu(settings.pairs), texts
 
 
-def measure_place(place: Place, settings: Settings, keep: Path) -> list[Row]:
+def measure_workload(workload: Workload, settings: Settings, keep: Path) -> list[Row]:
     """Return all rows of one backbone."""
-    about, pairs = settings.about() | {"texts": place.digest, "sizes": asdict(place.sizes)}, settings.pairs
+    about, pairs = settings.about() | {"texts": workload.digest, "sizes": asdict(workload.sizes)}, settings.pairs
     rows: list[Row] = []
 
     def stage(name: str, measure_rows: Callable[[], list[Row]], **more: Any) -> list[Row]:
-        found: list[Row] = kept_rows(keep, f"{place.key}-{name}", about | more, measure_rows)
+        found: list[Row] = kept_rows(keep, f"{workload.key}-{name}", about | more, measure_rows)
         rows.extend(found)
         return found
 
-    stage("alone", partial(alone.measure, place, pairs))
-    with Servers(place, settings) as servers:
+    stage("alone", partial(alone.measure, workload, pairs))
+    with Servers(workload, settings) as servers:
         capacities = []
         for cut in CUTS:
             for num_inputs in WIDTHS:

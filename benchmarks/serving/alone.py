@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.rows import ratio_row, unmeasured_row
-from benchmarks.serving.places import LENGTH, Place, counted_speedup, random_revmux
 from benchmarks.serving.settings import CUTS, WIDTHS, Row
+from benchmarks.serving.workloads import LENGTH, Workload, counted_speedup, random_revmux
 from revmux.backbone import Backbone, TokenBatch, Verbalizer, cut
 from revmux.backbone.generative import language_model_class
 from revmux.estimate.shapes import GENERATIVE_TYPES, config_of
@@ -23,11 +23,11 @@ GPU_SHAPES = {"bert-base": 256, "llama-3-8b": 32}
 """Shapes that are timed on a GPU, with the inputs per batch."""
 
 
-def measure(place: Place, pairs: int) -> list[Row]:
+def measure(workload: Workload, pairs: int) -> list[Row]:
     """Return a row for each N and l, measured on all cores of the CPU."""
-    batches = place.batches(place.sizes.alone, BATCH)
-    target = TARGET if place.has_targets else None
-    return list(compare(place.name, place.pretrained.backbone, batches, place.mean_length, pairs, target))
+    batches = workload.batches(workload.sizes.alone, BATCH)
+    target = TARGET if workload.has_targets else None
+    return list(compare(workload.name, workload.pretrained.backbone, batches, workload.mean_length, pairs, target))
 
 
 def measure_gpu(pairs: int) -> list[Row]:

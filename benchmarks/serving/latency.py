@@ -17,7 +17,7 @@ CUT = min(CUTS)
 
 def measure_quiet(servers: Servers, pairs: int) -> list[Row]:
     """Measure one client with one request at a time: the server with adapters against the same server at N = 1."""
-    place, requests = servers.place, servers.place.sizes.quiet
+    workload, requests = servers.workload, servers.workload.sizes.quiet
     plain, free, parts = [], [], []
     servers.ours(1, CUT, connections=1)  # a warm-up: one-time work is not measured
     for _ in range(pairs):
@@ -26,17 +26,17 @@ def measure_quiet(servers: Servers, pairs: int) -> list[Row]:
         leg = servers.ours(requests, CUT, connections=1)
         parts.append(shares(leg, before, servers.stage_seconds(CUT)))
         free.append(leg.p50)
-    name = f"quiet, {place.name}: p50 with adapters / at N = 1"
+    name = f"quiet, {workload.name}: p50 with adapters / at N = 1"
     row = ratio_row(name, [ours / alone for alone, ours in zip(plain, free)], QUIET_TARGET)
     row |= {
         "bound": "at most",
-        "backbone": place.name,
+        "backbone": workload.name,
         "plain_seconds": round(statistics.median(plain), 4),
         "seconds": round(statistics.median(free), 4),
         "requests": requests,
-        "tokens": place.mean_length,
+        "tokens": workload.mean_length,
     }
-    return [row, *share_rows(place.name, "quiet", parts)]
+    return [row, *share_rows(workload.name, "quiet", parts)]
 
 
 def measure_half_load(servers: Servers, capacity: float, pairs: int) -> list[Row]:
@@ -47,7 +47,7 @@ def measure_half_load(servers: Servers, capacity: float, pairs: int) -> list[Row
         capacity: requests per second that our server answers at N = 1 when saturated.
         pairs: pairs of legs.
     """
-    place, requests = servers.place, servers.place.sizes.half
+    workload, requests = servers.workload, servers.workload.sizes.half
     ours, theirs, widths = [], [], []
     servers.ours(1, CUT, connections=1)
     servers.plain_batch(1)
@@ -57,17 +57,17 @@ def measure_half_load(servers: Servers, capacity: float, pairs: int) -> list[Row
         ours.append(leg.p99)
         widths.append(leg.mean_header("x-revmux-width"))
         theirs.append(servers.plain_batch(requests, arrivals).p99)
-    name = f"half load, {place.name}: our p99 / that of a plain @serve.batch deployment"
+    name = f"half load, {workload.name}: our p99 / that of a plain @serve.batch deployment"
     row = ratio_row(name, [mine / other for mine, other in zip(ours, theirs)], HALF_TARGET)
     row |= {
         "bound": "at most",
-        "backbone": place.name,
+        "backbone": workload.name,
         "seconds": round(statistics.median(ours), 4),
         "rival_seconds": round(statistics.median(theirs), 4),
         "mean_width": round(statistics.fmean(widths), 3),
         "requests": requests,
         "per_second": round(capacity / 2, 3),
-        "tokens": place.mean_length,
+        "tokens": workload.mean_length,
     }
     return [row]
 

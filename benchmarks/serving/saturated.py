@@ -18,7 +18,7 @@ RIVALS = {"plain": "a plain @serve.batch deployment", "infinity": "infinity-emb"
 
 def measure_groups(servers: Servers, num_inputs: int, cut: int, pairs: int) -> list[Row]:
     """Return a row for one N and l and, at the largest N and smallest l, rows with the shares of a request's time."""
-    place, sizes = servers.place, servers.place.sizes
+    workload, sizes = servers.workload, servers.workload.sizes
     plain, grouped, widths, parts = [], [], [], []
     servers.ours(num_inputs, cut, num_inputs)  # a warm-up: one-time work is not measured
     for _ in range(pairs):
@@ -28,12 +28,12 @@ def measure_groups(servers: Servers, num_inputs: int, cut: int, pairs: int) -> l
         parts.append(shares(leg, before, servers.stage_seconds(cut)))
         grouped.append(leg.per_second)
         widths.append(leg.mean_header("x-revmux-width"))
-    counted = place.counted_speedup(num_inputs, cut)
+    counted = workload.counted_speedup(num_inputs, cut)
     ratios = [ours / alone for alone, ours in zip(plain, grouped)]
-    name = f"over HTTP, {place.name}, N = {num_inputs}, l = {cut}: measured / counted speed-up"
-    row = ratio_row(name, [ratio / counted for ratio in ratios], TARGET if place.has_targets else None)
+    name = f"over HTTP, {workload.name}, N = {num_inputs}, l = {cut}: measured / counted speed-up"
+    row = ratio_row(name, [ratio / counted for ratio in ratios], TARGET if workload.has_targets else None)
     row |= {
-        "backbone": place.name,
+        "backbone": workload.name,
         "num_inputs": num_inputs,
         "prefill_layers": cut,
         "cost_counted": round(1 / counted, 4),
@@ -43,18 +43,18 @@ def measure_groups(servers: Servers, num_inputs: int, cut: int, pairs: int) -> l
         "mean_width": round(statistics.fmean(widths), 3),
         "requests": [sizes.plain, sizes.grouped],
         "connections": sizes.connections,
-        "tokens": place.mean_length,
+        "tokens": workload.mean_length,
     }
     if (num_inputs, cut) != (max(WIDTHS), min(CUTS)):
         return [row]
-    return [row, *share_rows(place.name, f"saturated, N = {num_inputs}, l = {cut}", parts)]
+    return [row, *share_rows(workload.name, f"saturated, N = {num_inputs}, l = {cut}", parts)]
 
 
 def measure_rival(servers: Servers, rival: str, pairs: int) -> list[Row]:
     """Compare our server at N = 1 with another server, by requests per second."""
-    place, sizes = servers.place, servers.place.sizes
-    name = f"over HTTP, {place.name}: our N = 1 / {RIVALS[rival]}"
-    target = RIVAL_TARGET if place.has_targets else None
+    workload, sizes = servers.workload, servers.workload.sizes
+    name = f"over HTTP, {workload.name}: our N = 1 / {RIVALS[rival]}"
+    target = RIVAL_TARGET if workload.has_targets else None
     if rival == "infinity" and servers.settings.infinity is None:
         why = "no environment with infinity-emb was named: --infinity PATH/bin/infinity_emb"
         return [unmeasured_row(name, why, target)]
@@ -69,11 +69,11 @@ def measure_rival(servers: Servers, rival: str, pairs: int) -> list[Row]:
         return [unmeasured_row(name, str(error), target)]
     row = ratio_row(name, [ours / theirs for ours, theirs in pairs_of], target)
     row |= {
-        "backbone": place.name,
+        "backbone": workload.name,
         "plain_per_second": round(statistics.median(ours for ours, _ in pairs_of), 3),
         "rival_per_second": round(statistics.median(theirs for _, theirs in pairs_of), 3),
         "requests": sizes.rivals,
         "connections": sizes.connections,
-        "tokens": place.mean_length,
+        "tokens": workload.mean_length,
     }
     return [row]

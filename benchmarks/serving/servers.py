@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 
 from benchmarks.serving.load import Leg, Load, send
-from benchmarks.serving.places import LENGTH, Place
 from benchmarks.serving.settings import CUTS, Settings
+from benchmarks.serving.workloads import LENGTH, Workload
 from revmux.utils.environment import compute_environment
 
 PLAIN_PREFIX = "/plain"
@@ -32,12 +32,12 @@ class Servers:
     """Servers of one backbone; each starts at its first request, and all stop at the end.
 
     Args:
-        place: the backbone to serve.
+        workload: the backbone to serve.
         settings: settings of the benchmark: threads per server, and the path of Infinity.
     """
 
-    def __init__(self, place: Place, settings: Settings) -> None:
-        self.place = place
+    def __init__(self, workload: Workload, settings: Settings) -> None:
+        self.workload = workload
         self.settings = settings
         self._stack = ExitStack()
 
@@ -52,13 +52,15 @@ class Servers:
     @cached_property
     def _ray_serve(self) -> str:
         """Base URL of our server and of the plain deployment."""
-        return self._stack.enter_context(_ray_serve(self.place, self.settings))
+        return self._stack.enter_context(_ray_serve(self.workload, self.settings))
 
     @cached_property
     def _infinity(self) -> str:
         assert self.settings.infinity is not None
         return self._stack.enter_context(
-            _infinity(self.settings.infinity, self.place.folder, self.place.sizes.max_batch, self.settings.threads)
+            _infinity(
+                self.settings.infinity, self.workload.folder, self.workload.sizes.max_batch, self.settings.threads
+            )
         )
 
     def ours(
@@ -83,7 +85,7 @@ class Servers:
         bodies = [{"inputs": text, **named} for text in self._texts(requests)]
         # The leading request is for the other task, so that it does not count in this task's figures.
         other = next(each for each in CUTS if each != cut)
-        lead = (_predict(base, other), {"inputs": self.place.texts[0], "max_multiplex": 1})
+        lead = (_predict(base, other), {"inputs": self.workload.texts[0], "max_multiplex": 1})
         return self._send(_predict(base, cut), bodies, lead, arrivals, connections)
 
     def plain_model(self, requests: int) -> Leg:
@@ -104,7 +106,7 @@ class Servers:
         """
         url = f"{self._infinity}/classify"
         bodies: list[dict[str, Any]] = [
-            {"model": self.place.folder.name, "input": [text]} for text in self._texts(requests)
+            {"model": self.workload.folder.name, "input": [text]} for text in self._texts(requests)
         ]
         return self._send(url, bodies, (url, bodies[0]), None, None)
 
@@ -114,7 +116,7 @@ class Servers:
         return dict(info["replica"]["tasks"][_task(cut)]["seconds"])
 
     def _texts(self, requests: int) -> list[str]:
-        texts = self.place.texts
+        texts = self.workload.texts
         return [texts[index % len(texts)] for index in range(requests)]
 
     def _send(
@@ -129,7 +131,7 @@ class Servers:
             return send(Load(url, bodies, arrivals=arrivals))
         if connections is not None:
             return send(Load(url, bodies, connections))
-        return send(Load(url, bodies, self.place.sizes.connections, lead=lead))
+        return send(Load(url, bodies, self.workload.sizes.connections, lead=lead))
 
 
 def _task(cut: int) -> str:
@@ -141,15 +143,15 @@ def _predict(base: str, cut: int) -> str:
 
 
 @contextmanager
-def _ray_serve(place: Place, settings: Settings) -> Iterator[str]:
+def _ray_serve(workload: Workload, settings: Settings) -> Iterator[str]:
     from ray import serve
 
     from benchmarks.serving import plain_batch
     from serve_app.config import server_config
     from serve_app.run import deploy, shutdown
 
-    model, sizes = str(place.folder), place.sizes
-    tasks = {_task(cut): {"model": model, "adapters": place.adapters(cut), "max_length": LENGTH} for cut in CUTS}
+    model, sizes = str(workload.folder), workload.sizes
+    tasks = {_task(cut): {"model": model, "adapters": workload.adapters(cut), "max_length": LENGTH} for cut in CUTS}
     config = server_config(
         tasks=tasks, port=_free_port(), threads=settings.threads, max_batch=sizes.max_batch, max_queue=4096
     )

@@ -41,17 +41,17 @@ def shares(leg: Leg, before: Mapping[str, float], after: Mapping[str, float]) ->
     return {part: value / seconds for part, value in found.items()}
 
 
-def share_rows(place: str, when: str, legs: Sequence[Mapping[str, float]]) -> list[Row]:
+def share_rows(workload: str, when: str, legs: Sequence[Mapping[str, float]]) -> list[Row]:
     """Return a row for each part whose share is not zero.
 
     Args:
-        place: name of the backbone.
+        workload: name of the backbone.
         when: name of the load.
         legs: results of :func:`shares`, at least one.
     """
     return [
-        ratio_row(f"share of {part}, {place}, {when}", [leg[part] for leg in legs])
-        | {"backbone": place, "part": part, "load": when}
+        ratio_row(f"share of {part}, {workload}, {when}", [leg[part] for leg in legs])
+        | {"backbone": workload, "part": part, "load": when}
         for part in PARTS
         if any(leg[part] for leg in legs)
     ]

@@ -31,7 +31,7 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 
 @dataclass(frozen=True)
-class Place:
+class Workload:
     """A backbone in a folder, with the texts of the requests.
 
     Attributes:
@@ -104,7 +104,7 @@ def counted_speedup(model: MultiplexedClassifier, length: int) -> float:
     return 1 / relative_cost(model.backbone, model.method, model.prefill_layers, length)
 
 
-def shape_place(settings: Settings, folder: Path) -> Place:
+def shape_workload(settings: Settings, folder: Path) -> Workload:
     """Return a BERT with random weights and texts of 128 tokens each."""
     shape = settings.shape
     model = folder / "shape"
@@ -122,10 +122,10 @@ def shape_place(settings: Settings, folder: Path) -> Place:
     tokenizer = load_pretrained(BackboneConfig(str(model))).tokenizer
     sizes = Sizes(max_batch=16, alone=24, plain=48, grouped=240, rivals=64, quiet=20, half=40)
     texts = texts_of_length(tokenizer, LENGTH, 64)
-    return Place("shape", shape.name, model, texts, sizes.times(settings.scale), shape == Shape())
+    return Workload("shape", shape.name, model, texts, sizes.times(settings.scale), shape == Shape())
 
 
-def embedded_place(settings: Settings, folder: Path) -> Place:
+def embedded_workload(settings: Settings, folder: Path) -> Workload:
     """Return the embedded encoder with a new head and real sentences."""
     model = folder / "embedded"
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def embedded_place(settings: Settings, folder: Path) -> Place:
     lengths = map(len, pretrained.tokenizer(found)["input_ids"])
     texts = [text for text, length in zip(found, lengths) if length <= LENGTH]  # so that no server truncates any
     sizes = Sizes(max_batch=32, alone=128, plain=192, grouped=384, rivals=256, quiet=100, half=400)
-    return Place("embedded", EMBEDDED_NAME, model, texts, sizes.times(settings.scale), False)
+    return Workload("embedded", EMBEDDED_NAME, model, texts, sizes.times(settings.scale), False)
 
 
 def _copy_tokenizer(folder: Path) -> None:
