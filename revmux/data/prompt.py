@@ -15,7 +15,8 @@ A prompt is a YAML file, one file per task, in the ``prompts`` folder of this pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from string import Formatter
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # a prompt is a setting too, and settings are read before tor
 
     from revmux.backbone import Verbalizer
 
+_WORD = re.compile(r"\s*\S+|\s+")
 FIELDS = ("text", "text_pair")
 READINGS = ("single", "first", "mean")
 _FOLDER = Path(__file__).with_name("prompts")
@@ -166,36 +168,43 @@ class Prompt:
     def fit(self, tokenizer: PreTrainedTokenizerBase, text: str, text_pair: str | None, max_length: int) -> str:
         """Like :meth:`write`, with the ends of the texts truncated so that the result has at most ``max_length`` tokens.
 
-        Both texts are limited to the same number of characters. Truncating the prompt itself would remove its end,
-        where a decoder reads the answer.
+        Both texts keep the same number of words, and of the next word the same number of characters. Truncating the
+        prompt itself would remove its end, where a decoder reads the answer.
 
         Raises:
             UserError: the template alone is longer than ``max_length``.
         """
+        # The number of tokens grows with every whole word, but not with every character: half a word may have more
+        # tokens than the word. Words are therefore searched first.
+        ends = [[match.end() for match in _WORD.finditer(part)] for part in (text, text_pair or "")]
 
-        def shortened(limit: int) -> str:
-            return self.write(tokenizer, text[:limit], None if text_pair is None else text_pair[:limit])
+        def shortened(words: int, characters: int = 0) -> str:
+            parts = []
+            for part, own in zip((text, text_pair), ends, strict=True):
+                if part is None or words >= len(own):
+                    parts.append(part)
+                    continue
+                start = own[words - 1] if words else 0
+                parts.append(part[: min(start + characters, own[words])])
+            first, second = parts
+            assert first is not None
+            return self.write(tokenizer, first, second)
 
-        def tokens(limit: int) -> int:
-            return len(self.encode(tokenizer, [shortened(limit)])["input_ids"][0])
+        def fits(words: int, characters: int = 0) -> bool:
+            written = shortened(words, characters)
+            return len(self.encode(tokenizer, [written])["input_ids"][0]) <= max_length
 
-        longest = max(len(text), len(text_pair or ""))
-        if tokens(longest) <= max_length:
-            return shortened(longest)
-        if tokens(0) > max_length:
+        if not fits(0):
+            template = self.encode(tokenizer, [shortened(0)])["input_ids"][0]
             raise UserError(
-                f"max_length is {max_length}, but the template of prompt {self.name} alone has {tokens(0)} tokens; "
+                f"max_length is {max_length}, but the template of prompt {self.name} alone has {len(template)} tokens; "
                 "raise max_length or shorten the template"
             )
-        # The limit is doubled from a small value, so that text far beyond the cut is not tokenized and cannot move it.
-        fits, over = 0, max_length  # characters of each text
-        while over < longest and tokens(over) <= max_length:
-            fits, over = over, 2 * over
-        over = min(over, longest)
-        while over - fits > 1:
-            middle = (fits + over) // 2
-            fits, over = (middle, over) if tokens(middle) <= max_length else (fits, middle)
-        return shortened(fits)
+        words = _largest(lambda count: fits(count), max(map(len, ends)))
+        if all(words >= len(own) for own in ends):
+            return shortened(words)
+        rest = [own[words] - (own[words - 1] if words else 0) for own in ends if words < len(own)]
+        return shortened(words, _largest(lambda count: fits(words, count), max(rest)))
 
     def verbalizer(self, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str] | None = None) -> Verbalizer:
         """The label words as tokens of one model.
@@ -352,3 +361,22 @@ def _check_template(prompt: str, key: str, template: str, required: tuple[str, .
     for name in required:
         if name not in _fields(template):
             raise UserError(f"{key} of prompt {prompt} has no {{{name}}}; add it at the position of the text")
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to ``limit`` that fits, found by doubling from 1, so that numbers far beyond it are not tried.
+
+    Args:
+        fits: whether a number fits; 0 does.
+        limit: largest number that is considered.
+    """
+    low, high = 0, 1
+    while high < limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit)
+    if high == limit and fits(limit):
+        return limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
