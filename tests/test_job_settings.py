@@ -40,7 +40,7 @@ def printed_error(capsys: pytest.CaptureFixture[str]) -> str:
         (["--method.prefill_layers", "9"], ["9", "0..3"]),
         (["--num_inputs", "[3]", "--optim.batch_size", "6"], ["32", "3"]),
         (["--method.name", "revmax"], ["revmax", "token-split"]),
-        (["--method.name", "siso"], ["siso", "python -m ray_jobs.finetune"]),
+        (["--method.name", "siso"], ["siso", "revmux finetune"]),
         (["--method.options", "{skipp: true}"], ["skipp", "skip"]),
         (
             ["--method.name", "datamux", "--method.options", "{demultiplexer: index}", "--backbone.max_length", "38"],

@@ -243,11 +243,11 @@ def next_commands(job: QuickstartJob, storage: Path, model: str, folders: list[s
     """Commands to try after the quickstart."""
     return "\n".join(
         [
-            "Next:",
-            f"  serve it        python -m serve_app --model {model} --adapters {','.join(folders)}",
+            "Next (activate the environment first: . .venv/bin/activate):",
+            f"  serve it        revmux serve --model {model} --adapters {','.join(folders)}",
             "  ask it          curl -s http://127.0.0.1:8000/predict -H 'content-type: application/json' -d '{\"inputs\": \"some text\"}'",
             f"  compare runs    make ui STORAGE={storage}",
-            f"  sweep wider     python -m ray_jobs.tune --backbone.model {model} --data.source {job.data.source} --space wide",
-            "  your own model  python -m ray_jobs.quickstart --backbone.model YOUR_CLASSIFIER --data.source your.csv",
+            f"  sweep wider     revmux tune --backbone.model {model} --data.source {job.data.source} --space wide",
+            "  your own model  revmux quickstart --backbone.model YOUR_CLASSIFIER --data.source your.csv",
         ]
     )

@@ -125,7 +125,7 @@ class TrainJob:
     def __post_init__(self) -> None:
         if self.method.name == PLAIN_METHOD:
             raise UserError(
-                f"method.name is {PLAIN_METHOD}, which has no adapters to train; tune a task model: python -m ray_jobs.finetune "
+                f"method.name is {PLAIN_METHOD}, which has no adapters to train; tune a task model: revmux finetune "
                 f"--backbone.model {self.backbone.model}, or choose another method, such as revmux"
             )
         if self.shuffles < 1:

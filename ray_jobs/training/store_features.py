@@ -31,7 +31,7 @@ def run_features(job: FeaturesJob) -> None:
     recipe = Recipe(job.backbone, job.data, store=job.store)
     with connected(job.cluster, storage):
         fill_stores(recipe, job.layers, task, job.cluster)
-    print(f"features: complete in {job.store.root}; python -m revmux cache ls --root {job.store.root}")
+    print(f"features: complete in {job.store.root}; revmux cache ls --root {job.store.root}")
 
 
 def storage_of(job: FeaturesJob) -> Path | None:

@@ -79,7 +79,7 @@ def remove_stores(
     """
     stores = list_stores(root, filesystem)
     if not keys and not everything:
-        raise UserError("no store named; give keys as `python -m revmux cache ls` shows them")
+        raise UserError("no store named; give keys as `revmux cache ls` shows them")
     chosen = stores if everything else list(dict.fromkeys(_find(key, stores) for key in keys))
     place = Place.open(root or default_root(), filesystem)
     for store in chosen:

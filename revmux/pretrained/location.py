@@ -74,7 +74,7 @@ def has_head(architectures: Sequence[str] | None) -> bool:
 def no_answers(model: str, architectures: Sequence[str] | None) -> UserError:
     """The error for a model that has neither a classification head nor a prompt, with the remedies."""
     names = list(architectures or ["model"])
-    remedy = f"tune a task model first: python -m ray_jobs.finetune --backbone.model {model}"
+    remedy = f"tune a task model first: revmux finetune --backbone.model {model}"
     if any("ForCausalLM" in name or "ForConditionalGeneration" in name for name in names):
         remedy += ", or let it answer by label words: --backbone.prompt sst2 (or another prompt)"
     return UserError(f"{model} is a {', '.join(names)} without a trained classification head; {remedy}")

@@ -117,7 +117,7 @@ def describe_loss(config: AdapterConfig, source: str | Path, threshold: float, m
     line = f"adapter {str(source)!r} (N = {config.num_inputs}, {config.method}): "
     lost = points_lost(config)
     if lost is None:
-        return line + "its accuracy was not measured; measure it with python -m ray_jobs.evaluate", False
+        return line + "its accuracy was not measured; measure it with revmux evaluate", False
     own, plain = config.metrics["accuracy_mean"], config.metrics["siso_accuracy"]
     line += f"accuracy {own:.1%}, {lost:.1f} points below the plain model ({plain:.1%})"
     if threshold > 0:
