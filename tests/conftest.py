@@ -28,6 +28,7 @@ THREADS = int(os.environ.get("REVMUX_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Divide the tests among processes.
 
