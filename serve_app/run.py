@@ -23,7 +23,7 @@ from revmux.pretrained.identity import identify, resolve
 from revmux.utils.extras import require
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, ServerConfig, TaskConfig
-from serve_app.losses import log_loss
+from serve_app.measured_loss import log_loss
 from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.sources import is_mlflow
 

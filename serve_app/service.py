@@ -26,7 +26,7 @@ from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, TaskConfig, live_tasks
 from serve_app.errors import Unhealthy
-from serve_app.losses import log_loss
+from serve_app.measured_loss import log_loss
 from serve_app.metrics import ReplicaMetrics
 from serve_app.sources import fetch_adapter
 

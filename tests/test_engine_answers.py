@@ -457,7 +457,7 @@ def test_a_pair_is_refused_if_the_task_was_trained_on_single_texts(
     with Engine(pretrained, [adapter]) as engine:
         assert engine.submit(["w1 w2"])[0].result(60)
         if pairs is False:
-            with pytest.raises(TextError, match="trained on single texts; give each text as an input of its own"):
+            with pytest.raises(TextError, match="trained on single texts; send each text as a separate input"):
                 engine.submit([("w1 w2", "w3")])
         else:
             assert engine.submit([("w1 w2", "w3")])[0].result(60)

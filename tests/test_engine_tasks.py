@@ -15,7 +15,7 @@ from serving_models import load, plain_scores, text, write_adapter, write_identi
 from revmux.errors import UserError
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Draining, Engine, Expired, InferenceFailed, Limits, Overloaded, PassReport, UnknownTask
-from revmux.serving.sharing import share_weights
+from revmux.serving.shared_weights import share_weights
 
 pytestmark = pytest.mark.numeric
 

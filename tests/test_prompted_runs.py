@@ -243,7 +243,7 @@ def test_a_language_model_without_a_prompt_is_refused_with_both_remedies(
 ) -> None:
     for family in FAMILIES:
         for refuse in (check_answers, load_pretrained):
-            with pytest.raises(UserError, match=r"ray_jobs\.finetune .* or .* --backbone\.prompt"):
+            with pytest.raises(UserError, match=r"revmux finetune .* or .* --backbone\.prompt"):
                 refuse(backbone(model_folder(family), None))
     argv = ["--backbone.model", str(model_folder("llama")), "--data.source", str(tiny_csv), "--storage", str(tmp_path)]
     assert cli.run(train.main, TrainJob, None, argv) == 2

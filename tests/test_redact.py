@@ -70,7 +70,7 @@ def test_passwords_are_removed_from_a_whole_message(text: str, clean: str) -> No
         "http://127.0.0.1:5000",
         "postgresql://me@db:5432/a",
         "models:/reviews@champion",
-        "MLflow at http://db:5000 has no 'models:/reviews@champion'",
+        "cannot download 'models:/reviews@champion' from MLflow at http://db:5000",
         "batch_size=4, tokens=128",
     ],
 )
@@ -191,6 +191,8 @@ def test_a_server_that_cannot_fetch_its_adapter_shows_no_password(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setattr("mlflow.get_tracking_uri", lambda: uri)
-    with pytest.raises(UserError, match=r"MLflow at .*://me:\*\*\*@127.* has no 'models:/reviews@champion'") as raised:
+    with pytest.raises(
+        UserError, match=r"cannot download 'models:/reviews@champion' from MLflow at .*://me:\*\*\*@127.*"
+    ) as raised:
         fetch_adapter("models:/reviews@champion", tmp_path)
     assert SECRET not in str(raised.value)

@@ -435,7 +435,7 @@ def test_the_log_reports_the_cost_of_each_adapter_and_warns_above_the_limit(
             service.serve(config.served)
     finally:
         service.close()
-    (record,) = [record for record in caplog.records if record.name == "serve_app.losses"]
+    (record,) = [record for record in caplog.records if record.name == "serve_app.measured_loss"]
     assert record.levelname == level
     assert f"adapter {str(folder)!r} (N = 2, revmux): " in record.getMessage()
     assert said in record.getMessage()

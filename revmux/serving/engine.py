@@ -29,7 +29,7 @@ from revmux.serving.limits import HIGHEST_PRIORITY, Limits
 from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.model_thread import ModelThread
 from revmux.serving.queue import PullQueue, Ticket
-from revmux.serving.sharing import share_weights
+from revmux.serving.shared_weights import share_weights
 from revmux.serving.task import Lineup, Task
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Engine:
     ) -> Task:
         """Add a task. Other tasks are served meanwhile.
 
-        Weights that equal those of an existing task are kept in memory once, see :mod:`revmux.serving.sharing`.
+        Weights that equal those of an existing task are kept in memory once, see :mod:`revmux.serving.shared_weights`.
 
         Args:
             name: name of the task in requests.
