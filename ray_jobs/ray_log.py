@@ -67,18 +67,29 @@ def _redirect_logger(name: str, log: Any) -> Iterator[None]:
 def _redirect_native_stderr(descriptor: int) -> Iterator[None]:
     sys.stderr.flush()
     terminal, before = os.dup(2), sys.stderr
+    moved: list[logging.StreamHandler[Any]] = []  # libraries keep the stream that they found when they were imported
     own = open(terminal, "w", buffering=1, encoding=before.encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     try:
         os.dup2(descriptor, 2)
         if _descriptor_of(before) == 2:  # pytest and notebooks replace sys.stderr
             sys.stderr = own
+            moved = [handler for handler in _stream_handlers() if handler.stream is before]
+            for handler in moved:
+                handler.setStream(own)
         yield
     finally:
         own.flush()
         sys.stderr = before
+        for handler in moved:
+            handler.setStream(before)
         os.dup2(terminal, 2)
         own.close()
         os.close(terminal)
+
+
+def _stream_handlers() -> list[logging.StreamHandler[Any]]:
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in list(logging.Logger.manager.loggerDict))]
+    return [handler for logger in loggers for handler in logger.handlers if isinstance(handler, logging.StreamHandler)]
 
 
 def _descriptor_of(stream: Any) -> int | None:

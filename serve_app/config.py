@@ -197,6 +197,14 @@ class AppConfig(_TaskSettings):
             raise ValueError("model and tasks are both given; add the model to tasks, or omit tasks")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_requests_fit_the_queue(cls, values: Any) -> Any:
+        limit = values.get("max_queue") if isinstance(values, dict) else None
+        if isinstance(limit, int) and "max_texts" not in values and 1 <= limit < cls.model_fields["max_texts"].default:
+            return values | {"max_texts": limit}
+        return values
+
     @model_validator(mode="after")
     def _requests_fit_the_queue(self) -> AppConfig:
         if self.max_texts > self.max_queue:

@@ -73,6 +73,12 @@ def test_text_pairs_are_encoded_as_in_training(tiny_pretrained: Pretrained) -> N
         assert_close(found, model(tokens))
 
 
+def test_a_pair_is_refused_if_the_adapter_was_trained_on_single_texts(tiny_pretrained: Pretrained) -> None:
+    classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 16, pairs=False)
+    with pytest.raises(UserError, match="trained on single texts"):
+        classifier.scores([("w1", "w2")])
+
+
 def test_long_texts_are_truncated_unless_truncation_is_disabled(tiny_pretrained: Pretrained) -> None:
     classifier = TextClassifier(build(tiny_pretrained), tiny_pretrained, 5)
     cut = classifier.scores(["w1 w2 w3 w4 w5", "w6"])

@@ -186,6 +186,7 @@ def test_only_permanent_errors_of_mlflow_count_as_a_refusal(
         (requests.ConnectionError(), False),
         (ObjectStoreError("SlowDown"), False),
         (TypeError("a mistake in our code"), True),
+        (UserError("not an adapter folder"), True),
     ],
 )
 def test_a_refusal_is_distinguished_from_an_unreachable_server(error: Exception, refusal: bool) -> None:

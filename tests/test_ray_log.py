@@ -44,13 +44,16 @@ import ray
 from ray._private import worker
 from ray_jobs.ray_log import redirect_ray_messages
 
+logging.getLogger("library").addHandler(logging.StreamHandler())  # as transformers does when it is imported
 lines = ["INFO 2026-11-24 17:22:00,260 proxy 192.0.2.2 -- Got updated endpoints", "task-model: epoch 1/1"]
 with redirect_ray_messages(Path(sys.argv[1])):
     logging.getLogger("ray.train").warning("from a logger")
     os.write(2, b"from native code\\n")
     print("a warning of the job", file=sys.stderr)
+    logging.getLogger("library").warning("a warning of a library")
     worker.print_to_stdstream({"pid": 7, "is_err": False, "lines": lines, "ip": "a", "localhost": "a"}, True)
 os.write(2, b"native code afterwards\\n")
+logging.getLogger("library").warning("and another")
 print("the job's last line", file=sys.stderr)
 """
 
@@ -61,7 +64,9 @@ def test_messages_of_ray_go_to_the_file_and_all_others_to_the_terminal(tmp_path:
         [sys.executable, "-c", SCRIPT, str(log)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout == "task-model: epoch 1/1\n"
-    assert done.stderr == "a warning of the job\nnative code afterwards\nthe job's last line\n"
+    assert done.stderr == (
+        "a warning of the job\na warning of a library\nnative code afterwards\nand another\nthe job's last line\n"
+    )
     text = log.read_text()
     for part in ("WARNING", "from a logger", "from native code", "Got updated endpoints"):
         assert part in text

@@ -278,6 +278,7 @@ def test_unknown_or_invalid_configuration_is_refused() -> None:
         server_config(model="m", max_queue=0)
     with pytest.raises(UserError, match=r"max_texts \(33\) exceeds max_queue \(32\)"):
         server_config(model="m", max_queue=32, max_texts=33)
+    assert server_config(model="m", max_queue=16).max_texts == 16  # the default follows a short queue
     with pytest.raises(ValidationError, match="port"):
         AppConfig(model="m", port=80)  # type: ignore[call-arg]
 

@@ -14,6 +14,7 @@ from revmux.errors import UserError
 from revmux.plan.front import FrontRow, front
 from revmux.plan.plots import plot_front_html, plot_front_png
 from revmux.utils.files import write_json
+from revmux.utils.redact import error_line
 
 ABSENT = "none"
 """Value in MLflow of a setting that a trial's method does not have."""
@@ -69,7 +70,10 @@ def record_comparison(tracker: Tracker, parent: str, rows: Sequence[TrialRow], f
     except Exception as error:
         if is_refusal(error):
             raise
-        print(f"cannot reach MLflow; run the same command again later to complete the comparison: {folder}", flush=True)
+        print(
+            f"cannot reach MLflow ({error_line(error)}); run the same command again later to complete the comparison: {folder}",
+            flush=True,
+        )
     tracker.client.log_artifact(parent, str(folder / "sweep.json"))
     counts = {f"trials_{status}": sum(row.status == status for row in rows) for status in ("done", "stopped", "failed")}
     tracker.log_metrics(parent, {name: float(count) for name, count in counts.items()})

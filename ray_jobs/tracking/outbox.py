@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from revmux.errors import UserError
 from revmux.utils.files import atomic_folder, make_folder, write_json
 from revmux.utils.redact import error_line
 
@@ -48,7 +49,7 @@ REFUSALS = frozenset(
     }
 )
 """MLflow's error codes for requests that it will never accept. Other errors, such as ``UNAUTHENTICATED``, may pass."""
-_MISTAKES = (AssertionError, AttributeError, NameError, TypeError)
+_MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError, UserError)
 
 
 class _Unsendable(Exception):

@@ -199,7 +199,7 @@ def _write_with_workers(
 
 
 def _write_in_process(work: Work, pretrained: Pretrained, total: int) -> dict[int, list[Precision]]:
-    """:func:`_write` in this process, which has already loaded the backbone."""
+    """:func:`_write_with_workers` in this process, which has already loaded the backbone."""
     losses: dict[int, list[Precision]] = {}
     progress = _Progress(total)
     for todo, split in work:

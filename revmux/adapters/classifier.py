@@ -28,18 +28,21 @@ class TextClassifier:
         model: an adapter on its backbone, as returned by :func:`revmux.adapters.folder.load_adapter`.
         pretrained: the backbone with its tokenizer.
         max_length: maximum number of tokens per input.
+        pairs: whether the adapter was trained on pairs of texts; None is what the task model records, if it does.
 
     Attributes:
         label_names: classes in the order of the scores.
         num_inputs: N.
     """
 
-    def __init__(self, model: MultiplexedClassifier, pretrained: Pretrained, max_length: int) -> None:
+    def __init__(
+        self, model: MultiplexedClassifier, pretrained: Pretrained, max_length: int, pairs: bool | None = None
+    ) -> None:
         self.model = model.eval()
         self.label_names = pretrained.backbone.label_names
         self.num_inputs = model.num_inputs
         self.max_length = min(max_length, model.backbone.max_length - model.method.added_tokens)
-        self._encoder = Encoder(pretrained, self.max_length)
+        self._encoder = Encoder(pretrained, self.max_length, pairs)
         self._tokenizer = pretrained.tokenizer
 
     @classmethod
@@ -76,7 +79,7 @@ class TextClassifier:
         else:
             pretrained = backbone
         pretrained.backbone.freeze().to(device)
-        return cls(load_adapter(folder, pretrained), pretrained, config.max_length)
+        return cls(load_adapter(folder, pretrained), pretrained, config.max_length, config.pairs)
 
     @torch.inference_mode()
     def scores(self, texts: Sequence[Text], truncate: bool = True, batch_size: int = 64) -> Tensor:

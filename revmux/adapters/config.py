@@ -77,6 +77,12 @@ class AdapterConfig:
         """Whether any machine can find the backbone from ``base_model``: it is the embedded model, or on the hub."""
         return self.base_model.get("revision") is not None or self.base_model["name"] == EMBEDDED_NAME
 
+    @property
+    def pairs(self) -> bool | None:
+        """Whether the adapter was trained on pairs of texts; None if it does not record it."""
+        recorded = self.task.get("pairs")
+        return recorded if isinstance(recorded, bool) else None
+
     def recorded_prompt(self) -> Prompt | None:
         """The prompt, with its classes in the order of the scores."""
         return None if self.prompt is None else Prompt.from_dict(self.prompt, self.label_names)

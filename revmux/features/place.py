@@ -19,6 +19,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from revmux.errors import UserError
 from revmux.features.lease import Lease
 from revmux.utils.files import TEMPORARY, write_durably
+from revmux.utils.redact import error_line
 
 _log = logging.getLogger(__name__)
 
@@ -56,9 +57,8 @@ class Place:
         try:
             return cls(*FileSystem.from_uri(root))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"cannot open {root!r} ({reason}); name a folder, or a URI such as s3://, gs://, hdfs:// or file://"
+                f"cannot open {root!r} ({error_line(error)}); name a folder, or a URI such as s3://, gs://, hdfs:// or file://"
             ) from None
 
     def child(self, name: str) -> Place:

@@ -122,7 +122,7 @@ class FeatureStore:
             raise UserError(
                 f"{self._folder}: the stored features of {name} differ from what the backbone computes now; either library "
                 "versions have changed, or its answers depend on padding, which a store does not support; remove that "
-                f"folder, or run: revmux cache rm {self.key}"
+                f"folder, or run: revmux cache rm {self.key} --root {self._folder.rpartition('/')[0]}"
             )
 
 

@@ -16,6 +16,7 @@ from revmux.errors import UserError
 from revmux.pretrained import hub
 from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_SHA256, BackboneConfig
 from revmux.pretrained.location import locate
+from revmux.utils.redact import error_line
 
 _identities: dict[tuple[str, int, float], str] = {}
 
@@ -99,9 +100,8 @@ def load_model_config(location: str, config: BackboneConfig) -> Any:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"unknown model {config.model!r} ({reason}); name {EMBEDDED_NAME}, a local folder, or a Hugging Face id "
+            f"unknown model {config.model!r} ({error_line(error)}); name {EMBEDDED_NAME}, a local folder, or a Hugging Face id "
             "that this machine can reach"
         ) from None
     _check_architecture(config.model, model_config.model_type)

@@ -145,13 +145,14 @@ class Engine:
             UserError: the name is in use, an adapter does not fit, two adapters have the same N, an adapter does not
                 support the threshold, or the limits are too small for one group.
         """
-        self._check_free(name)
+        self._check_free(name, self._tasks)
         task = Task(name, pretrained, adapters, self.limits, max_length, threshold)
         self.change([task])
         return task
 
-    def _check_free(self, name: str) -> None:
-        if name in self._tasks:
+    @staticmethod
+    def _check_free(name: str, tasks: Collection[str]) -> None:
+        if name in tasks:
             raise UserError(f"task {name!r} is already served; choose another name, or remove that task first")
 
     def change(
@@ -172,16 +173,18 @@ class Engine:
             removed = [self.task(name) for name in remove]
             changed = [(self.task(name), lineup) for name, lineup in (lineups or {}).items()]
             others = [other.backbone for other in self._tasks.values()]
+            kept = {name: task for name, task in self._tasks.items() if name not in remove}
             for task in add:
-                self._check_free(task.name)
+                self._check_free(task.name, kept)
+                kept[task.name] = task
+            for task in add:
                 share_weights(task.backbone, others)
                 others.append(task.backbone)
             for task, lineup in changed:
                 task.lineup = lineup
             for task in add:
                 self._metrics.add(task.name)
-            kept = {name: task for name, task in self._tasks.items() if name not in remove}
-            self._tasks = {**kept, **{task.name: task for task in add}}
+            self._tasks = kept
         with self._probe_lock:
             for task in removed:
                 self._probes.pop(task, None)

@@ -176,5 +176,4 @@ class Task:
 
 def _pairs(lineup: Lineup) -> bool | None:
     """Whether the adapters were trained on pairs of texts; None if no adapter records it."""
-    recorded = (adapter.config.task.get("pairs") for adapter in lineup.adapters)
-    return next((pairs for pairs in recorded if isinstance(pairs, bool)), None)
+    return next((adapter.config.pairs for adapter in lineup.adapters if adapter.config.pairs is not None), None)

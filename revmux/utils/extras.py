@@ -12,7 +12,7 @@ EXTRAS = {
     "train": ("ray",),
     "tune": ("ray", "optuna"),
     "serve": ("ray", "fastapi", "prometheus_client", "fastapi_offline"),
-    "mlflow": ("mlflow", "psutil"),
+    "mlflow": ("mlflow",),
     "report": ("matplotlib", "plotly"),
     "plan": ("scipy",),
     "tour": ("requests",),

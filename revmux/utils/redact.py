@@ -32,7 +32,11 @@ class RedactingFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Rewrite the record. No record is dropped."""
-        record.msg, record.args = without_passwords(record.getMessage()), None
+        try:
+            message = record.getMessage()
+        except Exception:  # logging itself only reports arguments that do not fit their message
+            message = f"{record.msg} {record.args}"
+        record.msg, record.args = without_passwords(message), None
         if record.exc_info:
             record.exc_text = without_passwords(logging.Formatter().formatException(record.exc_info))
         return True

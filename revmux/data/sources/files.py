@@ -13,6 +13,7 @@ from datasets import Dataset
 from revmux.data.config import EMBEDDED_TASK, SUFFIXES, DataConfig
 from revmux.data.sources.base import SOURCES, Source
 from revmux.errors import UserError
+from revmux.utils.redact import error_line
 
 
 @SOURCES.register("file")
@@ -90,5 +91,5 @@ def read_file(file: Path) -> Dataset:
             return Dataset.from_file(str(file))
         return Dataset.from_json(str(file))
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = f"{type(error).__name__}: {error_line(error)}"
         raise UserError(f"cannot read {str(file)!r} ({reason}); fix the file or name another") from None

@@ -7,6 +7,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from revmux.data.config import EMBEDDED_TASK, SUFFIXES, DataConfig
 from revmux.data.sources.base import SOURCES, Source
 from revmux.errors import UserError
+from revmux.utils.redact import error_line
 
 
 @SOURCES.register("hub")
@@ -25,7 +26,7 @@ class HubSource(Source):
             loaded = load_dataset(config.source, config.subset)
         except Exception as error:
             raise UserError(
-                f"unknown data {config.source!r} ({type(error).__name__}: {str(error).splitlines()[0]}); name "
+                f"unknown data {config.source!r} ({type(error).__name__}: {error_line(error)}); name "
                 f"'{EMBEDDED_TASK}', a file ({', '.join(SUFFIXES)}), a folder with train and dev files, or a hub data set"
             ) from None
         return (
