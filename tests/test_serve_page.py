@@ -160,7 +160,7 @@ def test_a_refusal_is_shown_as_text(browser: Browser, url: str) -> None:
     browser.run(f"document.getElementById('texts').value = {json.dumps('w ' * 500)}")
     browser.run("document.querySelector('#ask button[type=submit]').click()")
     browser.wait("document.getElementById('status').className === 'error'")
-    assert "at most 64 are allowed" in browser.run("document.getElementById('status').textContent")
+    assert "at most 64 tokens are allowed" in browser.run("document.getElementById('status').textContent")
 
 
 def test_the_sample_texts_can_be_classified(browser: Browser, url: str) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -89,7 +91,12 @@ def send(load: Load) -> Leg:
         RuntimeError: a request was not answered with status 200.
     """
     command = [sys.executable, "-m", "benchmarks.serving.load"]
-    ended = subprocess.run(command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False)
+    # The module is found from any working folder.
+    paths = filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    ended = subprocess.run(
+        command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False, env=environment
+    )
     if ended.returncode:
         raise RuntimeError(f"the load on {load.url} failed: {ended.stderr.strip()[-2000:]}")
     return Leg([Reply(**reply) for reply in json.loads(ended.stdout)])
