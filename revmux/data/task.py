@@ -12,6 +12,7 @@ from datasets import Dataset
 from revmux.data.columns import find_columns
 from revmux.data.config import DataConfig
 from revmux.data.sources import source_of
+from revmux.data.split import hold_out
 from revmux.errors import UserError
 
 MAX_SELECTION = 2000  # examples in the selection set; more would only take time
@@ -99,8 +100,7 @@ def _split(raw: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
 def _hold_out(rows: Dataset, held: int, config: DataConfig) -> tuple[Dataset, Dataset]:
     if len(rows) < 2:
         raise UserError(f"{config.source}: {len(rows)} labelled rows cannot be split; add rows")
-    parts = rows.train_test_split(test_size=min(held, len(rows) - 1), seed=config.seed)
-    return parts["train"], parts["test"]
+    return hold_out(rows, held, config.seed)
 
 
 def _label_names(splits: list[Dataset], column: str) -> list[str]:

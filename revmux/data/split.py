@@ -1,0 +1,108 @@
+"""Splits whose two sides share no text: a held-out text is never part of a text on the other side.
+
+A random split of SST-2, whose rows are sentences and their phrases, holds out many phrases of sentences that the model
+trains on. The held-out side then rewards a model for texts that it has seen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from datasets import Dataset
+
+Words = tuple[str, ...]
+_BETWEEN = "\0"  # between the two texts of a pair, so that no text reaches across
+_OPENING = 3  # words by which texts are indexed
+
+
+def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Divide rows at random, such that no held-out text is part of a text that is kept.
+
+    A text that is not part of another one is a root. Roots are drawn at random. A text is held out if all roots that
+    contain it are, so a phrase follows its sentence, and a phrase of several sentences is kept unless all of them are
+    held out. Texts are compared by their words, without case and punctuation. The two texts of a pair count as one.
+
+    Args:
+        rows: columns ``text`` and, for pairs, ``text_pair``. At least two rows.
+        size: number of rows to hold out, at least 1. A few rows fewer are held out if the texts allow no such division.
+        seed: random seed.
+
+    Returns:
+        The kept rows and the held-out rows, each in random order.
+    """
+    size = min(size, len(rows) - 1)
+    by_text: dict[Words, list[int]] = defaultdict(list)
+    pairs = rows["text_pair"] if "text_pair" in rows.column_names else None
+    for row, text in enumerate(rows["text"]):
+        words = words_of(text) if pairs is None else (*words_of(text), _BETWEEN, *words_of(pairs[row]))
+        by_text[words].append(row)
+    generator = np.random.default_rng(seed)
+    held = np.zeros(len(rows), dtype=bool)
+    held[_draw(by_text, size, generator)] = True
+    if not held.any():  # every row belongs to one root
+        held[generator.permutation(len(rows))[:size]] = True
+    order = generator.permutation(len(rows))
+    return rows.select(order[~held[order]]), rows.select(order[held[order]])
+
+
+def words_of(text: object) -> Words:
+    """The words of a text, without case and punctuation. A text without words is one word."""
+    plain = str(text).casefold()
+    return tuple(re.findall(r"\w+", plain)) or (plain.strip(),)
+
+
+def contained(texts: Sequence[Words]) -> Iterator[tuple[int, int]]:
+    """All pairs of a text that is part of another one and a root that contains it.
+
+    Args:
+        texts: distinct texts.
+
+    Yields:
+        The position of the text and the position of the root. A text that is never the first of a pair is a root.
+    """
+    position = {words: index for index, words in enumerate(texts)}
+    lengths: dict[Words, list[int]] = defaultdict(list)
+    for opening, length in sorted({(words[:_OPENING], len(words)) for words in texts}, key=lambda pair: pair[1]):
+        lengths[opening].append(length)
+    inside: set[int] = set()
+    for root in sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True):
+        if root in inside:
+            continue  # what it contains is part of its own roots too
+        words, found = texts[root], set()
+        for start in range(len(words)):
+            for width in range(1, min(_OPENING, len(words) - start) + 1):
+                for length in lengths.get(words[start : start + width], ()):
+                    if length > len(words) - start:
+                        break
+                    index = position.get(words[start : start + length])
+                    if index is not None and index != root:
+                        found.add(index)
+        inside |= found
+        for index in sorted(found):
+            yield index, root
+
+
+def _draw(by_text: dict[Words, list[int]], size: int, generator: np.random.Generator) -> list[int]:
+    """The rows that are held out; none if every group of rows that belong together is larger than ``size``."""
+    texts = list(by_text)
+    rows = list(by_text.values())
+    parts: dict[int, list[int]] = defaultdict(list)
+    kept_roots = [0] * len(texts)
+    for part, root in contained(texts):
+        parts[root].append(part)
+        kept_roots[part] += 1
+    held: list[int] = []
+    for root in generator.permutation([index for index, roots in enumerate(kept_roots) if not roots]).tolist():
+        follows = [part for part in parts[root] if kept_roots[part] == 1]
+        group = [row for index in (root, *follows) for row in rows[index]]
+        if len(held) + len(group) > size:
+            continue
+        held += group
+        for part in parts[root]:
+            kept_roots[part] -= 1
+        if len(held) == size:
+            break
+    return held
