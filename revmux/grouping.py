@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from revmux.errors import UserError
+from revmux.errors import UserError, one_of
+
+Grouping = Literal["random", "length"]
+"""How evaluation forms groups: at random, as in the paper, or by length within windows, as a server does."""
+WINDOW = 128
+"""Inputs of one window, the default number of inputs per forward pass of a server."""
 
 
 def epoch_groups(
@@ -81,14 +88,58 @@ def _fill(
     return np.concatenate([last, full[copies]])
 
 
-def shuffled_groups(total: int, num_inputs: int, seed: int) -> Tensor:
+def shuffled_groups(total: int, num_inputs: int, seed: int, shuffle: int = 0) -> Tensor:
     """The evaluation groups of one shuffle. Each input occurs once; the last group repeats members to fill its slots.
+
+    Args:
+        total: M, the number of inputs.
+        num_inputs: N.
+        seed: seed of the evaluation. The shuffles of different seeds are independent.
+        shuffle: 0-based number of the shuffle.
 
     Returns:
         (⌈M / N⌉, N) long indices.
     """
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(total))
-    return order[consecutive_groups(total, num_inputs)]
+    return _shuffled(total, seed, shuffle)[consecutive_groups(total, num_inputs)]
+
+
+def served_groups(lengths: Tensor, num_inputs: int, seed: int, shuffle: int = 0, window: int = WINDOW) -> Tensor:
+    """Like :func:`shuffled_groups`, but inputs of similar length share a group, as a server groups waiting inputs.
+
+    The inputs arrive in random order. Those of one window wait together and are grouped from the longest to the shortest.
+
+    Args:
+        lengths: (M,) tokens per input.
+        num_inputs: N.
+        seed: seed of the evaluation.
+        shuffle: 0-based number of the shuffle.
+        window: number of inputs that wait together, rounded down to full groups.
+
+    Returns:
+        (⌈M / N⌉, N) long indices.
+    """
+    order = _shuffled(len(lengths), seed, shuffle)
+    windows = order.split(max(1, window // num_inputs) * num_inputs)
+    arranged = [members[lengths[members].argsort(descending=True, stable=True)] for members in windows]
+    return torch.cat(arranged)[consecutive_groups(len(lengths), num_inputs)]
+
+
+def evaluation_groups(grouping: Grouping, lengths: Tensor, num_inputs: int, seed: int, shuffle: int) -> Tensor:
+    """The groups of one shuffle, formed in the given way: :func:`shuffled_groups` or :func:`served_groups`.
+
+    Raises:
+        UserError: an unknown way of forming groups.
+    """
+    if grouping == "random":
+        return shuffled_groups(len(lengths), num_inputs, seed, shuffle)
+    if grouping == "length":
+        return served_groups(lengths, num_inputs, seed, shuffle)
+    raise one_of("grouping", grouping, get_args(Grouping), "choose one of these")
+
+
+def _shuffled(total: int, seed: int, shuffle: int) -> Tensor:
+    """A random order of the inputs. A seed sequence makes the orders of all pairs (seed, shuffle) independent."""
+    return torch.from_numpy(np.random.default_rng([seed, shuffle]).permutation(total))
 
 
 def local_rows(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from revmux import BackboneShape, MultiplexedClassifier, build_method
 from revmux.data.tokens import TokenizedSplit
+from revmux.estimate.flops import count_flops, plain_cost
 from revmux.features.online import OnlineFeatures
-from revmux.grouping import shuffled_groups
+from revmux.grouping import served_groups, shuffled_groups
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
-from revmux.training.evaluation import evaluate, predict
+from revmux.training.evaluation import evaluate, evaluate_both, grouped_cost, predict
 
 pytestmark = pytest.mark.numeric
 
@@ -101,9 +102,46 @@ def test_shuffles_are_averaged_and_seeded(tiny_pretrained: Pretrained, tiny_rows
     spread = torch.tensor(found.accuracies, dtype=torch.float64)
     assert found.accuracy_mean == pytest.approx(spread.mean().item())
     assert found.accuracy_std == pytest.approx(spread.std(correction=0).item())
-    assert evaluate(model, data, shuffles=1, seed=12).accuracies == found.accuracies[2:3]
+    assert evaluate(model, data, shuffles=2, seed=10).accuracies == found.accuracies[:2]
+    assert set(evaluate(model, data, shuffles=4, seed=11).accuracies[:3]) != set(found.accuracies[1:])
     assert 0.0 < found.siso_agreement < 1.0
-    assert set(found.metrics()) == set(asdict(found)) - {"accuracies"}
+    assert set(found.metrics()) == set(asdict(found)) - {"accuracies", "served"}
+
+
+def test_random_groups_and_groups_by_length_are_reported_with_their_own_costs(
+    tiny_pretrained: Pretrained, tiny_rows: list
+) -> None:
+    model, data = multiplexed(tiny_pretrained, num_inputs=4), features(tiny_pretrained, tiny_rows)
+    found = evaluate_both(model, data, shuffles=2, seed=3)
+    assert found.served is not None
+    assert found.served.served is None
+    by_length = [
+        float((predict(model, data, served_groups(data.lengths, 4, 3, shuffle))[0] == data.labels).double().mean())
+        for shuffle in range(2)
+    ]
+    assert found.served.accuracies == by_length != found.accuracies
+    assert replace(found, served=None, cost_grouped=0) == replace(evaluate(model, data, 2, 3), cost_grouped=0)
+    metrics = found.metrics()
+    assert metrics["accuracy_mean_served"] == found.served.accuracy_mean
+    assert metrics["cost_grouped_served"] < metrics["cost_grouped"], "groups of like length carry less padding"
+    alone = evaluate_both(multiplexed(tiny_pretrained, "siso", 1), data)
+    assert alone.served is None
+    assert alone.cost_grouped == pytest.approx(1.0)
+
+
+def test_the_cost_of_groups_is_counted_at_the_length_of_their_longest_member(
+    tiny_pretrained: Pretrained, tiny_rows: list
+) -> None:
+    model, data = multiplexed(tiny_pretrained), features(tiny_pretrained, tiny_rows)
+    groups = shuffled_groups(len(data), 2, seed=5)
+    own = round(float(data.lengths.double().mean()))
+    longest = round(float(data.lengths[groups].amax(1).double().mean()))
+    assert longest > own
+    alone, shared = (count_flops(model.backbone, model.method, 1, length) for length in (own, longest))
+    expected = alone.prefill + shared.multiplex + shared.upper + shared.head
+    assert grouped_cost(model, data.lengths, "random", 1, 5) == pytest.approx(
+        expected / plain_cost(model.backbone, own).per_input
+    )
 
 
 def test_without_a_teacher_there_are_no_siso_metrics(tiny_pretrained: Pretrained, tiny_rows: list) -> None:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revmux import UserError
-from revmux.grouping import consecutive_groups, epoch_groups, gather_rows, local_rows, shuffled_groups
+from revmux.grouping import (
+    consecutive_groups,
+    epoch_groups,
+    evaluation_groups,
+    gather_rows,
+    local_rows,
+    served_groups,
+    shuffled_groups,
+)
 from revmux.training.config import OptimConfig
 
 
@@ -126,8 +134,41 @@ def test_a_shuffle_contains_every_input_and_fills_the_last_group_with_its_own_me
     assert torch.equal(groups, shuffled_groups(total, num_inputs, seed=3))
 
 
-def test_shuffles_differ() -> None:
-    assert not torch.equal(shuffled_groups(40, 2, seed=0), shuffled_groups(40, 2, seed=1))
+def test_all_shuffles_of_all_seeds_differ() -> None:
+    """Seeds 0, 1 and 2 with ten shuffles each are thirty groupings, none of which is used twice."""
+    made = {
+        tuple(shuffled_groups(40, 2, seed, shuffle).flatten().tolist()) for seed in range(3) for shuffle in range(10)
+    }
+    assert len(made) == 30
+
+
+@pytest.mark.parametrize(("total", "num_inputs"), [(300, 4), (13, 4), (3, 4), (257, 2), (5, 1), (130, 16)])
+def test_groups_by_length_contain_every_input_once(total: int, num_inputs: int) -> None:
+    groups = served_groups(lengths(total), num_inputs, seed=3, shuffle=1)
+    assert groups.shape == (-(-total // num_inputs), num_inputs)
+    assert groups.unique().tolist() == list(range(total))
+    full = total // num_inputs
+    assert groups[:full].unique().numel() == full * num_inputs, "a full group contains no input twice"
+    assert torch.equal(groups, evaluation_groups("length", lengths(total), num_inputs, 3, 1))
+    assert total <= 128 or not torch.equal(groups, served_groups(lengths(total), num_inputs, seed=3, shuffle=2))
+
+
+def test_groups_by_length_are_formed_within_windows_of_random_arrivals() -> None:
+    sizes = torch.arange(64)
+    groups = served_groups(sizes, 2, seed=0, window=32)
+    for window in groups.reshape(2, 32):
+        assert torch.equal(window, window.sort(descending=True).values), "from the longest to the shortest"
+    first, second = groups.reshape(2, 32)
+    assert first.max() > second.min(), "windows mix all lengths"
+    assert second.max() > first.min()
+    spread = (sizes[groups].amax(1) - sizes[groups].amin(1)).double().mean()
+    shuffled = shuffled_groups(64, 2, seed=0)
+    assert spread < 0.2 * (sizes[shuffled].amax(1) - sizes[shuffled].amin(1)).double().mean()
+
+
+def test_an_unknown_way_of_forming_groups_is_refused() -> None:
+    with pytest.raises(UserError, match="grouping 'size'"):
+        evaluation_groups("size", lengths(4), 2, 0, 0)  # type: ignore[arg-type]
 
 
 def test_unshuffled_groups_keep_the_order_of_the_inputs() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from revmux import UserError
 from revmux.adapters.config import load_adapter_config
@@ -65,6 +66,29 @@ def test_the_selection_set_is_taken_from_train_and_never_from_test(task: TaskDat
     assert len(for_choosing(task, SplitConfig(limit=5)).test) == 5
     with pytest.raises(UserError, match="too few"):
         for_choosing(replace(task, train=task.train.select(range(3))), SplitConfig())
+
+
+def test_a_sentence_and_its_phrases_are_on_the_same_side_of_the_division() -> None:
+    """Of SST-2's phrases, most of a random slice lie whole inside a training text."""
+    random = np.random.default_rng(0)
+    sentences = [" ".join(f"s{number}w{word}" for word in range(12)) for number in range(60)]
+    words = [sentence.split() for sentence in sentences]
+    cuts = [(row, *sorted(random.choice(13, 2, replace=False))) for row in range(60) for _ in range(8)]
+    phrases = [" ".join(words[row][start:end]).capitalize() for row, start, end in cuts]
+    texts = sentences + phrases + ["shared words"] * 5
+    order = random.permutation(len(texts))
+    train = Dataset.from_dict({"text": [texts[row] for row in order], "label": [int(row % 2) for row in order]})
+    whole = TaskData(train, train, train, ["bad", "good"], {"sha256": "a"})
+    choosing = for_choosing(whole, SplitConfig(share=0.3))
+
+    def inside(small: str, large: str) -> bool:
+        return f" {small.lower()} " in f" {large.lower()} "
+
+    assert 0.25 * len(texts) < len(choosing.test) <= 0.3 * len(texts) + 1
+    assert len(choosing.train) + len(choosing.test) == len(texts)
+    assert not [text for text in choosing.test["text"] if any(inside(text, other) for other in choosing.train["text"])]
+    again = for_choosing(whole, SplitConfig(share=0.3))
+    assert list(again.test["text"]) == list(choosing.test["text"])
 
 
 def test_the_cheapest_system_is_chosen_and_its_reasons_are_written(plan: Plan) -> None:

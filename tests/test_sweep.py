@@ -17,19 +17,19 @@ from ray_jobs.sweep.early_stopping import FrontScheduler
 from ray_jobs.sweep.run import prepare_sweep
 from ray_jobs.sweep.run_trial import fitting_trials, run_trial
 from ray_jobs.sweep.search import FrontSearch
-from ray_jobs.sweep.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, reason_of, row_of
+from ray_jobs.sweep.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, mean_length, reason_of, row_of
 from revmux import UserError
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
 from revmux.pretrained.config import BackboneConfig
-from revmux.pretrained.loading import outline
+from revmux.pretrained.loading import load_pretrained, outline
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from tune_spaces.space import SearchSpace
 
 ROOT = Path(__file__).parents[1]
 
 
-def trial(name: str, cost: float, /, epochs: int = 9, **method: Any) -> Trial:
+def trial(name: str, cost: float, /, epochs: int = 3, **method: Any) -> Trial:
     recipe = Recipe(method=MethodConfig(**method), optim=OptimConfig(epochs=epochs))
     return Trial(name, recipe, cost)
 
@@ -69,9 +69,32 @@ def test_a_trial_that_cannot_reach_the_front_is_stopped_with_the_reason() -> Non
     assert tell(scheduler, cheap, 2, 0.85) == "CONTINUE"
     assert tell(scheduler, expensive, 2, 0.70) == "STOP"
     assert scheduler.stopped["expensive"] == (
-        "cannot reach the front: at epoch 2 its selection accuracy is 70.0% at cost 0.70, while that of cheap was 85.0% at "
-        "cost 0.50"
+        "cannot reach the front: after 67% of its epochs its selection accuracy is 70.0% at cost 0.70, while that of cheap "
+        "was 85.0% at epoch 2 at cost 0.50"
     )
+
+
+def test_trials_are_compared_within_a_method_only() -> None:
+    """An exit head is accurate after one epoch; a multiplexer of higher cost needs more and is not stopped for it."""
+    scheduler = FrontScheduler(selection_inputs=2000, reduction=2)
+    head = trial("head", 0.5, name="exit-head", num_inputs=1)
+    made = start(scheduler, head, trial("mixer", 0.5), trial("dear", 0.7))
+    assert tell(scheduler, made[0], 1, 0.88) == "CONTINUE"
+    assert tell(scheduler, made[1], 1, 0.60) == "CONTINUE"
+    assert tell(scheduler, made[2], 1, 0.61) == "CONTINUE"
+    assert not scheduler.stopped
+
+
+def test_trials_are_compared_after_equal_shares_of_their_epochs() -> None:
+    """Epoch 3 of 9 is compared with epoch 1 of 3, not with epoch 3 of 3."""
+    scheduler = FrontScheduler(selection_inputs=2000)
+    short, long = start(scheduler, trial("short", 0.5, epochs=3), trial("long", 0.6, epochs=9))
+    for epoch, accuracy in ((1, 0.60), (2, 0.75), (3, 0.85)):
+        assert tell(scheduler, short, epoch, accuracy) == "CONTINUE"
+    assert tell(scheduler, long, 2, 0.40) == "CONTINUE", "within its first 30 %"
+    assert tell(scheduler, long, 3, 0.60) == "CONTINUE"
+    assert tell(scheduler, long, 6, 0.60) == "STOP"
+    assert "after 67% of its epochs" in scheduler.stopped["long"]
 
 
 def test_the_last_epoch_and_the_evaluation_after_it_are_never_stopped() -> None:
@@ -175,7 +198,9 @@ def test_costs_are_counted_before_anything_is_trained(tiny_model_folder: Path, t
     task = load_task(DataConfig(source=str(tiny_csv)), labels)
     base = Recipe(config, DataConfig(source=str(tiny_csv)))
     space = SearchSpace(methods=["revmux", "exit-head"], num_inputs=[2, 4], prefill_layers=[1])
-    made = make_trials(space.points(base, 3), task, backbone)
+    length = mean_length(config, task)
+    assert length == round(load_pretrained(config).tokenize(task.selection, 16).lengths.double().mean().item())
+    made = make_trials(space.points(base, 3), task, backbone, length)
     costs = {
         (one.recipe.method.name, one.recipe.method.num_inputs, one.recipe.method.prefill_layers): one.cost
         for one in made
@@ -184,6 +209,8 @@ def test_costs_are_counted_before_anything_is_trained(tiny_model_folder: Path, t
     assert costs["exit-head", 1, 1] == pytest.approx(1 / 3, abs=0.05)
     assert costs["revmux", 4, 1] < costs["revmux", 2, 1]
     assert len({one.name for one in made}) == len(made) == 4
+    longer = {one.name: one.cost for one in make_trials(space.points(base, 3), task, backbone, 4 * length)}
+    assert all(longer[one.name] != one.cost for one in made), "relative costs depend on the length"
 
 
 def test_a_sweep_folder_of_another_task_is_refused(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
@@ -201,18 +228,18 @@ def test_a_sweep_folder_of_another_task_is_refused(tiny_model_folder: Path, tiny
 def test_rows_are_read_back_and_give_a_front(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path, {"data": "a"})
     good, bad, lost = trial("good", 0.5), trial("bad", 0.6), trial("lost", 0.7)
-    figures = {"accuracy_mean": 0.8, "siso_accuracy": 0.9}
+    figures = {"accuracy_mean": 0.7, "siso_accuracy": 0.88, "selection_accuracy": 0.8, "selection_siso_accuracy": 0.9}
     folder.write(row_of(good, "done", metrics=figures))
-    folder.write(row_of(bad, "done", metrics=figures | {"accuracy_mean": 0.7}))
+    folder.write(row_of(bad, "done", metrics=figures | {"selection_accuracy": 0.7, "accuracy_mean": 0.95}))
     folder.write(row_of(lost, "failed", "out of memory"))
     rows = folder.read([good, bad, lost, trial("new", 0.1)])
     assert rows.keys() == {"good", "bad", "lost"}
     assert rows["lost"].why == "out of memory"
-    assert {row.name: row.on_front for row in front_rows(list(rows.values()))} == {
-        "siso": True,
-        "good": True,
-        "bad": False,
-    }
+    compared = {row.name: row for row in front_rows(list(rows.values()))}
+    on_front = {name: row.on_front for name, row in compared.items()}
+    assert on_front == {"siso": True, "good": True, "bad": False}, "the test split is reported and chooses nothing"
+    assert (compared["bad"].accuracy, compared["bad"].test_accuracy) == (0.7, 0.95)
+    assert (compared["siso"].accuracy, compared["siso"].test_accuracy) == (0.9, 0.88)
 
 
 def test_a_trial_that_wrote_its_row_is_not_repeated_when_its_process_is_lost(

@@ -84,8 +84,11 @@ def record_comparison(tracker: Tracker, parent: str, rows: Sequence[TrialRow], f
         )
     compared = front_rows(rows)
     if not compared:
-        raise UserError(f"no trial reported accuracy_mean, so there is nothing to compare; see {folder / 'sweep.json'}")
+        raise UserError(
+            f"no trial reported selection_accuracy, so there is nothing to compare; see {folder / 'sweep.json'}"
+        )
     for artifact in record_front(compared, folder, title):
         tracker.client.log_artifact(parent, str(artifact))
     for step, row in enumerate(front(compared)):
-        tracker.log_metrics(parent, {"front_accuracy": row.accuracy, "front_cost": row.cost}, step)
+        figures = {"front_accuracy": row.accuracy, "front_cost": row.cost, "front_test_accuracy": row.test_accuracy}
+        tracker.log_metrics(parent, {key: value for key, value in figures.items() if not math.isnan(value)}, step)

@@ -19,20 +19,21 @@ class StoppingConfig:
 
     Args:
         enabled: Whether trials are stopped early.
-        grace: Number of epochs that every trial may run. At least 1.
-        reduction: Reduction factor of ASHA. Of the trials of equal cost, one in this many continues after each rung. Above 1.
-        deviations: Number of standard errors by which a trial of equal or lower cost must be more accurate at the same epoch
-            for this trial to be stopped. Above 0.
+        grace: Share of its epochs that every trial may run. Above 0 and below 1.
+        reduction: Reduction factor of ASHA. Of the trials of one method and equal cost, one in this many continues after each
+            rung. Above 1.
+        deviations: Number of standard errors by which a trial of the same method and equal or lower cost must be more accurate
+            after the same share of its epochs for this trial to be stopped. Above 0.
     """
 
     enabled: bool = True
-    grace: int = 1
+    grace: float = 0.3
     reduction: float = 3.0
     deviations: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.grace < 1:
-            raise UserError(f"grace is {self.grace}; choose 1 epoch or more")
+        if not 0 < self.grace < 1:
+            raise UserError(f"grace is {self.grace}; choose a share of the epochs between 0 and 1, such as 0.3")
         if not self.reduction > 1:
             raise UserError(f"reduction is {self.reduction}; choose more than 1, such as 3")
         if not self.deviations > 0:
@@ -49,7 +50,7 @@ class TuneJob:
         space: Search space: quick, paper, wide, or a YAML file.
         trials: Maximum number of points of the space to try. At least 1. Default: as the space says.
         optim: Optimizer and schedule, unless the space sets them.
-        loss: Training loss, unless the space sets it.
+        loss: Training loss, unless the space sets it. The scores of the plain model are distilled by default.
         store: Feature store, which all trials share.
         shuffles: Number of random groupings to average each trial's accuracy over. At least 1.
         stopping: Early stopping of trials.
@@ -67,7 +68,7 @@ class TuneJob:
     space: str = "quick"
     trials: int | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = field(default_factory=lambda: LossConfig(distillation_weight=1.0))
     store: StoreConfig = field(default_factory=StoreConfig)
     shuffles: int = 3
     stopping: StoppingConfig = field(default_factory=StoppingConfig)

@@ -1,4 +1,8 @@
-"""Early stopping of trials: ASHA among trials of equal cost, and trials that cannot reach the front."""
+"""Early stopping of trials: ASHA among trials of equal cost, and trials that cannot reach the front.
+
+Trials are compared within a method and after equal shares of their own epochs. A method that learns slowly, such as a
+multiplexer, is never stopped because an exit head was more accurate at an early epoch.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,20 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray_jobs.sweep.trials import FAILED, Trial
 
 EPOCH, ACCURACY = "epoch", "selection_accuracy"
+PERCENT = "percent"
+"""Key of the completed percentage of a trial's epochs, the time of ASHA's rungs."""
 
 
 class FrontScheduler(FIFOScheduler):
     """Stops a trial after an epoch for one of two reasons, and records the reason.
 
-    - ASHA: at a rung, the trial is not among the best ``1 / reduction`` of the trials of its cost.
-    - Front: a trial of equal or lower cost was more accurate at the same epoch by more than ``deviations`` standard
-      errors, so sampling noise on the selection split cannot explain the gap.
+    - ASHA: at a rung, the trial is not among the best ``1 / reduction`` of the trials of its method and cost.
+    - Front: a trial of its method and of equal or lower cost was more accurate after the same share of its epochs by
+      more than ``deviations`` standard errors, so sampling noise on the selection split cannot explain the gap.
 
     Args:
         selection_inputs: number of inputs in the selection split.
-        grace: epochs that every trial may run.
+        grace: share of its epochs that every trial may run.
         reduction: ASHA's reduction factor.
         deviations: standard errors of the difference from which a trial counts as beaten.
 
@@ -29,37 +35,38 @@ class FrontScheduler(FIFOScheduler):
         stopped: reason for each stopped trial, by Tune's trial id.
     """
 
-    def __init__(self, selection_inputs: int, grace: int = 1, reduction: float = 3, deviations: float = 3.0) -> None:
+    def __init__(
+        self, selection_inputs: int, grace: float = 0.3, reduction: float = 3, deviations: float = 3.0
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # unannotated in Ray
         self.selection_inputs, self.grace = selection_inputs, grace
         self.reduction, self.deviations = reduction, deviations
         self.stopped: dict[str, str] = {}
-        self._brackets: dict[float, AsyncHyperBandScheduler] = {}
+        self._brackets: dict[tuple[str, float], AsyncHyperBandScheduler] = {}
         self._curves: dict[str, dict[int, float]] = {}
         self._set_aside: dict[str, dict[int, float]] = {}
         self._trials: dict[str, Trial] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Add a trial to the ASHA bracket of its cost; a trial that continues after a failure keeps its curve."""
+        """Add a trial to its ASHA bracket; a trial that continues after a failure keeps its curve."""
         mine: Trial = trial.config["trial"]
         self._trials[trial.trial_id] = mine
         self._curves[trial.trial_id] = self._set_aside.pop(trial.trial_id, {})
         self._bracket(mine).on_trial_add(tune_controller, trial)
 
     def _bracket(self, trial: Trial) -> AsyncHyperBandScheduler:
-        cost = round(trial.cost, 2)
-        if cost not in self._brackets:
-            epochs = max(trial.recipe.optim.epochs, self.grace)
-            self._brackets[cost] = AsyncHyperBandScheduler(
-                time_attr=EPOCH,
+        key = trial.recipe.method.name, round(trial.cost, 2)
+        if key not in self._brackets:
+            self._brackets[key] = AsyncHyperBandScheduler(
+                time_attr=PERCENT,
                 metric=ACCURACY,
                 mode="max",
-                max_t=epochs,
-                grace_period=self.grace,
+                max_t=100,
+                grace_period=max(1, round(100 * self.grace)),
                 reduction_factor=self.reduction,
                 stop_last_trials=False,
             )
-        return self._brackets[cost]
+        return self._brackets[key]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Continue or stop a trial; a trial in its last epoch continues to its evaluation."""
@@ -68,15 +75,17 @@ class FrontScheduler(FIFOScheduler):
         if epoch is None or accuracy is None:
             return str(TrialScheduler.CONTINUE)
         self._curves[trial.trial_id][int(epoch)] = accuracy
-        if epoch >= mine.recipe.optim.epochs or epoch < self.grace:
+        epochs = mine.recipe.optim.epochs
+        if epoch >= epochs or epoch < self.grace * epochs:
             return str(TrialScheduler.CONTINUE)
         why = self.beaten(trial.trial_id, int(epoch))
         if not why:
-            action = self._bracket(mine).on_trial_result(tune_controller, trial, result)
+            percent = {PERCENT: 100 * epoch / epochs}
+            action = self._bracket(mine).on_trial_result(tune_controller, trial, result | percent)
             if action == TrialScheduler.STOP:
                 why = (
                     f"ASHA at epoch {epoch}: its selection accuracy of {accuracy:.1%} is not among the best "
-                    f"1/{self.reduction:g} of the trials at cost {mine.cost:.2f}"
+                    f"1/{self.reduction:g} of the {mine.recipe.method.name} trials at cost {mine.cost:.2f}"
                 )
         if not why:
             return str(TrialScheduler.CONTINUE)
@@ -86,17 +95,30 @@ class FrontScheduler(FIFOScheduler):
     def beaten(self, trial_id: str, epoch: int) -> str:
         """The reason why a trial can no longer reach the front; empty if it still can."""
         mine, accuracy = self._trials[trial_id], self._curves[trial_id][epoch]
+        share = epoch / mine.recipe.optim.epochs
         for other_id, other in self._trials.items():
-            theirs = self._curves[other_id].get(epoch)
-            if other_id == trial_id or theirs is None or other.cost > mine.cost + 1e-9:
+            if other_id == trial_id or not self._is_rival(mine, other):
                 continue
+            reached = [
+                (then, found)
+                for then, found in self._curves[other_id].items()
+                if then <= share * other.recipe.optim.epochs + 1e-9
+            ]
+            if not reached:
+                continue
+            then, theirs = max(reached)
             variance = accuracy * (1 - accuracy) + theirs * (1 - theirs)
             if theirs - accuracy > self.deviations * math.sqrt(variance / self.selection_inputs):
                 return (
-                    f"cannot reach the front: at epoch {epoch} its selection accuracy is {accuracy:.1%} at cost "
-                    f"{mine.cost:.2f}, while that of {other.name} was {theirs:.1%} at cost {other.cost:.2f}"
+                    f"cannot reach the front: after {share:.0%} of its epochs its selection accuracy is {accuracy:.1%} at "
+                    f"cost {mine.cost:.2f}, while that of {other.name} was {theirs:.1%} at epoch {then} at cost {other.cost:.2f}"
                 )
         return ""
+
+    @staticmethod
+    def _is_rival(mine: Trial, other: Trial) -> bool:
+        """Whether a trial has the same method and costs no more."""
+        return other.recipe.method.name == mine.recipe.method.name and other.cost <= mine.cost + 1e-9
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Keep the curve of a trial that ended, unless it failed."""

@@ -103,7 +103,9 @@ class SweepReporter(Callback):
             self._end(trial, row.status, row.why)
             return
         self._add(trial, row)
-        self._print_state(f"{row.trial}: accuracy {row.metrics['accuracy_mean']:.1%} at cost {row.cost_counted:.2f}")
+        self._print_state(
+            f"{row.trial}: selection accuracy {row.metrics['selection_accuracy']:.1%} at cost {row.cost_counted:.2f}"
+        )
 
     def _end(self, trial: Any, status: Literal["stopped", "failed"], why: str) -> None:
         mine: Trial = trial.config["trial"]
@@ -126,7 +128,7 @@ class SweepReporter(Callback):
         print(f"{self.summary()}; {event}", flush=True)
 
     def summary(self) -> str:
-        """Number of trials by status, estimated time left, and the best accuracy so far at each cost."""
+        """Number of trials by status, estimated time left, and the best selection accuracy so far at each cost."""
         ended = list(self.rows.values())
         count = {status: sum(row.status == status for row in ended) for status in ("done", "stopped", "failed")}
         running = len(self.started)

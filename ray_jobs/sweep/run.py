@@ -14,7 +14,7 @@ from ray_jobs.ray_internals import retry_out_of_memory_trials
 from ray_jobs.sweep.comparison import record_comparison
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.run_trial import fitting_trials, run_trial, trains_in_process, trial_resources
-from ray_jobs.sweep.trials import SweepFolder, Trial, TrialRow, make_trials
+from ray_jobs.sweep.trials import SweepFolder, Trial, TrialRow, make_trials, mean_length
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.feature_pass import fill_stores_for
@@ -83,7 +83,8 @@ def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> 
     task = task or load_task(job.data, own_labels)
     identity = {"data": task.identity["sha256"], "model": identity_of(job.backbone)["sha256"] or job.backbone.model}
     folder = SweepFolder(storage / "sweeps" / job.name, identity)
-    return Sweep(job, space, make_trials(points, task, backbone), task, folder, storage)
+    trials = make_trials(points, task, backbone, mean_length(job.backbone, task))
+    return Sweep(job, space, trials, task, folder, storage)
 
 
 def run_sweep(sweep: Sweep, tracker: Tracker) -> tuple[list[TrialRow], str]:
@@ -96,7 +97,7 @@ def run_sweep(sweep: Sweep, tracker: Tracker) -> tuple[list[TrialRow], str]:
         if not tracker.client.get_run(parent).inputs.dataset_inputs:
             tracker.log_data(parent, sweep.task.identity)
         rows = run_trials(sweep, tracker, parent)
-        title = f"{sweep.task.identity['source']} on {job.backbone.model.rpartition('/')[2]}"
+        title = f"{sweep.task.identity['source']} on {job.backbone.model.rpartition('/')[2]}, selection set"
         record_comparison(tracker, parent, rows, folder.path, title)
     return rows, parent
 

@@ -20,12 +20,12 @@ from revmux.errors import UserError
 from revmux.estimate.flops import relative_cost
 from revmux.methods import BackboneShape, Siso, build_method
 from revmux.plan.front import FrontRow, mark_front
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import tokenize
 from revmux.training.config import Recipe
 from revmux.utils.files import write_durably, write_json
 from revmux.utils.redact import without_passwords
 
-COUNTED_LENGTH = 64
-"""Tokens per input at which the costs of points are counted before they run; relative costs hardly depend on it."""
 ROWS, IDENTITY = "rows", "sweep-identity.json"
 FAILED = "failed"
 """Key that a trial reports after it has failed for good and has written its row."""
@@ -104,13 +104,14 @@ def row_of(trial: Trial, status: Literal["done", "stopped", "failed"], why: str 
     return TrialRow(trial=trial.name, status=status, why=why, **knobs, **{"cost_counted": trial.cost} | figures)
 
 
-def make_trials(points: Sequence[Recipe], task: TaskData, backbone: Backbone) -> list[Trial]:
+def make_trials(points: Sequence[Recipe], task: TaskData, backbone: Backbone, length: int) -> list[Trial]:
     """Name the points and count their costs; returns the trials, cheapest first.
 
     Args:
         points: legal points.
         task: the task's data.
         backbone: on any device; only its shape is used.
+        length: tokens per input at which costs are counted, see :func:`mean_length`.
     """
     shape = BackboneShape.of(backbone)
     made = []
@@ -118,11 +119,16 @@ def make_trials(points: Sequence[Recipe], task: TaskData, backbone: Backbone) ->
         method = point.method
         with torch.device("meta"):
             adapters = build_method(method.name, shape, method.num_inputs, method.options)
-        length = min(COUNTED_LENGTH, point.backbone.max_length - adapters.added_tokens)
         cost = relative_cost(backbone, adapters, method.prefill_layers, length)
         name = f"{method.name}-n{method.num_inputs}-l{method.prefill_layers}-{fingerprint(point, task)[:6]}"
         made.append(Trial(name, point, cost))
     return sorted(made, key=lambda trial: (trial.cost, trial.name))
+
+
+def mean_length(config: BackboneConfig, task: TaskData) -> int:
+    """The mean number of tokens per input of the selection set, since relative costs depend on it."""
+    lengths = tokenize(config, task.selection, task.label_names).lengths
+    return max(1, round(float(lengths.double().mean())))
 
 
 class SweepFolder:
@@ -179,8 +185,11 @@ class SweepFolder:
 
 
 def front_rows(rows: Sequence[TrialRow]) -> list[FrontRow]:
-    """The finished trials and SISO as rows of a front, with accuracies on the reported split."""
-    done = [row for row in rows if row.status == "done" and "accuracy_mean" in row.metrics]
+    """The finished trials and SISO as rows of a front.
+
+    Accuracies are those on the selection set, so that the test split, which is only reported, does not choose.
+    """
+    done = [row for row in rows if row.status == "done" and row.selection_accuracy is not None]
     made = [
         FrontRow(
             name=row.trial,
@@ -188,16 +197,22 @@ def front_rows(rows: Sequence[TrialRow]) -> list[FrontRow]:
             num_inputs=row.num_inputs,
             prefill_layers=row.prefill_layers,
             infonce_weight=row.infonce_weight,
-            accuracy=row.metrics["accuracy_mean"],
-            siso_accuracy=row.metrics.get("siso_accuracy", math.nan),
+            accuracy=row.metrics["selection_accuracy"],
+            siso_accuracy=row.metrics.get("selection_siso_accuracy", math.nan),
             cost_counted=row.cost_counted,
-            accuracy_std=row.metrics.get("accuracy_std", 0.0),
+            test_accuracy=row.metrics.get("accuracy_mean", math.nan),
         )
         for row in done
     ]
-    known = [row.siso_accuracy for row in made if not math.isnan(row.siso_accuracy)]
+    known = [
+        (row.siso_accuracy, trial.metrics.get("siso_accuracy", math.nan))
+        for row, trial in zip(made, done)
+        if not math.isnan(row.siso_accuracy)
+    ]
     if known:
-        made.insert(0, FrontRow(Siso.name, Siso.name, 1, 0, math.nan, known[0], known[0], 1.0))
+        selected, tested = known[0]
+        siso = FrontRow(Siso.name, Siso.name, 1, 0, math.nan, selected, selected, 1.0, test_accuracy=tested)
+        made.insert(0, siso)
     return mark_front(made)
 
 

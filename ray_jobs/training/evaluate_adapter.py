@@ -1,4 +1,4 @@
-"""Evaluate an adapter on a worker, averaged over random groupings of the test split."""
+"""Evaluate an adapter on a worker, averaged over groupings of the test split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from revmux.features.base import Features
 from revmux.features.online import OnlineFeatures
 from revmux.features.store import open_features
 from revmux.pretrained.loading import check_answers, inspect, load_pretrained
-from revmux.training.evaluation import evaluate
+from revmux.training.evaluation import evaluate_both
 from revmux.training.recipe import relative_cost_at, stored_layers
 from revmux.utils.files import write_json
 
@@ -41,7 +41,7 @@ def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
         print(f"evaluate: features of {len(split):,} inputs, stored in {job.store.root}", flush=True)
         store = open_features(pretrained, split, layers, job.store)
         features = store.at(layers[0]) if layers else store.with_tokens()
-    figures = evaluate(model, features, job.shuffles, job.seed, on_shuffle=ShuffleProgress()).metrics()
+    figures = evaluate_both(model, features, job.shuffles, job.seed, on_shuffle=ShuffleProgress()).metrics()
     return figures | {"cost_counted": relative_cost_at(model, features)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -146,6 +147,7 @@ def train(config: WorkerConfig, worker_stack: ExitStack) -> dict[str, float]:
         "tunable_params": float(sum(value.numel() for value in trainer.best.values())),
         "best_epoch": float(trainer.state.best_epoch),
         "selection_accuracy": trainer.state.best_accuracy,
+        "selection_siso_accuracy": trainer.state.history[-1].get("selection_siso_accuracy", math.nan),
     }
     metrics = {
         name: value for name, value in metrics.items() if value == value

@@ -20,6 +20,7 @@ from datasets import Dataset
 
 from revmux.adapters.config import CONFIG_NAME, load_adapter_config
 from revmux.adapters.folder import save_adapter
+from revmux.data.split import hold_out
 from revmux.data.task import TaskData
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig
@@ -116,7 +117,7 @@ def describe_system(one: Judged) -> str:
 def for_choosing(task: TaskData, config: SplitConfig, seed: int = 0) -> TaskData:
     """The task that the trials of a plan use: its test split is the choosing set, a slice of the train split.
 
-    The real test split is not part of it.
+    The real test split is not part of it. A sentence and its phrases stay on the same side of the division.
 
     Raises:
         UserError: the train split is too small to be divided.
@@ -127,10 +128,10 @@ def for_choosing(task: TaskData, config: SplitConfig, seed: int = 0) -> TaskData
             f"the train split has {len(task.train)} examples, too few to hold {held} of them back as a choosing set; "
             "provide more"
         )
-    parts = task.train.train_test_split(test_size=held, seed=seed)
-    digest = hashlib.sha256(f"{task.identity['sha256']} choosing {held} {seed}".encode()).hexdigest()
-    identity = task.identity | {"sha256": digest, "train": len(parts["train"]), "test": held}
-    return replace(task, train=parts["train"], test=parts["test"], identity=identity)
+    train, choosing = hold_out(task.train, held, seed)
+    digest = hashlib.sha256(f"{task.identity['sha256']} choosing by text {held} {seed}".encode()).hexdigest()
+    identity = task.identity | {"sha256": digest, "train": len(train), "test": len(choosing)}
+    return replace(task, train=train, test=choosing, identity=identity)
 
 
 def make_plan(

@@ -13,7 +13,7 @@ from revmux.errors import UserError
 from revmux.estimate.flops import relative_cost, resume_cost
 from revmux.fallback import check_threshold, confidence
 from revmux.features.base import Features
-from revmux.grouping import shuffled_groups
+from revmux.grouping import Grouping, evaluation_groups
 from revmux.model import MultiplexedClassifier
 from revmux.training.evaluation import predict
 
@@ -47,6 +47,7 @@ def evaluate_fallback(
     shuffles: int = 10,
     seed: int = 0,
     batch_size: int = 128,
+    grouping: Grouping = "random",
 ) -> list[FallbackPoint]:
     """Accuracy and cost at every threshold, computed from the same forward passes.
 
@@ -54,9 +55,10 @@ def evaluate_fallback(
         model: any method that can fall back, at any N; an exit head can.
         features: the split, with a teacher, whose answer replaces one that falls back.
         thresholds: confidences in 0..1.
-        shuffles: number of random groupings, as in :func:`revmux.training.evaluation.evaluate`.
-        seed: seed of the first shuffle; each later one adds 1.
+        shuffles: number of groupings, as in :func:`revmux.training.evaluation.evaluate`.
+        seed: seed of the shuffles.
         batch_size: inputs per forward pass.
+        grouping: how groups are formed.
 
     Raises:
         UserError: a threshold outside 0..1, a method that cannot fall back, or features without a teacher.
@@ -67,7 +69,7 @@ def evaluate_fallback(
     grouped, confidences, plain = [], [], []
     with evaluating(model):
         for shuffle in range(shuffles):
-            groups = shuffled_groups(len(features), model.num_inputs, seed + shuffle)
+            groups = evaluation_groups(grouping, features.lengths, model.num_inputs, seed, shuffle)
             labels, teacher, scores = predict(model, features, groups, batch_size)
             if teacher is None:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -43,6 +44,7 @@ class FrontRow:
         fallback: share of answers that fell back.
         on_front: whether no other row beats it.
         accuracy_std: standard deviation of the accuracy over shuffles, 0..1; 0 if unknown.
+        test_accuracy: accuracy on the test split, which is reported and chooses nothing; NaN if it is not known.
     """
 
     name: str
@@ -58,6 +60,7 @@ class FrontRow:
     fallback: float = 0.0
     on_front: bool = False
     accuracy_std: float = 0.0
+    test_accuracy: float = math.nan
 
     @property
     def kind(self) -> type[Method]:

@@ -190,7 +190,7 @@ def answers(model: MultiplexedClassifier, features: Features, config: MeasureCon
     correct = torch.zeros(len(features), dtype=torch.float64)
     with evaluating(model):
         for shuffle in range(config.shuffles):
-            groups = shuffled_groups(len(features), model.num_inputs, config.seed + shuffle)
+            groups = shuffled_groups(len(features), model.num_inputs, config.seed, shuffle)
             correct += predict(model, features, groups).labels == features.labels
     return [Answers(0.0, 0.0, relative_cost_at(model, features), (correct / config.shuffles).numpy())]
 

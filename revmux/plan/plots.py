@@ -122,6 +122,7 @@ def _hover(row: FrontRow) -> str:
         "l": row.prefill_layers,
         "λ": "–" if math.isnan(row.infonce_weight) else f"{row.infonce_weight:g}",
         "accuracy": f"{row.accuracy:.2%}",
+        "accuracy on the test split": "–" if math.isnan(row.test_accuracy) else f"{row.test_accuracy:.2%}",
         "points lost": f"{100 * (row.siso_accuracy - row.accuracy):.2f}",
         "cost counted": f"{row.cost_counted:.3f}",
         "throughput measured": "–" if row.throughput_ratio is None else f"{row.throughput_ratio:.2f}×",

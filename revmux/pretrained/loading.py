@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -17,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from revmux.backbone import Backbone, Verbalizer, cut, generative_model_types
 from revmux.backbone.generative import GenerativeBackbone, language_model_class
 from revmux.data.prompt import Prompt
+from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
 from revmux.methods import BackboneShape
 from revmux.pretrained import hub
@@ -110,6 +112,24 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
     check_length(config, backbone)
     identity = identify(config.model, location, config.revision)
     return Pretrained(backbone, tokenizer, identity, _has_head(model_config), prompt, read_pairs(location))
+
+
+def tokenize(config: BackboneConfig, split: Dataset, label_names: list[str]) -> TokenizedSplit:
+    """Tokenize a split as :meth:`Pretrained.tokenize` does, without loading the weights of the model.
+
+    Args:
+        config: the model and its settings.
+        split: the texts.
+        label_names: classes for a prompt that lists none.
+
+    Raises:
+        UserError: the tokenizer or the prompt is missing or does not fit.
+    """
+    location = resolve(config.model)
+    prompt = _prompt_of(config, location, load_model_config(location, config))
+    if prompt is not None:
+        prompt = prompt.with_labels(label_names)
+    return TokenizedSplit(split, _load_tokenizer(config, location), config.max_length, prompt)
 
 
 def check_length(config: BackboneConfig, backbone: Backbone) -> None:

@@ -1,9 +1,9 @@
-"""Accuracy and agreement with SISO, averaged over random groupings, since grouping matters (paper section 4.1)."""
+"""Accuracy and agreement with SISO, averaged over several groupings, since grouping matters (paper section 4.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from revmux.backbone.base import evaluating
+from revmux.estimate.flops import Cost, count_flops, plain_cost
 from revmux.features.base import Features
-from revmux.grouping import gather_rows, local_rows, shuffled_groups
+from revmux.grouping import Grouping, evaluation_groups, gather_rows, local_rows
 from revmux.model import MultiplexedClassifier
 from revmux.training.distributed import rank_and_world
 
@@ -28,6 +29,9 @@ class Evaluation:
             features have no teacher.
         siso_accuracy: accuracy of the plain model on the same inputs; NaN if the features have no teacher.
         accuracies: one accuracy per shuffle.
+        cost_grouped: counted operations per input relative to SISO with the groups that were evaluated, mean over
+            shuffles; NaN if it was not counted.
+        served: the figures with groups by length, as a server forms them; None if they were not evaluated.
     """
 
     accuracy_mean: float
@@ -35,10 +39,16 @@ class Evaluation:
     siso_agreement: float
     siso_accuracy: float
     accuracies: list[float] = field(default_factory=list)
+    cost_grouped: float = float("nan")
+    served: Evaluation | None = None
 
     def metrics(self) -> dict[str, float]:
-        """The scalars by name."""
-        return {name: value for name, value in asdict(self).items() if name != "accuracies"}
+        """The scalars by name; those with groups by length have the suffix ``_served``."""
+        names = [item.name for item in fields(self) if item.name not in ("accuracies", "served")]
+        found = {name: float(getattr(self, name)) for name in names}
+        if self.served is None:
+            return found
+        return found | {f"{name}_served": value for name, value in self.served.metrics().items()}
 
 
 @torch.no_grad()
@@ -49,25 +59,25 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 128,
     on_shuffle: Callable[[int, int, float], None] | None = None,
+    grouping: Grouping = "random",
 ) -> Evaluation:
     """Evaluate over shuffles of the inputs; under torch.distributed, every worker evaluates its share of the groups.
 
     Args:
         model: any method at any N.
         features: the split, with or without a teacher.
-        shuffles: number of random groupings. At N = 1 there is only one, since every grouping gives the same answers.
-        seed: seed of the first shuffle; each later one adds 1.
+        shuffles: number of groupings. At N = 1 there is only one, since every grouping gives the same answers.
+        seed: seed of the shuffles.
         batch_size: inputs per forward pass.
         on_shuffle: called after each shuffle with the number of shuffles done, their total and the mean accuracy so far.
+        grouping: how groups are formed.
     """
     shuffles = 1 if model.num_inputs == 1 else shuffles
-    total = len(features)
     correct, agreed, teacher_correct = [], [], 0.0
     with evaluating(model):
         for shuffle in range(shuffles):
-            predicted, teacher, _ = predict(
-                model, features, shuffled_groups(total, model.num_inputs, seed + shuffle), batch_size
-            )
+            groups = evaluation_groups(grouping, features.lengths, model.num_inputs, seed, shuffle)
+            predicted, teacher, _ = predict(model, features, groups, batch_size)
             correct.append(float((predicted == features.labels).double().mean()))
             if teacher is not None:
                 agreed.append(float((predicted == teacher).double().mean()))
@@ -82,6 +92,65 @@ def evaluate(
         siso_accuracy=teacher_correct if agreed else float("nan"),
         accuracies=correct,
     )
+
+
+def evaluate_both(
+    model: MultiplexedClassifier,
+    features: Features,
+    shuffles: int = 10,
+    seed: int = 0,
+    on_shuffle: Callable[[int, int, float], None] | None = None,
+) -> Evaluation:
+    """Evaluate with random groups and with groups as a server forms them, each with its own counted cost.
+
+    At N = 1, both are the same.
+
+    Args:
+        model: any method at any N.
+        features: the split, with or without a teacher.
+        shuffles: number of groupings of each kind.
+        seed: seed of the shuffles.
+        on_shuffle: see :func:`evaluate`; called for the random groups.
+    """
+
+    def figures(grouping: Grouping) -> Evaluation:
+        found = evaluate(
+            model, features, shuffles, seed, on_shuffle=on_shuffle if grouping == "random" else None, grouping=grouping
+        )
+        cost = grouped_cost(model, features.lengths, grouping, len(found.accuracies), seed)
+        return replace(found, cost_grouped=cost)
+
+    random = figures("random")
+    return random if model.num_inputs == 1 else replace(random, served=figures("length"))
+
+
+def grouped_cost(
+    model: MultiplexedClassifier, lengths: Tensor, grouping: Grouping, shuffles: int = 1, seed: int = 0
+) -> float:
+    """Counted operations per input relative to SISO in groups of inputs of different lengths.
+
+    Each input has its own length in the prefill layers, and that of its group's longest member above. Slots that a short
+    last group fills with copies count as work.
+
+    Args:
+        model: any method at any N.
+        lengths: (M,) tokens per input.
+        grouping: how groups are formed.
+        shuffles: number of groupings to average over.
+        seed: seed of the shuffles.
+    """
+
+    def count(length: float) -> Cost:
+        return count_flops(model.backbone, model.method, model.prefill_layers, max(1, round(length)))
+
+    own = float(lengths.double().mean())
+    groups = [evaluation_groups(grouping, lengths, model.num_inputs, seed, shuffle) for shuffle in range(shuffles)]
+    longest = sum(float(lengths[one].amax(dim=1).double().mean()) for one in groups) / shuffles
+    slots = groups[0].numel() / len(lengths)  # per input
+    alone, shared = count(own), count(longest)
+    prefill = shared.prefill * slots if model.method.prepares_tokens else alone.prefill
+    above = shared.per_input - shared.prefill
+    return (prefill + slots * above) / plain_cost(model.backbone, max(1, round(own))).per_input
 
 
 class Predictions(NamedTuple):

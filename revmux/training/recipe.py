@@ -25,7 +25,7 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import check_length, load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import MethodConfig, Recipe
-from revmux.training.evaluation import Evaluation, evaluate
+from revmux.training.evaluation import Evaluation, evaluate_both
 from revmux.training.trainer import Trainer, load_weights
 
 
@@ -56,8 +56,8 @@ class Prepared:
         return Trainer(self.model, self.train, self.selection, self.recipe.optim, self.recipe.loss, **arguments)
 
     def evaluate_test(self) -> Evaluation:
-        """The reported figures: those of the test split, over shuffles."""
-        return evaluate(self.model, self.test, shuffles=self.recipe.shuffles, seed=self.recipe.optim.seed)
+        """The reported figures: those of the test split, over shuffles, with random groups and with groups by length."""
+        return evaluate_both(self.model, self.test, shuffles=self.recipe.shuffles, seed=self.recipe.optim.seed)
 
     def cost(self) -> float:
         """Counted operations per input relative to SISO, at the mean length of the test split."""

@@ -178,6 +178,7 @@ class Trainer:
             metrics |= {
                 "selection_accuracy": chosen.accuracy_mean,
                 "selection_agreement": chosen.siso_agreement,
+                "selection_siso_accuracy": chosen.siso_accuracy,
                 "learning_rate": float(self.scheduler.get_last_lr()[0]),
             }
             self.state.epoch += 1
