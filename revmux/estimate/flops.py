@@ -8,7 +8,9 @@ attention kernels, with two operations per multiply-add.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -88,6 +90,47 @@ def resume_cost(backbone: Backbone, prefill_layers: int, length: int) -> float:
     """Cost of resuming one input alone after layer l (layers l+1..L, a decoder, the model's head), relative to SISO."""
     alone = plain_cost(backbone, length, prefill_layers)
     return (alone.per_input - alone.prefill) / alone.per_input
+
+
+@dataclass(frozen=True)
+class LadderCost:
+    """Cost per input of a ladder as a function of the shares that go on, relative to SISO.
+
+    Attributes:
+        first: cost of the first stage, which answers every input.
+        next: for each stage, the cost of an input that it does not answer: the plain layers up to the next stage and
+            the input's share of a full group there, or for the last stage the rest of the plain model.
+    """
+
+    first: float
+    next: tuple[float, ...]
+
+    def at(self, going_on: Sequence[float]) -> float:
+        """The cost at given shares.
+
+        Args:
+            going_on: for each stage, the share of all inputs that neither it nor an earlier stage answers. The last
+                share is that of the plain model.
+        """
+        return self.first + sum(share * cost for share, cost in zip(going_on, self.next, strict=True))
+
+
+def ladder_cost(models: Sequence[MultiplexedClassifier], length: int) -> LadderCost:
+    """Counted cost of the stages of a ladder; one stage is the plain fallback.
+
+    Args:
+        models: the model of each stage.
+        length: S, tokens per input.
+    """
+    backbone = models[0].backbone
+    plain = plain_cost(backbone, length).per_input
+    costs = [count_flops(backbone, model.method, model.prefill_layers, length) for model in models]
+    steps = [
+        (after.per_input - before.prefill) / plain  # the layers in between, and the share of a group
+        for before, after in pairwise(costs)
+    ]
+    resumed = resume_cost(backbone, models[-1].prefill_layers, length)
+    return LadderCost(costs[0].per_input / plain, (*steps, resumed))
 
 
 def rival_exit_layer(backbone: Backbone, method: Method, prefill_layers: int, length: int) -> int:

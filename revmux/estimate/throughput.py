@@ -12,6 +12,7 @@ import torch
 from revmux.backbone import TokenBatch
 from revmux.backbone.base import evaluating
 from revmux.data.tokens import TokenizedSplit
+from revmux.ladder import Ladder
 from revmux.model import MultiplexedClassifier
 
 
@@ -50,18 +51,21 @@ def like_length_batches(
 
 @torch.no_grad()
 def paired_throughput(
-    baseline: MultiplexedClassifier, rival: MultiplexedClassifier, batches: Sequence[TokenBatch], pairs: int = 5
+    baseline: MultiplexedClassifier,
+    rival: MultiplexedClassifier | Ladder,
+    batches: Sequence[TokenBatch],
+    pairs: int = 5,
 ) -> Ratio:
     """Time baseline and rival in turn, A B A B, on the same batches.
 
     Args:
         baseline: the model to compare with, usually SISO.
-        rival: the model that is compared.
+        rival: the model or ladder that is compared. The time of a ladder depends on how many of these inputs go on.
         batches: the inputs that both classify in one timing; each (B, S).
         pairs: timings of each model; one more pair runs first as a warm-up.
     """
 
-    def seconds(model: MultiplexedClassifier) -> float:
+    def seconds(model: MultiplexedClassifier | Ladder) -> float:
         _synchronize(model)
         started = time.perf_counter()
         for tokens in batches:
@@ -74,6 +78,6 @@ def paired_throughput(
     return Ratio(statistics.median(measured), min(measured), max(measured), pairs)
 
 
-def _synchronize(model: MultiplexedClassifier) -> None:
+def _synchronize(model: MultiplexedClassifier | Ladder) -> None:
     if model.backbone.device.type == "cuda":
         torch.cuda.synchronize()
