@@ -26,7 +26,7 @@ RESULT, MODEL = Path("benchmarks/results/precision.json"), Path("runs/precision/
 
 def measure() -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
     """Return rows by layer and type, and the identities of data and backbone."""
-    data = DataConfig(per_class=200)
+    data = DataConfig("docstrings", per_class=200)
     task = load_task(data)
     embedded = BackboneConfig(max_length=64)
     MODEL.parent.mkdir(parents=True, exist_ok=True)

@@ -299,7 +299,7 @@ def docstrings() -> DatasetDict:
     return build_docstring_task(seed=0, per_class=60)
 
 
-def test_the_embedded_task_is_balanced(docstrings: DatasetDict) -> None:
+def test_the_docstring_task_is_balanced(docstrings: DatasetDict) -> None:
     assert set(docstrings) == set(SPLIT_SHARES)
     for split, share in SPLIT_SHARES.items():
         labels = list(docstrings[split]["label"])
@@ -309,7 +309,7 @@ def test_the_embedded_task_is_balanced(docstrings: DatasetDict) -> None:
         assert labels != sorted(labels), "classes are mixed"
 
 
-def test_the_embedded_task_masks_the_names_of_its_libraries(docstrings: DatasetDict) -> None:
+def test_the_docstring_task_masks_the_names_of_its_libraries(docstrings: DatasetDict) -> None:
     masked = 0
     for split in docstrings.values():
         for text, label in zip(split["text"], split["label"]):
@@ -319,7 +319,7 @@ def test_the_embedded_task_masks_the_names_of_its_libraries(docstrings: DatasetD
     assert masked > 0
 
 
-def test_the_splits_of_the_embedded_task_share_no_sentence(docstrings: DatasetDict) -> None:
+def test_the_splits_of_the_docstring_task_share_no_sentence(docstrings: DatasetDict) -> None:
     everything = [skeleton(text) for rows in docstrings.values() for text in rows["text"]]
     assert len(set(everything)) == len(everything), "sentences that differ only in names and numbers are kept once"
     assert skeleton("Return the 3 rows of `DataFrame`.") == skeleton("Return the 14 rows of `Series`.")
@@ -383,11 +383,11 @@ def test_the_same_seed_gives_the_same_task(toy_libraries: None) -> None:
     assert set(first["test"]["text"]) != set(other["test"]["text"])
 
 
-def test_the_embedded_task_loads_with_the_pinned_versions_of_its_libraries(
+def test_the_docstring_task_loads_with_the_pinned_versions_of_its_libraries(
     docstrings: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("revmux.data.sources.docstrings.build_docstring_task", lambda seed, per_class: docstrings)
-    task = load_task(DataConfig(per_class=60))
+    task = load_task(DataConfig("docstrings", per_class=60))
     assert task.label_names == sorted(LIBRARIES)
     assert texts(task, "test") == list(docstrings["test"]["text"])
     assert task.identity["libraries"] == library_versions()
@@ -411,6 +411,9 @@ def test_the_documented_source_works(monkeypatch: pytest.MonkeyPatch, tiny_rows:
 @pytest.mark.parametrize(
     ("source", "kind"),
     [
+        ("embedded", "EmbeddedSource"),
+        ("sentiment", "SentimentSource"),
+        ("sentiment-source", "SentimentSource"),
         ("docstrings", "DocstringSource"),
         ("missing.csv", "FileSource"),
         ("./missing", "FileSource"),

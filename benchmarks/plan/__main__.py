@@ -36,7 +36,7 @@ def measure_allowances(name: str, data: DataConfig, kept: Path) -> tuple[Planned
 
 def measure_sweep(planned: Planned, kept: Path) -> list[dict[str, Any]]:
     """Return rows for the time of a sweep, on a plan's task model and less data."""
-    job = TuneJob(planned.recipes[0].backbone, DataConfig(per_class=PER_CLASS), SPACE)
+    job = TuneJob(planned.recipes[0].backbone, DataConfig(EMBEDDED, per_class=PER_CLASS), SPACE)
     rounds = [
         kept_rows(
             kept, f"sweep-round-{number}", (job, planned.choosing.identity["sha256"]), partial(sweep.one_round, job)
@@ -58,7 +58,7 @@ def main() -> None:
     glue: Path | None = parser.parse_args().glue
     if glue is not None and not (glue / SST2).is_dir():
         parser.error(f"{glue} has no folder {SST2}; name a folder that contains one")
-    planned, embedded = measure_allowances(EMBEDDED, DataConfig(), KEPT)
+    planned, embedded = measure_allowances(EMBEDDED, DataConfig(EMBEDDED), KEPT)
     found = {EMBEDDED: embedded}
     missing = []
     if glue is not None:

@@ -132,7 +132,7 @@ def embedded_workload(settings: Settings, folder: Path) -> Workload:
     pretrained = load_pretrained(BackboneConfig(), list(LABELS))
     pretrained.backbone.model.save_pretrained(model)
     _copy_tokenizer(model)
-    source = DataConfig() if settings.glue is None else DataConfig(str(settings.glue / "SST-2"), limit=1)
+    source = DataConfig("docstrings") if settings.glue is None else DataConfig(str(settings.glue / "SST-2"), limit=1)
     found = list(load_task(source).test["text"])
     lengths = map(len, pretrained.tokenizer(found)["input_ids"])
     texts = [text for text, length in zip(found, lengths) if length <= LENGTH]  # so that no server truncates any

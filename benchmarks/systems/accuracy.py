@@ -51,7 +51,7 @@ class Budget:
 
 def all_runs(budget: Budget, task: TaskData, model: Path, num_layers: int, folder: Path) -> list[Run]:
     """Return every system at every N with every seed, ordered by seed."""
-    backbone, data = BackboneConfig(str(model), max_length=MAX_LENGTH), DataConfig(per_class=budget.per_class)
+    backbone, data = BackboneConfig(str(model), max_length=MAX_LENGTH), DataConfig("docstrings", per_class=budget.per_class)
     store = StoreConfig(root=str(folder / "features"))
     runs = []
     for seed in range(budget.seeds):
@@ -81,7 +81,7 @@ def measure(budget: Budget, folder: Path, pairs: int) -> tuple[list[dict[str, An
     Returns:
         The rows, the identity of the data, and the identity of the task model.
     """
-    data = DataConfig(per_class=budget.per_class)
+    data = DataConfig("docstrings", per_class=budget.per_class)
     task = load_task(data)
     tuning = OptimConfig(epochs=4, batch_size=32, learning_rate=1e-4)
     model = tuned_task_model(BackboneConfig(max_length=MAX_LENGTH), data, task, tuning, 0, folder)

@@ -38,7 +38,7 @@ class Timed:
 
 def small_task(per_class: int = 150) -> TaskData:
     """Return a small version of the embedded task."""
-    return load_task(DataConfig(per_class=per_class))
+    return load_task(DataConfig("docstrings", per_class=per_class))
 
 
 def embedded(task: TaskData) -> Pretrained:

@@ -41,7 +41,7 @@ def measure() -> list[dict[str, Any]]:
             for pair in range(PAIRS + 1):  # the first pair is a warm-up
                 recipe = Recipe(
                     BackboneConfig(str(model), max_length=MAX_LENGTH),
-                    DataConfig(per_class=PER_CLASS),
+                    DataConfig("docstrings", per_class=PER_CLASS),
                     MethodConfig("revmux", num_inputs, 3),
                     OptimConfig(epochs, 16, seed=pair),
                     LossConfig(infonce_weight=0.25),

@@ -39,7 +39,7 @@ class QuickstartJob:
     """
 
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(max_length=64))
-    data: DataConfig = field(default_factory=lambda: DataConfig(per_class=340))
+    data: DataConfig = field(default_factory=lambda: DataConfig("docstrings", per_class=340))
     tuning: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=2, learning_rate=2e-4))
     frozen_layers: int = 3
     num_inputs: list[int] = field(default_factory=lambda: [2, 4])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from revmux.data.columns import find_columns
-from revmux.data.config import EMBEDDED_TASK, SUFFIXES, DataConfig
+from revmux.data.config import BUILT_IN, SENTIMENT, SUFFIXES, DataConfig
 from revmux.errors import UserError
 from revmux.utils.plugins import has_plugins
 
@@ -16,7 +16,7 @@ from revmux.utils.plugins import has_plugins
 def check_source(config: DataConfig) -> None:
     """Check the path of a task's data and the columns in its header.
 
-    The embedded task, hub data sets and files without a readable header are not checked.
+    The built-in tasks, hub data sets and files without a readable header are not checked.
 
     Args:
         config: the data settings.
@@ -25,13 +25,13 @@ def check_source(config: DataConfig) -> None:
         UserError: the file or folder cannot be found, or the header does not have the columns.
     """
     path = Path(config.source).expanduser()
-    if config.source == EMBEDDED_TASK:
+    if config.source in BUILT_IN:
         return
     if path.is_dir():
         path = next((file for file in sorted(path.iterdir()) if file.stem == "train" and file.suffix in SUFFIXES), path)
     elif not path.exists() and _is_path(path) and not has_plugins("revmux.data_sources"):
         raise UserError(
-            f"cannot find file or folder {config.source!r}; name an existing one, '{EMBEDDED_TASK}', or a hub data set"
+            f"cannot find file or folder {config.source!r}; name an existing one, '{SENTIMENT}', or a hub data set"
         )
     columns = header(path) if path.is_file() else None
     if columns:

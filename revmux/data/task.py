@@ -10,12 +10,10 @@ from typing import Any
 from datasets import Dataset
 
 from revmux.data.columns import find_columns
-from revmux.data.config import DataConfig
+from revmux.data.config import MAX_SELECTION, DataConfig
 from revmux.data.sources import source_of
 from revmux.data.split import hold_out
 from revmux.errors import UserError
-
-MAX_SELECTION = 2000  # examples in the selection set; more would only take time
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from revmux.errors import UserError, one_of
+from revmux.utils.files import user_cache
 
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
 
 def default_root() -> str:
-    """``revmux/features`` in the user's cache folder, as XDG_CACHE_HOME names it."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "revmux", "features")
+    """The folder of all feature stores in the user's cache folder."""
+    return user_cache("features")
 
 
 @dataclass(frozen=True)

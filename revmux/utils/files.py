@@ -105,6 +105,11 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def user_cache(name: str) -> str:
+    """``revmux/NAME`` in the user's cache folder, as XDG_CACHE_HOME names it. ``~`` is not expanded."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "revmux", name)
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents, and flush their directory entries to disk."""
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The embedded task: which installed library does this sentence document?
+"""The task ``docstrings``: which installed library does this sentence document?
 
 The texts are the first paragraphs of docstrings, which are available on every machine with the platform installed.
 They are read from source files without importing them. Library names are masked. To prevent leakage from train to
@@ -21,7 +21,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from revmux.data.config import EMBEDDED_TASK, DataConfig
+from revmux.data.config import DOCSTRINGS, DataConfig
 from revmux.data.sources.base import SOURCES, Source
 from revmux.errors import UserError
 
@@ -47,13 +47,13 @@ class DocstringSentence:
     module: str
 
 
-@SOURCES.register(EMBEDDED_TASK)
+@SOURCES.register(DOCSTRINGS)
 class DocstringSource(Source):
-    """The embedded task, built from the libraries that are installed with the platform."""
+    """The task, built from the libraries that are installed with the platform."""
 
     def claims(self, source: str) -> bool:
         """Whether ``source`` is the name of the task."""
-        return source == EMBEDDED_TASK
+        return source == DOCSTRINGS
 
     def read(self, config: DataConfig) -> dict[str, Dataset]:
         """The splits train, selection and test."""
@@ -73,7 +73,7 @@ def library_versions() -> dict[str, str]:
     missing = [label for label in LIBRARIES if importlib.util.find_spec(label) is None]
     if missing:
         raise UserError(
-            f"the embedded task reads the docstrings of {', '.join(LIBRARIES)}, but {', '.join(missing)} is not "
+            f"the task docstrings reads the sources of {', '.join(LIBRARIES)}, but {', '.join(missing)} is not "
             "installed; run: pip install 'revmux[all]', or name your own data"
         )
     return {label: importlib.metadata.version(distribution) for label, (distribution, _) in LIBRARIES.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 
-from revmux.data.config import EMBEDDED_TASK, SUFFIXES, DataConfig
+from revmux.data.config import SENTIMENT, SUFFIXES, DataConfig
 from revmux.data.sources.base import SOURCES, Source
 from revmux.errors import UserError
 from revmux.utils.redact import error_line
@@ -31,7 +31,7 @@ class FileSource(Source):
         path = Path(config.source).expanduser()
         if not path.is_file():
             raise UserError(
-                f"cannot find file or folder {config.source!r}; name an existing one, '{EMBEDDED_TASK}', or a hub data set"
+                f"cannot find file or folder {config.source!r}; name an existing one, '{SENTIMENT}', or a hub data set"
             )
         return {"all": read_file(path)}
 

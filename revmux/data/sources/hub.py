@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from revmux.data.config import EMBEDDED_TASK, SUFFIXES, DataConfig
+from revmux.data.config import SENTIMENT, SUFFIXES, DataConfig
 from revmux.data.sources.base import SOURCES, Source
 from revmux.errors import UserError
 from revmux.utils.redact import error_line
@@ -27,7 +27,7 @@ class HubSource(Source):
         except Exception as error:
             raise UserError(
                 f"unknown data {config.source!r} ({type(error).__name__}: {error_line(error)}); name "
-                f"'{EMBEDDED_TASK}', a file ({', '.join(SUFFIXES)}), a folder with train and dev files, or a hub data set"
+                f"'{SENTIMENT}', a file ({', '.join(SUFFIXES)}), a folder with train and dev files, or a hub data set"
             ) from None
         return (
             {str(name): split for name, split in loaded.items()} if isinstance(loaded, DatasetDict) else {"all": loaded}
