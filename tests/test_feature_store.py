@@ -717,5 +717,5 @@ def test_wrong_requests_are_refused(config: StoreConfig) -> None:
         open_features(model, tokens, [1], same(config, root="nosuch://bucket/x"))
     blocked = Path(config.root) / "file"
     blocked.write_text("")
-    with pytest.raises(UserError, match="choose another root"):
+    with pytest.raises(UserError, match="choose another folder"):
         open_features(model, tokens, [1], same(config, root=str(blocked / "features")))

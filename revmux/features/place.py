@@ -78,7 +78,7 @@ class Place:
         try:
             self.filesystem.create_dir(self.path, recursive=True)
         except OSError as error:
-            raise UserError(f"cannot write to {self.path} ({error}); choose another root for features") from None
+            raise UserError(f"cannot write to {self.path} ({error}); choose another folder") from None
 
     def files(self) -> list[str]:
         """Sorted names of the files in the folder."""
@@ -136,7 +136,7 @@ class Place:
             with suppress(OSError):
                 self.filesystem.delete_file(temporary)
             raise UserError(
-                f"cannot write {self.file(name)} ({error}); free some space there or choose another root for features, "
+                f"cannot write {self.file(name)} ({error}); free some space there or choose another folder, "
                 "then start again: what is complete is kept"
             ) from None
 

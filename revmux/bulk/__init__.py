@@ -1,0 +1,1 @@
+"""Classification of whole data sets: units of work, their files, resuming, audits and summaries."""

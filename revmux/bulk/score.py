@@ -1,0 +1,120 @@
+"""Run the inputs of a unit through the model: in groups by length, in passes bounded by tokens."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from revmux.bulk.texts import Tokens
+from revmux.serving.forward import run_pass
+from revmux.serving.scheduling import PLAIN, ForwardPass, Group, form_groups, form_passes
+from revmux.serving.task import Task
+from revmux.utils.out_of_memory import is_out_of_memory, release_memory
+
+_log = logging.getLogger(__name__)
+NOT_FINITE = "the scores of this input are not finite"
+
+
+@dataclass
+class Answers:
+    """The answers to M inputs, in their order.
+
+    Attributes:
+        scores: (M, C) float32, before softmax.
+        groups: the group of each input, by which its width and method are known.
+        fell_back: whether each input fell back to the plain model.
+        finite: whether all scores of an input are finite.
+        cost: counted cost of all passes; 1 is one input in the plain model.
+        device_seconds: time of all passes without padding.
+    """
+
+    scores: Tensor
+    groups: list[Group]
+    fell_back: list[bool]
+    finite: list[bool]
+    cost: float = 0.0
+    device_seconds: float = 0.0
+
+    def is_plain(self, index: int) -> bool:
+        """Whether an answer is the plain model's."""
+        return self.fell_back[index] or self.groups[index].route == PLAIN
+
+
+def classify_tokens(task: Task, tokens: Tokens, plain: bool = False) -> Answers:
+    """Classify inputs in full groups.
+
+    The longest inputs share the first groups. The groups depend on nothing but the lengths of the inputs.
+
+    Args:
+        task: the model with its adapters, in a process that uses no other thread for it.
+        tokens: M inputs.
+        plain: whether to use the plain model for all inputs.
+    """
+    lengths = tokens.lengths
+    routes = [PLAIN] if plain else task.lineup.routes
+    groups = form_groups(lengths, [None] * len(lengths), routes)
+    size = len(lengths)
+    scores = torch.zeros(size, len(task.label_names))
+    answers = Answers(scores, [groups[0]] * size if groups else [], [False] * size, [True] * size)
+    with torch.inference_mode():
+        for forward in form_passes(groups, lengths, task.limits.max_batch_tokens):
+            _run(task, tokens, forward, answers)
+        _retry_alone(task, tokens, answers)
+    return answers
+
+
+def _run(task: Task, tokens: Tokens, forward: ForwardPass, answers: Answers) -> None:
+    """Run one pass and store its answers. After an out-of-memory error, run its halves."""
+    members = [index for group in forward.groups for index in group.members]
+    local: list[Group] = []
+    first = 0
+    for group in forward.groups:
+        local.append(Group(group.route, tuple(range(first, first + len(group.members)))))
+        first += len(group.members)
+    lineup = task.lineup
+    try:
+        outcome = run_pass(
+            task.backbone,
+            lineup.models,
+            lineup.thresholds,
+            task.padder,
+            local,
+            [tokens.row(index) for index in members],
+        )
+    except Exception as error:
+        if len(forward.groups) == 1 or not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # releases the tensors of the failed pass
+        _log.warning(
+            "a pass of %d inputs ran out of memory and is repeated in two halves; lower max_batch_tokens", len(members)
+        )
+    else:
+        answers.scores[members] = outcome.scores
+        answers.device_seconds += sum(seconds for stage, seconds in outcome.stages.items() if stage != "pad")
+        for group in forward.groups:
+            answers.cost += group.route.group_cost(len(group.members))
+            for index in group.members:
+                answers.groups[index] = group
+        for index, finite, fell_back in zip(members, outcome.finite, outcome.fell_back, strict=True):
+            answers.finite[index], answers.fell_back[index] = finite, fell_back
+            if fell_back:
+                answers.cost += 1 - answers.groups[index].route.alone
+        return
+    release_memory(task.backbone.device)
+    half = len(forward.groups) // 2
+    for part in (forward.groups[:half], forward.groups[half:]):
+        _run(task, tokens, ForwardPass(forward.stem, part), answers)
+
+
+def _retry_alone(task: Task, tokens: Tokens, answers: Answers) -> None:
+    """Run each member of a group with scores that are not finite again, alone in the plain model."""
+    broken = {id(answers.groups[index]): answers.groups[index] for index, ok in enumerate(answers.finite) if not ok}
+    for group in broken.values():
+        if group.route == PLAIN:
+            continue
+        for index in group.members:
+            _run(task, tokens, ForwardPass(PLAIN.stem, (Group(PLAIN, (index,)),)), answers)
