@@ -18,7 +18,7 @@ from revmux.utils.extras import check_extras
 from tune_spaces.space import load_space
 
 if TYPE_CHECKING:
-    from revmux.plan.build import Plan
+    from revmux.plan.plan import Plan
 
 
 def main(job: PlanJob) -> Plan:

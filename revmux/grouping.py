@@ -142,24 +142,6 @@ def _shuffled(total: int, seed: int, shuffle: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, shuffle]).permutation(total))
 
 
-def similar_length_groups(lengths: Tensor, num_inputs: int, seed: int, window: int = 128) -> Tensor:
-    """The groups that a server forms from waiting inputs: by length, within each window of a random order.
-
-    Args:
-        lengths: (M,) tokens per input.
-        num_inputs: N.
-        seed: determines the order.
-        window: number of inputs that wait together, rounded down to full groups.
-
-    Returns:
-        (⌈M / N⌉, N) long indices, window after window. The last group repeats members to fill its slots.
-    """
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(lengths)))
-    windows = order.split(max(1, window // num_inputs) * num_inputs)
-    ordered = torch.cat([members[lengths[members].argsort(descending=True)] for members in windows])
-    return ordered[consecutive_groups(len(ordered), num_inputs)]
-
-
 def local_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct rows in the groups, and the groups as indices into those rows.
 

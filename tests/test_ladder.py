@@ -19,7 +19,6 @@ from revmux.estimate.flops import count_flops, ladder_cost, plain_cost, relative
 from revmux.estimate.throughput import paired_throughput
 from revmux.fallback import confidence
 from revmux.features.online import OnlineFeatures
-from revmux.grouping import similar_length_groups
 from revmux.ladder import Ladder, LadderAnswers, Stage, climb, first_answers
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier, plain_classifier
@@ -319,19 +318,8 @@ def test_a_ladder_with_one_stage_is_the_plain_fallback(pretrained: Pretrained, f
 
 
 def test_an_unknown_grouping_is_refused(pretrained: Pretrained, features: OnlineFeatures) -> None:
-    with pytest.raises(UserError, match="grouping is 'size'; choose random or length"):
+    with pytest.raises(UserError, match="grouping 'size'"):
         evaluate_ladder(three_stages(pretrained), features, grouping="size")  # type: ignore[arg-type]
-
-
-def test_groups_by_length_contain_every_input_once() -> None:
-    lengths = torch.randint(3, 60, (50,), generator=torch.Generator().manual_seed(0))
-    groups = similar_length_groups(lengths, 4, seed=1, window=17)
-    assert groups.shape == (13, 4)
-    assert sorted(set(groups.flatten().tolist())) == list(range(50))
-    for start in range(0, 12, 4):  # windows of 16 inputs
-        window = lengths[groups[start : start + 4].flatten()]
-        assert torch.equal(window, window.sort(descending=True).values)
-    assert not torch.equal(groups, similar_length_groups(lengths, 4, seed=2, window=17))
 
 
 def test_the_throughput_of_a_ladder_is_measured_in_pairs_with_the_plain_model(

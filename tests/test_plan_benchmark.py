@@ -16,14 +16,15 @@ from ray_jobs.sweep.config import TuneJob
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
-from revmux.plan.build import Plan, Served
-from revmux.plan.choose import Candidate, choose, verify
+from revmux.plan.candidate import Candidate, PlannedStage
+from revmux.plan.choose import choose, verify
 from revmux.plan.config import Goal, MeasureConfig, SplitConfig
+from revmux.plan.plan import Plan, Served
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.recipe import prepare, train_here
 
 BUDGET = Budget(max_length=16, frozen_layers=1, tuning_epochs=1, epochs=1, exit_layers=(1, 2), prefill_layers=(1,))
-COUNTED = MeasureConfig(shuffles=2, throughput_inputs=0, thresholds=(0.0, 0.6))
+COUNTED = MeasureConfig(shuffles=2, throughput_inputs=0, thresholds=(0.6,))
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +71,13 @@ def test_allowances_are_choices_among_the_same_adapters(planned: Planned) -> Non
 
 def test_a_plan_that_fails_verification_ships_nothing(tmp_path: Path) -> None:
     siso = np.ones(200)
-    system = Candidate("revmux-n2", "revmux", 2, 1, siso, cost_counted=0.7, folder="adapter")
-    choice = choose(siso, [system], Goal(3.0))
+    system = Candidate((PlannedStage("revmux-n2", "revmux", 2, 1, folder="adapter"),), siso, cost_counted=0.7)
+    choice = choose(siso, siso, [system], lambda one: one.correct, Goal(3.0))
     assert choice.chosen is not None
     assert choice.chosen.candidate.name == "revmux-n2"
     kept = verify(siso, siso, choice.goal)
     broken = verify(siso, np.where(np.arange(200) < 10, 0.0, 1.0), choice.goal)
-    plans = [Plan(choice, [Served(choice.chosen, seen, "adapter")], [], tmp_path) for seen in (kept, broken)]
+    plans = [Plan(choice, [Served(choice.chosen, seen, ("adapter",))], [], tmp_path) for seen in (kept, broken)]
     assert allowances.outcome(plans[0]).startswith("ships multiplexing: revmux with N = 2")
     assert allowances.outcome(plans[1]).startswith("ships nothing: the allowance was exceeded")
 

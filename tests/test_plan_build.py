@@ -19,16 +19,19 @@ from revmux.data.config import DataConfig
 from revmux.data.task import TaskData, load_task
 from revmux.features.config import StoreConfig
 from revmux.features.online import OnlineFeatures
-from revmux.plan.build import Plan, for_choosing, plan_here
+from revmux.ladder import Ladder, Stage
+from revmux.plan.build import for_choosing, plan_here
 from revmux.plan.config import Goal, MeasureConfig, SplitConfig
+from revmux.plan.measure import divide
+from revmux.plan.plan import Plan
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
-from revmux.training.evaluation import evaluate
+from revmux.training.ladder_evaluation import evaluate_ladder
 
 pytestmark = pytest.mark.numeric
 
-COUNTED = MeasureConfig(shuffles=2, throughput_inputs=0, thresholds=(0.0, 0.6))
+COUNTED = MeasureConfig(shuffles=2, throughput_inputs=0, thresholds=(0.6,))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_the_selection_set_is_taken_from_train_and_never_from_test(task: TaskDat
     before = sorted(row["text"] for row in task.train)
     assert sorted(row["text"] for split in (choosing.train, choosing.test) for row in split) == before
     assert choosing.identity["sha256"] != task.identity["sha256"]
-    assert len(for_choosing(task, SplitConfig(limit=5)).test) == 5
+    assert len(for_choosing(task, SplitConfig(limit=6)).test) == 6
     with pytest.raises(UserError, match="too few"):
         for_choosing(replace(task, train=task.train.select(range(3))), SplitConfig())
 
@@ -91,14 +94,30 @@ def test_a_sentence_and_its_phrases_are_on_the_same_side_of_the_division() -> No
     assert list(again.test["text"]) == list(choosing.test["text"])
 
 
+def test_the_choosing_set_has_two_halves_that_share_no_sentence(task: TaskData) -> None:
+    texts = [f"a{row} b c d e" for row in range(20)] + [f"A{row} b c" for row in range(20)]
+    rows = Dataset.from_dict({"text": texts, "label": [0, 1] * 20})
+    first, second = divide(rows, seed=3)
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(40))
+    assert len(second) == 20
+    assert {row % 20 for row in first.tolist()}.isdisjoint({row % 20 for row in second.tolist()})
+    assert torch.equal(divide(rows, seed=3)[1], second)
+    assert not torch.equal(divide(rows, seed=4)[1], second)
+    with pytest.raises(UserError, match="3 inputs, too few for two halves"):
+        divide(rows.select(range(3)), seed=0)
+
+
 def test_the_cheapest_system_is_chosen_and_its_reasons_are_written(plan: Plan) -> None:
     assert plan.is_met
     written = json.loads((plan.folder / "plan.json").read_text())
     systems = written["systems"]
     assert {system["method"] for system in systems} == {"siso", "exit-head", "revmux"}
-    assert all(system["throughput_ratio"] > 0 for system in systems)
-    cheapest = max(systems, key=lambda system: system["throughput_ratio"])
+    accepted = [system for system in systems if system["fits"]]
+    assert all(system["throughput_ratio"] > 0 for system in accepted)
+    cheapest = max(accepted, key=lambda system: system["throughput_ratio"])
     assert written["chosen"] == cheapest["name"]
+    assert (written["outcome"], written["served"][-1]["verification"]["outcome"]) == ("proven", "proven")
+    assert written["compared"] > len(systems)
     assert {path.name for path in plan.folder.iterdir()} >= {
         "plan.json",
         "plan.md",
@@ -121,14 +140,16 @@ def test_served_adapters_contain_their_thresholds_and_answer_as_verified(
     features = OnlineFeatures(tiny_pretrained.tokenize(task.test, 16), tiny_pretrained.backbone)
     assert counted.served
     for one in counted.served:
-        assert one.folder is not None
-        config = load_adapter_config(one.folder)
-        assert config.fallback_threshold == one.judged.candidate.threshold
-        assert config.num_inputs == one.num_inputs
-        found = evaluate(load_adapter(one.folder, tiny_pretrained), features, shuffles=2)
+        stages = one.judged.candidate.stages
+        assert len(one.folders) == len(stages) > 0
+        built = []
+        for folder_of, stage in zip(one.folders, stages):
+            config = load_adapter_config(folder_of)
+            assert (config.fallback_threshold, config.num_inputs) == (stage.threshold, stage.num_inputs)
+            built.append(Stage(load_adapter(folder_of, tiny_pretrained), config.fallback_threshold or 0.0))
+        found = evaluate_ladder(Ladder(built), features, shuffles=2, grouping="length").figures
         assert one.verification.siso_accuracy == pytest.approx(found.siso_accuracy)
-        if config.fallback_threshold is None:
-            assert one.verification.accuracy == pytest.approx(found.accuracy_mean)
+        assert one.verification.accuracy == pytest.approx(found.accuracy_mean)
 
 
 def test_trained_adapters_are_reused(plan: Plan, recipes: list[Recipe], task: TaskData) -> None:
@@ -156,20 +177,19 @@ def test_an_unreachable_goal_is_reported_with_the_gap_and_the_nearest_system(
 
 def test_a_promise_that_fails_verification_is_reported(plan: Plan) -> None:
     served = plan.served[-1]
-    broken = replace(served, verification=replace(served.verification, held=False, loss=3.5, allowance=1.0))
-    found = replace(plan, served=[broken])
-    assert not found.is_met
+    broken = replace(served, verification=replace(served.verification, outcome="exceeded", loss=3.5, allowance=1.0))
+    found = replace(plan, served=[served, broken])
+    assert (found.outcome, found.is_met) == ("exceeded", False)
     assert "lost 3.50 points, 2.50 more than allowed" in found.why_not()
 
 
 def test_candidates_are_judged_on_the_stored_answers_of_the_plain_model(plan: Plan, task: TaskData) -> None:
     siso = plan.choice.siso.candidate
     assert set(np.unique(siso.correct)) <= {0.0, 1.0}
-    assert len(siso.correct) == round(0.2 * len(task.train))
-    fallen = [one.candidate for one in plan.choice.judged if one.candidate.threshold is not None]
-    for one in fallen:
-        assert 0 <= one.fallback <= 1
-        assert torch.isfinite(torch.tensor(one.cost))
+    assert len(siso.correct) + plan.choice.inputs == round(0.2 * len(task.train))
+    for one in plan.choice.judged:
+        assert 0 <= one.candidate.fallback <= 1
+        assert torch.isfinite(torch.tensor(one.candidate.cost))
 
 
 def test_recipes_of_two_backbones_are_refused(recipes: list[Recipe], task: TaskData, tmp_path: Path) -> None:

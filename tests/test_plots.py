@@ -19,6 +19,7 @@ ROWS = [
     FrontRow("revmux-n2", "revmux", 2, 3, 0.25, 0.88, 0.9, 0.75, 1.3),
     FrontRow("revmux-n4", "revmux", 4, 3, 0.25, 0.85, 0.9, 0.6, threshold=0.8, fallback=0.12),
     FrontRow("head", "exit-head", 1, 2, math.nan, 0.80, 0.9, 0.7),
+    FrontRow("stairs", "exit-head", 1, 2, math.nan, 0.89, 0.9, 0.5, threshold=0.9, fallback=0.02, later=("N=2 l=3",)),
 ]
 
 
@@ -39,7 +40,14 @@ def test_the_page_shows_every_row_and_loads_nothing(tmp_path: Path) -> None:
 
 
 def test_labels_describe_each_point() -> None:
-    assert [label_of(row) for row in ROWS] == ["SISO", "N=2 l=3", "N=4 l=3, 12% fall back", "layer 2"]
+    assert [label_of(row) for row in ROWS] == [
+        "SISO",
+        "N=2 l=3",
+        "N=4 l=3, 12% fall back",
+        "layer 2",
+        "layer 2 → N=2 l=3, 2% fall back",
+    ]
+    assert [row.group for row in ROWS] == ["siso", "revmux", "revmux", "exit-head", "ladder"]
 
 
 def test_a_result_row_is_drawn_at_its_counted_cost() -> None:

@@ -24,8 +24,9 @@ from revmux.data.task import load_task
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig
 from revmux.model import MultiplexedClassifier
-from revmux.plan.build import Plan, plan_here
+from revmux.plan.build import plan_here
 from revmux.plan.config import Goal, MeasureConfig
+from revmux.plan.plan import Plan
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
@@ -188,7 +189,7 @@ def plan(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 def test_a_plan_that_chose_an_exit_head_can_be_deployed(plan: Plan, recipe: Recipe) -> None:
     assert plan.choice.chosen is not None
-    assert plan.choice.chosen.candidate.method == "exit-head"
+    assert plan.choice.chosen.candidate.first.method == "exit-head"
     job = PlanJob(
         backbone=recipe.backbone, data=recipe.data, goal=Goal(allowance=100.0), cluster=ClusterConfig(workers=1)
     )

@@ -7,11 +7,12 @@ from typing import Any
 
 from benchmarks.plan.tasks import Planned
 from benchmarks.trained import fill_store
-from revmux.plan.build import Plan, describe_system, train_recipes, unrounded, verify_widths
-from revmux.plan.choose import Choice, Judged, choose
+from revmux.plan.build import compare, train_recipes, unrounded, verify_served
+from revmux.plan.choose import Choice, Judged
 from revmux.plan.config import Goal, MeasureConfig
 from revmux.plan.front import mark_front
 from revmux.plan.measure import Bench
+from revmux.plan.plan import Plan, describe_system
 from revmux.training.recipe import load_backbone
 
 ALLOWANCES = (0.5, 1.0, 3.0)
@@ -32,17 +33,14 @@ def measure(planned: Planned, measuring: MeasureConfig, allowances: Sequence[flo
     pretrained = load_backbone(first, task.label_names)
     pretrained.backbone.freeze()
     max_length = first.backbone.max_length
-    bench, untouched = (
-        Bench(pretrained, pretrained.tokenize(split, max_length), store, measuring)
-        for split, store in ((choosing.test, first.store), (task.test, unrounded(first.store)))
-    )
-    siso, candidates = bench.siso(), bench.measured(bench.candidates(adapters))
+    comparison = compare(adapters, pretrained, choosing, max_length, first.store, measuring)
+    untouched = Bench(pretrained, pretrained.tokenize(task.test, max_length), unrounded(first.store), measuring)
     rows = []
     for allowance in allowances:
-        choice = choose(siso, candidates, Goal(allowance), measuring.seed)
+        choice = comparison.choose(Goal(allowance), sequences=len(allowances))
         folder = planned.folder / f"allowance-{allowance:g}"
-        served = verify_widths(choice, untouched, folder)
-        compared = mark_front([one.candidate.row(float(siso.mean())) for one in choice.judged])
+        served = verify_served(choice, untouched, folder)
+        compared = mark_front([one.candidate.row(float(comparison.search_siso.mean())) for one in choice.judged])
         rows.append(_row(planned.name, Plan(choice, served, compared, folder), allowance))
         print(f"{planned.name}, {allowance:g} points: {rows[-1]['outcome']}", flush=True)
     identity = task.identity | {"train": len(choosing.train), "choosing": len(choosing.test)}
@@ -71,20 +69,21 @@ def _row(name: str, plan: Plan, allowance: float) -> dict[str, Any]:
         "allowance": allowance,
         "outcome": outcome(plan),
         "kept": plan.is_met,
-        "method": system.method,
+        "method": system.first.method,
         "num_inputs": system.num_inputs,
-        "prefill_layers": system.prefill_layers,
-        "threshold": system.threshold,
+        "prefill_layers": system.first.prefill_layers,
+        "threshold": system.first.threshold,
         "fallback": system.fallback,
+        "stages": [stage.name for stage in system.stages],
         "widths": [one.num_inputs for one in plan.served],
-        "choosing_inputs": len(system.correct),
-        "promised_loss": promise.judged.loss,
+        "choosing_inputs": len(system.correct) + plan.choice.inputs,
+        "promised_loss": promise.judged.best_loss,
         "promised_bound": promise.judged.bound,
         "verified_loss": seen.loss,
         "verified_lower": seen.lower,
         "verified_upper": seen.upper,
         "verified_inputs": seen.inputs,
-        "proven": seen.proven,
+        "proven": seen.outcome == "proven",
         "accuracy_mean": seen.accuracy,
         "siso_accuracy": seen.siso_accuracy,
         "cost_counted": system.cost_counted,
@@ -97,22 +96,22 @@ def outcome(plan: Plan) -> str:
     """Describe what is shipped or, if the promise was not kept, by how much it was missed."""
     if not plan.is_met:
         return f"ships nothing: {plan.why_not()}"
-    kind = plan.served[-1].judged.candidate.kind
-    if kind.is_plain:
+    system = plan.served[-1].judged.candidate
+    if system.is_plain:
         return "ships the plain model (SISO): nothing else is surely inside the allowance and cheaper"
-    what = "multiplexing" if kind.multiplexes() else "an exit head, no multiplexing"
+    what = "multiplexing" if system.multiplexes else "exit heads, no multiplexing"
     return f"ships {what}: {describe_system(plan.served[-1].judged)}"
 
 
 def _best_multiplexed(choice: Choice) -> dict[str, Any] | None:
-    """Return the multiplexed system cheaper than SISO with the lowest loss bound; None if none is cheaper."""
-    saving: list[Judged] = [one for one in choice.judged if one.candidate.num_inputs > 1 and one.candidate.cost < 1]
+    """Return the multiplexed system cheaper than SISO with the lowest loss bound, or the lowest loss if none was tested; None if none is cheaper."""
+    saving: list[Judged] = [one for one in choice.judged if one.candidate.multiplexes and one.candidate.cost < 1]
     if not saving:
         return None
-    best = min(saving, key=lambda one: one.bound)
+    best = min(saving, key=lambda one: (one.bound is None, one.bound, one.search_loss))
     return {
         "name": best.candidate.name,
-        "loss": best.loss,
+        "loss": best.best_loss,
         "loss_bound": best.bound,
         "cost": best.candidate.cost,
         "fits": best.fits,

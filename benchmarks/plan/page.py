@@ -17,7 +17,7 @@ def plan_words(result: Row) -> dict[str, str]:
     timed = [row for row in rows if "allowance" not in row]
     lines = [
         "| task | allowed | served system | N | falls back below | promised loss, upper bound | verified loss (interval) | cost, counted "
-        "| throughput | inside the allowance |",
+        "| throughput | allowance |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_plan_line(row) for row in plans),
         "",
@@ -51,17 +51,25 @@ def _plan_line(row: Row) -> str:
         f"| {row['task']} | {row['allowance']:g} | {system}{layer} | {', '.join(map(str, row['widths']))} | {threshold} "
         f"| {row['promised_loss']:.2f}, {row['promised_bound']:.2f} | {row['verified_loss']:.2f} "
         f"({row['verified_lower']:.2f} to {row['verified_upper']:.2f}) | {row['cost_counted']:.2f} | {speed} "
-        f"| {'met, with confidence' if row['proven'] else verdict(row)} |"
+        f"| {_outcome(row)} |"
     )
+
+
+def _outcome(row: Row) -> str:
+    """Return the words of :class:`revmux.plan.choose.Verification` for the outcome of a row."""
+    if row["proven"]:
+        return "proven"
+    return "not proven" if row["kept"] else "exceeded"
 
 
 def _multiplexed(best: Row | None) -> str:
     """Describe the best multiplexed system, whether or not it was shipped."""
     if best is None:
         return "no multiplexed system saves anything."
+    bound = "" if best["loss_bound"] is None else f", at most {best['loss_bound']:.2f}"
     return (
-        f"of the multiplexed systems that save anything, {best['name']} has the lowest upper bound of the loss: it loses "
-        f"{best['loss']:.2f} points on the choosing set, at most {best['loss_bound']:.2f}, at {1 / best['cost']:.2f} times SISO's throughput."
+        f"of the multiplexed systems that save anything, {best['name']} is the safest: it loses {best['loss']:.2f} points on "
+        f"the choosing set{bound}, at {1 / best['cost']:.2f} times SISO's throughput."
     )
 
 

@@ -17,7 +17,7 @@ from ray_jobs.planning.config import PlanJob
 from ray_jobs.sweep.run import base_recipe, prepare_sweep, run_sweep
 from ray_jobs.sweep.trials import TrialRow
 from ray_jobs.tracking.command_line import command_line
-from ray_jobs.tracking.model_registry import model_uris, register_plan
+from ray_jobs.tracking.model_registry import Versions, model_uris, register_plan
 from ray_jobs.tracking.outbox import is_refusal
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import FinetuneJob
@@ -26,8 +26,10 @@ from ray_jobs.training.task_model import tune_model
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
 from revmux.methods import BackboneShape, build_method
-from revmux.plan.build import PAGE_NAME, PLAN_NAME, Plan, describe_system, for_choosing, make_plan
+from revmux.plan.build import for_choosing, make_plan
+from revmux.plan.files import PAGE_NAME, PLAN_NAME
 from revmux.plan.measure import TrainedAdapter
+from revmux.plan.plan import Plan, describe_system
 from revmux.pretrained.loading import outline
 from revmux.training.recipe import load_backbone
 from revmux.utils.files import recover_folder, write_durably, write_json
@@ -53,6 +55,12 @@ def run_plan(job: PlanJob) -> Plan:
     job = replace(job, store=store_in(storage, job.store))
     job.cluster.check_training()
     backbone, own_labels = outline(job.backbone)
+    if own_labels is not None and job.backbone.prompt is None:
+        print(
+            f"plan: if {job.backbone.model} was tuned on texts of this data, it is too accurate on the choosing set, and the "
+            "losses found there are too high; data that it has not seen gives a cheaper plan",
+            flush=True,
+        )
     task = load_task(job.data, own_labels)
     choosing = for_choosing(task, job.choosing, job.data.seed)
     check_server(job, [], "http://localhost")
@@ -144,7 +152,7 @@ def _plan(
     )
 
 
-def record(job: PlanJob, plan: Plan, versions: dict[str, str], tracker: Tracker, parent: str) -> None:
+def record(job: PlanJob, plan: Plan, versions: Versions, tracker: Tracker, parent: str) -> None:
     """Log the plan's files to MLflow, and write the YAML that deploys the plan if the goal is met."""
     content = json.loads((plan.folder / PLAN_NAME).read_text())
     content["registered"] = {"model": job.register, "versions": versions}
@@ -158,7 +166,7 @@ def record(job: PlanJob, plan: Plan, versions: dict[str, str], tracker: Tracker,
         if without_passwords(tracker.uri) == tracker.uri:  # a password in the URI would be visible in the run
             files.append(serve.name)
         last = plan.served[-1]
-        figures = {"promised_loss": last.judged.bound, "verified_loss": last.verification.loss}
+        figures = {"promised_loss": last.judged.bound or 0.0, "verified_loss": last.verification.loss}
         figures |= {"verified_loss_upper": last.verification.upper, "throughput_ratio": 1 / last.judged.candidate.cost}
         tracker.log_metrics(parent, figures)
     for name in files:
@@ -209,7 +217,7 @@ def summary(job: PlanJob, plan: Plan) -> str:
         verified = one.verification
         lines.append(
             f"N = {one.num_inputs}: {describe_system(one.judged)}; on the test split it loses {verified.loss:.2f} points "
-            f"(interval {verified.lower:.2f} to {verified.upper:.2f})"
+            f"(interval {verified.lower:.2f} to {verified.upper:.2f}): {verified.outcome}"
         )
     if plan.is_met:
         lines += ["deploy it:", *(f"  {line}" for line in DEPLOY), f"  serve deploy {plan.folder / 'serve.yaml'}"]

@@ -6,112 +6,32 @@ On one machine, :func:`plan_here` also trains the adapters. A cluster job trains
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib import resources
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import numpy as np
 import torch
-from datasets import Dataset
+from torch import Tensor
 
-from revmux.adapters.config import CONFIG_NAME, load_adapter_config
+from revmux.adapters.config import CONFIG_NAME
 from revmux.adapters.folder import save_adapter
 from revmux.data.split import hold_out
 from revmux.data.task import TaskData
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig
-from revmux.plan.choose import Choice, Judged, Verification, choose, verify
+from revmux.plan.candidate import Candidate
+from revmux.plan.choose import Choice, choose, safest_first, verify
 from revmux.plan.config import Goal, MeasureConfig, SplitConfig
-from revmux.plan.front import FrontRow, mark_front
-from revmux.plan.measure import Bench, TrainedAdapter, log_nothing
-from revmux.plan.plots import plot_front_html, plot_front_png
+from revmux.plan.files import write_plan, write_stages
+from revmux.plan.front import mark_front
+from revmux.plan.interval import Floats
+from revmux.plan.measure import Bench, TrainedAdapter, divide, log_nothing
+from revmux.plan.plan import Plan, Served
+from revmux.plan.search import search
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import Recipe
 from revmux.training.recipe import load_backbone, prepare, train_here
-from revmux.utils.files import atomic_folder, write_durably, write_json
 from revmux.utils.run_info import describe_run
-
-PLAN_NAME, PAGE_NAME = "plan.json", "plan.md"
-
-
-@dataclass(frozen=True)
-class Served:
-    """The system that a plan serves at one group width.
-
-    Attributes:
-        judged: the system with its loss on the choosing set.
-        verification: its comparison with SISO on the test split.
-        folder: adapter folder with the fallback threshold, as a server loads it; None for SISO.
-    """
-
-    judged: Judged
-    verification: Verification
-    folder: str | None
-
-    @property
-    def num_inputs(self) -> int:
-        """N."""
-        return self.judged.candidate.num_inputs
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The systems to serve, and why.
-
-    Attributes:
-        choice: how they were chosen.
-        served: one system per width, narrowest first; the last is the chosen one. Empty if the goal cannot be met.
-        rows: every system that was compared, SISO included, on the choosing set.
-        folder: the folder of the plan's files.
-    """
-
-    choice: Choice
-    served: list[Served]
-    rows: list[FrontRow]
-    folder: Path
-
-    @property
-    def is_met(self) -> bool:
-        """Whether a system meets the goal and every served one stays inside the allowance on the test split."""
-        return bool(self.served) and all(one.verification.held for one in self.served)
-
-    @property
-    def adapters(self) -> list[str]:
-        """The adapter folders to serve alongside the plain model."""
-        return [one.folder for one in self.served if one.folder is not None]
-
-    def why_not(self) -> str:
-        """If the goal is missed: by how much, and which system is nearest to it."""
-        choice = self.choice
-        if not self.served:
-            assert choice.nearest is not None
-            unit = "points of accuracy" if choice.shortfall_unit == "points" else "times SISO's throughput"
-            return (
-                f"the goal cannot be met: it is missed by {choice.shortfall:.2f} {unit}; the nearest system is "
-                f"{describe_system(choice.nearest)}"
-            )
-        worst = max(self.served, key=lambda one: one.verification.loss)
-        over = worst.verification.loss - (worst.verification.allowance or 0.0)
-        return (
-            f"the allowance was exceeded on the test split: {worst.judged.candidate.name} lost "
-            f"{worst.verification.loss:.2f} points, {over:.2f} more than allowed; the plain model (SISO) loses nothing; a "
-            "larger choosing set (choosing.share, choosing.limit) makes the choice more reliable"
-        )
-
-
-def describe_system(one: Judged) -> str:
-    """A phrase about a system: what it is, how fast it is and how much it loses."""
-    system = one.candidate
-    what = system.kind.describe(system.num_inputs, system.prefill_layers)
-    if system.kind.is_plain:
-        return f"{what}, which loses nothing and saves nothing"
-    if system.threshold is not None:
-        what += f", falling back if its confidence is below {system.threshold:.1%} ({system.fallback:.0%} of answers)"
-    return f"{what}: {1 / system.cost:.2f} times SISO's throughput, {one.loss:.2f} points lost, at most {one.bound:.2f}"
 
 
 def for_choosing(task: TaskData, config: SplitConfig, seed: int = 0) -> TaskData:
@@ -147,7 +67,7 @@ def make_plan(
     command: str = "",
     log: Callable[[str], None] = log_nothing,
 ) -> Plan:
-    """Choose among trained adapters, exit heads and the plain model, verify the choice once, and write the plan's files.
+    """Choose among trained adapters, their ladders and the plain model, verify the choice once, and write the plan's files.
 
     Args:
         adapters: trained on ``choosing.train``.
@@ -163,19 +83,75 @@ def make_plan(
         log: called with a line of progress before each part of the work.
     """
     measure, store = measure or MeasureConfig(), store or StoreConfig()
-
-    def bench_of(split: Dataset, split_store: StoreConfig) -> Bench:
-        return Bench(pretrained, pretrained.tokenize(split, max_length), split_store, measure, log)
-
-    bench = bench_of(choosing.test, store)
-    siso = bench.siso()
-    choice = choose(siso, bench.measured(bench.candidates(adapters)), goal, measure.seed)
-    rows = mark_front([one.candidate.row(float(siso.mean())) for one in choice.judged])
+    comparison = compare(adapters, pretrained, choosing, max_length, store, measure, log)
+    choice = comparison.choose(goal)
+    rows = mark_front([one.candidate.row(comparison.search_siso.mean()) for one in choice.judged])
     log("verifying the chosen systems on the test split")
-    served = verify_widths(choice, bench_of(task.test, unrounded(store)), folder)
-    plan = Plan(choice, served, rows, folder)
+    test = Bench(pretrained, pretrained.tokenize(task.test, max_length), unrounded(store), measure, log)
+    plan = Plan(choice, verify_served(choice, test, folder), rows, folder)
     write_plan(plan, describe_run(command, task.identity, dict(pretrained.identity)))
     return plan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All systems that trained adapters can form, compared on the first half of a choosing set and ready to be tested.
+
+    Attributes:
+        bench: runs systems on the choosing set.
+        search_siso: (M₁,) whether SISO was correct on each input of the first half.
+        siso: (M₂,) the same for the second half.
+        test_rows: rows of the second half.
+        sequence: the systems to test, from the safest to the cheapest.
+        others: single adapters without threshold that are not in the sequence.
+        compared: number of systems from which the sequence was selected.
+    """
+
+    bench: Bench
+    search_siso: Floats
+    siso: Floats
+    test_rows: Tensor
+    sequence: list[Candidate]
+    others: list[Candidate]
+    compared: int
+    _answers: dict[str, Floats] = field(default_factory=dict, init=False, repr=False)
+
+    def choose(self, goal: Goal, sequences: int = 1) -> Choice:
+        """Choose for a goal; ``sequences`` goals that are promised together share the error probability."""
+        return choose(
+            self.search_siso, self.siso, self.sequence, self._answer, goal, self.others, self.compared, sequences
+        )
+
+    def _answer(self, system: Candidate) -> Floats:
+        if system.name not in self._answers:
+            self.bench.log(f"testing {system.name} on the second half of the choosing set")
+            self._answers[system.name] = self.bench.correct(system, self.test_rows)
+        return self._answers[system.name]
+
+
+def compare(
+    adapters: Sequence[TrainedAdapter],
+    pretrained: Pretrained,
+    choosing: TaskData,
+    max_length: int,
+    store: StoreConfig,
+    measure: MeasureConfig,
+    log: Callable[[str], None] = log_nothing,
+) -> Comparison:
+    """Find the front of all systems on the first half of the choosing set, and time its systems on this hardware.
+
+    For the arguments, see :func:`make_plan`.
+    """
+    bench = Bench(pretrained, pretrained.tokenize(choosing.test, max_length), store, measure, log)
+    search_rows, test_rows = divide(choosing.test, measure.seed)
+    siso = bench.siso
+    scores = bench.scores(adapters, search_rows)
+    found = search(scores, siso[search_rows], measure.thresholds, measure.max_stages)
+    log(f"compared {found.compared:,} systems on {len(search_rows):,} inputs; {len(found.front)} are on the front")
+    sequence = safest_first(bench.timed(safest_first(found.front)))
+    listed = {one.name for one in sequence}
+    others = [one for one in found.alone if one.name not in listed]
+    return Comparison(bench, siso[search_rows], siso[test_rows], test_rows, sequence, others, found.compared)
 
 
 def unrounded(store: StoreConfig) -> StoreConfig:
@@ -183,86 +159,27 @@ def unrounded(store: StoreConfig) -> StoreConfig:
     return replace(store, dtype="float32")
 
 
-def verify_widths(choice: Choice, bench: Bench, folder: Path) -> list[Served]:
-    """Verify the system of every width once on the test split; all intervals together have the goal's confidence.
+def verify_served(choice: Choice, bench: Bench, folder: Path) -> list[Served]:
+    """Verify every served system once on the test split; all intervals together have the goal's confidence.
 
     Args:
         choice: as returned by :func:`revmux.plan.choose.choose`.
         bench: the frozen task model with the test split.
-        folder: where the folder ``adapters`` is written, with one adapter folder per width.
+        folder: where the folder ``adapters`` is written, with one adapter folder per stage.
     """
     if choice.chosen is None:
         return []
     goal = choice.goal
     each = replace(goal, confidence=1 - (1 - goal.confidence) / len(choice.widths))
-    siso = bench.siso()
     served = []
     for one in choice.widths:
         system = one.candidate
-        if system.folder is None:
-            served.append(Served(one, verify(siso, None, each), None))
+        if system.is_plain:
+            served.append(Served(one, verify(bench.siso, None, each)))
             continue
-        correct = bench.answers(system.folder, system.threshold or 0.0).correct
-        adapter = with_threshold(system.folder, system.threshold, folder / "adapters" / f"n{system.num_inputs}")
-        served.append(Served(one, verify(siso, correct, each), str(adapter)))
+        verification = verify(bench.siso, bench.correct(system), each)
+        served.append(Served(one, verification, write_stages(system, folder / "adapters")))
     return served
-
-
-def with_threshold(source: str | Path, threshold: float | None, target: Path) -> Path:
-    """Copy an adapter folder and set its fallback threshold, which a server reads from there."""
-    config = replace(load_adapter_config(source), fallback_threshold=threshold)
-    with atomic_folder(target) as temporary:
-        for file in Path(source).iterdir():
-            if file.name != CONFIG_NAME:
-                (temporary / file.name).write_bytes(file.read_bytes())
-        (temporary / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
-    return target
-
-
-def write_plan(plan: Plan, meta: dict[str, Any]) -> None:
-    """Write ``plan.json``, the page ``plan.md``, and the front as a picture and as an interactive page."""
-    write_json(plan.folder / PLAN_NAME, plan_dict(plan, meta))
-    template = resources.files("revmux.plan").joinpath("plan.md.jinja").read_text()
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(template).render(plan=plan, choice=plan.choice, meta=meta, describe=describe_system)
-    write_durably(plan.folder / PAGE_NAME, page)
-    title = f"{meta['data']['source']} on {meta['backbone']['name']}, choosing set"
-    plot_front_png(plan.rows, plan.folder / "front.png", title)
-    plot_front_html(plan.rows, plan.folder / "front.html", title)
-
-
-def plan_dict(plan: Plan, meta: dict[str, Any]) -> dict[str, Any]:
-    """The plan as plain data."""
-    choice = plan.choice
-    bounds = {one.candidate.name: one for one in choice.judged}
-    return {
-        "meta": meta,
-        "goal": asdict(choice.goal),
-        "is_met": plan.is_met,
-        "why_not": None if plan.is_met else plan.why_not(),
-        "chosen": None if choice.chosen is None else choice.chosen.candidate.name,
-        "served": [
-            {
-                "name": one.judged.candidate.name,
-                "num_inputs": one.num_inputs,
-                "threshold": one.judged.candidate.threshold,
-                "adapter": one.folder,
-                "promised_loss": one.judged.bound,
-                "verification": asdict(one.verification),
-            }
-            for one in plan.served
-        ],
-        "systems": [
-            _plain(asdict(row))
-            | {"loss": bounds[row.name].loss, "loss_bound": bounds[row.name].bound, "fits": bounds[row.name].fits}
-            for row in plan.rows
-        ],
-    }
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with NaN replaced by None, since JSON has no NaN."""
-    return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in values.items()}
 
 
 def plan_here(

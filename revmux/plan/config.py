@@ -7,56 +7,59 @@ from dataclasses import dataclass
 
 from revmux.errors import UserError
 
-THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-
 
 @dataclass(frozen=True)
 class MeasureConfig:
     """How systems are measured on this hardware.
 
     Args:
-        shuffles: Number of random groupings to average each accuracy over. At least 1.
-        thresholds: Fallback thresholds (confidences from 0 to 1) to consider for every adapter. 0 means no fallback.
+        shuffles: Number of groupings to average each accuracy over. At least 1.
+        thresholds: Thresholds (confidences from 0 to 1) to consider for every adapter, beside none. Default: chosen from the
+            confidences of each adapter.
+        max_stages: Most adapters of a ladder. 1 considers single adapters only, with and without fallback. At least 1.
         throughput_inputs: Inputs per timing. 0 skips the timings and ranks by counted cost.
         throughput_batch: Inputs per forward pass of a timing. At least 1.
         throughput_pairs: Number of timings of SISO and of each system, in turn. At least 1.
-        seed: Random seed of the groupings and of the bootstrap.
+        seed: Random seed of the groupings and of the halves of the choosing set.
     """
 
     shuffles: int = 5
-    thresholds: tuple[float, ...] = THRESHOLDS
+    thresholds: tuple[float, ...] | None = None
+    max_stages: int = 1
     throughput_inputs: int = 256
     throughput_batch: int = 64
     throughput_pairs: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("shuffles", "throughput_batch", "throughput_pairs"):
+        for name in ("shuffles", "max_stages", "throughput_batch", "throughput_pairs"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
         if self.throughput_inputs < 0:
             raise UserError(f"throughput_inputs is {self.throughput_inputs}; choose 0 (count only) or more")
-        if not self.thresholds or any(not 0 <= threshold <= 1 for threshold in self.thresholds):
-            raise UserError(f"thresholds are {list(self.thresholds)}; choose confidences in 0..1, 0 for no fallback")
+        if self.thresholds is not None and any(not 0 <= threshold <= 1 for threshold in self.thresholds):
+            raise UserError(f"thresholds are {list(self.thresholds)}; choose confidences in 0..1")
 
 
 @dataclass(frozen=True)
 class SplitConfig:
     """The choosing set: a slice of the train split that is held back from training, to compare the systems on it.
 
+    One half finds the front of all systems. The other half tests the systems of the front.
+
     Args:
         share: Share of the train split to hold back. Above 0 and below 1.
-        limit: Maximum number of inputs. At least 2. A larger set can confirm a smaller allowance.
+        limit: Maximum number of inputs. At least 4. A larger set can confirm a smaller allowance.
     """
 
     share: float = 0.2
-    limit: int = 4000
+    limit: int = 8000
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise UserError(f"share is {self.share}; choose a share of the train split between 0 and 1, such as 0.2")
-        if self.limit < 2:
-            raise UserError(f"limit is {self.limit}; choose 2 inputs or more, such as 4000")
+        if self.limit < 4:
+            raise UserError(f"limit is {self.limit}; choose 4 inputs or more, such as 8000")
 
 
 @dataclass(frozen=True)

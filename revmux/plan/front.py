@@ -24,6 +24,8 @@ class Scored(Protocol):
 
 
 Item = TypeVar("Item", bound=Scored)
+LADDER = "ladder"
+"""Group of the rows of ladders in plots."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class FrontRow:
         fallback: share of answers that fell back.
         on_front: whether no other row beats it.
         accuracy_std: standard deviation of the accuracy over shuffles, 0..1; 0 if unknown.
+        later: short names of the later stages of a ladder, in their order.
         test_accuracy: accuracy on the test split, which is reported and chooses nothing; NaN if it is not known.
     """
 
@@ -61,6 +64,7 @@ class FrontRow:
     on_front: bool = False
     accuracy_std: float = 0.0
     test_accuracy: float = math.nan
+    later: tuple[str, ...] = ()
 
     @property
     def kind(self) -> type[Method]:
@@ -71,6 +75,11 @@ class FrontRow:
     def cost(self) -> float:
         """Cost per input relative to SISO: the measured one if there is one, else the counted one."""
         return cost_of(self.cost_counted, self.throughput_ratio)
+
+    @property
+    def group(self) -> str:
+        """What the row is drawn as: its method, or a ladder."""
+        return LADDER if self.later else self.method
 
 
 def cost_of(counted: float, throughput_ratio: float | None) -> float:

@@ -6,29 +6,34 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
+import numpy as np
 import torch
+from datasets import Dataset
+from torch import Tensor
 
 from revmux.adapters.folder import load_adapter
 from revmux.backbone.base import evaluating
+from revmux.data.split import hold_out
 from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
-from revmux.estimate.flops import resume_cost
+from revmux.estimate.flops import count_flops, plain_cost, resume_cost
 from revmux.estimate.throughput import like_length_batches, paired_throughput
-from revmux.features.base import Features
+from revmux.fallback import confidence
+from revmux.features.base import FeatureBatch, Features
 from revmux.features.config import StoreConfig
 from revmux.features.key import backbone_digest
 from revmux.features.store import FeatureStore, open_features
-from revmux.grouping import shuffled_groups
+from revmux.grouping import served_groups
+from revmux.ladder import Ladder, Stage
 from revmux.model import MultiplexedClassifier, plain_classifier
-from revmux.plan.choose import Candidate, Floats
+from revmux.plan.candidate import Candidate, PlannedStage
 from revmux.plan.config import MeasureConfig
-from revmux.plan.fallback_curve import evaluate_fallback
-from revmux.plan.front import front
+from revmux.plan.interval import Floats
+from revmux.plan.search import StageScores
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.evaluation import predict
-from revmux.training.recipe import relative_cost_at
+from revmux.training.ladder_evaluation import evaluate_ladder
 
 
 @dataclass(frozen=True)
@@ -48,36 +53,56 @@ class TrainedAdapter:
     run_id: str | None = None
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The results of a model at one threshold.
+def divide(split: Dataset, seed: int) -> tuple[Tensor, Tensor]:
+    """The two halves of a choosing set: the rows that find the front and the rows on which it is tested.
 
-    Attributes:
-        threshold: confidence below which an answer falls back; 0 means no fallback.
-        fallback: share of the answers that fell back.
-        cost: counted operations per input relative to SISO, fallback included.
-        correct: (M,) how often each input was answered correctly, 0..1.
+    A sentence and its phrases are in the same half, see :func:`revmux.data.split.hold_out`.
+
+    Raises:
+        UserError: the split has fewer than four rows.
     """
-
-    threshold: float
-    fallback: float
-    cost: float
-    correct: Floats = field(repr=False)
+    if len(split) < 4:
+        raise UserError(
+            f"the choosing set has {len(split)} inputs, too few for two halves; choose a larger choosing.share"
+        )
+    numbered = split.add_column("row", list(range(len(split))))
+    first, second = hold_out(numbered, len(split) // 2, seed)
+    return torch.tensor(sorted(first["row"])), torch.tensor(sorted(second["row"]))
 
 
 def log_nothing(message: str) -> None:
     """Discard a line of progress."""
 
 
+class FeatureRows:
+    """Some rows of the features of a split.
+
+    Args:
+        features: of the whole split.
+        rows: (R,) long.
+    """
+
+    def __init__(self, features: Features, rows: Tensor) -> None:
+        self._features, self._rows = features, rows
+        self.labels, self.lengths = features.labels[rows], features.lengths[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
+        """The given rows of these rows."""
+        return self._features.batch(self._rows[torch.as_tensor(rows)])
+
+
 @dataclass(frozen=True)
 class Bench:
-    """Measures candidates with one frozen model on one split.
+    """Measures systems with one frozen model on one split.
 
     Args:
         pretrained: the task model, already on its device.
         split: the tokenized inputs.
         store: where features are stored.
-        config: how candidates are measured.
+        config: how systems are measured.
         log: called with a line of progress before each part of the work.
     """
 
@@ -86,7 +111,9 @@ class Bench:
     store: StoreConfig
     config: MeasureConfig = field(default_factory=MeasureConfig)
     log: Callable[[str], None] = log_nothing
+    _models: dict[str, MultiplexedClassifier] = field(default_factory=dict, init=False, repr=False)
 
+    @cached_property
     def siso(self) -> Floats:
         """(M,) whether the plain model is correct on each input, 0 or 1."""
         features = self._open([]).with_tokens()
@@ -97,42 +124,87 @@ class Bench:
         correct: Floats = (torch.cat(teacher) == self.split.labels).double().numpy()
         return correct
 
-    def candidates(self, adapters: Sequence[TrainedAdapter]) -> list[Candidate]:
-        """Each adapter without fallback and with each fallback threshold that it supports; costs are counted."""
-        found: list[Candidate] = []
+    def scores(self, adapters: Sequence[TrainedAdapter], rows: Tensor) -> list[StageScores]:
+        """The answers of every adapter to the given rows, with its counted cost."""
+        found = []
         for number, adapter in enumerate(adapters, 1):
             self.log(f"measuring the loss of {adapter.name} on the choosing set ({number} of {len(adapters)})")
-            found += self._candidates_of(adapter)
+            found.append(self._scores_of(adapter, rows))
         return found
 
-    def _candidates_of(self, adapter: TrainedAdapter) -> list[Candidate]:
-        model = load_adapter(adapter.folder, self.pretrained)
-        made = []
-        for point in answers(model, self._features(model), self.config):
-            name = adapter.name if point.threshold == 0 else f"{adapter.name}@{point.threshold:g}"
-            made.append(
-                Candidate(
-                    name=name,
-                    method=model.method.name,
-                    num_inputs=model.num_inputs,
-                    prefill_layers=model.prefill_layers,
-                    correct=point.correct,
-                    cost_counted=point.cost,
-                    options=model.method.options_dict(),
-                    infonce_weight=adapter.infonce_weight,
-                    threshold=point.threshold or None,
-                    fallback=point.fallback,
-                    folder=adapter.folder,
-                    run_id=adapter.run_id,
-                )
-            )
-        return made
+    def _scores_of(self, adapter: TrainedAdapter, rows: Tensor) -> StageScores:
+        model = self._model(adapter.folder)
+        features = FeatureRows(self._features(model), rows)
+        correct, sure = [], []
+        with evaluating(model):
+            for shuffle in range(1 if model.num_inputs == 1 else self.config.shuffles):
+                groups = served_groups(features.lengths, model.num_inputs, self.config.seed, shuffle)
+                labels, _, scores = predict(model, features, groups)
+                correct.append((labels == features.labels).numpy())
+                sure.append(confidence(scores).numpy())
+        length = max(1, round(float(self.split.lengths.double().mean())))
+        cost = count_flops(model.backbone, model.method, model.prefill_layers, length)
+        plain = plain_cost(model.backbone, length).per_input
+        return StageScores(
+            PlannedStage(
+                adapter=adapter.name,
+                method=model.method.name,
+                num_inputs=model.num_inputs,
+                prefill_layers=model.prefill_layers,
+                options=model.method.options_dict(),
+                infonce_weight=adapter.infonce_weight,
+                folder=adapter.folder,
+                run_id=adapter.run_id,
+            ),
+            np.stack(correct),
+            np.stack(sure),
+            cost.per_input / plain,
+            cost.prefill / plain,
+            resume_cost(model.backbone, model.prefill_layers, length),
+            can_go_on=reads_plain_states(model),
+        )
 
-    def answers(self, folder: str, threshold: float) -> Answers:
-        """The results of the adapter in a folder at one fallback threshold; 0 means no fallback."""
-        model = load_adapter(folder, self.pretrained)
-        found = answers(model, self._features(model), replace(self.config, thresholds=(threshold,)))
-        return next(answer for answer in found if answer.threshold == threshold)
+    def correct(self, system: Candidate, rows: Tensor | None = None) -> Floats:
+        """Run a system as a server does, with groups of the inputs that reach each stage.
+
+        Args:
+            system: a single adapter or a ladder; not SISO.
+            rows: (R,) rows of the split; None for all.
+
+        Returns:
+            (R,) how often each input was answered correctly, 0..1.
+        """
+        ladder = self._ladder(system)
+        features = self._features(ladder.stages[0].model)
+        if rows is not None:
+            features = FeatureRows(features, rows)
+        found = evaluate_ladder(ladder, features, self.config.shuffles, self.config.seed, grouping="length")
+        correct: Floats = found.correct.numpy()
+        return correct
+
+    def timed(self, systems: Sequence[Candidate]) -> list[Candidate]:
+        """The systems with their throughput on this hardware, timed in pairs with SISO, all stages included."""
+        if not self.config.throughput_inputs:
+            return list(systems)
+        plain = plain_classifier(self.pretrained.backbone)
+        batches = like_length_batches(
+            self.split, self.config.throughput_inputs, self.config.throughput_batch, self.pretrained.backbone.device
+        )
+        found = []
+        for number, system in enumerate(systems, 1):
+            self.log(f"measuring the throughput of {system.name} on this hardware ({number} of {len(systems)})")
+            ratio = paired_throughput(plain, self._ladder(system), batches, self.config.throughput_pairs)
+            found.append(replace(system, throughput_ratio=ratio.median))
+        return found
+
+    def _ladder(self, system: Candidate) -> Ladder:
+        return Ladder([Stage(self._model(stage.folder), stage.threshold or 0.0) for stage in system.stages])
+
+    def _model(self, folder: str | None) -> MultiplexedClassifier:
+        assert folder is not None
+        if folder not in self._models:
+            self._models[folder] = load_adapter(folder, self.pretrained)
+        return self._models[folder]
 
     def _features(self, model: MultiplexedClassifier) -> Features:
         if reads_plain_states(model):
@@ -146,53 +218,6 @@ class Bench:
     @cached_property
     def _weights(self) -> str:
         return backbone_digest(self.pretrained.backbone)
-
-    def measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The candidates on the front of their width by counted cost, timed on this hardware in pairs with SISO.
-
-        The other candidates are left out: another system of the same width costs no more and is no less accurate. The
-        forward pass of an adapter is timed once. Each threshold then adds its share of answers that fall back, at
-        counted cost.
-        """
-        widths = sorted({candidate.num_inputs for candidate in candidates})
-        kept = [one for width in widths for one in front([other for other in candidates if other.num_inputs == width])]
-        if not self.config.throughput_inputs:
-            return kept
-        backbone = self.pretrained.backbone
-        plain = plain_classifier(backbone)
-        batches = like_length_batches(
-            self.split, self.config.throughput_inputs, self.config.throughput_batch, backbone.device
-        )
-        length = max(1, round(float(self.split.lengths.double().mean())))
-        cost: dict[str, float] = {}
-        folders = list(dict.fromkeys(one.folder for one in kept if one.folder is not None))
-        for number, folder in enumerate(folders, 1):
-            self.log(f"measuring the throughput of {Path(folder).name} on this hardware ({number} of {len(folders)})")
-            model = load_adapter(folder, self.pretrained)
-            cost[folder] = 1 / paired_throughput(plain, model, batches, self.config.throughput_pairs).median
-        return [
-            replace(
-                one,
-                throughput_ratio=1
-                / (cost[one.folder] + one.fallback * resume_cost(backbone, one.prefill_layers, length)),
-            )
-            for one in kept
-            if one.folder is not None
-        ]
-
-
-def answers(model: MultiplexedClassifier, features: Features, config: MeasureConfig) -> list[Answers]:
-    """How often a model is correct on each input, at every threshold that it supports; the first is without fallback."""
-    if reads_plain_states(model):
-        thresholds = sorted({0.0, *config.thresholds})
-        found = evaluate_fallback(model, features, thresholds, config.shuffles, config.seed)
-        return [Answers(point.threshold, point.share, point.cost, point.correct.numpy()) for point in found]
-    correct = torch.zeros(len(features), dtype=torch.float64)
-    with evaluating(model):
-        for shuffle in range(config.shuffles):
-            groups = shuffled_groups(len(features), model.num_inputs, config.seed, shuffle)
-            correct += predict(model, features, groups).labels == features.labels
-    return [Answers(0.0, 0.0, relative_cost_at(model, features), (correct / config.shuffles).numpy())]
 
 
 def reads_plain_states(model: MultiplexedClassifier) -> bool:

@@ -8,17 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from revmux.errors import UserError
-from revmux.plan.front import FrontRow, front
+from revmux.plan.front import LADDER, FrontRow, front
 from revmux.utils.extras import require
 from revmux.utils.files import atomic_file
 
+MAX_LABELS = 10
+"""About the most points of a front that are labelled in the picture."""
 COST_LABEL = "cost of an input relative to SISO, {} (left is cheaper)"
 
 
 def label_of(row: FrontRow) -> str:
-    """The label of a point: ``N=2 l=3``, or ``layer 3`` for an exit head, and the share of answers that fall back."""
-    text = row.kind.point_name(row.num_inputs, row.prefill_layers)
+    """The label of a point: ``N=2 l=3``, or ``layer 3`` for an exit head, later stages, and the share that falls back."""
+    text = " → ".join([row.kind.point_name(row.num_inputs, row.prefill_layers), *row.later])
     return text if row.threshold is None else f"{text}, {row.fallback:.0%} fall back"
+
+
+def marks_of(row: FrontRow) -> tuple[str, str]:
+    """The markers of a row in matplotlib and in plotly."""
+    return ("P", "cross") if row.group == LADDER else row.kind.marks
+
+
+def legend_of(row: FrontRow) -> str:
+    """The name of a row's group in a legend."""
+    return LADDER if row.group == LADDER else row.kind.legend()
 
 
 def plot_front_png(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
@@ -44,19 +56,19 @@ def plot_front_png(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
         linewidth=1,
         label="front",
     )
-    for method in sorted({row.method for row in rows}):
-        members = [row for row in rows if row.method == method]
+    for group in sorted({row.group for row in rows}):
+        members = [row for row in rows if row.group == group]
         axes.errorbar(
             [row.cost for row in members],
             [100 * row.accuracy for row in members],
             yerr=[100 * row.accuracy_std for row in members],
-            fmt=members[0].kind.marks[0],
+            fmt=marks_of(members[0])[0],
             markersize=7,
             capsize=3,
             alpha=0.8,
-            label=members[0].kind.legend(),
+            label=legend_of(members[0]),
         )
-    for row in best:
+    for row in best[:: max(1, len(best) // MAX_LABELS)]:
         point = (row.cost, 100 * row.accuracy)
         axes.annotate(label_of(row), point, textcoords="offset points", xytext=(6, 6), fontsize=8)
     axes.set_xlabel(COST_LABEL.format(_kind(rows)))
@@ -89,18 +101,18 @@ def plot_front_html(rows: Sequence[FrontRow], path: Path, title: str) -> Path:
         name="front",
         hoverinfo="skip",
     )
-    for method in sorted({row.method for row in rows}):
-        members = [row for row in rows if row.method == method]
+    for group in sorted({row.group for row in rows}):
+        members = [row for row in rows if row.group == group]
         figure.add_scatter(
             x=[row.cost for row in members],
             y=[100 * row.accuracy for row in members],
             mode="markers",
             marker={
-                "symbol": members[0].kind.marks[1],
+                "symbol": marks_of(members[0])[1],
                 "size": 11,
                 "line": {"width": [2 if row in best else 0 for row in members], "color": "black"},
             },
-            name=members[0].kind.legend(),
+            name=legend_of(members[0]),
             text=[_hover(row) for row in members],
             hovertemplate="%{text}<extra></extra>",
         )
@@ -127,6 +139,8 @@ def _hover(row: FrontRow) -> str:
         "cost counted": f"{row.cost_counted:.3f}",
         "throughput measured": "–" if row.throughput_ratio is None else f"{row.throughput_ratio:.2f}×",
     }
+    if row.later:
+        settings["later stages"] = ", ".join(row.later)
     if row.threshold is not None:
         settings |= {"threshold": f"{row.threshold:.3f}", "fall back": f"{row.fallback:.1%}"}
     return "<br>".join([f"<b>{row.name}</b>", *(f"{key}: {value}" for key, value in settings.items())])

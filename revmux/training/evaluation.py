@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
@@ -44,8 +45,8 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The scalars by name; those with groups by length have the suffix ``_served``."""
-        names = [item.name for item in fields(self) if item.name not in ("accuracies", "served")]
-        found = {name: float(getattr(self, name)) for name in names}
+        hidden = {"accuracies", "served"} | ({"cost_grouped"} if math.isnan(self.cost_grouped) else set())
+        found = {item.name: float(getattr(self, item.name)) for item in fields(self) if item.name not in hidden}
         if self.served is None:
             return found
         return found | {f"{name}_served": value for name, value in self.served.metrics().items()}

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from revmux.errors import UserError
 from revmux.estimate.flops import LadderCost, ladder_cost
 from revmux.features.base import Features
-from revmux.grouping import local_rows, shuffled_groups, similar_length_groups
+from revmux.grouping import Grouping, evaluation_groups, local_rows
 from revmux.ladder import Ladder
 from revmux.training.evaluation import Evaluation
-
-Grouping = Literal["random", "length"]
-"""Which inputs share a group: any, or inputs of similar length, as a server groups those that wait together."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def evaluate_ladder(
         features: the split. Its states, if it stores them, are at most as deep as the first stage's prefill. With a
             teacher, the inputs that fall back get the teacher's answers, which are the plain model's.
         shuffles: number of groupings, as in :func:`revmux.training.evaluation.evaluate`.
-        seed: seed of the first shuffle; each later one adds 1.
+        seed: seed of the shuffles.
         batch_size: inputs per pass. Later stages form groups inside a pass.
         grouping: which inputs share a group, in all stages.
         cost: from :func:`revmux.estimate.flops.ladder_cost` at the mean length; None counts it.
@@ -84,11 +79,9 @@ def evaluate_ladder(
     Raises:
         UserError: the grouping is unknown.
     """
-    if grouping not in get_args(Grouping):
-        raise UserError(f"grouping is {grouping!r}; choose {' or '.join(get_args(Grouping))}")
     if all(stage.model.num_inputs == 1 for stage in ladder.stages):
         shuffles = 1  # every grouping gives the same answers
-    predictions = [_predict(ladder, features, seed + shuffle, batch_size, grouping) for shuffle in range(shuffles)]
+    predictions = [_predict(ladder, features, seed, shuffle, batch_size, grouping) for shuffle in range(shuffles)]
     labels, stages, teacher = (torch.stack(parts) for parts in zip(*predictions))  # (shuffles, M) each
     correct = (labels == features.labels).double()  # (shuffles, M)
     accuracies = correct.mean(dim=1)
@@ -113,7 +106,7 @@ def evaluate_ladder(
 
 
 def _predict(
-    ladder: Ladder, features: Features, seed: int, batch_size: int, grouping: Grouping
+    ladder: Ladder, features: Features, seed: int, shuffle: int, batch_size: int, grouping: Grouping
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Answer every input once.
 
@@ -123,13 +116,11 @@ def _predict(
     total, width = len(features), ladder.num_inputs
     labels = torch.full((total,), -1)
     stages, teacher = torch.zeros_like(labels), torch.full_like(labels, -1)
-    if grouping == "length":
-        groups, order = similar_length_groups(features.lengths, width, seed, batch_size), features.lengths
-    else:
-        groups = shuffled_groups(total, width, seed)
+    groups, order = evaluation_groups(grouping, features.lengths, width, seed, shuffle), features.lengths
+    if grouping == "random":
         longest = features.lengths[groups].amax(dim=1)  # (G,)
         groups = groups[longest.argsort(descending=True)]  # groups of similar length share a pass
-        order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(total))
+        order = torch.from_numpy(np.random.default_rng([seed, shuffle, 1]).permutation(total))
     for chunk in groups.split(max(1, batch_size // width)):
         rows, inside = local_rows(chunk)
         batch = features.batch(rows)
