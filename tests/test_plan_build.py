@@ -15,6 +15,8 @@ from datasets import Dataset
 from revmux import UserError
 from revmux.adapters.config import load_adapter_config
 from revmux.adapters.folder import load_adapter
+from revmux.bulk.config import BulkConfig
+from revmux.bulk.system import adapter_sources
 from revmux.data.config import DataConfig
 from revmux.data.task import TaskData, load_task
 from revmux.features.config import StoreConfig
@@ -129,6 +131,15 @@ def test_the_cheapest_system_is_chosen_and_its_reasons_are_written(plan: Plan) -
     assert cheapest["name"] in page
     assert "Verified once" in page
     assert written["meta"]["data"]["test"] == written["served"][-1]["verification"]["inputs"]
+
+
+def test_a_plan_names_the_adapter_of_every_stage_for_bulk_use(plan: Plan, tmp_path: Path) -> None:
+    assert adapter_sources(BulkConfig(input="rows.csv", output="out", plan=str(plan.folder))) == plan.adapters
+    stages = [{"adapter": "adapters/stage1-n1"}, {"adapter": str(tmp_path / "stage2-n2")}]
+    content = {"is_met": True, "why_not": None, "served": [{"stages": stages}]}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    found = adapter_sources(BulkConfig(input="rows.csv", output="out", plan=str(tmp_path)))
+    assert found == [str(tmp_path / "adapters" / "stage1-n1"), str(tmp_path / "stage2-n2")]
 
 
 def test_served_adapters_contain_their_thresholds_and_answer_as_verified(

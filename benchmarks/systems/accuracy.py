@@ -51,7 +51,10 @@ class Budget:
 
 def all_runs(budget: Budget, task: TaskData, model: Path, num_layers: int, folder: Path) -> list[Run]:
     """Return every system at every N with every seed, ordered by seed."""
-    backbone, data = BackboneConfig(str(model), max_length=MAX_LENGTH), DataConfig("docstrings", per_class=budget.per_class)
+    backbone, data = (
+        BackboneConfig(str(model), max_length=MAX_LENGTH),
+        DataConfig("docstrings", per_class=budget.per_class),
+    )
     store = StoreConfig(root=str(folder / "features"))
     runs = []
     for seed in range(budget.seeds):

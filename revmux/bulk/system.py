@@ -22,7 +22,7 @@ from revmux.adapters.config import (
 )
 from revmux.bulk.config import BulkConfig
 from revmux.errors import UserError
-from revmux.plan.build import PLAN_NAME
+from revmux.plan.files import PLAN_NAME
 from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, load_pretrained
@@ -73,7 +73,7 @@ class System:
     Attributes:
         backbone: the task model.
         identity: identity of its weights.
-        adapters: one adapter for each N; empty for the plain model.
+        adapters: one adapter for each N, or one for each stage of a ladder; empty for the plain model.
         threshold: confidence below which answers fall back, for all adapters; None is each adapter's own threshold.
         max_length: maximum number of tokens per input; None is the adapters' length, or the model's maximum.
         max_batch_tokens: maximum number of tokens per forward pass.
@@ -168,7 +168,7 @@ def adapter_sources(config: BulkConfig) -> list[str]:
         UserError: the plan cannot be read or does not meet its goal.
     """
     if config.plan is not None:
-        return [str(one["adapter"]) for one in _read_plan(config.plan)["served"] if one["adapter"] is not None]
+        return [str(stage["adapter"]) for one in _read_plan(config.plan)["served"] for stage in one["stages"]]
     return [] if config.adapter is None else [config.adapter]
 
 
@@ -184,9 +184,9 @@ def _read_plan(plan: str) -> dict[str, Any]:
         ) from None
     if not met or not served:
         raise UserError(f"plan {plan!r} does not meet its goal ({content['why_not']}); make another plan")
-    for one in served:
-        if one["adapter"] is not None and not Path(one["adapter"]).is_absolute():
-            one["adapter"] = str((path.parent / one["adapter"]).absolute())
+    for stage in (stage for one in served for stage in one["stages"]):
+        if not Path(stage["adapter"]).is_absolute():
+            stage["adapter"] = str((path.parent / stage["adapter"]).absolute())
     return content
 
 
