@@ -17,6 +17,19 @@ from revmux.utils.redact import without_passwords
 Config = TypeVar("Config")
 
 
+class Unfinished(Exception):
+    """A job did all that it could, but its result is not complete. It was reported already.
+
+    Args:
+        status: exit status of the command.
+        message: one line for the user.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def parse(
     config_class: type[Config], description: str | None, argv: Sequence[str] | None = None, prog: str | None = None
 ) -> Config:
@@ -75,13 +88,17 @@ def run(
         prog: see :func:`parse`.
 
     Returns:
-        0 on success; 2 after a ``UserError``, which is printed on one line; 1 after any other error, with its traceback.
+        0 on success; 2 after a ``UserError``, which is printed on one line; the status of :class:`Unfinished`, which is
+        printed on one line too; 1 after any other error, with its traceback.
     """
     try:
         job(with_absolute_model(parse(config_class, description, argv, prog)))
     except UserError as error:
         print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         return 2
+    except Unfinished as error:
+        print(f"error: {without_passwords(str(error))}", file=sys.stderr)
+        return error.status
     except Exception:  # its message may contain the tracking URI
         print(without_passwords(traceback.format_exc()), end="", file=sys.stderr)
         return 1

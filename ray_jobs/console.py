@@ -23,6 +23,10 @@ COMMANDS = {
         "plan": ("ray_jobs.plan:command", "Find the cheapest system within an allowed loss of accuracy."),
     },
     "Serve and share": {
+        "classify": (
+            "ray_jobs.classify:command",
+            "Classify a whole data set of Parquet, CSV, JSON lines or Arrow files.",
+        ),
         "serve": ("serve_app.__main__:main", "Serve a task model and its adapters over HTTP."),
         "push": ("revmux.__main__:main", "Push an adapter to the Hugging Face hub."),
     },

@@ -68,8 +68,7 @@ def classify_files(
         stopped = False
         if progress.pending:
             worker = Worker(job, str(device))
-            threads = torch.get_num_threads()
-            with ThreadPoolExecutor(UNITS_IN_FLIGHT, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            with ThreadPoolExecutor(UNITS_IN_FLIGHT) as pool:
                 running: dict[Future[Finished], Unit] = {}
                 while (progress.pending or running) and not stopped:
                     while progress.pending and len(running) < UNITS_IN_FLIGHT:

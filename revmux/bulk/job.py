@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from revmux.bulk.config import BulkConfig
 from revmux.bulk.formats import Columns
-from revmux.bulk.location import absolute_location
+from revmux.bulk.location import with_absolute_paths
 from revmux.bulk.output import settings_key
 from revmux.bulk.system import System, find_system
 from revmux.bulk.units import Work, list_work
-from revmux.pretrained.config import EMBEDDED_NAME
 
 FORMAT_VERSION = 1
 """Version of the files in the output folder."""
@@ -53,14 +52,6 @@ class Job:
     def key(self) -> str:
         """Hash of the settings, which names the files of units."""
         return settings_key(self.settings)
-
-
-def with_absolute_paths(config: BulkConfig) -> BulkConfig:
-    """The settings with absolute paths, since workers run in other folders."""
-    model = config.model
-    if model is not None and model != EMBEDDED_NAME and Path(model).expanduser().is_dir():
-        model = absolute_location(model)
-    return replace(config, input=absolute_location(config.input), output=absolute_location(config.output), model=model)
 
 
 def prepare_job(config: BulkConfig, work: Work, adapters: Sequence[tuple[Path, str]] | None = None) -> Job:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
+from revmux.bulk.config import BulkConfig
 from revmux.bulk.formats import FORMATS
 from revmux.errors import UserError
 from revmux.features.place import Place
+from revmux.pretrained.config import EMBEDDED_NAME
 
+Config = TypeVar("Config", bound=BulkConfig)
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -45,6 +49,14 @@ class InputFiles:
     filesystem: FileSystem
     files: list[InputFile]
     ignored: list[str]
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The settings with absolute paths, since workers run in other folders."""
+    model = config.model
+    if model is not None and model != EMBEDDED_NAME and Path(model).expanduser().is_dir():
+        model = absolute_location(model)
+    return replace(config, input=absolute_location(config.input), output=absolute_location(config.output), model=model)
 
 
 def absolute_location(location: str) -> str:

@@ -77,13 +77,16 @@ class Worker:
     Args:
         job: the job.
         device: where the model runs.
+        threads: number of CPU threads of the model; None is the number that PyTorch uses in the thread that calls the
+            constructor.
 
     Raises:
         UserError: the model cannot be loaded or does not fit the input.
     """
 
-    def __init__(self, job: Job, device: str) -> None:
+    def __init__(self, job: Job, device: str, threads: int | None = None) -> None:
         self.job = job
+        self.threads = threads or torch.get_num_threads()  # a new thread would start with OpenMP's own default
         self.task: Task = job.system.load(device)
         _check_pairs(self.task, job.columns.pair is not None)
         self._tokenizer = Tokenizer(self.task.pretrained, self.task.max_length)
@@ -100,6 +103,7 @@ class Worker:
         with self._reading:
             prepared = self._prepare(unit)
         with self._device:
+            torch.set_num_threads(self.threads)
             answers = classify_tokens(self.task, prepared.tokens)
             audited, plain = self._audit(prepared, answers)
         with self._writing:
