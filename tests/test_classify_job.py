@@ -69,7 +69,7 @@ def job(folder: Path, tmp_path: Path, mlflow_database: Path) -> ClassifyJob:
         max_batch_tokens=512,
         audit=0.5,
         storage=str(tmp_path / "runs"),
-        cluster=ClusterConfig(workers=2, cpus_per_worker=0.5, max_failures=1),
+        cluster=ClusterConfig(workers=1, cpus_per_worker=0.5, max_failures=1),
     )
 
 
@@ -135,7 +135,7 @@ def test_a_killed_worker_costs_no_row(
             return super().run(unit)
 
     monkeypatch.setattr(pool, "UnitActor", Killed)
-    classify.main(job)
+    classify.main(replace(job, cluster=replace(job.cluster, workers=2)))
     assert (tmp_path / "killed").exists()
     assert parts(job.output) == undisturbed
 
@@ -175,7 +175,7 @@ def test_a_damaged_file_fails_its_units_only(job: ClassifyJob, ray_here: None, f
     (rows / "a.parquet").write_bytes(good)
     (rows / "b.parquet").write_bytes(bytes(bad))
     argv = ["--input", str(rows), "--output", job.output, "--model", str(job.model), "--unit_rows", "100"]
-    argv += ["--storage", job.storage, "--cluster.cpus_per_worker", "0.5", "--attempts", "1"]
+    argv += ["--storage", job.storage, "--cluster.workers", "1", "--cluster.cpus_per_worker", "0.5", "--attempts", "1"]
     assert classify.command(argv) == 3
     found = ids(job.output)
     assert found[:200] == list(range(200))
@@ -195,7 +195,7 @@ def test_a_model_that_does_not_fit_is_one_line(
     job: ClassifyJob, ray_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--input", job.input, "--output", job.output, "--model", str(job.model), "--max_length", "500"]
-    argv += ["--storage", job.storage, "--cluster.cpus_per_worker", "0.5"]
+    argv += ["--storage", job.storage, "--cluster.workers", "1", "--cluster.cpus_per_worker", "0.5"]
     assert classify.command(argv) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "max_length is 500" in line
