@@ -12,6 +12,7 @@ __all__ = [
     "Backbone",
     "BackboneConfig",
     "BackboneShape",
+    "BulkConfig",
     "DataConfig",
     "Goal",
     "HiddenState",
@@ -22,6 +23,7 @@ __all__ = [
     "UserError",
     "__version__",
     "build_method",
+    "classify_files",
     "cut",
     "load_adapter",
     "load_pretrained",
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from revmux.adapters.classifier import TextClassifier
     from revmux.adapters.folder import load_adapter, save_adapter
     from revmux.backbone import Backbone, HiddenState, cut
+    from revmux.bulk.classify import classify_files
+    from revmux.bulk.config import BulkConfig
     from revmux.data.config import DataConfig
     from revmux.data.task import load_task
     from revmux.methods import BackboneShape, Method, build_method
@@ -52,6 +56,8 @@ else:
             "revmux.adapters.classifier": ["TextClassifier"],
             "revmux.adapters.folder": ["load_adapter", "save_adapter"],
             "revmux.backbone": ["Backbone", "HiddenState", "cut"],
+            "revmux.bulk.classify": ["classify_files"],
+            "revmux.bulk.config": ["BulkConfig"],
             "revmux.data.config": ["DataConfig"],
             "revmux.data.task": ["load_task"],
             "revmux.methods": ["BackboneShape", "Method", "build_method"],

@@ -105,6 +105,26 @@ MISTAKES = {
     "value out of range": ("ray_jobs.tune", ["--optim.epochs", "0"], "epochs is 0"),
     "missing required setting": ("ray_jobs.evaluate", [], "adapter"),
     "unknown choice": ("ray_jobs.train", ["--backbone.dtype", "int4"], "int4"),
+    "missing input": (
+        "ray_jobs.classify",
+        ["--input", "nowhere.csv", "--output", "out", "--model", "MODEL"],
+        "cannot find input",
+    ),
+    "input without the text column": (
+        "ray_jobs.classify",
+        ["--input", "TABLE", "--output", "out", "--model", "MODEL", "--text_column", "review"],
+        "unknown text_column 'review'; columns of TABLE: body, stars",
+    ),
+    "classification without a model": (
+        "ray_jobs.classify",
+        ["--input", "TABLE", "--output", "out"],
+        "name at least one",
+    ),
+    "classification with no adapter folder": (
+        "ray_jobs.classify",
+        ["--input", "TABLE", "--output", "out", "--text_column", "body", "--adapter", "EMPTY"],
+        "not an adapter folder",
+    ),
     "unknown method": ("ray_jobs.train", ["--method.name", "revmax"], "unknown method 'revmax'"),
     "missing model folder": ("ray_jobs.train", ["--backbone.model", "./nowhere"], "cannot find folder './nowhere'"),
     "folder that is no model": ("ray_jobs.features", ["--backbone.model", "EMPTY"], "contains no config.json"),
