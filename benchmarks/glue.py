@@ -25,8 +25,8 @@ from revmux.utils.run_info import describe_run
 RESULT, KEPT = Path("benchmarks/results/glue.json"), Path("runs/glue")
 TASKS = ("SST-2", "MRPC", "RTE")
 SYSTEMS = (
-    ("RevMUX", MethodConfig("revmux", 2, 3, {"skip": True})),
-    ("RevMUX", MethodConfig("revmux", 4, 3, {"skip": True})),
+    ("RevMUX", MethodConfig("revmux", 2, 3, {"own_state": "linear"})),
+    ("RevMUX", MethodConfig("revmux", 4, 3, {"own_state": "linear"})),
     ("Exit head, layer 3", exit_head_config(3)),
     ("Exit head, layer 4", exit_head_config(4)),
 )

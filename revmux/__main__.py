@@ -39,7 +39,7 @@ def cost(
         length: Tokens per input, including those of the prompt's template.
         prompt: Prompt of the language model in a folder: the name of a shipped prompt, or a YAML file.
         soft_prompt: Number of soft prompt vectors before every input of a language model.
-        options: Options of the method by name, as a mapping such as {skip: true}. ``revmux methods`` lists them.
+        options: Options of the method by name, as a mapping such as {own_state: mlp}. ``revmux methods`` lists them.
     """
     check_shape_name(model)
     check_method_name(method)
@@ -72,7 +72,7 @@ def memory(
         dtype: Type of the frozen backbone's weights.
         prompt: Prompt of the language model in a folder: the name of a shipped prompt, or a YAML file.
         soft_prompt: Number of soft prompt vectors before every input of a language model.
-        options: Options of the method by name, as a mapping such as {skip: true}. ``revmux methods`` lists them.
+        options: Options of the method by name, as a mapping such as {own_state: mlp}. ``revmux methods`` lists them.
     """
     check_shape_name(model)
     check_method_name(method)

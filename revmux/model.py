@@ -57,9 +57,11 @@ class MultiplexedClassifier(nn.Module):
     def __init__(self, backbone: Backbone, method: Method, prefill_layers: int) -> None:
         super().__init__()
         method.check_prefill(prefill_layers)
+        method.attach(backbone, prefill_layers)
         self.backbone = backbone
         self.method = method
         self.prefill_layers = prefill_layers
+        self._updated: tuple[Backbone] | None = None  # a tuple, so that the copy is not registered as a submodule
 
     @property
     def num_inputs(self) -> int:
@@ -87,7 +89,7 @@ class MultiplexedClassifier(nn.Module):
             groups: (G, N) long, the rows of ``prefilled`` in each group. A row may fill several slots.
             on_stage: called after each stage with its name: ``multiplex``, ``upper`` and ``head``.
         """
-        own = self.backbone.own_answers(prefilled)[groups]  # (G, N, d)
+        own = self.backbone.own_states(prefilled)[groups]  # (G, N, 2d)
         mixed = self.multiplex(prefilled, groups)  # (G, S', d)
         on_stage("multiplex")
         upper = self.upper_in_training(mixed) if self.training else self.upper(mixed)  # (G, S', d) or (G, A, d)
@@ -109,22 +111,34 @@ class MultiplexedClassifier(nn.Module):
         """The precision of the adapters (float32), which is independent of the backbone's precision."""
         return next((weight.dtype for weight in self.method.parameters()), self.backbone.dtype)
 
+    @property
+    def upper_backbone(self) -> Backbone:
+        """The backbone whose layers l+1..e run shared sequences: with LoRA, a copy that shares all of its weights."""
+        lora = self.method.lora
+        if lora is None:
+            return self.backbone
+        if self._updated is None or not lora.is_applied_in(self._updated[0]):
+            self._updated = (lora.applied_to(self.backbone),)
+        updated = self._updated[0]
+        updated.gradient_checkpointing = self.backbone.gradient_checkpointing
+        return updated
+
     def upper(self, mixed: HiddenState) -> HiddenState:
         """Run shared sequences through layers l+1..e; the shape does not change."""
-        return self.backbone.run(mixed, self.method.exit_layer())
+        return self.upper_backbone.run(mixed, self.method.exit_layer())
 
     def upper_in_training(self, mixed: HiddenState) -> HiddenState:
         """Like :meth:`upper`, but the last layer may skip tokens that are not read, so its rounding may differ."""
         if not self.method.reads_answers_alone:
             return self.upper(mixed)
-        return self.backbone.run_to_answers(mixed, self.method.exit_layer())
+        return self.upper_backbone.run_to_answers(mixed, self.method.exit_layer())
 
     def answer(self, upper: HiddenState, own: Tensor) -> GroupOutput:
         """Demultiplex and classify the output of the upper layers.
 
         Args:
             upper: (G, S', d) at depth e, or (G, A, d) if it holds the answer positions only.
-            own: (G, N, d), each input's own prefilled state at its answer position.
+            own: (G, N, 2d), [answer state ; mean state] of each input after the prefill.
         """
         dtype = self._method_dtype
         shared_answers = self.method.read(self.backbone, upper).to(dtype)  # (G, A, d)

@@ -74,7 +74,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 @pytest.mark.parametrize(
     ("name", "num_inputs", "options"),
     [
-        ("revmux", 2, {"skip": True, "dropout": 0.1}),
+        ("revmux", 2, {"own_state": "linear", "dropout": 0.1}),
         ("revmux", 4, {"exit_layer": 2}),
         ("token-split", 2, {}),
         ("mux-plm", 2, {}),

@@ -34,7 +34,7 @@ SYSTEMS = [
     ("siso", 1, {}),
     ("exit-head", 1, {"layer": 2}),
     ("revmux", 2, {}),
-    ("revmux", 4, {"skip": True, "exit_layer": 2}),
+    ("revmux", 4, {"own_state": "linear", "exit_layer": 2}),
     ("vanilla-adapter", 2, {}),
     ("only-multiplexer-reversible", 4, {}),
     ("datamux", 2, {}),
@@ -429,9 +429,9 @@ def test_the_command_line_accepts_the_options_of_a_method(command):
     assert status == tuned[0] == 0
     adam = [float(text.splitlines()[2].split()[6]) for text in (frozen, tuned[1])]
     assert adam[1] > 4 * adam[0]
-    status, _, errors = command("memory", "--options", "{skipp: true}")
+    status, _, errors = command("memory", "--options", "{own_stat: mlp}")
     assert status == 2
-    assert "skip" in errors
+    assert "own_state" in errors
 
 
 def test_command_line_lists_every_method_with_its_options(command):

@@ -41,7 +41,7 @@ def printed_error(capsys: pytest.CaptureFixture[str]) -> str:
         (["--num_inputs", "[3]", "--optim.batch_size", "6"], ["32", "3"]),
         (["--method.name", "revmax"], ["revmax", "token-split"]),
         (["--method.name", "siso"], ["siso", "revmux finetune"]),
-        (["--method.options", "{skipp: true}"], ["skipp", "skip"]),
+        (["--method.options", "{own_stat: mlp}"], ["own_stat", "own_state"]),
         (
             ["--method.name", "datamux", "--method.options", "{demultiplexer: index}", "--backbone.max_length", "38"],
             ["max_length is 38", "datamux adds 3 tokens", "at most 40", "max_length 37"],

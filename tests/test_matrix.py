@@ -35,9 +35,10 @@ FAMILIES = {
     "qwen3": "qwen3-head",
     "gpt2": "gpt2-words",
 }
+STRONG = {"activation": "gelu", "up": "inverse", "own_state": "mlp", "lora_rank": 2}
 METHODS = [
     ("revmux", {}),
-    ("revmux", {"skip": True}),
+    ("revmux", STRONG),
     ("revmux", {"tune_backbone": True}),
     ("vanilla-adapter", {}),
     ("only-multiplexer-reversible", {}),
@@ -47,7 +48,7 @@ METHODS = [
     ("token-split", {}),
 ]
 REVERSIBLE = [("revmux", {}), ("only-multiplexer-reversible", {})]
-ALONE = [("siso", {}), ("exit-head", {"layer": 2})]
+ALONE = [("siso", {}), ("exit-head", {"layer": 2, "attention_pooling": True, "lora_rank": 2})]
 WIDTHS = (2, 4, 8, 16)
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 CUT, LENGTH, RETRIEVAL_ROUNDS = 1, 7, 200
@@ -182,7 +183,7 @@ def test_the_multiplexer_is_inverted_from_its_own_output(family, name, num_input
 @pytest.mark.parametrize(
     ("family", "name", "options", "num_inputs"),
     [
-        *((family, "revmux", {"skip": True}, 2) for family in FAMILIES),
+        *((family, "revmux", STRONG, 2) for family in FAMILIES),
         *(("bert", name, options, 4) for name, options in METHODS),
         *(("bert", name, options, 1) for name, options in ALONE),
     ],

@@ -98,12 +98,14 @@ def test_each_answer_position_is_read_for_its_own_slot():
     close(method.demultiplex(answers, torch.zeros(1, 2, 2)), [[[-3, 0], [1, 0]]])
 
 
-def test_revmux_skip_adds_the_own_state():
-    method = build_method("revmux", shape(2), 2, {"skip": True})
+def test_revmux_linear_correction_adds_a_map_of_the_own_state():
+    method = build_method("revmux", shape(2), 2, {"own_state": "linear"})
     method.up = nn.Linear(1, 2)
     fill(method.up, [[0], [0]])
-    fill(method.skip, [[1, 1], [0, 2]])
-    close(method.demultiplex(torch.zeros(1, 1, 2), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])), [[[3, 4], [7, 8]]])
+    fill(method.own_state.outer, [[1, 1, 1, 0], [0, 2, 0, 1]])
+    # [answer ; mean] of slot 1: (1, 2, 5, 6) → (1 + 2 + 5, 4 + 6); of slot 2: (3, 4, 7, 8) → (3 + 4 + 7, 8 + 8)
+    own = torch.tensor([[[1.0, 2.0, 5.0, 6.0], [3.0, 4.0, 7.0, 8.0]]])
+    close(method.demultiplex(torch.zeros(1, 1, 2), own), [[[8, 10], [14, 16]]])
 
 
 def test_vanilla_multiplexer_of_two():
@@ -270,7 +272,8 @@ def test_token_split_keeps_the_last_token_last_for_causal_backbones():
 
 def test_token_split_correction_reads_answer_and_own_state():
     method = build_method("token-split", shape(1), 2)
-    fill(method.correct_inner, [[2, 3]])
-    fill(method.correct_outer, [[1]], [0.5])
-    # 10 + (2·10 + 3·20 + 0.5) = 90.5; 20 + (40 + 30 + 0.5) = 90.5
-    close(method.demultiplex(torch.tensor([[[10.0], [20.0]]]), torch.tensor([[[20.0], [10.0]]])), [[[90.5], [90.5]]])
+    fill(method.own_state.inner, [[2, 3, 1]])
+    fill(method.own_state.outer, [[1]], [0.5])
+    # 10 + (2·10 + 3·20 + 5 + 0.5) = 95.5; 20 + (2·20 + 3·10 + 5 + 0.5) = 95.5
+    own = torch.tensor([[[20.0, 5.0], [10.0, 5.0]]])
+    close(method.demultiplex(torch.tensor([[[10.0], [20.0]]]), own), [[[95.5], [95.5]]])

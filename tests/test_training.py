@@ -56,7 +56,7 @@ def trainer(
 ) -> Trainer:
     """RevMUX with dropout, N = 2, l = 1, on 64 rows; 16 more rows are the selection split."""
     torch.manual_seed(seed)
-    method = build_method("revmux", BackboneShape.of(pretrained.backbone), 2, options or {"dropout": 0.1, "skip": True})
+    method = build_method("revmux", BackboneShape.of(pretrained.backbone), 2, options or {"dropout": 0.1, "own_state": "linear"})
     model = MultiplexedClassifier(pretrained.backbone, method, 1)
     train, selection = split(pretrained, rows[:64]), split(pretrained, rows[64:])
     return Trainer(model, train, selection, optim, LossConfig(), **arguments)
@@ -213,7 +213,7 @@ def test_a_checkpoint_with_another_number_of_steps_is_refused(tiny_pretrained: P
 def test_accumulated_steps_train_the_same_weights_as_whole_steps(tiny_pretrained: Pretrained, tiny_rows: list) -> None:
     def weights(accumulate: int) -> dict[str, Tensor]:
         optim = OptimConfig(epochs=2, batch_size=16, learning_rate=5e-3, accumulate=accumulate)
-        running = trainer(tiny_pretrained, tiny_rows, optim, options={"skip": True})
+        running = trainer(tiny_pretrained, tiny_rows, optim, options={"own_state": "linear"})
         list(running.run())
         return running.trained_weights()
 
@@ -413,7 +413,7 @@ def loss_curve(folder: str, rows: list[dict[str, str]], accumulate: int, negativ
     pretrained = load_pretrained(BackboneConfig(model=folder, max_length=12))
     backbone = pretrained.backbone.freeze()
     torch.manual_seed(0)
-    model = MultiplexedClassifier(backbone, build_method("revmux", BackboneShape.of(backbone), 2, {"skip": True}), 1)
+    model = MultiplexedClassifier(backbone, build_method("revmux", BackboneShape.of(backbone), 2, {"own_state": "linear"}), 1)
     losses: list[Tensor] = []
     running = Trainer(
         model,
@@ -453,7 +453,7 @@ EVERY_METHOD = pytest.mark.parametrize(
     ("name", "num_inputs", "prefill_layers", "options"),
     [
         ("revmux", 2, 1, {}),
-        ("revmux", 2, 1, {"exit_layer": 2, "skip": True}),
+        ("revmux", 2, 1, {"exit_layer": 2, "own_state": "linear"}),
         ("revmux", 2, 1, {"tune_backbone": True}),
         ("vanilla-adapter", 2, 1, {}),
         ("only-multiplexer-reversible", 2, 1, {}),

@@ -91,7 +91,7 @@ def _recipes(backbone: BackboneConfig, data: DataConfig, store: StoreConfig, bud
         optim = OptimConfig(3 * budget.epochs, 16, 1e-3)
         yield Recipe(backbone, data, head, optim, LossConfig(infonce_weight=0.0, distillation_weight=1.0), store, 1)
     for layer in budget.prefill_layers:
-        revmux = MethodConfig("revmux", 2, layer, {"skip": True})
+        revmux = MethodConfig("revmux", 2, layer, {"own_state": "linear"})
         yield Recipe(
             backbone, data, revmux, OptimConfig(budget.epochs, 16, 1e-3), LossConfig(distillation_weight=1.0), store, 1
         )

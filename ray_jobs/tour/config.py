@@ -25,7 +25,7 @@ class QuickstartJob:
         frozen_layers: Number of lowest layers that tuning leaves unchanged. 0 tunes the whole model.
         num_inputs: Widths N to train adapters for, as a list such as [2,4].
         prefill_layers: Number of prefill layers l, which each input passes alone.
-        options: Options of the revmux method, as a mapping such as {skip: true}.
+        options: Options of the revmux method, as a mapping such as {own_state: mlp}.
         optim: Optimizer and schedule for training the adapters.
         loss: Training loss of the adapters.
         space: Search space of the sweep: quick, paper, wide, or a YAML file.
@@ -44,7 +44,7 @@ class QuickstartJob:
     frozen_layers: int = 3
     num_inputs: list[int] = field(default_factory=lambda: [2, 4])
     prefill_layers: int = 3
-    options: dict[str, Any] = field(default_factory=lambda: {"skip": True})
+    options: dict[str, Any] = field(default_factory=lambda: {"own_state": "mlp"})
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=10, batch_size=16, learning_rate=1e-3))
     loss: LossConfig = field(default_factory=lambda: LossConfig(distillation_weight=1.0))
     space: str = "quick"

@@ -226,6 +226,12 @@ class Backbone(nn.Module, ABC):
         """Each plain input's raw state at its answer position, at any depth: (B, d)."""
         return state.read()[:, 0]
 
+    def own_states(self, state: HiddenState) -> Tensor:
+        """[answer state ; mean over the tokens] of each plain input, at any depth: (B, 2d)."""
+        mask = state.mask.unsqueeze(-1)  # (B, S, 1)
+        mean = (state.hidden * mask).sum(dim=1) / mask.sum(dim=1)  # (B, d)
+        return torch.cat([self.own_answers(state), mean], dim=-1)
+
     @abstractmethod
     def readout(self, answer: Tensor) -> Tensor:
         """An answer state (..., d) to the vector that the classifier reads (..., readout_size)."""

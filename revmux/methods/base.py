@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.errors import UserError
+from revmux.methods.lora import LoRA
 from revmux.methods.naming import MethodNaming
 
 
@@ -80,6 +81,7 @@ class Method(MethodNaming, nn.Module, ABC):
         has_auxiliary_loss: whether :meth:`auxiliary_loss` is added to the loss in training.
         warmup_steps: number of first optimizer steps that train on the auxiliary loss only.
         training_only: names of submodules that only the auxiliary loss needs. Artifacts do not contain them.
+        lora: low-rank updates of layers l+1..e, if the option ``lora_rank`` is above 0.
     """
 
     Options: ClassVar[type] = NoOptions
@@ -100,6 +102,34 @@ class Method(MethodNaming, nn.Module, ABC):
         self.shape = shape
         self.num_inputs = num_inputs
         self.options = self.Options() if options is None else options
+        self.lora: LoRA | None = None
+        if self.lora_rank < 0:
+            raise UserError(f"{self.name}: lora_rank is {self.lora_rank}; choose 0 (no LoRA) or more, such as 8")
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of the low-rank updates of layers l+1..e; 0 means none."""
+        return int(getattr(self.options, "lora_rank", 0))
+
+    def attach(self, backbone: Backbone, prefill_layers: int) -> None:
+        """Create the weights that depend on the backbone's layers above the cut. A second call changes nothing.
+
+        Raises:
+            UserError: LoRA together with a tuned backbone.
+        """
+        first, last = prefill_layers, self.exit_layer()
+        if not self.lora_rank or first == last:
+            return
+        if self.tunes_backbone:
+            raise UserError(
+                f"{self.name}: lora_rank is {self.lora_rank}, but tune_backbone trains the layers themselves; set one of them"
+            )
+        if self.lora is None:
+            self.lora = LoRA(backbone, first, last, self.lora_rank)
+        elif (self.lora.first, self.lora.last) != (first, last):
+            raise ValueError(
+                f"LoRA belongs to layers {self.lora.first + 1}..{self.lora.last}, not {first + 1}..{last}"
+            )
 
     @property
     def tunes_prefill(self) -> bool:
@@ -149,7 +179,7 @@ class Method(MethodNaming, nn.Module, ABC):
 
         Args:
             answers: (G, A, d). A = 1 if all inputs are read at one position, otherwise A = N.
-            own: (G, N, d), each input's own prefilled state at its answer position.
+            own: (G, N, 2d), [answer state ; mean over the tokens] of each input after the prefill.
 
         Returns:
             (G, N, d).

@@ -1,7 +1,7 @@
 """Exit head: a trained head at layer e of the same frozen backbone, with N = 1. It is the baseline without multiplexing.
 
-It costs e of L layers. One tanh layer reads the state at the answer position and the mean over the input's tokens. This
-makes the baseline strong at negligible cost.
+It costs e of L layers. One tanh layer reads the state at the answer position and a mean over the input's tokens, which
+makes the baseline strong at negligible cost. With LoRA, layers l+1..e are adapted to the exit.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ class ExitHeadOptions:
     Args:
         layer: e, the layer whose states the head reads, from 0 (embeddings) to L.
         dropout: dropout before the classifier in training.
+        attention_pooling: whether the mean over the tokens is weighted by a learned attention, which starts uniform.
+        lora_rank: rank of the low-rank updates of layers l+1..e. 0 means none.
     """
 
     layer: int = 1
     dropout: float = 0.1
+    attention_pooling: bool = False
+    lora_rank: int = 0
 
 
 @register_method
@@ -54,6 +58,10 @@ class ExitHead(Method):
         self.dense = nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(self.options.dropout)
         self.classifier = nn.Linear(width, shape.num_labels)
+        self.attention = nn.Linear(width, 1) if self.options.attention_pooling else None
+        if self.attention is not None:
+            nn.init.zeros_(self.attention.weight)
+            nn.init.zeros_(self.attention.bias)
 
     @classmethod
     def point_name(cls, num_inputs: int, prefill_layers: int) -> str:
@@ -74,9 +82,11 @@ class ExitHead(Method):
         return states.map(lambda tensor: tensor[:, 0])
 
     def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
-        mask = state.mask.unsqueeze(-1)  # (B, S, 1)
-        hidden = state.hidden
-        mean = (hidden * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)  # (B, 1, d)
+        if self.attention is None:
+            return backbone.own_states(state).unsqueeze(1)  # (B, 1, 2d)
+        relevance = self.attention(state.hidden.to(self.attention.weight.dtype))  # (B, S, 1)
+        weight = relevance.masked_fill(~state.mask.unsqueeze(-1), -torch.inf).softmax(dim=1).to(state.hidden.dtype)
+        mean = (weight * state.hidden).sum(dim=1, keepdim=True)  # (B, 1, d)
         return torch.cat([state.read(), mean], dim=-1)  # (B, 1, 2d)
 
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from revmux.backbone import HiddenState
 from revmux.errors import UserError
 from revmux.methods.base import BackboneShape, Method, divide_width, mix_channels
+from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 from revmux.methods.revmux import ReversibleChain, RevMUXOptions
 from revmux.methods.vanilla_adapter import VanillaDemultiplexer
@@ -24,11 +25,13 @@ class OnlyMultiplexerReversibleOptions:
         dropout: dropout inside the slot functions in training.
         output_relu: whether a ReLU follows the slot functions' second layer.
         zero_init: whether to initialize the slot functions' last layer to zero.
+        own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear`` or ``mlp``.
     """
 
     dropout: float = 0.0
     output_relu: bool = False
     zero_init: bool = True
+    own_state: OwnStateKind = "none"
 
 
 @register_method
@@ -47,6 +50,7 @@ class OnlyMultiplexerReversible(Method):
         self.down = nn.Linear(hidden, width)
         self.chain = ReversibleChain(num_inputs, width, hidden, settings)
         self.demultiplexer = VanillaDemultiplexer(hidden, num_inputs)
+        self.own_state = OwnStateCorrection(hidden, self.options.own_state)
         nn.init.orthogonal_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
@@ -56,4 +60,4 @@ class OnlyMultiplexerReversible(Method):
         return mix_channels(states, mixed, self.shape.shared_answer)
 
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
-        return self.demultiplexer(answers)
+        return self.own_state(self.demultiplexer(answers), own)  # (G, N, d)

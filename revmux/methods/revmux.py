@@ -12,19 +12,24 @@ Demultiplexer, at the answer position only, with the same functions::
     î_k = ô_k − f_k(ô_{k-1})            k = N..2
     î_1 = ô_1 − f_1(î_2)
     ĥ_k = f_up(î_k)                                     # d/N → d
+
+The own state of each input after the prefill can correct ĥ_k, see :mod:`revmux.methods.own_state`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revmux.backbone import HiddenState
-from revmux.errors import UserError
+from revmux.errors import UserError, one_of
 from revmux.methods.base import BackboneShape, Method, checked_exit_layer, divide_width, mix_channels, pick_own
+from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 
 
@@ -39,8 +44,12 @@ class RevMUXOptions:
             it, the functions can also subtract.
         zero_init: whether to initialize the slot functions' last layer to zero, so that mixing starts as
             concatenation.
-        skip: whether to add a linear map, initialized to zero, of each input's own prefilled answer state to its
-            demultiplexed state. This adds almost no cost in serving, since the state is already available.
+        activation: the nonlinearity inside the slot functions: relu (the paper's) or gelu.
+        up: f_up. ``mlp`` is the paper's, with two hidden layers of 3d. ``inverse`` starts as the inverse of f_down,
+            √N · f_downᵀ, plus a residual MLP that starts at zero.
+        own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear`` or ``mlp``. This
+            adds almost no cost in serving, since the state is already available.
+        lora_rank: rank of the low-rank updates of layers l+1..e. 0 means none.
         exit_layer: e, the layer after which answers are read. None means the last layer.
         tune_backbone: whether to train the backbone too (the tuned RevMUX of the paper).
     """
@@ -48,7 +57,10 @@ class RevMUXOptions:
     dropout: float = 0.0
     output_relu: bool = False
     zero_init: bool = True
-    skip: bool = False
+    activation: Literal["relu", "gelu"] = "relu"
+    up: Literal["mlp", "inverse"] = "mlp"
+    own_state: OwnStateKind = "none"
+    lora_rank: int = 0
     exit_layer: int | None = None
     tune_backbone: bool = False
 
@@ -68,13 +80,14 @@ class SlotFunction(nn.Module):
         self.outer = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(options.dropout)
         self.output_relu = options.output_relu
+        self.activation = torch.relu if options.activation == "relu" else F.gelu
         if options.zero_init:
             nn.init.zeros_(self.outer.weight)
             nn.init.zeros_(self.outer.bias)
 
     def forward(self, slot: Tensor) -> Tensor:
         """Apply the function: (..., d/N) to (..., d/N)."""
-        out = self.outer(self.dropout(torch.relu(self.inner(slot))))
+        out = self.outer(self.dropout(self.activation(self.inner(slot))))
         return self.dropout(torch.relu(out)) if self.output_relu else self.dropout(out)
 
 
@@ -105,6 +118,46 @@ class ReversibleChain(nn.Module):
         return [mixed[0] - self.functions[0](slots[0]), *slots]
 
 
+class PaperUp(nn.Sequential):
+    """The paper's up-projection: d/N → 3d → 3d → d with ReLUs."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(
+            nn.Linear(width, 3 * hidden),
+            nn.ReLU(),
+            nn.Linear(3 * hidden, 3 * hidden),
+            nn.ReLU(),
+            nn.Linear(3 * hidden, hidden),
+        )
+
+
+class InverseUp(nn.Module):
+    """An up-projection that starts as the inverse of the down-projection.
+
+    An orthogonal down-projection keeps 1/N of the squared norm on average, so √N · f_downᵀ restores the norm. A residual
+    MLP, initialized to zero, learns the rest. Restored states thus start at the scale that the model's head expects.
+
+    Args:
+        down: the down-projection, d → d/N, with orthogonal rows.
+    """
+
+    def __init__(self, down: nn.Linear) -> None:
+        super().__init__()
+        width, hidden = down.weight.shape
+        self.linear = nn.Linear(width, hidden)
+        self.inner = nn.Linear(width, 3 * hidden)
+        self.outer = nn.Linear(3 * hidden, hidden)
+        with torch.no_grad():
+            self.linear.weight.copy_(math.sqrt(hidden / width) * down.weight.T)
+            self.linear.bias.zero_()
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, slot: Tensor) -> Tensor:
+        """Apply the projection: (..., d/N) to (..., d)."""
+        return self.linear(slot) + self.outer(F.gelu(self.inner(slot)))
+
+
 @register_method
 class RevMUX(Method):
     """The method of the paper. Only the adapters are trained, unless ``tune_backbone`` is set."""
@@ -117,23 +170,18 @@ class RevMUX(Method):
         super().__init__(shape, num_inputs, options)
         if num_inputs < 2:
             raise UserError(f"revmux needs N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
+        for name, kind in (("activation", ("relu", "gelu")), ("up", ("mlp", "inverse"))):
+            if getattr(self.options, name) not in kind:
+                raise one_of(name, getattr(self.options, name), kind, "choose one of these")
         width, hidden = divide_width(shape.hidden_size, num_inputs), shape.hidden_size
         self.tunes_backbone = self.options.tune_backbone
         self.last_layer = checked_exit_layer(self.name, self.options.exit_layer, shape.num_layers)
         self.down = nn.Linear(hidden, width)
         self.chain = ReversibleChain(num_inputs, width, hidden, self.options)
-        self.up = nn.Sequential(
-            nn.Linear(width, 3 * hidden),
-            nn.ReLU(),
-            nn.Linear(3 * hidden, 3 * hidden),
-            nn.ReLU(),
-            nn.Linear(3 * hidden, hidden),
-        )
-        self.skip = nn.Linear(hidden, hidden, bias=False) if self.options.skip else None
         nn.init.orthogonal_(self.down.weight)
         nn.init.zeros_(self.down.bias)
-        if self.skip is not None:
-            nn.init.zeros_(self.skip.weight)
+        self.up = InverseUp(self.down) if self.options.up == "inverse" else PaperUp(width, hidden)
+        self.own_state = OwnStateCorrection(hidden, self.options.own_state)
 
     def exit_layer(self) -> int:
         return self.last_layer
@@ -147,5 +195,4 @@ class RevMUX(Method):
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
         mixed = list(answers.chunk(self.num_inputs, dim=-1))  # N × (G, A, d/N)
         slots = torch.stack(self.chain.reverse(mixed), dim=2)  # (G, A, N, d/N)
-        restored = self.up(pick_own(slots))  # (G, N, d)
-        return restored if self.skip is None else restored + self.skip(own)
+        return self.own_state(self.up(pick_own(slots)), own)  # (G, N, d)

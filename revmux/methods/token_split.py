@@ -1,13 +1,15 @@
-"""Token split: the inputs share the tokens of a sequence, not its channels (after ConcatPlexer).
+"""Token split: each input is shortened, and the inputs share the tokens of a sequence, not its channels (ConcatPlexer).
 
-After layer l, each input keeps its answer token. N neighbouring tokens at a time are pooled into one token of full
-width. The N shortened inputs are concatenated into one sequence of about S + N tokens and do not attend to each other::
+After layer l, each input keeps its answer token. R neighbouring tokens at a time are pooled into one token of full
+width, where R is N unless the option ``ratio`` sets it. The N shortened inputs are concatenated into one sequence of
+about N·(1 + S/R) tokens and do not attend to each other::
 
-    x   = concat of N neighbouring tokens, absent ones 0, times N / (tokens present)
+    x   = concat of R neighbouring tokens, absent ones 0, times R / (tokens present)
     p   = W x + mlp(x)                                   # W is initialized to the mean, mlp to zero
-    ĥ_k = ô_k + correct([ô_k ; h_k])                     # initialized to zero; h_k: the input's prefilled answer state
+    ĥ_k = correction of ô_k by the input's own state     # see revmux.methods.own_state
 
-The frozen layers thus process tokens similar to those of pretraining, and each input has its own answer token.
+The frozen layers thus process tokens similar to those of pretraining, and each input has its own answer token. Since the
+inputs do not attend to each other, no input needs a partner: with a ratio, N may be 1.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from revmux.backbone import HiddenState
 from revmux.errors import UserError
 from revmux.methods.base import BackboneShape, Method, checked_exit_layer
+from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 
 
@@ -30,23 +33,27 @@ class TokenSplitOptions:
     """Settings of the token split.
 
     Args:
-        skip: whether the correction of the answer state also reads the input's own prefilled answer state.
+        ratio: R, the number of neighbouring tokens that are pooled into one. None means N.
+        own_state: how each input's own prefilled state corrects its answer state: ``none``, ``linear`` or ``mlp``.
         pooling_width: width of the pooling MLP's middle layer. None means d, 0 means no MLP.
+        lora_rank: rank of the low-rank updates of layers l+1..e. 0 means none.
         exit_layer: e, the layer after which answers are read. None means the last layer.
         tune_backbone: whether to train the backbone too.
     """
 
-    skip: bool = True
+    ratio: int | None = None
+    own_state: OwnStateKind = "mlp"
+    lora_rank: int = 0
     pooling_width: int | None = None
     exit_layer: int | None = None
     tune_backbone: bool = False
 
 
 class NeighbourPooling(nn.Module):
-    """Pools N neighbouring tokens into one. Initialized to their mean.
+    """Pools R neighbouring tokens into one. Initialized to their mean.
 
     Args:
-        num_neighbours: N.
+        num_neighbours: R.
         hidden: d.
         width: width of the MLP's middle layer, 0 for no MLP.
     """
@@ -68,16 +75,16 @@ class NeighbourPooling(nn.Module):
         """Pool each block of neighbours into one token.
 
         Args:
-            tokens: (..., N, d).
-            present: (..., N) bool, False for absent tokens. The weights of a block are rescaled to the present tokens.
+            tokens: (..., R, d).
+            present: (..., R) bool, False for absent tokens. The weights of a block are rescaled to the present tokens.
 
         Returns:
             (..., d).
         """
         # A quotient of integers would have the default dtype, which changes while a model is loaded.
         count = present.sum(dim=-1, keepdim=True).clamp(min=1).to(torch.float32)  # (..., 1)
-        weight = present * (self.num_neighbours / count)  # (..., N)
-        block = (tokens * weight.unsqueeze(-1).to(tokens.dtype)).flatten(-2)  # (..., N·d)
+        weight = present * (self.num_neighbours / count)  # (..., R)
+        block = (tokens * weight.unsqueeze(-1).to(tokens.dtype)).flatten(-2)  # (..., R·d)
         pooled = self.linear(block)
         if self.inner is None or self.outer is None:
             return pooled
@@ -94,19 +101,20 @@ class TokenSplit(Method):
 
     def __init__(self, shape: BackboneShape, num_inputs: int, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
-        if num_inputs < 2:
-            raise UserError(f"token-split needs N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
+        self.ratio = num_inputs if self.options.ratio is None else self.options.ratio
+        if self.ratio < 2:
+            raise UserError(
+                f"token-split pools {self.ratio} tokens into one (ratio {self.options.ratio}, N = {num_inputs}), which "
+                "shortens nothing; choose a ratio of 2 or more, or N = 2 or more without a ratio"
+            )
         settings, hidden = self.options, shape.hidden_size
         self.tunes_backbone = settings.tune_backbone
         self.last_layer = checked_exit_layer(self.name, settings.exit_layer, shape.num_layers)
         width = hidden if settings.pooling_width is None else settings.pooling_width
         if width < 0:
             raise UserError(f"token-split: pooling_width is {width}; choose 0 (no MLP) or more")
-        self.pooling = NeighbourPooling(num_inputs, hidden, width)
-        self.correct_inner = nn.Linear((2 if settings.skip else 1) * hidden, hidden)
-        self.correct_outer = nn.Linear(hidden, hidden)
-        nn.init.zeros_(self.correct_outer.weight)
-        nn.init.zeros_(self.correct_outer.bias)
+        self.pooling = NeighbourPooling(self.ratio, hidden, width)
+        self.own_state = OwnStateCorrection(hidden, settings.own_state)
 
     def exit_layer(self) -> int:
         return self.last_layer
@@ -118,9 +126,9 @@ class TokenSplit(Method):
                 "choose revmux or an encoder-only backbone"
             )
         groups, num_inputs, _, _ = states.hidden.shape
-        order, present = self.neighbours(states)  # (G, N, P-1, N) both
-        flat = order.flatten(2).unsqueeze(-1).expand(-1, -1, -1, states.hidden.shape[-1])  # (G, N, (P-1)·N, d)
-        tokens = states.hidden.gather(2, flat).unflatten(2, order.shape[2:])  # (G, N, P-1, N, d)
+        order, present = self.neighbours(states)  # (G, N, P-1, R) both
+        flat = order.flatten(2).unsqueeze(-1).expand(-1, -1, -1, states.hidden.shape[-1])  # (G, N, (P-1)·R, d)
+        tokens = states.hidden.gather(2, flat).unflatten(2, order.shape[2:])  # (G, N, P-1, R, d)
         pooled = self.pooling(tokens, present)  # (G, N, P-1, d)
 
         def with_answer(of_blocks: Tensor, of_answer: Tensor) -> Tensor:
@@ -130,7 +138,7 @@ class TokenSplit(Method):
             return torch.cat(parts, dim=2).flatten(1, 2)
 
         def at_blocks(of_tokens: Tensor) -> Tensor:
-            """Arrange values per token (G, N, S) by block (G, N, P-1, N)."""
+            """Arrange values per token (G, N, S) by block (G, N, P-1, R)."""
             return of_tokens.gather(2, order.flatten(2)).unflatten(2, order.shape[2:])
 
         answer = states.answer  # (G, N, 1)
@@ -160,25 +168,24 @@ class TokenSplit(Method):
         )
 
     def neighbours(self, states: HiddenState) -> tuple[Tensor, Tensor]:
-        """The tokens of each input except its answer token, in order, in blocks of N.
+        """The tokens of each input except its answer token, in order, in blocks of R.
 
         Padding is skipped on either side, so it does not affect the blocks.
 
         Returns:
-            The positions of the tokens (G, N, P-1, N) long, and whether each token is present (G, N, P-1, N) bool,
-            with P = 1 + ⌈(S-1) / N⌉.
+            The positions of the tokens (G, N, P-1, R) long, and whether each token is present (G, N, P-1, R) bool,
+            with P = 1 + ⌈(S-1) / R⌉.
         """
         length = states.hidden.shape[2]
-        blocks = -(-(length - 1) // self.num_inputs)
+        blocks = -(-(length - 1) // self.ratio)
         position = torch.arange(length, device=states.hidden.device)
         others = states.mask & (position != states.answer)  # (G, N, S)
         order = torch.argsort((~others).to(torch.uint8), dim=-1, stable=True)  # own tokens first
-        size = blocks * self.num_inputs
+        size = blocks * self.ratio
         order = F.pad(order, (0, max(size - length, 0)))[..., :size]
         present = torch.arange(size, device=order.device) < others.sum(dim=-1, keepdim=True)  # (G, N, size)
-        shape = (blocks, self.num_inputs)
+        shape = (blocks, self.ratio)
         return order.unflatten(-1, shape), present.unflatten(-1, shape)
 
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
-        inputs = torch.cat([answers, own], dim=-1) if self.options.skip else answers  # (G, N, 2d or d)
-        return answers + self.correct_outer(F.gelu(self.correct_inner(inputs)))
+        return self.own_state(answers, own)  # (G, N, d)

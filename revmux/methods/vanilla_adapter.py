@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from revmux.backbone import HiddenState
 from revmux.methods.base import BackboneShape, Method, mix_channels, pick_own
+from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 
 
@@ -26,10 +27,12 @@ class VanillaAdapterOptions:
     Args:
         dropout: dropout after the multiplexer's layers in training. The released code uses 0.1.
         output_relu: whether a ReLU follows the multiplexer's second layer, as in the released code.
+        own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear`` or ``mlp``.
     """
 
     dropout: float = 0.0
     output_relu: bool = False
+    own_state: OwnStateKind = "none"
 
 
 class VanillaDemultiplexer(nn.Module):
@@ -72,6 +75,7 @@ class VanillaAdapter(Method):
         self.outer = nn.Linear(3 * hidden, hidden)
         self.dropout = nn.Dropout(self.options.dropout)
         self.demultiplexer = VanillaDemultiplexer(hidden, num_inputs)
+        self.own_state = OwnStateCorrection(hidden, self.options.own_state)
 
     def multiplex(self, states: HiddenState) -> HiddenState:
         # The slot of an input is zero at its padding, so padding does not affect the other inputs.
@@ -83,4 +87,4 @@ class VanillaAdapter(Method):
         return mix_channels(states, self.dropout(mixed), self.shape.shared_answer)
 
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
-        return self.demultiplexer(answers)
+        return self.own_state(self.demultiplexer(answers), own)  # (G, N, d)

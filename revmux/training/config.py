@@ -166,7 +166,7 @@ class MethodConfig:
         name: Name of the method, such as revmux, token-split or exit-head. revmux methods lists all.
         num_inputs: Width N: number of inputs that share a pass through the upper layers.
         prefill_layers: Number of prefill layers l, which process each input alone. 0 to the number of layers.
-        options: Options of the method by name, as a mapping such as {skip: true}. revmux methods lists them.
+        options: Options of the method by name, as a mapping such as {own_state: mlp}. revmux methods lists them.
     """
 
     name: str = "revmux"
