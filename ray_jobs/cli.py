@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from revmux.errors import UserError
 from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
+from revmux.training.recipes import DEFAULT_RECIPE, named_recipe
 from revmux.utils.parser import Parser
 from revmux.utils.redact import without_passwords
 
@@ -51,8 +52,21 @@ def parse(
     )
     parser.add_class_arguments(config_class, as_group=True)
     namespace = parser.parse_args(argv)
+    if "recipe" in namespace and namespace.recipe != DEFAULT_RECIPE:
+        parser.set_defaults(_recipe_defaults(parser, namespace.recipe))
+        namespace = parser.parse_args(argv)
     del namespace["config"]
     return config_class(**parser.instantiate(namespace).as_dict())
+
+
+def _recipe_defaults(parser: Parser, name: str) -> dict[str, Any]:
+    """The settings of a named recipe by their names on the command line; those that it does not set have no recipe's value."""
+    try:
+        recipe = named_recipe(name)
+    except UserError as error:
+        parser.error(str(error))
+    defaults = {"optim": asdict(recipe.optim_config()), "loss": asdict(recipe.loss_config())}
+    return {f"{group}.{key}": value for group, settings in defaults.items() for key, value in settings.items()}
 
 
 def _program() -> str | None:

@@ -97,7 +97,11 @@ def system(family: str, name: str, options: dict, num_inputs: int) -> Multiplexe
                 weight.mul_(1.1)
     if name == "datamux" and isinstance(whole, EncoderDecoderBackbone):
         options = {**options, "demultiplexer": "mlp"}  # index tokens are read in the encoder, answers in the decoder
-    return MultiplexedClassifier(whole, randomised(whole, name, num_inputs, options), CUT).eval()
+    model = MultiplexedClassifier(whole, randomised(whole, name, num_inputs, options), CUT).eval()
+    if model.method.lora is not None:
+        for factor in model.method.lora.parameters():
+            factor.data.normal_(0, 0.1)
+    return model
 
 
 def texts(rows: int) -> TokenBatch:

@@ -11,6 +11,7 @@ from revmux.errors import UserError
 from revmux.features.config import StoreConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import PLAIN_METHOD, CheckpointConfig, LossConfig, MethodConfig, OptimConfig, Recipe
+from revmux.training.recipes import DEFAULT_RECIPE, named_recipe
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,16 @@ class TrainJob:
             version. If false, the user must name the task model's folder when loading a version.
         output: Folder for the adapters, with one subfolder per N. Default: adapters in the storage folder.
         checkpoint: When to save checkpoints.
+        recipe: Named recipe: strong, paper, or a YAML file. It supplies the optimizer, the loss and the method's options,
+            which the other settings override one by one.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     num_inputs: list[int] | None = None
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=lambda: named_recipe().optim_config())
+    loss: LossConfig = field(default_factory=lambda: named_recipe().loss_config())
     store: StoreConfig = field(default_factory=StoreConfig)
     shuffles: int = 10
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -121,6 +124,7 @@ class TrainJob:
     register_backbone: bool = True
     output: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recipe: str = DEFAULT_RECIPE
 
     def __post_init__(self) -> None:
         if self.method.name == PLAIN_METHOD:
@@ -134,10 +138,13 @@ class TrainJob:
     def recipes(self) -> dict[str, Recipe]:
         """One recipe per N, by the name of its run."""
         recipes = {}
+        options = named_recipe(self.recipe).options_of(self.method.name, self.method.options)
         for inputs in self.num_inputs or [self.method.num_inputs]:
-            method = replace(self.method, num_inputs=inputs)
+            method = replace(self.method, num_inputs=inputs, options=options)
             name = f"{method.name}-n{inputs}-l{method.prefill_layers}"
-            recipes[name] = Recipe(self.backbone, self.data, method, self.optim, self.loss, self.store, self.shuffles)
+            recipes[name] = Recipe(
+                self.backbone, self.data, method, self.optim, self.loss, self.store, self.shuffles, self.recipe
+            )
         return recipes
 
 

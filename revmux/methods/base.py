@@ -127,9 +127,7 @@ class Method(MethodNaming, nn.Module, ABC):
         if self.lora is None:
             self.lora = LoRA(backbone, first, last, self.lora_rank)
         elif (self.lora.first, self.lora.last) != (first, last):
-            raise ValueError(
-                f"LoRA belongs to layers {self.lora.first + 1}..{self.lora.last}, not {first + 1}..{last}"
-            )
+            raise ValueError(f"LoRA belongs to layers {self.lora.first + 1}..{self.lora.last}, not {first + 1}..{last}")
 
     @property
     def tunes_prefill(self) -> bool:

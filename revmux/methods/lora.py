@@ -97,6 +97,7 @@ class LoRA(nn.Module):
         }
         updated = copy.deepcopy(backbone, shared)
         for index, updates in zip(range(self.first, self.last), self.layers, strict=True):
+            assert isinstance(updates, nn.ModuleDict)
             layer = updated.layer(index)
             for name, linear in list(_linear_maps(layer)):
                 parent, _, child = name.rpartition(".")
@@ -105,12 +106,8 @@ class LoRA(nn.Module):
 
     def is_applied_in(self, updated: Backbone) -> bool:
         """Whether a copy from :meth:`applied_to` still uses the current tensors, which a functional call replaces."""
-        _, linear = next(
-            (name, module)
-            for name, module in updated.layer(self.first).named_modules()
-            if isinstance(module, UpdatedLinear)
-        )
-        own = next(iter(self.layers[0].values()))  # type: ignore[operator]
+        linear = next(module for module in updated.layer(self.first).modules() if isinstance(module, UpdatedLinear))
+        own = next(module for module in self.layers.modules() if isinstance(module, LowRankUpdate))
         return linear.update.down is own.down
 
 

@@ -20,6 +20,7 @@ class OptimConfig:
         epochs: Number of passes over the training data. At least 1.
         batch_size: Inputs per optimizer step, over all workers. A multiple of N x workers x accumulate.
         learning_rate: Peak learning rate of AdamW. Above 0. The paper uses 2e-5 over 50 epochs.
+        backbone_learning_rate: Peak learning rate of the backbone's weights if the method tunes them. Default: learning_rate.
         weight_decay: Weight decay of AdamW. 0 or more.
         warmup_share: Share of the steps in which the learning rate rises linearly. It then falls linearly to zero. From 0 to
             below 1.
@@ -38,6 +39,7 @@ class OptimConfig:
     epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 5e-4
+    backbone_learning_rate: float | None = None
     weight_decay: float = 0.01
     warmup_share: float = 0.06
     clip: float = 1.0
@@ -53,6 +55,10 @@ class OptimConfig:
         for name in ("epochs", "batch_size", "learning_rate", "clip", "accumulate"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; choose a value above 0")
+        if self.backbone_learning_rate is not None and not self.backbone_learning_rate > 0:
+            raise UserError(
+                f"backbone_learning_rate is {self.backbone_learning_rate}; choose a value above 0, or omit it"
+            )
         for name in ("weight_decay", "patience"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 0 or more")
@@ -187,6 +193,7 @@ class Recipe:
         loss: Training loss.
         store: Feature store for the frozen model's states.
         shuffles: Number of random groupings of the test split to average the reported accuracy over.
+        name: The named recipe that these settings started from. Default: none.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -196,3 +203,4 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     shuffles: int = 10
+    name: str = ""

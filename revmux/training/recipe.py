@@ -65,7 +65,12 @@ class Prepared:
 
     def adapter_config(self, metrics: dict[str, float]) -> AdapterConfig:
         """The config of the adapter folder, with the measured figures."""
-        training = {"seed": self.recipe.optim.seed, "optim": vars(self.recipe.optim), "loss": vars(self.recipe.loss)}
+        training = {
+            "recipe": self.recipe.name,
+            "seed": self.recipe.optim.seed,
+            "optim": vars(self.recipe.optim),
+            "loss": vars(self.recipe.loss),
+        }
         return describe_adapter(
             self.model,
             self.pretrained,

@@ -7,6 +7,7 @@ so a run that resumes from a checkpoint ends with the same weights as an uninter
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,13 @@ from revmux.training.distributed import fail_together, from_first, mean_over_wor
 from revmux.training.evaluation import evaluate
 from revmux.training.losses import ContrastSet, gather_from_workers
 from revmux.training.step import TrainStep
+
+_log = logging.getLogger(__name__)
+LEARNED_SHARE = 0.1
+"""A run has collapsed if its selection accuracy exceeds the majority class's share by less than this share of what the
+plain model's does."""
+RESTART_RATE = 0.3
+"""Factor of the learning rate when a collapsed run restarts."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class TrainerState:
         best_accuracy: the best selection accuracy so far.
         best_epoch: the epoch that reached it, from 1.
         history: the metrics of each completed epoch.
+        restarts: 1 if the run collapsed and was restarted, otherwise 0.
+        restarted_after: number of epochs completed before the restart.
         sums: losses summed over the completed steps of the current epoch.
     """
 
@@ -71,11 +81,16 @@ class TrainerState:
     best_accuracy: float = -1.0
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    restarts: int = 0
+    restarted_after: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
     """Trains the parameters that require gradients: the method's, or a task model's.
+
+    A run with a frozen backbone that ends (almost) on one class is restarted once, with the initial weights and a lower
+    learning rate. If it collapses again, it ends with a warning, and ``collapsed`` is true.
 
     Args:
         model: already on its device.
@@ -129,20 +144,41 @@ class Trainer:
         if self.world > 1:
             # A tuned backbone has parameters that a method may not use: its own head, layers above the exit.
             self.step = DistributedDataParallel(self.train_step, find_unused_parameters=model.method.tunes_prefill)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True
-        )
         self.groups_per_step = optim.batch_size // model.num_inputs
         self.steps_per_epoch = -(-len(train) // (self.groups_per_step * model.num_inputs))
-        self.total_steps = self.steps_per_epoch * optim.epochs
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.steps_per_start = self.steps_per_epoch * optim.epochs
+        self.optimizer, self.scheduler = self._optimizer()
         self.best = self.trained_weights()
+        self._initial = None if model.method.tunes_backbone else self.best
+        self._majority = float(torch.bincount(selection.labels).max()) / len(selection)
+
+    def _optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        """A new optimizer and its schedule, at the learning rates of the current start."""
+        optim, factor = self.optim, RESTART_RATE**self.state.restarts
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                is_tuned = name.startswith("backbone.") and optim.backbone_learning_rate is not None
+                rate = optim.backbone_learning_rate if is_tuned else optim.learning_rate
+                groups.setdefault(factor * float(rate or 0.0), []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, including those before a restart."""
+        return self.steps_per_epoch * self.state.restarted_after + self.steps_per_start
 
     def _rate(self, step: int) -> float:
-        warmup = math.ceil(self.optim.warmup_share * self.total_steps)
+        total = self.steps_per_start
+        warmup = math.ceil(self.optim.warmup_share * total)
         if step < warmup:
             return (step + 1) / warmup
-        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - warmup))
+        return max(0.0, (total - step) / max(1, total - warmup))
 
     def resume(self) -> int:
         """Resume from the newest undamaged checkpoint; every worker must call this.
@@ -188,12 +224,43 @@ class Trainer:
                 self.state.best_accuracy, self.state.best_epoch = chosen.accuracy_mean, self.state.epoch
                 self.best = self.trained_weights()
             self.state.history.append(metrics)
+            if self._is_finished() and self.collapsed:
+                self._end_collapsed_run()
+            metrics["restarts"] = float(self.state.restarts)
             self._save()
             yield EpochReport(self.state.epoch, self.state.step, metrics, is_best, self._is_finished())
 
     def _is_finished(self) -> bool:
-        waited = self.state.epoch - self.state.best_epoch
-        return self.state.epoch >= self.optim.epochs or 0 < self.optim.patience <= waited
+        first = self.state.restarted_after
+        waited = self.state.epoch - max(self.state.best_epoch, first)
+        return self.state.epoch - first >= self.optim.epochs or 0 < self.optim.patience <= waited
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the best selection accuracy so far is (almost) that of always answering the most common class."""
+        if self._initial is None:
+            return False
+        plain = [metrics["selection_siso_accuracy"] for metrics in self.state.history]
+        known = plain[-1] if plain and not math.isnan(plain[-1]) else 1.0
+        return self.state.best_accuracy < self._majority + LEARNED_SHARE * max(0.0, known - self._majority)
+
+    def _end_collapsed_run(self) -> None:
+        """Restart a collapsed run once, otherwise report it."""
+        found = (
+            f"the run of {self.model.method.name} with N = {self.model.num_inputs} learned almost nothing: its best selection "
+            f"accuracy is {self.state.best_accuracy:.1%}, and the most common class has a share of {self._majority:.1%}"
+        )
+        if self.state.restarts:
+            if self.rank == 0:
+                _log.warning("%s; choose a smaller N, more prefill layers, more epochs or more data", found)
+            return
+        self.state.restarts, self.state.restarted_after = 1, self.state.epoch
+        rate = RESTART_RATE * self.optim.learning_rate
+        if self.rank == 0:
+            _log.warning("%s; restarting it once with learning_rate %g", found, rate)
+        assert self._initial is not None
+        load_weights(self.model, self._initial)
+        self.optimizer, self.scheduler = self._optimizer()
 
     def _epoch(self) -> dict[str, float]:
         """Run the rest of the current epoch; returns its mean losses, and rates over the steps run by this call."""
@@ -335,9 +402,10 @@ class Trainer:
                     f"the checkpoint has {name} {saved['place'][name]}, but this run has {value}; start a new run"
                 )
         load_weights(self.model, saved["weights"])
+        self.state = TrainerState(**saved["state"])
+        self.optimizer, self.scheduler = self._optimizer()
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        self.state = TrainerState(**saved["state"])
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
