@@ -101,7 +101,9 @@ class LoRA(nn.Module):
             layer = updated.layer(index)
             for name, linear in list(_linear_maps(layer)):
                 parent, _, child = name.rpartition(".")
-                setattr(layer.get_submodule(parent), child, UpdatedLinear(linear, updates[_key(name)]))
+                update = updates[_key(name)]
+                assert isinstance(update, LowRankUpdate)
+                setattr(layer.get_submodule(parent), child, UpdatedLinear(linear, update))
         return updated
 
     def is_applied_in(self, updated: Backbone) -> bool:
@@ -117,7 +119,7 @@ def _linear_maps(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _widths(linear: nn.Module) -> tuple[int, int]:
     """Input and output width of a linear map."""
-    rows, columns = linear.weight.shape  # type: ignore[misc,operator]
+    rows, columns = linear.weight.shape  # type: ignore[misc]
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
 
 
