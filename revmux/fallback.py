@@ -46,7 +46,8 @@ def check_threshold(threshold: float, method: Method, source: str = "") -> None:
     """Check that a threshold is valid and that the method supports it.
 
     Args:
-        threshold: the confidence below which an input falls back. 0 disables the fallback.
+        threshold: the confidence below which an input goes on to the next stage or to the plain model. 0 means that
+            all answers are final.
         method: the method of the adapter.
         source: where the adapter was loaded from, for the error message.
 
@@ -56,9 +57,15 @@ def check_threshold(threshold: float, method: Method, source: str = "") -> None:
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"the fallback threshold is {threshold}; choose a confidence in 0..1, 0 for no fallback")
-    if threshold > 0 and (method.prepares_tokens or method.tunes_backbone):
-        reason = "changes the tokens of its inputs" if method.prepares_tokens else "tunes the backbone"
+    if threshold > 0 and (reason := own_states(method)):
         raise UserError(
             f"adapter {source or method.name} ({method.name}) cannot fall back: the method {reason}, so its prefilled "
             "states are not those of the plain model; set the threshold to 0"
         )
+
+
+def own_states(method: Method) -> str:
+    """Why the prefilled states of a method are not those of the plain model; empty if they are."""
+    if method.prepares_tokens:
+        return "changes the tokens of its inputs"
+    return "tunes the backbone" if method.tunes_backbone else ""

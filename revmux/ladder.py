@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.errors import UserError
-from revmux.fallback import check_threshold, confidence, resume
+from revmux.fallback import check_threshold, confidence, own_states, resume
 from revmux.grouping import consecutive_groups, gather_rows
 from revmux.model import MultiplexedClassifier, OnStage
 
@@ -157,7 +157,11 @@ def check_ladder(stages: Sequence[Stage]) -> None:
                 f"stage {number} ({stage}) has no threshold (0), so no input reaches stage {number + 1} ({after}); "
                 f"choose a threshold above 0, or remove stage {number + 1}"
             )
-        check_threshold(1.0, after.model.method)  # its states must be the plain model's, even if its answers are final
+        if reason := own_states(after.model.method):
+            raise UserError(
+                f"stage {number + 1} ({after}) cannot continue from the plain model's states: the method {reason}; use "
+                "it as the only stage, without a threshold"
+            )
         if after.model.prefill_layers < stage.model.prefill_layers:
             raise UserError(
                 f"stage {number + 1} ({after}) has {after.model.prefill_layers} prefill layers and stage {number} "

@@ -16,7 +16,7 @@ def reply_headers(
     The ``x-compute-…`` and ``x-…-time`` headers have the names of text-embeddings-inference. Times are in milliseconds,
     each the longest of all inputs. The ``x-revmux-…`` headers have one value per input, separated by commas. Inputs
     with the same ``x-revmux-group`` were in one group; groups are numbered within the request. The method ``siso`` is
-    the plain model.
+    the plain model, and so is stage 0.
 
     Args:
         texts: the inputs of a request.
@@ -38,6 +38,7 @@ def reply_headers(
         "x-inference-time": _milliseconds(answer.inference_seconds for answer in answers),
         "x-revmux-width": ",".join(str(answer.width) for answer in answers),
         "x-revmux-method": ",".join(answer.method for answer in answers),
+        "x-revmux-stage": ",".join(str(answer.stage) for answer in answers),
         "x-revmux-group": ",".join(str(numbers[answer.group]) for answer in answers),
         "x-revmux-fallback": ",".join(str(answer.fell_back).lower() for answer in answers),
         "x-revmux-truncated": ",".join(str(answer.truncated).lower() for answer in answers),

@@ -49,9 +49,9 @@ class ReplicaMetrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.stages = Histogram(
+        self.steps = Histogram(
             "revmux_stage_seconds",
-            "seconds per input for the stages tokenize and queue, seconds per forward pass for the other stages",
+            "seconds per input for the steps tokenize and queue, seconds per forward pass for the other steps",
             ["task", "stage"],
             buckets=SECONDS,
             registry=self.registry,
@@ -61,9 +61,9 @@ class ReplicaMetrics:
     def on_pass(self, report: PassReport) -> None:
         """Record a forward pass. The engine calls this after each pass."""
         waits = {"tokenize": report.tokenize_seconds, "queue": report.queue_seconds, "pass": (report.seconds,)}
-        stages = {stage: (seconds,) for stage, seconds in report.stages.items()}
-        for stage, observed in {**waits, **stages}.items():
-            histogram = self.stages.labels(report.task, stage)
+        steps = {step: (seconds,) for step, seconds in report.steps.items()}
+        for step, observed in {**waits, **steps}.items():
+            histogram = self.steps.labels(report.task, step)
             for seconds in observed:
                 histogram.observe(seconds)
 
@@ -91,6 +91,11 @@ class ReplicaMetrics:
             "answered inputs by method; siso is the plain model",
             labels=["task", "method"],
         )
+        ladder = CounterMetricFamily(
+            "revmux_ladder_inputs",
+            "answered inputs by the stage of the ladder that answered; 0 is the plain model",
+            labels=["task", "stage"],
+        )
         widths = HistogramMetricFamily("revmux_group_width", "width of the groups", labels=["task"])
         for task, counted in tasks.items():
             queue.add_metric([task], counted["waiting"])
@@ -100,10 +105,12 @@ class ReplicaMetrics:
                 inputs.add_metric([task, str(width)], number)
             for method, number in sorted(counted["methods"].items()):
                 methods.add_metric([task, method], number)
+            for stage, number in sorted(counted["ladder"].items()):
+                ladder.add_metric([task, str(stage)], number)
             for width, number in sorted(counted["groups"].items()):
                 groups.add_metric([task, str(width)], number)
             widths.add_metric([task], *_histogram(counted["groups"]))
-        yield from (queue, limit, *counters.values(), inputs, groups, methods, widths)
+        yield from (queue, limit, *counters.values(), inputs, groups, methods, ladder, widths)
 
     def families(self) -> list[Metric]:
         """Return all metrics in a form that can be sent to another replica."""

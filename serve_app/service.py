@@ -20,7 +20,7 @@ from revmux.errors import UserError
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
-from revmux.serving.scheduling import admits
+from revmux.serving.adapters import Place, admitted, check_stages, place_of
 from revmux.serving.task import Lineup, Task
 from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
@@ -75,7 +75,7 @@ class Service:
         self.peers: Callable[[], Awaitable[dict[str, list[Metric]]]] | None = None
         self.update_error: str | None = None
         self._served: dict[str, TaskConfig] = {}
-        self._adapters: dict[str, dict[int, str]] = {}  # names in the operator's configuration, by task and N
+        self._adapters: dict[str, dict[Place, str]] = {}  # names in the operator's configuration, by task and place
         self._changing = threading.Lock()
         self.engine.start()
 
@@ -91,7 +91,7 @@ class Service:
             UserError: a model or adapter does not fit, or a served task has another model or other fixed settings.
         """
         with self._changing, TemporaryDirectory(prefix="revmux-adapters-") as downloads:
-            requested = {name: self._by_width(task, Path(downloads)) for name, task in tasks.items()}
+            requested = {name: self._by_place(task, Path(downloads)) for name, task in tasks.items()}
             for name, task in tasks.items():
                 if name in self._served:
                     self._check_same(name, task)
@@ -102,7 +102,7 @@ class Service:
                     added.append(self._loaded(name, tasks[name], adapters))
                     continue
                 served = self._adapters[name]
-                new = [adapter.folder for width, adapter in adapters.items() if served.get(width) != adapter.source]
+                new = [adapter.folder for place, adapter in adapters.items() if served.get(place) != adapter.source]
                 removed = served.keys() - adapters.keys()
                 if new or removed:
                     lineups[name] = self.engine.task(name).lineup_with(new, removed)
@@ -110,27 +110,23 @@ class Service:
             before = self._adapters
             self._served = dict(tasks)
             self._adapters = {
-                name: {width: adapter.source for width, adapter in adapters.items()}
+                name: {place: adapter.source for place, adapter in adapters.items()}
                 for name, adapters in requested.items()
             }
             for name, sources in self._adapters.items():
-                for width, source in sources.items():
-                    if before.get(name, {}).get(width) != source:
-                        self._log_loss(name, width, source)
+                for place, source in sources.items():
+                    if before.get(name, {}).get(place) != source:
+                        self._log_loss(name, place, source)
 
-    def _by_width(self, task: TaskConfig, downloads: Path) -> dict[int, _Fetched]:
-        """Fetch the adapters that ``max_multiplex`` allows, by N."""
-        found: dict[int, _Fetched] = {}
-        for source in task.adapters:
-            folder = fetch_adapter(source, downloads)
-            width = load_adapter_config(folder).num_inputs
-            if width in found:
-                raise UserError(
-                    f"adapters {found[width].source!r} and {source!r} both serve N = {width}; give one for each N"
-                )
-            if admits(self.config.max_multiplex, width):
-                found[width] = _Fetched(source, folder)
-        return found
+    def _by_place(self, task: TaskConfig, downloads: Path) -> dict[Place, _Fetched]:
+        """Fetch the adapters, and return those that ``max_multiplex`` allows by their place in the line-up."""
+        folders = {source: fetch_adapter(source, downloads) for source in task.adapters}
+        described = [(source, load_adapter_config(folders[source])) for source in task.adapters]
+        check_stages(described, task.threshold)
+        return {
+            place_of(config): _Fetched(source, folders[source])
+            for source, config in admitted(described, self.config.max_multiplex)
+        }
 
     def _check_same(self, name: str, task: TaskConfig) -> None:
         for setting in _FIXED:
@@ -141,7 +137,7 @@ class Service:
                     "name, or deploy new replicas"
                 )
 
-    def _loaded(self, name: str, task: TaskConfig, adapters: dict[int, _Fetched]) -> Task:
+    def _loaded(self, name: str, task: TaskConfig, adapters: dict[Place, _Fetched]) -> Task:
         # The engine applies max_length to inputs. Loading only needs a legal value.
         folders = [adapter.folder for adapter in adapters.values()]
         prompt = task.prompt or recorded_prompt(folders)
@@ -151,9 +147,9 @@ class Service:
         pretrained.backbone.to("cuda" if self.config.num_gpus else "cpu")
         return Task(name, pretrained, folders, self.engine.limits, task.max_length, task.threshold)
 
-    def _log_loss(self, name: str, width: int, source: str) -> None:
+    def _log_loss(self, name: str, place: Place, source: str) -> None:
         task = self.engine.task(name)
-        adapter = next(adapter for adapter in task.lineup.adapters if adapter.route.width == width)
+        adapter = next(adapter for adapter in task.lineup.adapters if adapter.place == place)
         log_loss(adapter.config, source, task.threshold, self.config)
 
     def update(self, user_config: Any) -> None:
@@ -236,7 +232,7 @@ class Service:
 
     def _task_info(self, task: Task) -> dict[str, Any]:
         identity = task.pretrained.identity
-        routes = task.lineup.routes
+        lineup = task.lineup
         sources = self._adapters.get(task.name, {})
         return {
             "model_id": identity["name"],
@@ -247,18 +243,19 @@ class Service:
             "model_type": {"classifier": {"id2label": dict(enumerate(task.label_names))}},
             "num_layers": task.backbone.num_layers,
             "max_input_length": task.max_length,
-            "group_widths": sorted({route.width for route in routes}),
+            "group_widths": sorted({route.width for route in lineup.routes}),
             "adapters": [
                 {
-                    "source": sources.get(adapter.config.num_inputs, adapter.folder),
+                    "source": sources.get(adapter.place, adapter.folder),
+                    "stage": adapter.config.stage,
                     "method": adapter.config.method,
                     "num_inputs": adapter.config.num_inputs,
                     "prefill_layers": adapter.config.prefill_layers,
-                    "relative_cost": round(adapter.route.per_input, 4),
-                    "threshold": task.lineup.thresholds.get(adapter.config.num_inputs, 0.0),
-                    "used": adapter.route in routes,
+                    "relative_cost": round(lineup.route(adapter).per_input, 4),
+                    "threshold": adapter.threshold,
+                    "used": lineup.uses(adapter),
                     "metrics": adapter.config.metrics,
                 }
-                for adapter in task.lineup.adapters
+                for adapter in lineup.adapters
             ],
         }

@@ -90,7 +90,7 @@ def test_a_group_in_flight_finishes_with_the_adapter_that_it_started_with(
     engine: Engine, folders: dict[int, Path]
 ) -> None:
     engine.load(folders[4])
-    method = engine.task().lineup.models[4].method
+    method = engine.task().lineup.first[4].model.method
     inside, go_on = threading.Event(), threading.Event()
 
     def wait(module: object, inputs: object) -> None:

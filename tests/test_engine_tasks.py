@@ -200,7 +200,7 @@ def test_counts_and_reports_match_what_was_computed(models: dict[str, Pretrained
     )
     assert [width for report in reports for width in report.widths].count(2) == 6
     for report in reports:
-        assert sum(report.stages.values()) <= report.seconds
+        assert sum(report.steps.values()) <= report.seconds
         assert len(report.queue_seconds) == len(report.widths)
     assert stats["waiting"] == 0
     assert {key: value for key, value in stats.items() if key != "tasks"} == own  # the only task

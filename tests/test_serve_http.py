@@ -406,7 +406,7 @@ def test_a_failing_update_is_reported_and_the_server_keeps_running(
             0.811,
             0.9,
             "INFO",
-            "10.4 points below the plain model (91.5%), before answers below confidence 0.9 fall back",
+            "10.4 points below the plain model (91.5%), before inputs below confidence 0.9 go on",
         ),
         (None, None, "INFO", "its accuracy was not measured"),
         (float("nan"), None, "INFO", "its accuracy was not measured"),

@@ -47,8 +47,9 @@ class AdapterConfig:
         training: loss, optimizer and seed.
         metrics: results on the test set.
         prompt: the prompt in training, as plain data; None if the backbone has a classification head.
-        fallback_threshold: confidence below which a served input falls back, see :mod:`revmux.fallback`;
-            None means no fallback.
+        fallback_threshold: confidence below which a served input goes on to the next stage, or to the plain model after
+            the last stage, see :mod:`revmux.ladder`; None means that all answers are final.
+        stage: the stage of a ladder that the adapter serves, from 1.
         dtype: type of the backbone's weights in training, such as ``bfloat16``; None if it is not recorded.
         tunable_parameters: number of trained weights, without those of the backbone.
         format_version: version of the file format.
@@ -67,6 +68,7 @@ class AdapterConfig:
     metrics: dict[str, float] = field(default_factory=dict)
     prompt: dict[str, Any] | None = None
     fallback_threshold: float | None = None
+    stage: int = 1
     dtype: str | None = None
     tunable_parameters: int = 0
     format_version: int = FORMAT_VERSION
@@ -147,9 +149,12 @@ def load_adapter_config(adapter: str | Path, revision: str | None = None) -> Ada
         raise UserError(f"{path} has unknown keys {', '.join(odd)}; known: {', '.join(sorted(known))}; remove them")
     check_types(AdapterConfig, raw, str(path))
     try:
-        return AdapterConfig(**raw)
+        config = AdapterConfig(**raw)
     except TypeError as error:
         raise UserError(f"{path} is incomplete ({error}); the folder is damaged, save the adapter again") from None
+    if config.stage < 1:
+        raise UserError(f"{path} has stage {config.stage}; the stages of a ladder start at 1, write 1 or more")
+    return config
 
 
 def recorded_prompt(adapters: Sequence[str | Path]) -> Prompt | None:

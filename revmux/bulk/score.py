@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from revmux.bulk.texts import Tokens
+from revmux.methods import Siso
 from revmux.serving.forward import run_pass
 from revmux.serving.scheduling import PLAIN, ForwardPass, Group, form_groups, form_passes
 from revmux.serving.task import Task
@@ -25,15 +26,19 @@ class Answers:
 
     Attributes:
         scores: (M, C) float32, before softmax.
-        groups: the group of each input, by which its width and method are known.
+        widths: N of the last group that each input was in.
+        methods: method of that group.
+        stages: the stage of the ladder that answered each input; 0 is the plain model.
         fell_back: whether each input fell back to the plain model.
-        finite: whether all scores of an input are finite.
+        finite: whether all scores of an input, and of those that shared its last group, are finite.
         cost: counted cost of all passes; 1 is one input in the plain model.
         device_seconds: time of all passes without padding.
     """
 
     scores: Tensor
-    groups: list[Group]
+    widths: list[int]
+    methods: list[str]
+    stages: list[int]
     fell_back: list[bool]
     finite: list[bool]
     cost: float = 0.0
@@ -41,7 +46,7 @@ class Answers:
 
     def is_plain(self, index: int) -> bool:
         """Whether an answer is the plain model's."""
-        return self.fell_back[index] or self.groups[index].route == PLAIN
+        return self.stages[index] == 0
 
 
 def classify_tokens(task: Task, tokens: Tokens, plain: bool = False) -> Answers:
@@ -59,7 +64,7 @@ def classify_tokens(task: Task, tokens: Tokens, plain: bool = False) -> Answers:
     groups = form_groups(lengths, [None] * len(lengths), routes)
     size = len(lengths)
     scores = torch.zeros(size, len(task.label_names))
-    answers = Answers(scores, [groups[0]] * size if groups else [], [False] * size, [True] * size)
+    answers = Answers(scores, [1] * size, [Siso.name] * size, [0] * size, [False] * size, [True] * size)
     with torch.inference_mode():
         for forward in form_passes(groups, lengths, task.limits.max_batch_tokens):
             _run(task, tokens, forward, answers)
@@ -79,11 +84,12 @@ def _run(task: Task, tokens: Tokens, forward: ForwardPass, answers: Answers) -> 
     try:
         outcome = run_pass(
             task.backbone,
-            lineup.models,
-            lineup.thresholds,
+            lineup.stages,
+            lineup.later_stages,
             task.padder,
             local,
             [tokens.row(index) for index in members],
+            [None] * len(members),
         )
     except Exception as error:
         if len(forward.groups) == 1 or not is_out_of_memory(error):
@@ -94,15 +100,12 @@ def _run(task: Task, tokens: Tokens, forward: ForwardPass, answers: Answers) -> 
         )
     else:
         answers.scores[members] = outcome.scores
-        answers.device_seconds += sum(seconds for stage, seconds in outcome.stages.items() if stage != "pad")
-        for group in forward.groups:
-            answers.cost += group.route.group_cost(len(group.members))
-            for index in group.members:
-                answers.groups[index] = group
-        for index, finite, fell_back in zip(members, outcome.finite, outcome.fell_back, strict=True):
-            answers.finite[index], answers.fell_back[index] = finite, fell_back
-            if fell_back:
-                answers.cost += 1 - answers.groups[index].route.alone
+        answers.device_seconds += sum(seconds for step, seconds in outcome.steps.items() if step != "pad")
+        answers.cost += lineup.pass_cost(forward.groups, outcome.last, outcome.fell_back)
+        for row, index in enumerate(members):
+            answers.widths[index], answers.methods[index] = outcome.widths[row], outcome.methods[row]
+            answers.stages[index], answers.fell_back[index] = outcome.answered_by[row], outcome.fell_back[row]
+            answers.finite[index] = outcome.valid[row]
         return
     release_memory(task.backbone.device)
     half = len(forward.groups) // 2
@@ -111,10 +114,7 @@ def _run(task: Task, tokens: Tokens, forward: ForwardPass, answers: Answers) -> 
 
 
 def _retry_alone(task: Task, tokens: Tokens, answers: Answers) -> None:
-    """Run each member of a group with scores that are not finite again, alone in the plain model."""
-    broken = {id(answers.groups[index]): answers.groups[index] for index, ok in enumerate(answers.finite) if not ok}
-    for group in broken.values():
-        if group.route == PLAIN:
-            continue
-        for index in group.members:
+    """Run each input whose group has scores that are not finite again, alone in the plain model."""
+    for index, finite in enumerate(answers.finite):
+        if not finite and answers.methods[index] != Siso.name:
             _run(task, tokens, ForwardPass(PLAIN.stem, (Group(PLAIN, (index,)),)), answers)

@@ -152,14 +152,13 @@ class Worker:
 
         labels = [names[one] for one in best.tolist()]
         chosen = scores.gather(1, best[:, None]).squeeze(1).tolist() if len(scores) else []
-        widths = [1 if answers.is_plain(one) else group.width for one, group in enumerate(answers.groups)]
-        methods = [group.route.method for group in answers.groups]
-        stages = [0 if answers.is_plain(one) else 1 for one in range(len(widths))]
+        stages, methods = answers.stages, answers.methods
+        widths = [1 if stage == 0 else width for stage, width in zip(stages, answers.widths)]
         added = {
             "label": column(labels, pa.string()),
             "score": column(chosen, pa.float32()),
             "scores": column(scores.tolist(), pa.list_(pa.float32())) if self.job.all_scores else None,
-            "width": column([group.width for group in answers.groups], pa.int16()),
+            "width": column(answers.widths, pa.int16()),
             "method": column(methods, pa.string()),
             "stage": column(stages, pa.int8()),
             "fell_back": column(answers.fell_back, pa.bool_()),

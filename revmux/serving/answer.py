@@ -15,16 +15,17 @@ class Answer:
 
     Attributes:
         scores: (C,) float32 on the CPU, before softmax.
-        width: N of the input's group; 1 is the plain model or an exit head.
+        width: N of the last group that the input was in; 1 is the plain model or an exit head.
         queue_seconds: time from queueing to the start of the forward pass.
         inference_seconds: time of the forward pass, from padding to scores on the CPU.
         truncated: whether the text was cut to the task's ``max_length``.
         fell_back: whether the confidence of the group's answer was below the threshold, so that the input resumed
             alone and ``scores`` are the plain model's.
-        method: method that computed the answer; ``siso`` is the plain model.
+        method: method of the last group that the input was in; ``siso`` is the plain model.
+        stage: the stage of the ladder that answered, from 1; 0 is the plain model.
         tokenize_seconds: time of tokenization.
         tokens: number of tokens of the input.
-        group: number of the input's group, unique within the engine.
+        group: number of the last group that the input was in, unique within the engine.
     """
 
     scores: Tensor
@@ -34,6 +35,7 @@ class Answer:
     truncated: bool = False
     fell_back: bool = False
     method: str = Siso.name
+    stage: int = 0
     tokenize_seconds: float = 0.0
     tokens: int = 0
     group: int = 0

@@ -5,6 +5,8 @@ inputs and chooses the group width by their number. It then runs the forward pas
 with all inputs that can share this pass::
 
     texts ─ encode ─ queue ─ window ─ groups ─ pass ─ (plain | prefill ─ multiplex ─ upper ─ answer) ─ futures
+
+Inputs whose answer is unsure go on in the same pass, see :mod:`revmux.ladder`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Engine:
     Args:
         pretrained: the model of the first task, on the device where it runs. From now on it belongs to the engine.
             None starts without a task.
-        adapters: adapter folders trained on this model, one for each N.
+        adapters: adapter folders trained on this model: one for each N in stage 1, and one for each later stage.
         limits: limits on waiting and running inputs.
         max_length: maximum number of tokens per input; None is the length that all adapters were trained with.
         threads: number of CPU threads of the model; None is the number that PyTorch uses in the calling thread.
@@ -136,14 +138,14 @@ class Engine:
         Args:
             name: name of the task in requests.
             pretrained: the task model, on the device where it runs. From now on it belongs to the engine.
-            adapters: adapter folders trained on this model, one for each N.
+            adapters: adapter folders trained on this model: one for each N in stage 1, and one for each later stage.
             max_length: maximum number of tokens per input; None is the length that all adapters were trained with.
-            threshold: confidence below which an answer falls back to the plain model, for all adapters. None uses
-                each adapter's own threshold, 0 disables the fallback.
+            threshold: confidence below which an input goes on to the next stage or to the plain model, for all
+                adapters. None uses each adapter's own threshold, 0 makes all answers final.
 
         Raises:
-            UserError: the name is in use, an adapter does not fit, two adapters have the same N, an adapter does not
-                support the threshold, or the limits are too small for one group.
+            UserError: the name is in use, an adapter does not fit, two adapters have the same N or stage, the stages do
+                not form a ladder, an adapter does not support the threshold, or the limits are too small for one group.
         """
         self._check_free(name, self._tasks)
         task = Task(name, pretrained, adapters, self.limits, max_length, threshold)
@@ -203,7 +205,7 @@ class Engine:
         return task
 
     def load(self, folder: str | Path, task: str | None = None) -> LoadedAdapter:
-        """Add an adapter, or replace the one with the same N, without interrupting requests.
+        """Add an adapter, or replace the one with the same N or of the same later stage, without interrupting requests.
 
         Raises:
             UnknownTask: there is no such task.
@@ -215,15 +217,15 @@ class Engine:
         _warn_if_unused(resolved, adapter)
         return adapter
 
-    def retire(self, num_inputs: int, task: str | None = None) -> LoadedAdapter:
-        """Stop using the adapter with this N. Groups that are already running finish with it.
+    def retire(self, num_inputs: int, task: str | None = None, stage: int = 1) -> LoadedAdapter:
+        """Stop using the adapter of a stage with this N. Groups that are already running finish with it.
 
         Raises:
             UnknownTask: there is no such task.
-            UserError: the task has no adapter with this N.
+            UserError: the stage has no adapter with this N, or a later stage needs it.
         """
         with self._changing:
-            return self.task(task).retire(num_inputs)
+            return self.task(task).retire(num_inputs, stage)
 
     def submit(
         self,
@@ -344,8 +346,8 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Return counts since the start: totals, and the counts of each task under ``tasks``.
 
-        ``inputs`` and ``groups`` are counted by width, ``methods`` counts inputs by method, and ``seconds`` sums time
-        by stage. ``waiting`` is the current depth of the queue. Inputs that never ran are counted as ``rejected`` (the
+        ``inputs`` and ``groups`` are counted by width, ``methods`` counts inputs by method, ``ladder`` counts them by
+        the stage that answered (0 is the plain model), and ``seconds`` sums time by step. ``waiting`` is the current depth of the queue. Inputs that never ran are counted as ``rejected`` (the
         queue was full), ``expired`` (the timeout passed) or ``cancelled`` (by the client).
         """
         snapshot = self._metrics.snapshot()
@@ -370,10 +372,10 @@ class Engine:
 
 
 def _warn_if_unused(task: Task, adapter: LoadedAdapter) -> None:
-    if adapter.route not in task.lineup.routes:
-        logger.warning(
-            "adapter %s (N = %d) is never used: its cost per input is no lower than that of a narrower adapter or of "
-            "the plain model",
-            adapter.folder,
-            adapter.route.width,
-        )
+    if task.lineup.uses(adapter):
+        return
+    if adapter.config.stage == 1:
+        reason = "its cost per input is no lower than that of a narrower adapter or of the plain model"
+    else:
+        reason = "no adapter of stage 1 that has a threshold is used"
+    logger.warning("adapter %s (%s) is never used: %s", adapter.folder, adapter.place, reason)

@@ -1,12 +1,13 @@
-"""Run one forward pass of a batch of groups, and time its stages.
+"""Run one forward pass of a batch of groups, and time its steps.
 
-Stages: ``pad`` (tokens to the device), ``plain`` (the whole plain model), ``prefill``, ``multiplex``, ``upper``,
-``head`` (demultiplexer and classifier), ``resume`` (inputs that fall back) and ``reply`` (scores to the CPU).
+Steps: ``pad`` (tokens to the device), ``plain`` (the whole plain model), ``prefill``, ``multiplex``, ``upper``,
+``head`` (demultiplexer and classifier), ``resume`` (inputs that fall back) and ``reply`` (scores to the CPU). The later
+stages of a ladder add to the same steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -15,36 +16,48 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
-from revmux.fallback import confidence, resume
+from revmux.fallback import confidence
 from revmux.grouping import gather_rows
-from revmux.model import MultiplexedClassifier
+from revmux.ladder import LadderAnswers, Stage, climb
 from revmux.serving.scheduling import PLAIN, Group
+
+_ANY_WIDTH = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a forward pass over R inputs.
+    """The results of a forward pass over R inputs. Lists are in the order of the groups' members.
 
     Attributes:
-        scores: (R, C) float32 on the CPU, in the order of the groups' members.
-        finite: (R) whether all scores of the input are finite.
-        fell_back: (R) whether the input fell back to the plain model.
+        scores: (R, C) float32 on the CPU.
+        valid: (R) whether the scores of the input, and of all inputs that shared its last group, are finite.
+        widths: (R) N of the last group that the input was in; 1 for the plain model.
+        methods: (R) method of that group.
+        last: (R) the last stage of the ladder that the input was in; 0 if it was in none.
+        answered_by: (R) the stage that answered; 0 is the plain model.
+        groups: (R) number of the last group that the input was in, unique in the pass.
+        fell_back: (R) whether the input went on from an adapter to the plain model.
         padded_tokens: R times the length of the longest input.
-        stages: seconds per stage.
+        steps: seconds per step.
     """
 
     scores: Tensor
-    finite: list[bool]
+    valid: list[bool]
+    widths: list[int]
+    methods: list[str]
+    last: list[int]
+    answered_by: list[int]
+    groups: list[int]
     fell_back: list[bool]
     padded_tokens: int
-    stages: dict[str, float]
+    steps: dict[str, float]
 
 
-class StageClock:
+class StepClock:
     """Measures the time between marks. On a GPU it records CUDA events, so that marks do not synchronize.
 
     Args:
-        device: the device that runs the stages.
+        device: the device that runs the steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,78 +65,100 @@ class StageClock:
         self._marks: list[tuple[str, torch.cuda.Event | float]] = []
         self.mark("")
 
-    def mark(self, stage: str) -> None:
-        """Mark the end of a stage."""
+    def mark(self, step: str) -> None:
+        """Mark the end of a step."""
         if self._stream is not None:
             event = torch.cuda.Event(enable_timing=True)
             event.record(self._stream)
-            self._marks.append((stage, event))
+            self._marks.append((step, event))
         else:
-            self._marks.append((stage, perf_counter()))
+            self._marks.append((step, perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Return the total seconds of each stage. On a GPU, wait for the end of the last stage first."""
+        """Return the total seconds of each step. On a GPU, wait for the end of the last step first."""
         if self._stream is not None:
             self._stream.synchronize()
         total: dict[str, float] = {}
-        for (_, start), (stage, end) in zip(self._marks, self._marks[1:]):
+        for (_, start), (step, end) in zip(self._marks, self._marks[1:]):
             if isinstance(start, float) and isinstance(end, float):
                 spent = end - start
             else:
                 spent = start.elapsed_time(end) / 1000  # type: ignore[union-attr,arg-type]
-            total[stage] = total.get(stage, 0.0) + spent
+            total[step] = total.get(step, 0.0) + spent
         return total
 
 
 def run_pass(
     backbone: Backbone,
-    models: dict[int, MultiplexedClassifier],
-    thresholds: dict[int, float],
+    first: Mapping[int, Stage],
+    later: Sequence[Stage],
     padder: PreTrainedTokenizerBase,
     groups: Sequence[Group],
     inputs: Sequence[dict[str, list[int]]],
+    caps: Sequence[int | None],
 ) -> Outcome:
-    """Compute the answers of groups that share one prefill.
+    """Compute the answers of groups that share one prefill, and of all stages that their inputs reach.
 
     Args:
         backbone: the frozen task model.
-        models: backbone with adapter by N, an exit head at 1. The plain model needs none.
-        thresholds: confidence by N below which an answer falls back. Answers of an N without an entry never do.
+        first: stage 1 by N, an exit head at 1. The plain model needs none.
+        later: the later stages, stage 2 first.
         padder: the backbone's tokenizer.
         groups: groups with the same stem, see :class:`revmux.serving.scheduling.Route`. Groups of the plain model have
             one member each.
         inputs: R token lists, group by group in the order of the members.
+        caps: (R) the widest group that each input allows; None allows any.
     """
-    clock = StageClock(backbone.device)
+    clock = StepClock(backbone.device)
     tokens = pad(inputs, padder, backbone.device)  # (R, S) each
     clock.mark("pad")
-    fell_back = torch.zeros(len(inputs), dtype=torch.bool, device=backbone.device)
     if groups[0].route == PLAIN:
-        scores = backbone(tokens).float()  # (R, C)
+        nothing = torch.zeros(len(inputs), dtype=torch.long)
+        answers = LadderAnswers(backbone(tokens).float(), nothing, torch.arange(len(inputs)), nothing.bool())
         clock.mark("plain")
     else:
-        scores = _multiplexed(backbone, models, thresholds, tokens, groups, fell_back, clock)
-    scores, fell = scores.cpu(), fell_back.cpu()
+        answers = _multiplexed(backbone, first, later, tokens, groups, caps, clock)
+    scores = answers.scores.cpu()  # (R, C)
     clock.mark("reply")
     finite = scores.isfinite().all(dim=1)  # (R,)
-    return Outcome(scores, finite.tolist(), fell.tolist(), tokens["input_ids"].numel(), clock.seconds())
+    # A value that is not finite in one member of a group may have changed the others, even if their scores are finite.
+    broken = answers.group[~finite & ~answers.fell_back]
+    valid = finite & (answers.fell_back | ~torch.isin(answers.group, broken))
+    routes = [group.route for group in groups for _ in group.members]  # (R)
+    last: list[int] = answers.last.tolist()
+    adapters = [later[stage - 2].model if stage > 1 else None for stage in last]
+    return Outcome(
+        scores=scores,
+        valid=valid.tolist(),
+        widths=[route.width if model is None else model.num_inputs for route, model in zip(routes, adapters)],
+        methods=[route.method if model is None else model.method.name for route, model in zip(routes, adapters)],
+        last=last,
+        answered_by=answers.stage.tolist(),
+        groups=answers.group.tolist(),
+        fell_back=answers.fell_back.tolist(),
+        padded_tokens=tokens["input_ids"].numel(),
+        steps=clock.seconds(),
+    )
 
 
 def _multiplexed(
     backbone: Backbone,
-    models: dict[int, MultiplexedClassifier],
-    thresholds: dict[int, float],
+    first: Mapping[int, Stage],
+    later: Sequence[Stage],
     tokens: TokenBatch,
     groups: Sequence[Group],
-    fell_back: Tensor,
-    clock: StageClock,
-) -> Tensor:
-    """Return the scores (R, C) of groups with adapters, and set ``fell_back`` (R,) for the inputs that fall back."""
-    rows = len(fell_back)
+    caps: Sequence[int | None],
+    clock: StepClock,
+) -> LadderAnswers:
+    """Return the answers to R inputs of groups with adapters."""
+    rows = len(caps)
     scores = torch.zeros(rows, backbone.num_labels, dtype=torch.float32, device=backbone.device)
+    unsure = torch.zeros(rows, dtype=torch.bool, device=backbone.device)
     shared: HiddenState | None = None
+    goes_on = False
     for width, slots in slots_by_width(groups, backbone.device).items():
-        model = models[width]
+        stage = first[width]
+        model = stage.model
         own_tokens, own_slots = model.slot_tokens(tokens, slots)
         if model.method.prepares_tokens:
             prefilled = model.prefill(own_tokens)
@@ -134,15 +169,17 @@ def _multiplexed(
         # Rows of other widths are zero. A row that fills several slots gets the mean of their scores.
         found = gather_rows(output.scores, slots, rows).float()  # (R, C)
         scores += found
-        if width in thresholds:
-            members = torch.zeros_like(fell_back).index_fill(0, slots.flatten(), True)
-            fell_back |= members & (confidence(found) < thresholds[width])
+        if stage.threshold:
+            members = torch.zeros_like(unsure).index_fill(0, slots.flatten(), True)
+            unsure |= members & (confidence(found) < stage.threshold)
+            goes_on = True
         clock.mark("head")
-    if thresholds and shared is not None and bool(fell_back.any()):
-        unsure = fell_back.nonzero().squeeze(1)
-        scores[unsure] = resume(backbone, shared.take(unsure))
-        clock.mark("resume")
-    return scores
+    numbers = torch.tensor([number for number, group in enumerate(groups) for _ in group.members])  # (R,)
+    answers = LadderAnswers(scores, torch.ones_like(numbers), numbers, torch.zeros_like(numbers, dtype=torch.bool))
+    if shared is None or not goes_on:
+        return answers
+    widest = torch.tensor([_ANY_WIDTH if cap is None else cap for cap in caps])
+    return climb(backbone, later, shared, answers, unsure, widest=widest, on_stage=clock.mark)
 
 
 def slots_by_width(groups: Sequence[Group], device: torch.device | str = "cpu") -> dict[int, Tensor]:

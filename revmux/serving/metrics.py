@@ -26,15 +26,16 @@ class PassReport:
 
     Attributes:
         task: name of the task.
-        widths: N of the input's group.
-        groups: N of each answered group; one entry per group.
-        methods: method that computed the answer; ``siso`` is the plain model.
+        widths: N of the last group that the input was in.
+        groups: N of each group that was the last one of an input; one entry per group.
+        methods: method of the last group that the input was in; ``siso`` is the plain model.
+        answered_by: the stage of the ladder that answered; 0 is the plain model.
         fell_back: whether the input fell back to the plain model.
         tokens: total tokens of all computed inputs, without padding.
         padded_tokens: total tokens of all computed inputs, including padding.
         tokenize_seconds: time of tokenization.
         queue_seconds: time from queueing to the start of the pass.
-        stages: seconds of the pass per stage, see :mod:`revmux.serving.forward`.
+        steps: seconds of the pass per step, see :mod:`revmux.serving.forward`.
         seconds: time of the whole pass.
     """
 
@@ -42,12 +43,13 @@ class PassReport:
     widths: tuple[int, ...]
     groups: tuple[int, ...]
     methods: tuple[str, ...]
+    answered_by: tuple[int, ...]
     fell_back: tuple[bool, ...]
     tokens: int
     padded_tokens: int
     tokenize_seconds: tuple[float, ...]
     queue_seconds: tuple[float, ...]
-    stages: dict[str, float]
+    steps: dict[str, float]
     seconds: float
 
 
@@ -58,6 +60,7 @@ class TaskCounts:
     inputs: Counter[int] = field(default_factory=Counter)
     groups: Counter[int] = field(default_factory=Counter)
     methods: Counter[str] = field(default_factory=Counter)
+    ladder: Counter[int] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -66,15 +69,17 @@ class TaskCounts:
         for own, more in ((self.inputs, other.inputs), (self.groups, other.groups)):
             own.update(more)
         self.methods.update(other.methods)
+        self.ladder.update(other.ladder)
         self.counts.update(other.counts)
-        for stage, seconds in other.seconds.items():
-            self.seconds[stage] += seconds
+        for step, seconds in other.seconds.items():
+            self.seconds[step] += seconds
 
     def snapshot(self) -> dict[str, Any]:
         """Return the counts as plain dictionaries."""
         counted = {name: self.counts[name] for name in COUNTED}
         by_width = {"inputs": dict(self.inputs), "groups": dict(self.groups)}
-        return {**by_width, "methods": dict(self.methods), "seconds": dict(self.seconds), **counted}
+        inputs = {**by_width, "methods": dict(self.methods), "ladder": dict(self.ladder)}
+        return {**inputs, "seconds": dict(self.seconds), **counted}
 
 
 class Metrics:
@@ -104,12 +109,13 @@ class Metrics:
             own.inputs.update(report.widths)
             own.groups.update(report.groups)
             own.methods.update(report.methods)
+            own.ladder.update(report.answered_by)
             own.counts.update(
                 passes=1, fell_back=sum(report.fell_back), tokens=report.tokens, padded_tokens=report.padded_tokens
             )
             waits = {"tokenize": sum(report.tokenize_seconds), "queue": sum(report.queue_seconds)}
-            for stage, seconds in {**waits, **report.stages}.items():
-                own.seconds[stage] += seconds
+            for step, seconds in {**waits, **report.steps}.items():
+                own.seconds[step] += seconds
 
     def snapshot(self) -> dict[str, Any]:
         """Return a copy of the counts: totals over all tasks, and the counts of each task under ``tasks``."""

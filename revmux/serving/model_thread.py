@@ -118,7 +118,8 @@ class ModelThread:
         groups, rows = _lay_out(shares)
         inputs = [ticket.tokens for ticket in rows]
         try:
-            outcome = run_pass(task.backbone, lineup.models, lineup.thresholds, task.padder, groups, inputs)
+            caps = [ticket.cap for ticket in rows]
+            outcome = run_pass(task.backbone, lineup.stages, lineup.later_stages, task.padder, groups, inputs, caps)
         except Exception as error:
             if len(shares) == 1 or not is_out_of_memory(error):
                 self._fail(rows, error)
@@ -139,59 +140,49 @@ class ModelThread:
         self._run(task, lineup, shares[half:])
 
     def _answer(self, task: Task, lineup: Lineup, shares: Sequence[Share], outcome: Outcome, started: float) -> None:
-        """Answer the groups whose scores are finite. Run the members of the other groups again, each alone."""
-        answered_rows: list[int] = []  # the answered rows of the pass
-        answered: list[Share] = []
-        retried: list[Ticket] = []
-        broken: list[Ticket] = []
-        first = 0
-        for route, members in shares:
-            group_rows = range(first, first + len(members))
-            first += len(members)
-            if all(outcome.finite[row] for row in group_rows):
-                answered_rows += group_rows
-                answered.append((route, members))
-            elif route == PLAIN:
-                broken += members
-            else:
-                # A value that is not finite in one member may have changed the others, even if their scores are finite.
-                retried += members
+        """Answer the inputs whose scores are valid. Run the others again, each alone."""
         tickets = [ticket for _, members in shares for ticket in members]
+        routes = [route for route, members in shares for _ in members]
+        answered = [row for row, valid in enumerate(outcome.valid) if valid]
+        widths = {outcome.groups[row]: outcome.widths[row] for row in answered}  # N by group
         report = PassReport(
             task=task.name,
-            widths=tuple(route.width for route, members in answered for _ in members),
-            groups=tuple(route.width for route, _ in answered),
-            methods=tuple(route.method for route, members in answered for _ in members),
-            fell_back=tuple(outcome.fell_back[row] for row in answered_rows),
+            widths=tuple(outcome.widths[row] for row in answered),
+            groups=tuple(widths.values()),
+            methods=tuple(outcome.methods[row] for row in answered),
+            answered_by=tuple(outcome.answered_by[row] for row in answered),
+            fell_back=tuple(outcome.fell_back[row] for row in answered),
             tokens=sum(ticket.length for ticket in tickets),
             padded_tokens=outcome.padded_tokens,
-            tokenize_seconds=tuple(tickets[row].tokenize_seconds for row in answered_rows),
-            queue_seconds=tuple(started - tickets[row].queued for row in answered_rows),
-            stages=outcome.stages,
+            tokenize_seconds=tuple(tickets[row].tokenize_seconds for row in answered),
+            queue_seconds=tuple(started - tickets[row].queued for row in answered),
+            steps=outcome.steps,
             seconds=self.queue.clock() - started,
         )
         self.metrics.record(report)
-        numbers = [number for (_, members), number in zip(answered, self._group_numbers) for _ in members]
-        for index, row in enumerate(answered_rows):
+        numbers = dict(zip(widths, self._group_numbers))
+        for index, row in enumerate(answered):
             ticket = tickets[row]
             ticket.future.set_result(
                 Answer(
                     scores=outcome.scores[row],
                     width=report.widths[index],
                     method=report.methods[index],
+                    stage=report.answered_by[index],
                     queue_seconds=report.queue_seconds[index],
                     inference_seconds=report.seconds,
                     truncated=ticket.truncated,
                     fell_back=report.fell_back[index],
                     tokenize_seconds=ticket.tokenize_seconds,
                     tokens=ticket.length,
-                    group=numbers[index],
+                    group=numbers[outcome.groups[row]],
                 )
             )
         self._report(report)
-        if broken:
+        invalid = [(route, ticket) for route, ticket, valid in zip(routes, tickets, outcome.valid) if not valid]
+        if broken := [ticket for route, ticket in invalid if route == PLAIN]:
             self._fail(broken, ArithmeticError("the scores of this input are not finite"))
-        if retried:
+        if retried := [ticket for route, ticket in invalid if route != PLAIN]:
             logger.warning(
                 "%d inputs of task %s are in groups with scores that are not finite; each is run again alone",
                 len(retried),

@@ -4,47 +4,104 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from revmux.adapters.config import load_adapter_config
 from revmux.backbone import Backbone
 from revmux.errors import UserError
-from revmux.fallback import check_threshold
-from revmux.model import MultiplexedClassifier
+from revmux.ladder import Stage, check_ladder
 from revmux.pretrained.encoder import Encoder
 from revmux.pretrained.pretrained import Pretrained
-from revmux.serving.adapters import LoadedAdapter, load_adapters
+from revmux.serving.adapters import LoadedAdapter, Place, admitted, check_stages, load_adapters
 from revmux.serving.limits import Limits
-from revmux.serving.scheduling import Route, admits, useful_routes
+from revmux.serving.scheduling import PLAIN, Group, Route, admits, useful_routes
 
 
 @dataclass(frozen=True)
 class Lineup:
     """The adapters of one task at one time. A forward pass keeps the line-up that it was scheduled with.
 
+    The number of waiting inputs decides which adapter of stage 1 answers an input. From there, an input of low
+    confidence goes on through the later stages of the ladder to the plain model.
+
     Attributes:
-        adapters: loaded adapters, one for each N, narrowest first.
-        thresholds: confidence by N below which an answer falls back. Answers of an N without an entry never do.
+        adapters: loaded adapters, stage by stage; those of stage 1 have different N, narrowest first.
     """
 
     adapters: tuple[LoadedAdapter, ...]
-    thresholds: dict[int, float]
 
     @cached_property
-    def models(self) -> dict[int, MultiplexedClassifier]:
-        """The backbone with each adapter, by N."""
-        return {adapter.route.width: adapter.model for adapter in self.adapters}
+    def first(self) -> dict[int, LoadedAdapter]:
+        """The adapters of stage 1, by N."""
+        return {adapter.route.width: adapter for adapter in self.adapters if adapter.config.stage == 1}
+
+    @cached_property
+    def later(self) -> list[LoadedAdapter]:
+        """The adapters of the later stages, stage 2 first."""
+        return [adapter for adapter in self.adapters if adapter.config.stage > 1]
+
+    @cached_property
+    def stages(self) -> dict[int, Stage]:
+        """Stage 1 by N."""
+        return {width: adapter.stage for width, adapter in self.first.items()}
+
+    @cached_property
+    def later_stages(self) -> list[Stage]:
+        """The later stages, stage 2 first."""
+        return [adapter.stage for adapter in self.later]
 
     @cached_property
     def routes(self) -> list[Route]:
-        """The routes that inputs may use, from the plain model to the one with the lowest cost per input."""
-        return useful_routes([adapter.route for adapter in self.adapters])
+        """The routes that inputs may use first, from the plain model to the one with the lowest cost per input."""
+        return useful_routes([self.route(adapter) for adapter in self.first.values()])
+
+    def route(self, adapter: LoadedAdapter) -> Route:
+        """The route of an adapter, with the expected cost of the inputs that go on from it, if it was measured."""
+        return replace(adapter.route, alone=adapter.route.alone + self._cost_of_going_on(adapter))
+
+    def _cost_of_going_on(self, adapter: LoadedAdapter) -> float:
+        """Expected cost per input of the stages after this one and of the plain model."""
+        if not adapter.share_on:
+            return 0.0
+        after = next((other for other in self.later if other.config.stage == adapter.config.stage + 1), None)
+        if after is None:
+            return adapter.share_on * (1 - adapter.route.alone)
+        step = after.route.per_input - adapter.route.alone  # the layers in between, and the share of a group
+        return adapter.share_on * (step + self._cost_of_going_on(after))
+
+    def pass_cost(self, groups: Sequence[Group], last: Sequence[int], fell_back: Sequence[bool]) -> float:
+        """Counted cost of a pass, with all stages that its inputs reached. The unit is one input in the plain model.
+
+        Args:
+            groups: the groups of the first stage, or of the plain model.
+            last: the last stage of each input, in the order of the groups' members.
+            fell_back: whether each input resumed on the plain model.
+        """
+        routes = [group.route if group.route == PLAIN else self.first[group.width].route for group in groups]
+        cost = sum(route.group_cost(len(group.members)) for route, group in zip(routes, groups))
+        starts = [route.alone for route, group in zip(routes, groups) for _ in group.members]
+        for start, stage, resumed in zip(starts, last, fell_back):
+            if resumed:
+                cost += 1 - start
+            elif stage > 1:
+                cost += self.later[stage - 2].route.alone - start
+        for adapter in self.later:
+            inputs = sum(stage >= adapter.config.stage for stage in last)
+            cost += -(-inputs // adapter.route.width) * adapter.route.shared
+        return cost
+
+    def uses(self, adapter: LoadedAdapter) -> bool:
+        """Whether inputs can reach an adapter of this line-up."""
+        if adapter.config.stage == 1:
+            return self.route(adapter) in self.routes
+        return any(first.threshold and self.uses(first) for first in self.first.values())
 
     @property
     def widest(self) -> int:
         """The largest N that inputs may use."""
-        return self.routes[-1].width
+        return max(self.routes[-1].width, *(adapter.route.width for adapter in self.later), 1)
 
 
 class Task:
@@ -53,11 +110,11 @@ class Task:
     Args:
         name: name of the task in requests.
         pretrained: the frozen task model, on the device where it runs.
-        adapters: adapter folders trained on this model, one for each N.
+        adapters: adapter folders trained on this model: one for each N in stage 1, and one for each later stage.
         limits: limits of the engine.
         max_length: maximum number of tokens per input; None is the length that all adapters were trained with.
-        threshold: confidence below which an answer falls back to the plain model, for all adapters. None uses each
-            adapter's own threshold, 0 disables the fallback.
+        threshold: confidence below which an input goes on to the next stage or to the plain model, for all adapters.
+            None uses each adapter's own threshold, 0 makes all answers final.
 
     Attributes:
         lineup: the adapters that requests currently use.
@@ -67,8 +124,8 @@ class Task:
         padder: a tokenizer for use by the model's thread only.
 
     Raises:
-        UserError: an adapter does not fit, two adapters have the same N, an adapter does not support the threshold, or
-            the limits are too small for one group.
+        UserError: an adapter does not fit, two adapters have the same N or stage, the stages do not form a ladder, an
+            adapter does not support the threshold, or the limits are too small for one group.
     """
 
     def __init__(
@@ -86,7 +143,10 @@ class Task:
         self.label_names = self.backbone.label_names
         self.limits = limits
         self.threshold = threshold
-        lineup = self._lineup(load_adapters(adapters, pretrained, limits.max_multiplex))
+        described = [(str(folder), load_adapter_config(folder)) for folder in adapters]
+        check_stages(described, threshold)
+        used = [folder for folder, _ in admitted(described, limits.max_multiplex)]
+        lineup = self._lineup(load_adapters(used, pretrained, threshold))
         if max_length is None:
             trained = [adapter.config.max_length for adapter in lineup.adapters]
             max_length = min([*trained, self._longest(lineup)])
@@ -98,30 +158,30 @@ class Task:
         self.padder = copy.deepcopy(pretrained.tokenizer)
 
     def load(self, folder: str | Path) -> LoadedAdapter:
-        """Add an adapter to the line-up, or replace the one with the same N.
+        """Add an adapter to the line-up, or replace the one in its place: the one with the same N, or of its stage.
 
         Groups that are already running finish with the line-up that they were scheduled with.
 
         Raises:
-            UserError: the adapter does not fit the task model, the limits or the task's maximum length.
+            UserError: the adapter does not fit the task model, the limits, the task's maximum length or the ladder.
         """
         before = self.lineup.adapters
         self.lineup = self.lineup_with([folder])
         return next(adapter for adapter in self.lineup.adapters if adapter not in before)
 
-    def lineup_with(self, load: Sequence[str | Path] = (), retire: Collection[int] = ()) -> Lineup:
-        """Build a line-up with some adapters added or replaced by N, and others removed.
+    def lineup_with(self, load: Sequence[str | Path] = (), retire: Collection[Place] = ()) -> Lineup:
+        """Build a line-up with some adapters added or replaced, and others removed.
 
         The result takes effect when the caller assigns it to :attr:`lineup`.
 
         Args:
             load: adapter folders.
-            retire: N of the adapters to remove.
+            retire: places of the adapters to remove.
 
         Raises:
-            UserError: an adapter does not fit the task model, the limits or the task's maximum length.
+            UserError: an adapter does not fit the task model, the limits, the task's maximum length or the ladder.
         """
-        loaded = load_adapters(load, self.pretrained)
+        loaded = load_adapters(load, self.pretrained, self.threshold)
         limit = self.limits.max_multiplex
         for adapter in loaded:
             if not admits(limit, adapter.route.width):
@@ -129,33 +189,36 @@ class Task:
                     f"adapter {adapter.folder!r} serves N = {adapter.route.width}, but max_multiplex is {limit}; "
                     "raise max_multiplex"
                 )
-        dropped = {adapter.route.width for adapter in loaded} | set(retire)
-        kept = [adapter for adapter in self.lineup.adapters if adapter.route.width not in dropped]
+        dropped = {adapter.place for adapter in loaded} | set(retire)
+        kept = [adapter for adapter in self.lineup.adapters if adapter.place not in dropped]
         lineup = self._lineup([*kept, *loaded])
         self._check(lineup)
         return lineup
 
-    def retire(self, num_inputs: int) -> LoadedAdapter:
-        """Remove the adapter with this N from the line-up. Groups that are already running finish with it.
+    def retire(self, num_inputs: int, stage: int = 1) -> LoadedAdapter:
+        """Remove the adapter of a stage with this N. Groups that are already running finish with it.
 
         Raises:
-            UserError: there is no adapter with this N.
+            UserError: the stage has no adapter with this N, or a later stage needs it.
         """
-        retired = [adapter for adapter in self.lineup.adapters if adapter.route.width == num_inputs]
-        if not retired:
-            known = ", ".join(str(width) for width in self.lineup.models) or "none"
-            raise UserError(f"task {self.name!r} has no adapter of N = {num_inputs}; loaded: {known}")
-        self.lineup = self._lineup([adapter for adapter in self.lineup.adapters if adapter not in retired])
-        return retired[0]
+        of_stage = [adapter for adapter in self.lineup.adapters if adapter.config.stage == stage]
+        retired = next((adapter for adapter in of_stage if adapter.route.width == num_inputs), None)
+        if retired is None:
+            where = f" in stage {stage}" if stage > 1 else ""
+            known = ", ".join(str(adapter.route.width) for adapter in of_stage) or "none"
+            raise UserError(f"task {self.name!r} has no adapter of N = {num_inputs}{where}; loaded: {known}")
+        self.lineup = self.lineup_with(retire=[retired.place])
+        return retired
 
     def _lineup(self, adapters: Sequence[LoadedAdapter]) -> Lineup:
-        thresholds: dict[int, float] = {}
-        for adapter in adapters:
-            threshold = adapter.config.fallback_threshold if self.threshold is None else self.threshold
-            check_threshold(threshold or 0.0, adapter.model.method, adapter.folder)
-            if threshold:
-                thresholds[adapter.route.width] = threshold
-        return Lineup(tuple(sorted(adapters, key=lambda adapter: adapter.route.width)), thresholds)
+        check_stages([(adapter.folder, adapter.config) for adapter in adapters], self.threshold)
+        lineup = Lineup(tuple(sorted(adapters, key=lambda adapter: (adapter.config.stage, adapter.route.width))))
+        if lineup.later:
+            check_ladder(lineup.later_stages)
+        for adapter in lineup.first.values():
+            if adapter.threshold:
+                check_ladder([adapter.stage, *lineup.later_stages])
+        return lineup
 
     def _longest(self, lineup: Lineup) -> int:
         added = max((adapter.model.method.added_tokens for adapter in lineup.adapters), default=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revmux.estimate.flops import LadderCost, ladder_cost
 from revmux.features.base import Features
-from revmux.grouping import Grouping, evaluation_groups, local_rows
+from revmux.grouping import WINDOW, Grouping, evaluation_groups, local_rows
 from revmux.ladder import Ladder
 from revmux.training.evaluation import Evaluation
 
@@ -60,7 +60,7 @@ def evaluate_ladder(
     features: Features,
     shuffles: int = 10,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = WINDOW,
     grouping: Grouping = "random",
     cost: LadderCost | None = None,
 ) -> LadderEvaluation:
@@ -73,7 +73,7 @@ def evaluate_ladder(
         shuffles: number of groupings, as in :func:`revmux.training.evaluation.evaluate`.
         seed: seed of the shuffles.
         batch_size: inputs per pass. Later stages form groups inside a pass.
-        grouping: which inputs share a group, in all stages.
+        grouping: how groups are formed, in all stages.
         cost: from :func:`revmux.estimate.flops.ladder_cost` at the mean length; None counts it.
 
     Raises:
@@ -81,7 +81,7 @@ def evaluate_ladder(
     """
     if all(stage.model.num_inputs == 1 for stage in ladder.stages):
         shuffles = 1  # every grouping gives the same answers
-    predictions = [_predict(ladder, features, seed, shuffle, batch_size, grouping) for shuffle in range(shuffles)]
+    predictions = [_predict(ladder, features, grouping, seed, shuffle, batch_size) for shuffle in range(shuffles)]
     labels, stages, teacher = (torch.stack(parts) for parts in zip(*predictions))  # (shuffles, M) each
     correct = (labels == features.labels).double()  # (shuffles, M)
     accuracies = correct.mean(dim=1)
@@ -106,7 +106,7 @@ def evaluate_ladder(
 
 
 def _predict(
-    ladder: Ladder, features: Features, seed: int, shuffle: int, batch_size: int, grouping: Grouping
+    ladder: Ladder, features: Features, grouping: Grouping, seed: int, shuffle: int, batch_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Answer every input once.
 
@@ -116,7 +116,8 @@ def _predict(
     total, width = len(features), ladder.num_inputs
     labels = torch.full((total,), -1)
     stages, teacher = torch.zeros_like(labels), torch.full_like(labels, -1)
-    groups, order = evaluation_groups(grouping, features.lengths, width, seed, shuffle), features.lengths
+    groups = evaluation_groups(grouping, features.lengths, width, seed, shuffle)  # (G, N)
+    order = features.lengths
     if grouping == "random":
         longest = features.lengths[groups].amax(dim=1)  # (G,)
         groups = groups[longest.argsort(descending=True)]  # groups of similar length share a pass
