@@ -35,6 +35,7 @@ FAMILIES = {
     "qwen3": "qwen3-head",
     "gpt2": "gpt2-words",
 }
+CUT, LENGTH, RETRIEVAL_ROUNDS = 1, 7, 200
 STRONG = {"activation": "gelu", "up": "inverse", "own_state": "mlp", "lora_rank": 2}
 METHODS = [
     ("revmux", {}),
@@ -48,10 +49,9 @@ METHODS = [
     ("token-split", {}),
 ]
 REVERSIBLE = [("revmux", {}), ("only-multiplexer-reversible", {})]
-ALONE = [("siso", {}), ("exit-head", {"layer": 2, "attention_pooling": True, "lora_rank": 2})]
+ALONE = [("siso", {}), ("exit-head", {"layer": 2, "attention_pooling": True, "lora_rank": 2}), ("skip-only", {"layer": CUT})]
 WIDTHS = (2, 4, 8, 16)
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-CUT, LENGTH, RETRIEVAL_ROUNDS = 1, 7, 200
 WIDE_FAMILY = "bert"
 """Tested at every width. Width and family barely interact, so the others have one width per method, taken in turn."""
 

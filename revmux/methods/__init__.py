@@ -6,6 +6,7 @@ from revmux.methods import mux_plm as mux_plm
 from revmux.methods import only_multiplexer_reversible as only_multiplexer_reversible
 from revmux.methods import revmux as revmux
 from revmux.methods import siso as siso
+from revmux.methods import skip_only as skip_only
 from revmux.methods import token_split as token_split
 from revmux.methods import vanilla_adapter as vanilla_adapter
 from revmux.methods.base import BackboneShape, Method

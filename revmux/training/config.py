@@ -148,6 +148,7 @@ METHOD_NAMES = (
     "only-multiplexer-reversible",
     "revmux",
     PLAIN_METHOD,
+    "skip-only",
     "token-split",
     "vanilla-adapter",
 )
