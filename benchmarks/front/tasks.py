@@ -63,9 +63,7 @@ TASKS = {
             OptimConfig(2, 32, 1e-4, precision="bfloat16"),
             6,
         ),
-        FrontTask(
-            "MRPC", True, DataConfig(), SplitConfig(0.2), OptimConfig(4, 16, 1e-4, precision="bfloat16"), 12, 96
-        ),
+        FrontTask("MRPC", True, DataConfig(), SplitConfig(0.2), OptimConfig(4, 16, 1e-4, precision="bfloat16"), 12, 96),
     )
 }
 

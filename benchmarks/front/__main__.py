@@ -1,0 +1,147 @@
+"""python -m benchmarks.front --glue GLUE"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.front.plans import MEASURE, plan_rows
+from benchmarks.front.runs import fill_stores, measure_run
+from benchmarks.front.systems import SEEDS, System, ablations, runs, systems
+from benchmarks.front.tasks import KEPT, TASKS, Ready, ready
+from benchmarks.rows import kept_rows
+from benchmarks.trained import Run, siso_row
+from revmux.adapters.folder import load_adapter
+from revmux.estimate.throughput import like_length_batches, paired_throughput
+from revmux.model import plain_classifier
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.recipe import load_backbone
+from revmux.utils.files import write_json
+from revmux.utils.run_info import describe_run
+
+RESULT = Path("benchmarks/results/front.json")
+ABLATED = "sentiment"
+"""The task of the ablation."""
+
+
+def train_missing(chosen: Sequence[Run], task: Ready, processes: int) -> None:
+    """Train and measure the runs that have no result yet, in the order given."""
+    missing = [run for run in chosen if not run.is_done]
+    fill_stores(task, missing)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        started = {pool.submit(measure_run, run, task, 1): run for run in missing}
+        for done, future in enumerate(as_completed(started), 1):
+            accuracy = future.result()["accuracy_mean"]
+            print(f"{task.spec.name} {done}/{len(missing)} {started[future].result.stem}: {accuracy:.1%}", flush=True)
+
+
+def system_rows(found: Sequence[tuple[System, Run]], task: Ready) -> list[dict[str, Any]]:
+    """One row per system and N: means over the seeds, their spread, and the throughput of the first seed's adapter."""
+    together: dict[tuple[str, int], list[tuple[System, Run]]] = {}
+    for system, run in found:
+        if run.is_done:
+            together.setdefault((run.title, system.method.num_inputs), []).append((system, run))
+    ratios = kept_rows(
+        task.folder,
+        "throughput",
+        [same[0][1].asked for same in together.values()],
+        partial(throughputs, [same[0][1] for same in together.values()], task),
+    )
+    rows = []
+    for (_, num_inputs), same in together.items():
+        system, run = same[0]
+        results = [json.loads(one.result.read_text()) for _, one in same]
+        means = [result["accuracy_mean"] for result in results]
+        served = [result.get("accuracy_mean_served", result["accuracy_mean"]) for result in results]
+        rows.append(
+            {
+                "table": "ablation" if system.ablation else "front",
+                "title": system.title,
+                "method": system.method.name,
+                "recipe": system.recipe,
+                "lora_rank": run.recipe.method.options.get("lora_rank", 0),
+                "num_inputs": num_inputs,
+                "prefill_layers": system.method.prefill_layers,
+                "exit_layer": run.recipe.method.options.get("layer"),
+                "fallback": 0,
+                "epochs": run.recipe.optim.epochs,
+                "tunable_params": results[0]["tunable_params"],
+                "seeds": len(results),
+                "accuracy_mean": statistics.fmean(means),
+                "accuracy_std": statistics.stdev(means) if len(means) > 1 else None,
+                "accuracy_seeds": means,
+                "accuracy_served": statistics.fmean(served),
+                "siso_accuracy": results[0]["siso_accuracy"],
+                "siso_agreement": statistics.fmean(result["siso_agreement"] for result in results),
+                "cost_counted": results[0]["cost_counted"],
+                "commits": sorted({result["commit"] or "unknown" for result in results}),
+            }
+            | ratios[run.result.stem]
+        )
+    return rows
+
+
+def throughputs(chosen: Sequence[Run], task: Ready) -> dict[str, Any]:
+    """The throughput of each run's adapter relative to SISO, by the name of its result file."""
+    pretrained = load_backbone(chosen[0].recipe, task.task.label_names)
+    pretrained.backbone.freeze()
+    plain = plain_classifier(pretrained.backbone)
+    split = pretrained.tokenize(task.task.test, task.backbone.max_length)
+    batches = like_length_batches(split, MEASURE.throughput_inputs, MEASURE.throughput_batch, "cpu")
+    found = {}
+    for run in chosen:
+        model = load_adapter(json.loads(run.result.read_text())["adapter"], pretrained)
+        ratio = paired_throughput(plain, model, batches, MEASURE.throughput_pairs)
+        found[run.result.stem] = {"throughput_ratio": ratio.median, "throughput_pairs": asdict(ratio)}
+    return found
+
+
+def measure_task(
+    name: str, glue: Path | None, seeds: int, processes: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of one task, and the identity of its data."""
+    task = ready(name, glue)
+    chosen = [*systems(), *(ablations() if name == ABLATED else ())]
+    found = runs(chosen, task, seeds)
+    train_missing([run for _, run in found], task, processes)
+    rows = system_rows(found, task)
+    compete = [run for system, run in runs(chosen, task, 1) if not system.ablation]
+    asked = ([run.asked for run in compete], MEASURE)
+    rows += kept_rows(task.folder, "plans", asked, partial(plan_rows, task, compete))
+    place = {"family": "bert", "backbone": f"{BackboneConfig().model}, tuned to the task", "task": name}
+    siso = siso_row(rows[0]["siso_accuracy"]) | {"table": "front", "recipe": None, "lora_rank": 0, "exit_layer": None}
+    identity = task.task.identity | {"train": len(task.choosing.train), "choosing": len(task.choosing.test)}
+    return [place | row for row in [siso, *rows]], identity
+
+
+def main() -> None:
+    """Measure what has not been measured yet, then write the result file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.front", description=__doc__)
+    parser.add_argument("--glue", type=Path, help="folder that contains SST-2 and MRPC; without it, they are left out")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to measure")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="most runs per system")
+    parser.add_argument("--processes", type=int, default=2, help="runs at the same time, with one thread each")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    identities: dict[str, Any] = {}
+    for name in arguments.tasks:
+        if TASKS[name].in_glue and arguments.glue is None:
+            continue
+        found, identities[name] = measure_task(name, arguments.glue, arguments.seeds, arguments.processes)
+        rows += found
+        write_json(KEPT / f"{name}.json", {"rows": found, "data": identities[name]})
+    meta = describe_run("python -m benchmarks.front --glue GLUE", identities, {})
+    meta["backbone"] = {"name": BackboneConfig().model, "tuned": "all layers, on each task"}
+    write_json(RESULT, {"meta": meta, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

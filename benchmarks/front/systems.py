@@ -1,0 +1,131 @@
+"""The systems of the front, all on the same frozen task model: multiplexers, their skip-only controls, and their rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from benchmarks.front.tasks import Ready
+from benchmarks.trained import Run
+from revmux.methods import method_class
+from revmux.training.config import LossConfig, MethodConfig, Recipe
+from revmux.training.recipe import exit_head_config
+from revmux.training.recipes import named_recipe
+
+SEEDS = 3
+SHUFFLES = 10
+EXIT_EPOCHS = 3
+"""Exit heads on stored states train this many times as long as other adapters, since their epochs cost little."""
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the comparison.
+
+    Attributes:
+        title: what distinguishes it, unique for each N.
+        method: the method; the recipe's options are added.
+        recipe: the named recipe.
+        loss: settings that differ from the recipe's loss.
+        options: whether the recipe's options apply.
+        seeds: number of runs.
+        ablation: whether it belongs to the ablation, which is measured on one task and is not planned with.
+    """
+
+    title: str
+    method: MethodConfig
+    recipe: str = "strong"
+    loss: dict[str, Any] = field(default_factory=dict)
+    options: bool = True
+    seeds: int = SEEDS
+    ablation: bool = False
+
+
+def lora_exit(layer: int, prefill_layers: int = 1) -> MethodConfig:
+    """An exit head with LoRA in the layers between the cut and the exit."""
+    return MethodConfig("exit-head", 1, prefill_layers, {"layer": layer, "lora_rank": 8})
+
+
+def systems(num_layers: int = 6) -> Iterator[System]:
+    """The systems, those with the most to say first."""
+    half = num_layers // 2
+    for inputs in (2, 4, 8):
+        yield System(f"RevMUX l={half}", MethodConfig("revmux", inputs, half))
+    for layer in (2, 3):
+        yield System(f"Exit head with LoRA, layer {layer}", lora_exit(layer))
+    yield System("RevMUX l=1", MethodConfig("revmux", 4, 1))
+    yield System("Token split l=1", MethodConfig("token-split", 4, 1))
+    for layer in (1, half):
+        yield System(f"Skip-only, layer {layer}", MethodConfig("skip-only", 1, layer, {"layer": layer}))
+    for layer in range(1, num_layers):
+        yield System(f"Exit head, layer {layer}", exit_head_config(layer))
+    yield System("RevMUX l=1", MethodConfig("revmux", 8, 1))
+    yield System("RevMUX l=2", MethodConfig("revmux", 4, 2))
+    yield System("RevMUX l=2", MethodConfig("revmux", 8, 2))
+    yield System("Skip-only, layer 2", MethodConfig("skip-only", 1, 2, {"layer": 2}))
+    yield System("Token split l=2", MethodConfig("token-split", 4, 2))
+    yield System("Exit head with LoRA, layer 4", lora_exit(4))
+    yield System(f"RevMUX l={half}", MethodConfig("revmux", 16, half))
+    yield System("RevMUX l=1", MethodConfig("revmux", 2, 1))
+    yield System(f"Vanilla adapter l={half}", MethodConfig("vanilla-adapter", 4, half))
+    yield System(f"Only multiplexer reversible l={half}", MethodConfig("only-multiplexer-reversible", 4, half))
+
+
+def ablations(num_layers: int = 6) -> Iterator[System]:
+    """RevMUX with N = 4 at l = L/2 without one part of the recipe each, and with LoRA."""
+    half = num_layers // 2
+    whole = {"activation": "gelu", "up": "inverse", "own_state": "mlp"}
+
+    def variant(title: str, change: dict[str, Any], **settings: Any) -> System:
+        method = MethodConfig("revmux", 4, half, {**whole, **change})
+        return System(title, method, options=False, ablation=True, **settings)
+
+    yield variant("without distillation", {}, loss={"distillation_weight": 0.0})
+    yield variant("without InfoNCE", {}, loss={"infonce_weight": 0.0})
+    yield variant("without the own-state correction", {"own_state": "none"})
+    yield variant("linear own-state correction", {"own_state": "linear"})
+    yield variant("the paper's up-projection", {"up": "mlp"})
+    yield variant("with LoRA of rank 8", {"lora_rank": 8})
+    plain = {"activation": "relu", "up": "mlp", "own_state": "none"}
+    yield variant("the paper's form and loss", plain, loss={"distillation_weight": 0.0, "infonce_weight": 0.25})
+
+
+def recipe_of(system: System, ready: Ready, seed: int) -> Recipe:
+    """The recipe of one run."""
+    named, method, spec = named_recipe(system.recipe), system.method, ready.spec
+    kind = method_class(method.name)
+    if system.options:
+        method = replace(method, options=named.options_of(method.name, method.options))
+    epochs = spec.epochs_of(method.num_inputs)
+    if kind.exit_option is not None and not method.options.get("lora_rank"):
+        epochs *= EXIT_EPOCHS
+    loss = dict(system.loss) if kind.matches_teacher else {**system.loss, "infonce_weight": 0.0}
+    return Recipe(
+        ready.backbone,
+        ready.data,
+        method,
+        named.optim_config(epochs=epochs, seed=seed, precision="bfloat16"),
+        LossConfig(**{**named.loss, **loss}),
+        ready.store,
+        SHUFFLES,
+        system.recipe,
+    )
+
+
+def runs(chosen: list[System], ready: Ready, seeds: int) -> list[tuple[System, Run]]:
+    """All runs of a task, one seed of every system before the next seed."""
+    return [
+        (
+            system,
+            Run.named(
+                f"{'ablation ' * system.ablation}{system.title}",
+                recipe_of(system, ready, seed),
+                ready.choosing,
+                ready.folder / "runs",
+            ),
+        )
+        for seed in range(seeds)
+        for system in chosen
+        if seed < system.seeds
+    ]
