@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.front.plans import MEASURE, plan_rows
+from benchmarks.front.rivals import rival_rows
 from benchmarks.front.runs import fill_stores, measure_run
 from benchmarks.front.systems import SEEDS, System, ablations, runs, systems
 from benchmarks.front.tasks import KEPT, TASKS, Ready, ready
@@ -23,11 +24,14 @@ from revmux.adapters.folder import load_adapter
 from revmux.estimate.throughput import like_length_batches, paired_throughput
 from revmux.model import plain_classifier
 from revmux.pretrained.config import BackboneConfig
+from revmux.training.config import MethodConfig
 from revmux.training.recipe import load_backbone
 from revmux.utils.files import write_json
 from revmux.utils.run_info import describe_run
 
 RESULT = Path("benchmarks/results/front.json")
+MIXED = MethodConfig("revmux", 4, 3)
+"""The system that is combined with int8 weights."""
 ABLATED = "sentiment"
 """The task of the ablation."""
 
@@ -113,6 +117,8 @@ def measure_task(
     found = runs(chosen, task, seeds)
     train_missing([run for _, run in found], task, processes)
     rows = system_rows(found, task)
+    mixed = next((run for system, run in found if system.method == MIXED and run.is_done), None)
+    rows += kept_rows(task.folder, "rivals", mixed and mixed.asked, partial(rival_rows, task, mixed, MEASURE))
     compete = [run for system, run in runs(chosen, task, 1) if not system.ablation]
     asked = ([run.asked for run in compete], MEASURE)
     rows += kept_rows(task.folder, "plans", asked, partial(plan_rows, task, compete))
