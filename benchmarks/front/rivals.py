@@ -70,7 +70,8 @@ class PrunedTokens(nn.Module):
         )
         scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5  # (B, H, S, S)
         weights = scores.masked_fill(~state.mask[:, None, None], -torch.inf).softmax(-1)
-        return (weights * state.mask[:, None, :, None]).sum(dim=2).mean(dim=1)
+        received: Tensor = (weights * state.mask[:, None, :, None]).sum(dim=2).mean(dim=1)
+        return received
 
 
 def quantized(backbone: Backbone) -> Backbone:
