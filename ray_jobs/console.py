@@ -13,7 +13,7 @@ COMMANDS = {
     "Train and compare": {
         "quickstart": (
             "ray_jobs.quickstart:command",
-            "Run the whole path: task model, adapters, sweep, server, report.",
+            "A guided tour: tune a task model, train adapters, plan, serve, report.",
         ),
         "finetune": ("ray_jobs.finetune:command", "Tune a backbone to a task. The result is the frozen task model."),
         "features": ("ray_jobs.features:command", "Store the frozen model's states ahead of training."),

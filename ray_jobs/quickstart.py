@@ -1,4 +1,4 @@
-"""Run the whole path on this machine: task model, adapters, sweep, server, report.
+"""A guided tour on this machine: tune a task model, train adapters, plan, serve, and report.
 
 revmux quickstart
 revmux quickstart --backbone.model MY_CLASSIFIER --data.source my.csv
@@ -14,13 +14,11 @@ from ray_jobs.tour.config import QuickstartJob
 from revmux.data.peek import check_source
 from revmux.pretrained.location import check_model
 from revmux.utils.extras import check_extras
-from tune_spaces.space import load_space
 
 
 def main(job: QuickstartJob) -> None:
     """Check the settings, then run every step and stop everything that was started."""
-    check_extras("tune", "serve", "mlflow", "report", "tour")
-    load_space(job.space)
+    check_extras("tune", "serve", "mlflow", "report", "plan", "tour")
     check_model(job.backbone, needs_answers=False)  # a model without a head is tuned first
     check_source(job.data)
     from ray_jobs.tour.run import run_tour

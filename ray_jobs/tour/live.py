@@ -1,9 +1,11 @@
-"""Send concurrent requests to a running server and print answers with the width of their groups."""
+"""Send concurrent requests to a running server, and count what it answers."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
@@ -12,32 +14,58 @@ import requests
 from revmux.data.task import TaskData
 
 
-def show_live_answers(url: str, task: TaskData, count: int, shown: int = 8) -> None:
-    """Send ``count`` test texts concurrently, then print some of the answers and the number of answers per width.
+@dataclass(frozen=True)
+class LiveAnswer:
+    """One answer of the server.
+
+    Attributes:
+        text: the text that was sent.
+        label: the most probable class.
+        score: its probability.
+        truth: the class in the data.
+        width: number of inputs in the group that answered it.
+    """
+
+    text: str
+    label: str
+    score: float
+    truth: str
+    width: int
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is the class in the data."""
+        return self.label == self.truth
+
+
+def ask(url: str, task: TaskData, count: int) -> list[LiveAnswer]:
+    """Send ``count`` test texts at the same time.
 
     Args:
         url: base URL of the server.
         task: the task whose test split is sent.
-        count: number of concurrent requests.
-        shown: number of answers to print.
+        count: number of requests.
     """
-    rows = list(islice(cycle(task.test), count))
 
-    def ask(row: dict[str, Any]) -> tuple[str, int]:
+    def one(row: dict[str, Any]) -> LiveAnswer:
         inputs = [[row["text"], row["text_pair"]]] if "text_pair" in row else row["text"]
         reply = requests.post(f"{url}/predict", json={"inputs": inputs, "truncate": True}, timeout=120)
         reply.raise_for_status()
         answer = reply.json()
         best = answer[0][0] if isinstance(answer[0], list) else answer[0]
-        return best["label"], int(reply.headers["x-revmux-width"])
+        truth = task.label_names[row["label"]]
+        return LiveAnswer(row["text"], best["label"], best["score"], truth, int(reply.headers["x-revmux-width"]))
 
     with ThreadPoolExecutor(count) as pool:
-        answers = list(pool.map(ask, rows))
-    print("   width  answer          truth           text")
-    for row, (label, width) in list(zip(rows, answers))[:: max(1, count // shown)][:shown]:
-        print(f"   {width:>5}  {label:<14}  {task.label_names[row['label']]:<14}  {row['text'][:60]}")
-    correct = sum(label == task.label_names[row["label"]] for row, (label, _) in zip(rows, answers))
-    widths = ", ".join(
-        f"{number} in groups of {width}" for width, number in sorted(Counter(w for _, w in answers).items())
-    )
-    print(f"   {count} of {count} answered, {correct} correct: {widths}")
+        return list(pool.map(one, islice(cycle(task.test), count)))
+
+
+def examples(answers: list[LiveAnswer], shown: int) -> Iterator[LiveAnswer]:
+    """Some of the answers, spread evenly."""
+    yield from answers[:: max(1, len(answers) // shown)][:shown]
+
+
+def widths(answers: list[LiveAnswer]) -> str:
+    """How many answers came from groups of each width, as text."""
+    counted = sorted(Counter(answer.width for answer in answers).items())
+    return ", ".join(f"{number} {'alone' if width == 1 else f'in groups of {width}'}" for width, number in counted)

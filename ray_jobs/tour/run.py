@@ -1,253 +1,321 @@
-"""The quickstart: task model, adapters, sweep, server and report, one step after another."""
+"""The quickstart: task model, features, adapters, plan, server and report, one step after another."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ray_jobs.cluster import connected
 from ray_jobs.paths import absolute_path, absolute_storage
-from ray_jobs.sweep.config import TuneJob
-from ray_jobs.sweep.run import run_tune
-from ray_jobs.tour.config import QuickstartJob
-from ray_jobs.tour.live import show_live_answers
+from ray_jobs.planning.config import PlanJob
+from ray_jobs.planning.run import measure_on_worker, record
+from ray_jobs.sweep.run import Sweep, run_sweep
+from ray_jobs.sweep.trials import SweepFolder, TrialRow, make_trials, mean_length
+from ray_jobs.tour.config import NAME, QuickstartJob
+from ray_jobs.tour.live import LiveAnswer, ask, examples, widths
+from ray_jobs.tour.report import Reporter
+from ray_jobs.tour.screen import Screen, quiet
 from ray_jobs.tracking.command_line import command_line
 from ray_jobs.tracking.config import TrackingConfig
+from ray_jobs.tracking.model_registry import register_plan
 from ray_jobs.tracking.tracker import Tracker
-from ray_jobs.training.adapters import train_adapters
-from ray_jobs.training.config import FinetuneJob, TrainJob
-from ray_jobs.training.feature_pass import fill_stores
-from ray_jobs.training.launch import run_params
+from ray_jobs.training.feature_pass import fill_stores_for
+from ray_jobs.training.progress_board import Progress, board
 from ray_jobs.training.task_model import tune_model
-from revmux.adapters.folder import load_adapter
+from revmux.data.config import DOCSTRINGS, EMBEDDED_TASK
 from revmux.data.task import TaskData, load_task
-from revmux.estimate.flops import rival_exit_layer
-from revmux.estimate.throughput import like_length_batches, paired_throughput
-from revmux.methods import BackboneShape, Siso, build_method
-from revmux.model import MultiplexedClassifier, plain_classifier
+from revmux.methods import BackboneShape, method_class
+from revmux.plan.build import for_choosing
+from revmux.plan.files import PLAN_NAME
+from revmux.plan.plan import Plan, describe_system
 from revmux.plan.plots import plot_front_png
-from revmux.plan.report import comparison_table, front_row, row_name
-from revmux.pretrained.loading import inspect, load_pretrained
-from revmux.pretrained.pretrained import Pretrained
-from revmux.training.config import MethodConfig, Recipe
-from revmux.training.recipe import exit_head_config, prepare, train_here
-from revmux.utils.files import write_json
+from revmux.plan.report import comparison_table
+from revmux.pretrained.identity import identity_of
+from revmux.pretrained.loading import outline
+from revmux.training.config import MethodConfig
+from revmux.training.recipe import check
+from revmux.utils.files import atomic_folder, write_json
 from revmux.utils.run_info import describe_run
 from serve_app.config import server_config
 from serve_app.run import check_port, deploy, shutdown
+from tune_spaces.space import SearchSpace
+
+EXAMPLE = "The plot is thin, but I enjoyed every minute of it."
 
 
-class Steps:
-    """Prints a heading and the duration of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def step(self, title: str, description: str) -> Iterator[None]:
-        """Print the heading of a step, run the body, and print its duration."""
-        print(f"\n== {len(self.seconds) + 1}. {title}\n   {description}", flush=True)
-        started = time.perf_counter()
-        yield
-        self.seconds[title] = round(time.perf_counter() - started, 1)
-        print(f"   {title}: {self.seconds[title]:.0f} s", flush=True)
-
-
-def run_tour(job: QuickstartJob) -> None:
+def run_tour(job: QuickstartJob, screen: Screen | None = None) -> None:
     """Run every step and stop everything that was started."""
     storage = absolute_storage(job.storage)
     results = absolute_path(job.results, "--results") if job.results else storage / "results.json"
     plot = absolute_path(job.plot, "--plot") if job.plot else storage / "front.png"
     check_port("127.0.0.1", job.port)
     job.cluster.check_training()
-    steps = Steps()
-    tracker = Tracker(TrackingConfig(), storage)
-    tracking = TrackingConfig(tracker.uri)
-    with steps.step("Data", f"Reading the task from '{job.data.source}'."):
-        _, own_labels = inspect(job.backbone)
-        task = load_task(job.data, own_labels)
-        print(
-            f"   {len(task.train)} train, {len(task.selection)} selection, {len(task.test)} test; {', '.join(task.label_names)}"
+    screen = screen or Screen()
+    log = storage / "logs" / f"{NAME}.log"
+    screen.text("RevMUX: one frozen classifier, several requests per forward pass.")
+    screen.text(f"Messages of Ray, MLflow and the workers: {log} and {log.with_name('ray.log')}")
+    with quiet(log):
+        Tour(job, screen, storage, results, plot).run()
+
+
+class Tour:
+    """The steps.
+
+    Args:
+        job: settings.
+        screen: where the steps are shown.
+        storage: absolute storage folder.
+        results: JSON file to write.
+        plot: PNG file to write.
+    """
+
+    def __init__(self, job: QuickstartJob, screen: Screen, storage: Path, results: Path, plot: Path) -> None:
+        self.job, self.screen, self.storage, self.results, self.plot = job, screen, storage, results, plot
+        self.live: list[LiveAnswer] = []
+
+    def run(self) -> None:
+        """Run every step."""
+        job, screen = self.job, self.screen
+        _, own_labels = outline(job.backbone)
+        screen.steps = 6 if own_labels is not None else 7
+        with screen.step("Data", f"Reading labelled text from '{job.data.source}'."):
+            self.task = load_task(job.data, own_labels)
+            self.choosing = for_choosing(self.task, job.choosing, job.data.seed)
+            self.show_data()
+        with ExitStack() as stack:
+            model = job.backbone.model
+            with screen.working(dict, "Starting Ray and MLflow"):
+                self.tracker = Tracker(TrackingConfig(), self.storage)
+                stack.enter_context(connected(job.cluster, self.storage))
+                self.board = stack.enter_context(board())
+            tracking = TrackingConfig(self.tracker.uri)
+            if own_labels is None:
+                model = self.tune(tracking)
+            plan_job = job.plan_job(model, tracking, self.storage)
+            sweep = self.prepare(plan_job)
+            self.fill(sweep, plan_job)
+            rows, parent = self.train(sweep)
+            self.reporter = Reporter(job, plan_job, self.task)
+            plan = self.plan(plan_job, rows, parent)
+            self.serve(model, plan)
+        self.report(plan, rows)
+        screen.text(f"\n{comparison_table(self.reporter.rows)}\n")
+        screen.text(f"Results  {self.results}\nPlot     {self.plot}\nPlan     {plan.folder / 'plan.md'}")
+        screen.text(f"Total    {sum(screen.seconds.values()) / 60:.1f} minutes\n")
+        screen.text(next_commands(job, self.storage, model, plan.adapters, self.task))
+
+    def show_data(self) -> None:
+        """Show the sizes of the splits and some examples."""
+        task, choosing = self.task, self.choosing
+        if self.job.data.source == EMBEDDED_TASK and task.identity["source"] == DOCSTRINGS:
+            self.screen.line(
+                "The package of the rated sentences is not available, so the task is 'docstrings' instead."
+            )
+        self.screen.line(
+            f"{len(choosing.train):,} sentences train, {len(task.selection):,} select the best epoch, "
+            f"{len(choosing.test):,} choose the plan, {len(task.test):,} test."
         )
-        for row in task.train.select(range(3)):
-            print(f"   {task.label_names[row['label']]:>14}  {row['text'][:90]}")
-    with connected(job.cluster, storage):
-        model = job.backbone.model
-        if own_labels is None:
-            with steps.step(
-                "Task model",
-                f"Tuning {model} to the task with Ray Train on {job.cluster.workers} workers. The model is frozen afterwards.",
-            ):
-                tuned = FinetuneJob(
-                    job.backbone, job.data, job.tuning, job.frozen_layers, job.cluster, tracking, str(storage)
-                )
-                model = str(tune_model(tuned, task, tracker, storage).folder)
-        pretrained = load_pretrained(replace(job.backbone, model=model))
-        pretrained.backbone.freeze()
-        exits = exit_layers(job, pretrained)
-        base = job.recipe(model, MethodConfig("revmux", job.num_inputs[0], job.prefill_layers, job.options), storage)
-        with steps.step(
-            "Features", "Storing the frozen model's states and scores of each input, which all runs below read."
+        shown = [(task.label_names[row["label"]], _short(row["text"])) for row in task.train.select(range(4))]
+        self.screen.table(["label", "text"], shown)
+
+    def tune(self, tracking: TrackingConfig) -> str:
+        """Tune the task model; returns its folder."""
+        name = self.job.backbone.model
+        how = "the whole model" if not self.job.frozen_layers else f"all but {self.job.frozen_layers} layers"
+        with self.screen.step(
+            "Task model",
+            f"Ray Train tunes {how} ({name}) to the task on {self.job.cluster.workers} workers. It is frozen afterwards.",
         ):
-            fill_stores(base, sorted({job.prefill_layers, *exits.values()}), task, job.cluster)
-        rows, folders = [], []
-        with steps.step("Adapters", f"Training RevMUX for N = {', '.join(map(str, job.num_inputs))} with Ray Train."):
-            training = TrainJob(
-                base.backbone,
-                job.data,
-                base.method,
-                job.num_inputs,
-                job.optim,
-                job.loss,
-                base.store,
-                cluster=job.cluster,
-                tracking=tracking,
-                storage=str(storage),
-                register="quickstart",
+            tuning = self.job.tuning_job(tracking, self.storage)
+            with self.working("Starting the workers", {tuning.name: "task model"}):
+                trained = tune_model(tuning, self.choosing, self.tracker, self.storage)
+            self.screen.line(f"The model is right on {trained.metrics['accuracy_mean']:.1%} of the choosing set.")
+        return str(trained.folder)
+
+    def prepare(self, plan_job: PlanJob) -> Sweep:
+        """The runs on the task model, checked."""
+        backbone, _ = outline(plan_job.backbone)
+        layers = backbone.num_layers
+        prefill = layers // 2 if self.job.prefill_layers is None else self.job.prefill_layers
+        recipes = self.job.recipes(plan_job, exit_layers(layers), prefill)
+        for recipe in recipes:
+            check(recipe, BackboneShape.of(backbone))
+        identity = {"data": self.choosing.identity["sha256"], "model": str(identity_of(plan_job.backbone)["sha256"])}
+        folder = SweepFolder(
+            self.storage / "sweeps" / f"{NAME}-{identity['data'][:6]}-{identity['model'][:6]}", identity
+        )
+        trials = make_trials(recipes, self.choosing, backbone, mean_length(plan_job.backbone, self.choosing))
+        order = {recipe: index for index, recipe in enumerate(map(repr, recipes))}
+        trials.sort(key=lambda trial: order[repr(trial.recipe)])
+        return Sweep(plan_job, SearchSpace(), trials, self.choosing, folder, self.storage)
+
+    def fill(self, sweep: Sweep, plan_job: PlanJob) -> None:
+        """Store the frozen model's states."""
+        with self.screen.step(
+            "Features", "Storing the frozen model's states and scores of each input. Everything below reads them."
+        ):
+            with self.working("Starting the feature pass", {"features": "inputs"}):
+                fill_stores_for([trial.recipe for trial in sweep.trials], self.choosing, self.job.cluster)
+            size = sum(file.stat().st_size for file in Path(str(plan_job.store.root)).rglob("*") if file.is_file())
+            self.screen.line(f"{size / 1e6:.0f} MB in {plan_job.store.root}")
+
+    def train(self, sweep: Sweep) -> tuple[list[TrialRow], str]:
+        """Train the adapters and exit heads; returns their rows and the MLflow run of the comparison."""
+        widths = ", ".join(map(str, sorted(self.job.num_inputs)))
+        names = {trial.name: system_name(trial.recipe.method) for trial in sweep.trials}
+        with self.screen.step(
+            "Adapters and exit heads",
+            f"Ray Tune trains RevMUX for N = {widths} and its rivals of equal cost, exit heads on early layers, in "
+            f"{self.job.cluster.workers} processes.",
+        ):
+            with self.working("Starting the processes", names):
+                rows, parent = run_sweep(sweep, self.tracker)
+                for row in rows:
+                    if row.adapter is not None:
+                        copy_adapter(Path(row.adapter), self.storage / "adapters" / folder_name(row))
+            self.screen.table(
+                ["system", "accuracy", "cost", "seconds"],
+                [
+                    [
+                        names[row.trial],
+                        f"{row.metrics['accuracy_mean']:.1%}" if row.status == "done" else f"{row.status}: {row.why}",
+                        f"{row.cost_counted:.2f}",
+                        f"{row.seconds:.0f}",
+                    ]
+                    for row in rows
+                ],
+                ["accuracy", "cost", "seconds"],
             )
-            for trained in train_adapters(training, dict.fromkeys(training.recipes(), task), tracker, storage):
-                folders.append(str(trained.folder))
-                rows.append(result_row(pretrained, task, trained.method, trained.metrics))
-        with steps.step(
-            "Exit heads", "Training the baseline of equal cost: an exit head on an early layer of the same model."
+            self.screen.line("Accuracy on the choosing set. Cost: operations per input relative to the plain model.")
+        return rows, parent
+
+    def plan(self, plan_job: PlanJob, rows: list[TrialRow], parent: str) -> Plan:
+        """Plan, register the plan in MLflow, and show what it ships."""
+        goal = self.job.goal
+        wanted = f"at most {goal.allowance:g} points lost" if goal.allowance is not None else ""
+        if goal.throughput is not None:
+            wanted += f"{' and ' * bool(wanted)}{goal.throughput:g} times the plain model's throughput"
+        with self.screen.step(
+            "Plan", f"Looking for the cheapest system with {wanted}, and verifying it on the test split."
         ):
-            for layer in sorted(set(exits.values())):
-                rows.append(train_exit_head(job, base, layer, task, tracker, pretrained))
-        with steps.step(
-            "Sweep", f"A small Ray Tune sweep over N, l and λ (space '{job.space}') on the stored features."
-        ):
-            sweep = TuneJob(
-                base.backbone,
-                job.data,
-                job.space,
-                job.sweep_trials,
-                replace(job.optim, batch_size=8),  # short trials need many steps more than large ones
-                job.loss,
-                base.store,
-                shuffles=1,
-                cluster=replace(job.cluster, workers=1),
-                tracking=tracking,
-                storage=str(storage),
-                name=f"sweep-{task.identity['sha256'][:6]}-{str(pretrained.identity['sha256'])[:6]}",
-            )
-            run_tune(sweep)
-        with steps.step(
-            "Serve",
-            f"Ray Serve on port {job.port}: {job.requests} concurrent requests. The width grows with the queue.",
+            folder = self.storage / "plans" / NAME
+            with self.working("Measuring the systems on this machine", {}):
+                cores = self.job.cluster.workers * self.job.cluster.cpus_per_worker
+                on_all_cores = replace(plan_job, cluster=replace(plan_job.cluster, cpus_per_worker=cores))
+                plan = measure_on_worker(on_all_cores, rows, self.choosing, self.task, folder)
+                versions = register_plan(self.tracker, NAME, plan, plan_job.backbone.model, self.task.is_pair)
+                record(plan_job, plan, versions, self.tracker, parent)
+            for one in plan.served:
+                self.screen.line(f"It ships {describe_system(one.judged)} on the choosing set.")
+                self.screen.line(f"On the test split it loses {one.verification.loss:.2f} points.")
+            if not plan.is_met:
+                self.screen.line(f"The plain model is served: {plan.why_not()}.")
+        return plan
+
+    def serve(self, model: str, plan: Plan) -> None:
+        """Start the server, ask it, and stop it."""
+        count, port = self.job.requests, self.job.port
+        adapters = plan.adapters if plan.is_met else []
+        with self.screen.step(
+            "Server", f"Ray Serve answers on port {port}. {count} test sentences are sent at the same time."
         ):
             try:
-                config = server_config(model=model, adapters=folders, port=job.port, max_length=job.backbone.max_length)
-                show_live_answers(deploy(config), task, job.requests)
+                with self.working("Starting the server", {}):
+                    config = server_config(
+                        model=model, adapters=adapters, port=port, max_length=self.job.backbone.max_length
+                    )
+                    self.live = ask(deploy(config), self.task, count)
             finally:
                 shutdown()
-    with steps.step("Report", "Measuring throughput on this machine in paired runs against SISO."):
-        rows.insert(0, siso_row(pretrained, task, rows))
-        measure_throughput(rows, pretrained, task, job, folders)
-        meta = describe_run(command_line(), task.identity, pretrained.identity)
-        write_json(results, {"meta": meta | {"seconds": steps.seconds}, "rows": rows})
-        plot_front_png(
-            [front_row(row) for row in rows],
-            plot,
-            f"{task.identity['source']} on {job.backbone.model.rpartition('/')[2]}",
-        )
-    print(f"\n{comparison_table(rows)}\n")
-    print(f"Results {results}\nPlot    {plot}\nTotal   {sum(steps.seconds.values()):.0f} s\n")
-    print(next_commands(job, storage, model, folders))
+            self.screen.table(
+                ["answer", "sure", "label", "width", "text"],
+                [
+                    [
+                        one.label,
+                        f"{one.score:.0%}",
+                        "the same" if one.is_right else one.truth,
+                        str(one.width),
+                        _short(one.text),
+                    ]
+                    for one in examples(self.live, 8)
+                ],
+                ["sure", "width"],
+            )
+            right = sum(one.is_right for one in self.live)
+            self.screen.line(f"{right} of {count} answers are right ({right / count:.0%}): {widths(self.live)}.")
+
+    def report(self, plan: Plan, rows: list[TrialRow]) -> None:
+        """Evaluate all systems on the test split, measure their throughput, and write the results and the plot."""
+        with (
+            self.screen.step(
+                "Report", "Evaluating every system on the test split, and timing it against the plain model in turn."
+            ),
+            self.working("Evaluating", {}),
+        ):
+            found = self.reporter.evaluate([row for row in rows if row.adapter is not None])
+            ladder = self.reporter.planned_rows(plan)
+            meta = describe_run(command_line(), self.task.identity, self.reporter.pretrained.identity)
+            meta |= {"seconds": self.screen.seconds, "shuffles": self.job.shuffles}
+            live = {"requests": len(self.live), "right": sum(one.is_right for one in self.live)}
+            served = json.loads((plan.folder / PLAN_NAME).read_text())["served"]
+            write_json(self.results, {"meta": meta, "rows": found, "live": live, "plan": served})
+            title = f"{self.task.identity['source']} on {self.job.backbone.model.rpartition('/')[2]}, test split"
+            plot_front_png([*self.reporter.front_rows(), *ladder], self.plot, title)
+
+    @contextmanager
+    def working(self, waiting: str, labels: Mapping[str, str]) -> Iterator[None]:
+        """Show the progress that workers post while the body runs."""
+        import ray
+
+        def read() -> dict[str, Progress]:
+            posted: dict[str, Progress] = ray.get(self.board.read.remote())
+            return posted
+
+        with self.screen.working(read if labels else dict, waiting, labels):
+            yield
 
 
-def exit_layers(job: QuickstartJob, pretrained: Pretrained) -> dict[int, int]:
-    """For each N, the exit layer whose cost is at most that of RevMUX."""
-    backbone = pretrained.backbone
-    methods = {n: build_method("revmux", BackboneShape.of(backbone), n, job.options) for n in job.num_inputs}
-    length = job.backbone.max_length
-    return {n: rival_exit_layer(backbone, method, job.prefill_layers, length) for n, method in methods.items()}
+def exit_layers(num_layers: int) -> list[int]:
+    """The layers of the exit heads: a third, a half and two thirds of the way up."""
+    return sorted({max(1, num_layers // 3), max(1, num_layers // 2), min(num_layers - 1, round(2 * num_layers / 3))})
 
 
-def train_exit_head(
-    job: QuickstartJob, base: Recipe, layer: int, task: TaskData, tracker: Tracker, pretrained: Pretrained
-) -> dict[str, Any]:
-    """Train an exit head at one layer in this process, which takes seconds with stored states."""
-    method = exit_head_config(layer)
-    optim = replace(base.optim, epochs=3 * base.optim.epochs, learning_rate=1e-3)
-    recipe = replace(base, method=method, optim=optim, loss=replace(base.loss, infonce_weight=0.0), shuffles=1)
-    params = run_params(recipe, replace(job.cluster, workers=1))
-    with tracker.run(f"{method.name}-{layer}", params) as run_id:
-        prepared = prepare(recipe, task)
-        figures = train_here(prepared).metrics()
-        figures |= {
-            "cost_counted": prepared.cost(),
-            "tunable_params": float(prepared.model.method.tunable_parameters()),
-        }
-        tracker.log_metrics(run_id, figures)
-    return result_row(pretrained, task, method, figures)
+def system_name(method: MethodConfig) -> str:
+    """The name of a system in the output."""
+    return method_class(method.name).system_name(method.num_inputs, method.prefill_layers)
 
 
-def result_row(
-    pretrained: Pretrained, task: TaskData, method: MethodConfig, figures: dict[str, float]
-) -> dict[str, Any]:
-    """A row of the results file."""
-    return {
-        "method": method.name,
-        "family": pretrained.backbone.config.model_type,
-        "backbone": pretrained.identity["name"],
-        "task": task.identity["source"],
-        "num_inputs": method.num_inputs,
-        "prefill_layers": method.prefill_layers,
-        "fallback": 0,
-        "seeds": 1,
-        "tunable_params": int(figures["tunable_params"]),
-    } | {
-        name: figures[name]
-        for name in ("accuracy_mean", "accuracy_std", "siso_accuracy", "siso_agreement", "cost_counted")
-    }
+def folder_name(row: TrialRow) -> str:
+    """The name of a system's folder, such as ``revmux-n2-l3``."""
+    return f"{row.method}-n{row.num_inputs}-l{row.prefill_layers}"
 
 
-def siso_row(pretrained: Pretrained, task: TaskData, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of SISO, whose accuracy the other rows contain as their teacher's."""
-    figures = {
-        "accuracy_mean": rows[0]["siso_accuracy"],
-        "siso_accuracy": rows[0]["siso_accuracy"],
-        "accuracy_std": 0.0,
-    }
-    figures |= {"siso_agreement": 1.0, "cost_counted": 1.0, "tunable_params": 0.0}
-    return result_row(pretrained, task, MethodConfig(Siso.name, 1, 0), figures)
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy a trial's adapter to a folder whose name does not depend on the settings."""
+    with atomic_folder(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
-def measure_throughput(
-    rows: list[dict[str, Any]], pretrained: Pretrained, task: TaskData, job: QuickstartJob, folders: list[str]
-) -> None:
-    """Measure throughput and add it to the rows."""
-    shape = BackboneShape.of(pretrained.backbone)
-    siso = plain_classifier(pretrained.backbone)
-    rivals = {row_name(rows[index + 1]): load_adapter(folder, pretrained) for index, folder in enumerate(folders)}
-    for row in rows:
-        method = exit_head_config(row["prefill_layers"])
-        if row["method"] == method.name:  # its weights were not kept, but speed does not depend on them
-            head = build_method(method.name, shape, 1, method.options)
-            rivals[row_name(row)] = MultiplexedClassifier(pretrained.backbone, head, method.prefill_layers)
-    split = pretrained.tokenize(task.test, job.backbone.max_length)
-    batches = like_length_batches(split, inputs=64, batch_size=32)
-    ratios = {name: paired_throughput(siso, rival, batches) for name, rival in rivals.items()}
-    for row in rows:
-        ratio = ratios.get(row_name(row))
-        row["throughput_ratio"] = 1.0 if ratio is None else round(ratio.median, 3)
-        if ratio is not None:
-            row["throughput_pairs"] = asdict(ratio)
-
-
-def next_commands(job: QuickstartJob, storage: Path, model: str, folders: list[str]) -> str:
+def next_commands(job: QuickstartJob, storage: Path, model: str, adapters: list[str], task: TaskData) -> str:
     """Commands to try after the quickstart."""
+    text = json.dumps({"inputs": EXAMPLE if task.identity["source"] != DOCSTRINGS else task.test["text"][0]})
+    serve = f"revmux serve --model {model}" + (f" --adapters {','.join(adapters)}" if adapters else "")
     return "\n".join(
         [
             "Next (activate the environment first: . .venv/bin/activate):",
-            f"  serve it        revmux serve --model {model} --adapters {','.join(folders)}",
-            "  ask it          curl -s http://127.0.0.1:8000/predict -H 'content-type: application/json' -d '{\"inputs\": \"some text\"}'",
-            f"  compare runs    make ui STORAGE={storage}",
-            f"  sweep wider     revmux tune --backbone.model {model} --data.source {job.data.source} --space wide",
-            "  your own model  revmux quickstart --backbone.model YOUR_CLASSIFIER --data.source your.csv",
+            f"  serve it            {serve}",
+            f"  ask it              curl -s http://127.0.0.1:8000/predict -d '{text}'",
+            "  in a browser        http://127.0.0.1:8000",
+            f"  compare the runs    make ui STORAGE={storage}",
+            f"  plan more widely    revmux plan --goal.allowance 1 --backbone.model {model} --space wide",
+            "  your own model      revmux quickstart --backbone.model YOUR_CLASSIFIER --data.source your.csv",
         ]
     )
+
+
+def _short(text: str, limit: int = 70) -> str:
+    return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ray_jobs.cluster import ClusterConfig
+from ray_jobs.training.progress_board import Poster
 from revmux.data.task import TaskData
 from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
@@ -228,11 +229,13 @@ class _Progress:
         self.total, self.done, self.printed_tenths = total, 0, 0
         self.started = time.perf_counter()
         self.bar = tqdm(total=total, desc="features", unit=" inputs", disable=None)
+        self.poster = Poster("features")
 
     def add(self, inputs: int) -> None:
         """Count inputs that were stored."""
         self.done += inputs
         self.bar.update(inputs)
+        self.poster.post(self.done, self.total)
         if self.done == self.total:
             self.bar.close()
         if self.bar.disable and 10 * self.done // self.total > self.printed_tenths:

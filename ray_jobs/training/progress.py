@@ -11,6 +11,7 @@ from ray.experimental import tqdm_ray
 
 from ray_jobs.tracking.outbox import BufferedClient
 from ray_jobs.tracking.tracker import log_metrics
+from ray_jobs.training.progress_board import Poster
 from revmux.training.trainer import EpochReport, Trainer
 from revmux.utils.redact import error_line, without_passwords
 
@@ -47,12 +48,14 @@ class TrainProgress:
         self.first = trainer.state.step
         self.tokens = 0
         self.started = self.last_report = time.perf_counter()
+        self.poster = Poster(title)
         self.bar = tqdm_ray.tqdm(desc=title, total=trainer.total_steps, unit="step") if live else None
         self._record_missing()
 
     def step(self, step: int, total: int, metrics: dict[str, Any]) -> None:
         """Report a step; the ``on_step`` of :class:`revmux.training.trainer.Trainer`."""
         self.tokens += metrics["tokens"]
+        self.poster.post(step, total)
         if self.bar is not None:
             self.bar.n = step
             self.bar.set_description(f"{self.title}, {self._describe_rates(step)}")

@@ -15,7 +15,7 @@ EXTRAS = {
     "mlflow": ("mlflow",),
     "report": ("matplotlib", "plotly"),
     "plan": ("scipy",),
-    "tour": ("requests",),
+    "tour": ("requests", "rich"),
 }
 """The modules that each extra of revmux brings, as far as its absence is noticed by them."""
 
