@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,22 @@ def write_identifying_model(folder: Path, seed: int) -> tuple[Path, dict[str, st
 def known_texts() -> list[str]:
     """Texts of many lengths that tiny models distinguish."""
     return [text(index) for index in range(0, 56, 2)]
+
+
+def write_stage(
+    folder: Path,
+    pretrained: Pretrained,
+    stage: int,
+    num_inputs: int,
+    prefill_layers: int = CUT,
+    threshold: float | None = None,
+    metrics: dict[str, float] | None = None,
+    method: str = "token-split",
+    **more: Any,
+) -> Path:
+    """Write an adapter that records its stage of a ladder and its threshold."""
+    written = write_adapter(folder / f"stage-{stage}", pretrained, num_inputs, prefill_layers, method, **more)
+    config = json.loads((written / "adapter_config.json").read_text())
+    config |= {"stage": stage, "fallback_threshold": threshold, "metrics": metrics or {}}
+    (written / "adapter_config.json").write_text(json.dumps(config))
+    return written

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from serving_models import known_texts, load, plain_scores, write_adapter, write_identifying_model
+from serving_models import known_texts, load, plain_scores, write_adapter, write_identifying_model, write_stage
 
 from revmux.serving import Answer, Engine, Expired, Limits, Overloaded, PassReport
 
@@ -106,8 +106,16 @@ def test_ten_thousand_mixed_inputs_each_get_their_own_answer(
     adapters: dict[str, dict[int, Path]] = {}
     for name, (folder, _) in tasks.items():
         pretrained = load(folder)
-        adapters[name] = {width: write_adapter(tmp_path / name, pretrained, width) for width in (2, 4)}
-        engine.add_task(name, pretrained, list(adapters[name].values()), threshold=0.5)
+        if name == "even":
+            adapters[name] = {width: write_adapter(tmp_path / name, pretrained, width) for width in (2, 4)}
+            engine.add_task(name, pretrained, list(adapters[name].values()), threshold=0.5)
+            continue
+        # In this task no input is answered by stage 1.
+        adapters[name] = {
+            width: write_stage(tmp_path / f"{name}-{width}", pretrained, 1, width, threshold=1.0) for width in (2, 4)
+        }
+        last = write_stage(tmp_path / name, pretrained, 2, 4, prefill_layers=2)
+        engine.add_task(name, pretrained, [*adapters[name].values(), last])
     clients = [Client(engine, seed) for seed in range(CLIENTS)]
     threads = [threading.Thread(target=client.run) for client in clients]
     with engine:
@@ -132,6 +140,8 @@ def test_ten_thousand_mixed_inputs_each_get_their_own_answer(
     assert stats["failed"] == stats["waiting"] == 0
     assert sum(client.refused for client in clients) > 0
     assert set(stats["inputs"]) == {1, 2, 4}
+    assert set(stats["tasks"]["even"]["ladder"]) == {0, 1}
+    assert set(stats["tasks"]["odd"]["ladder"]) == {0, 2}
     assert sum(stats["groups"].values()) < outcomes["answered"]
 
 

@@ -29,7 +29,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from serving_http import HOSTILE, TOPICS, listening, talk, write_tasks
-from serving_models import load, plain_scores, text, write_adapter, write_identifying_model
+from serving_models import load, plain_scores, text, write_adapter, write_identifying_model, write_stage
 
 from revmux.errors import UserError
 from serve_app.auth import read_tokens
@@ -469,6 +469,48 @@ def test_an_update_with_one_bad_adapter_changes_nothing(tasks: dict[str, Any], t
         found = service.info()["tasks"]
         assert [adapter["prefill_layers"] for adapter in found["mood"]["adapters"]] == [2]
         assert list(found) == ["mood", "topic"]
+    finally:
+        service.close()
+
+
+def test_a_ladder_is_served_reported_and_updated_as_a_whole(tasks: dict[str, Any], tmp_path: Path) -> None:
+    model = Path(tasks["mood"]["model"])
+    pretrained = load(model)
+    head = str(write_stage(tmp_path, pretrained, 1, 1, 1, 1.0, method="exit-head", layer=1))
+    pairs, four = (str(write_stage(tmp_path / str(width), pretrained, 2, width, 2)) for width in (2, 4))
+    config = AppConfig.model_validate({"model": str(model), "adapters": [pairs, head], "plain_load": 0})
+    service = Service(config)
+    service.serve(config.served)
+    batch = {"inputs": [["w1"], ["w2 w3"], ["w4"], ["w5 w6 w7"]]}
+
+    def update(*adapters: str) -> list[int]:
+        service.update(_live({"default": config.served["default"].model_copy(update={"adapters": list(adapters)})}))
+        return [adapter["num_inputs"] for adapter in service.info()["tasks"]["default"]["adapters"]]
+
+    try:
+        with listening(create_app(service)) as url:
+            answered = post(f"{url}/predict", batch).headers
+            assert answered["x-revmux-stage"] == "2,2,2,2"
+            assert answered["x-revmux-width"] == "2,2,2,2"
+            assert answered["x-revmux-method"] == ",".join(["token-split"] * 4)
+            assert post(f"{url}/predict", {**batch, "max_multiplex": 1}).headers["x-revmux-stage"] == "0,0,0,0"
+            figures = _figures(url)
+            assert figures["revmux_ladder_inputs_total", "2", "default"] == 4
+            assert figures["revmux_ladder_inputs_total", "0", "default"] == 4
+            described = httpx.get(f"{url}/info").json()["tasks"]["default"]["adapters"]
+            assert [(one["source"], one["stage"], one["threshold"], one["used"]) for one in described] == [
+                (head, 1, 1.0, True),
+                (pairs, 2, 0.0, True),
+            ]
+            assert update(pairs) == [1, 2]
+            assert "no adapter serves stage 1" in str(service.update_error)
+            assert update(head, pairs, four) == [1, 2]
+            assert "both serve stage 2" in str(service.update_error)
+            assert update(head, four) == [1, 4]
+            assert service.update_error is None
+            assert post(f"{url}/predict", batch).headers["x-revmux-width"] == "4,4,4,4"
+            assert update(head) == [1]
+            assert post(f"{url}/predict", batch).headers["x-revmux-stage"] == "0,0,0,0"
     finally:
         service.close()
 
