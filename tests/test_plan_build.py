@@ -19,15 +19,19 @@ from revmux.bulk.config import BulkConfig
 from revmux.bulk.system import adapter_sources
 from revmux.data.config import DataConfig
 from revmux.data.task import TaskData, load_task
+from revmux.fallback import confidence
 from revmux.features.config import StoreConfig
 from revmux.features.online import OnlineFeatures
 from revmux.ladder import Ladder, Stage
-from revmux.plan.build import for_choosing, plan_here
+from revmux.plan.build import for_choosing, plan_here, train_recipes
+from revmux.plan.candidate import Candidate
 from revmux.plan.config import Goal, MeasureConfig, SplitConfig
-from revmux.plan.measure import divide
+from revmux.plan.files import write_stages
+from revmux.plan.measure import Bench, divide
 from revmux.plan.plan import Plan
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.pretrained import Pretrained
+from revmux.serving import Engine, Limits
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from revmux.training.ladder_evaluation import evaluate_ladder
 
@@ -209,3 +213,37 @@ def test_recipes_of_two_backbones_are_refused(recipes: list[Recipe], task: TaskD
         plan_here([recipes[0], other], task, Goal(allowance=1.0), tmp_path)
     with pytest.raises(UserError, match="no recipe"):
         plan_here([], task, Goal(allowance=1.0), tmp_path)
+
+
+def test_a_ladder_is_written_as_one_adapter_per_stage_and_served_as_planned(
+    recipes: list[Recipe], task: TaskData, tiny_pretrained: Pretrained, tmp_path: Path
+) -> None:
+    head, pairs, _ = recipes
+    first = replace(head, method=MethodConfig("exit-head", 1, 1, {"layer": 1}))
+    second = replace(pairs, method=MethodConfig("revmux", 2, 2))
+    adapters = train_recipes([first, second], task, tmp_path / "trials")
+    split = tiny_pretrained.tokenize(task.test, 16)
+    bench = Bench(tiny_pretrained, split, recipes[0].store, COUNTED)
+    scores = bench.scores(adapters, torch.arange(len(split)))
+    medians = [float(np.median(one.confidence)) for one in scores]
+    stages = tuple(
+        replace(one.stage, threshold=median, going_on=share) for one, median, share in zip(scores, medians, (0.5, 0.2))
+    )
+    ladder = Candidate(stages, np.ones(len(split)), 0.5)
+    folders = write_stages(ladder, tmp_path / "adapters")
+    configs = [load_adapter_config(folder) for folder in folders]
+    assert [config.stage for config in configs] == [1, 2]
+    assert [config.fallback_threshold for config in configs] == medians
+    assert [config.metrics["share_on"] for config in configs] == pytest.approx([0.5, 0.4])
+    correct = bench.correct(ladder)
+    assert correct.shape == (len(split),)
+    assert 0 < correct.mean() < 1
+    engine = Engine(tiny_pretrained, list(folders), Limits(plain_load=0))
+    futures = engine.submit(list(task.test["text"]))
+    with engine:
+        answers = [future.result(60) for future in futures]
+    assert {answer.stage for answer in answers} == {0, 1, 2}
+    sure = [float(confidence(answer.scores)) for answer in answers if answer.stage == 1]
+    assert min(sure) >= medians[0]
+    found = np.array([int(answer.scores.argmax()) for answer in answers]) == np.array(task.test["label"])
+    assert found.mean() == pytest.approx(correct.mean(), abs=0.2)  # other groups

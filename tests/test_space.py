@@ -12,6 +12,7 @@ from revmux.methods import BackboneShape
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import inspect
 from revmux.training.config import OptimConfig, Recipe
+from revmux.training.recipes import named_recipe
 from tune_spaces.points import legal_points
 from tune_spaces.space import SearchSpace, load_space, space_names
 
@@ -21,7 +22,7 @@ RECIPE = Recipe(optim=OptimConfig(batch_size=32))
 
 def test_every_space_of_the_project_has_points_on_the_embedded_backbone() -> None:
     shape, _ = inspect(BackboneConfig())
-    assert space_names() == ["paper", "quick", "wide"]
+    assert space_names() == ["paper", "plan", "quick", "wide"]
     for name in space_names():
         points, _ = legal_points(load_space(name), RECIPE, shape, 1)
         assert len({repr(point) for point in points}) == len(points) > 1
@@ -33,6 +34,39 @@ def test_the_paper_space_cuts_every_backbone_in_the_middle() -> None:
         assert {point.method.prefill_layers for point in points} == cuts
         assert {point.method.num_inputs for point in points} == {2, 4, 8, 16}
         assert not left_out
+
+
+def test_the_paper_space_trains_the_paper_s_recipe_whatever_the_job_s_is() -> None:
+    job = replace(RECIPE, name="strong", loss=named_recipe("strong").loss_config())
+    points, _ = legal_points(load_space("paper"), job, SHAPE, 1)
+    for point in points:
+        assert point.name == "paper"
+        assert (point.optim.epochs, point.optim.learning_rate, point.optim.batch_size) == (50, 2e-5, 32)
+        assert (point.loss.distillation_weight, point.method.options) == (0.0, {})
+
+
+@pytest.mark.parametrize("name", ["plan", "wide"])
+def test_every_layer_and_every_kind_of_system_competes_with_equal_epochs(name: str) -> None:
+    """The default space of plans is not built so that one kind must win."""
+    strong = named_recipe("strong")
+    job = replace(RECIPE, name="strong", optim=strong.optim_config(), loss=strong.loss_config())
+    points, left_out = legal_points(load_space(name), job, SHAPE, 1)
+    assert not left_out
+    assert {point.optim.epochs for point in points} == {strong.optim_config().epochs}
+    assert {point.loss.distillation_weight for point in points} == {strong.loss_config().distillation_weight}
+    for method in ("revmux", "token-split"):
+        found = {
+            (point.method.num_inputs, point.method.prefill_layers) for point in points if point.method.name == method
+        }
+        assert found == {(inputs, layers) for inputs in (2, 4, 8) for layers in range(1, 12)}
+    heads = [point.method for point in points if point.method.name == "exit-head"]
+    exits = {(head.options["layer"], head.prefill_layers, head.options.get("lora_rank", 0)) for head in heads}
+    plain, adapted = (
+        {(layer, layer, 0) for layer in range(1, 12)},
+        {(layer, max(0, layer - 2), 8) for layer in range(1, 12)},
+    )
+    assert exits == plain | adapted
+    assert all(head.options["attention_pooling"] for head in heads), "options of the recipe"
 
 
 def test_the_wide_space_has_an_exit_head_at_every_layer() -> None:
@@ -73,6 +107,8 @@ def test_a_random_search_is_reproducible() -> None:
         ("num_inputs: 2", "give a list"),
         ("num_inputs: [two]", "num_inputs"),
         ("prefill_layers: [1.5]", "layer 1.5"),
+        ("{methods: [exit-head], exit_adapted: [-1]}", "exit_adapted"),
+        ("recipe: strongest", "recipe"),
         ("trials: 0", "trials is 0"),
         ("search: bayes", "search"),
         ("just words", "write keys"),
@@ -86,5 +122,5 @@ def test_a_custom_space_is_checked(text: str, words: str, tmp_path: Path) -> Non
 
 
 def test_an_unknown_space_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="paper, quick, wide"):
+    with pytest.raises(UserError, match="paper, plan, quick, wide"):
         load_space("huge")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -14,24 +14,33 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from revmux.errors import UserError, one_of
 from revmux.training.config import Recipe
+from revmux.training.recipes import named_recipe
 
-KNOBS = ("methods", "num_inputs", "prefill_layers", "infonce_weight")
+KNOBS = ("methods", "num_inputs")
+RUN_SETTINGS = ("seed", "batch_size", "accumulate", "precision", "gradient_checkpointing", "patience")
+"""Settings of the optimizer that depend on the machine or the user, so that a space's recipe does not replace them."""
+LORA_RANK = 8
+"""Rank of the low-rank updates below an exit head, unless its options set it."""
 
 
 @dataclass(frozen=True)
 class SearchSpace:
     """A grid of settings: every combination of the lists is a point.
 
-    An exit head has N = 1 and no λ, and ``exit_layers`` in place of ``prefill_layers``.
+    An exit head has N = 1 and no λ, and ``exit_layers`` in place of ``prefill_layers``. All points have the same number of
+    epochs, so that no method is compared with a longer training of another.
 
     Args:
         methods: names of methods.
         num_inputs: values of N.
         prefill_layers: values of l: a whole number is a layer, a fraction below 1 is a share of the backbone's layers.
-        infonce_weight: values of λ.
+            Empty means every layer but the last.
+        infonce_weight: values of λ; if empty, the job's setting.
         learning_rate: peak learning rates; if empty, the job's setting.
         exit_layers: layers that exit heads read, written like ``prefill_layers``; empty means every layer but the last.
-        options: settings per method name, the same for every point.
+        exit_adapted: numbers of layers below an exit that LoRA adapts to it; 0 keeps all layers frozen.
+        options: settings per method name, the same for every point. They take precedence over those of the recipe.
+        recipe: named recipe of all points, which replaces the job's recipe, loss and optimizer; None means the job's.
         epochs: epochs of each trial; None means the job's setting.
         trials: most points to try; None tries all.
         search: how points are chosen if ``trials`` is smaller than the space: ``optuna`` uses earlier results to search
@@ -42,10 +51,12 @@ class SearchSpace:
     methods: list[str] = field(default_factory=lambda: ["revmux"])
     num_inputs: list[int] = field(default_factory=lambda: [2])
     prefill_layers: list[int | float] = field(default_factory=lambda: [1])
-    infonce_weight: list[float] = field(default_factory=lambda: [0.25])
+    infonce_weight: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     exit_layers: list[int | float] = field(default_factory=list)
+    exit_adapted: list[int] = field(default_factory=lambda: [0])
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipe: str | None = None
     epochs: int | None = None
     trials: int | None = None
     search: Literal["optuna", "random"] = "optuna"
@@ -70,25 +81,43 @@ class SearchSpace:
     def _points(self, recipe: Recipe, num_layers: int) -> Iterator[Recipe]:
         from revmux.methods import method_class  # imports torch, which an invalid space should not wait for
 
+        if self.recipe is not None:
+            named = named_recipe(self.recipe)
+            kept = {key: getattr(recipe.optim, key) for key in RUN_SETTINGS}
+            recipe = replace(recipe, name=self.recipe, optim=named.optim_config(**kept), loss=named.loss_config())
         rates = self.learning_rate or [recipe.optim.learning_rate]
-        cuts = [layer_of(value, num_layers) for value in self.prefill_layers]
-        exits = [layer_of(value, num_layers) for value in self.exit_layers] or list(range(1, num_layers))
+        weights = self.infonce_weight or [recipe.loss.infonce_weight]
+        every = list(range(1, num_layers))
+        cuts = [layer_of(value, num_layers) for value in self.prefill_layers] or every
+        exits = [layer_of(value, num_layers) for value in self.exit_layers] or every
         for name, rate in itertools.product(self.methods, rates):
-            options = self.options.get(name, {})
+            options = (
+                named_recipe(recipe.name).options_of(name, self.options.get(name))
+                if recipe.name
+                else {**self.options.get(name, {})}
+            )
             optim = replace(recipe.optim, learning_rate=rate, epochs=self.epochs or recipe.optim.epochs)
             exit_option = method_class(name).exit_option
             if exit_option is not None:
-                grid = [(1, layer, 0.0, {**options, exit_option: layer}) for layer in exits]
+                grid = [
+                    (1, max(0, layer - adapted), 0.0, {**options, exit_option: layer} | _adapted(options, adapted))
+                    for layer, adapted in itertools.product(exits, self.exit_adapted)
+                ]
             else:
                 grid = [
                     (inputs, layers, weight, options)
-                    for inputs, layers, weight in itertools.product(self.num_inputs, cuts, self.infonce_weight)
+                    for inputs, layers, weight in itertools.product(self.num_inputs, cuts, weights)
                 ]
             for inputs, layers, weight, settings in grid:
                 method = replace(
                     recipe.method, name=name, num_inputs=inputs, prefill_layers=layers, options=dict(settings)
                 )
                 yield replace(recipe, method=method, loss=replace(recipe.loss, infonce_weight=weight), optim=optim)
+
+
+def _adapted(options: Mapping[str, Any], adapted: int) -> dict[str, Any]:
+    """The option of an exit head that adapts the layers below it."""
+    return {"lora_rank": options.get("lora_rank", LORA_RANK)} if adapted else {}
 
 
 def layer_of(value: int | float, num_layers: int) -> int:
@@ -135,13 +164,15 @@ def load_space(name: str) -> SearchSpace:
     if unknown := sorted(map(str, raw.keys() - vars(parser.get_defaults()).keys())):
         known = ", ".join(sorted(vars(parser.get_defaults())))
         raise UserError(f"space {name!r} has unknown keys: {', '.join(unknown)}; choose from {known}")
-    for key in (*KNOBS, "learning_rate", "exit_layers"):
+    for key in (*KNOBS, "prefill_layers", "infonce_weight", "learning_rate", "exit_layers", "exit_adapted"):
         if not isinstance(raw.get(key, []), list):
             raise UserError(f"space {name!r}: {key} is {raw[key]!r}; give a list of values, such as [{raw[key]!r}]")
     try:
         space = SearchSpace(**parser.parse_object(raw).as_dict())
     except ArgumentError as error:
         raise UserError(f"space {name!r}: {' '.join(str(error).split())}") from None
+    if any(adapted < 0 for adapted in space.exit_adapted):
+        raise UserError(f"space {name!r}: exit_adapted is {space.exit_adapted}; choose numbers of layers, 0 for none")
     for key in ("epochs", "trials"):
         value = getattr(space, key)
         if value is not None and value < 1:

@@ -24,6 +24,7 @@ class PlanJob(TuneJob):
         register: Name of the registered model in MLflow. The systems of the front become its versions.
         host: Interface that the planned server listens on.
         port: TCP port of the planned server, 1 to 65535.
+        space: Search space of the sweep: plan, wide, quick, paper, or a YAML file.
         name: Name of the plan and of its sweep. The same name with the same task model and data resumes where it
             stopped.
     """
@@ -36,6 +37,7 @@ class PlanJob(TuneJob):
     register: str = "plan"
     host: str = "127.0.0.1"
     port: int = 8000
+    space: str = "plan"
     name: str = "plan"
 
     def __post_init__(self) -> None:

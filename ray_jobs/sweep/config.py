@@ -11,6 +11,7 @@ from revmux.errors import UserError
 from revmux.features.config import StoreConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import LossConfig, OptimConfig
+from revmux.training.recipes import DEFAULT_RECIPE, named_recipe
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TuneJob:
     Args:
         backbone: Frozen task model.
         data: Labelled text.
-        space: Search space: quick, paper, wide, or a YAML file.
+        space: Search space: quick, plan, paper, wide, or a YAML file.
         trials: Maximum number of points of the space to try. At least 1. Default: as the space says.
         optim: Optimizer and schedule, unless the space sets them.
         loss: Training loss, unless the space sets it. The scores of the plain model are distilled by default.
@@ -61,14 +62,16 @@ class TuneJob:
         tracking: MLflow tracking.
         storage: Folder for checkpoints, trials and the default MLflow store. In a submitted job it must be an absolute path.
         name: Name of the sweep. The same name with the same task model and data resumes where it stopped.
+        recipe: Named recipe of all trials: strong, paper, or a YAML file. It supplies the optimizer, the loss and the methods'
+            options, which the space and the other settings override one by one.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     space: str = "quick"
     trials: int | None = None
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loss: LossConfig = field(default_factory=lambda: LossConfig(distillation_weight=1.0))
+    optim: OptimConfig = field(default_factory=lambda: named_recipe().optim_config())
+    loss: LossConfig = field(default_factory=lambda: named_recipe().loss_config())
     store: StoreConfig = field(default_factory=StoreConfig)
     shuffles: int = 3
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
@@ -78,11 +81,13 @@ class TuneJob:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: str = "runs"
     name: str = "sweep"
+    recipe: str = DEFAULT_RECIPE
 
     def __post_init__(self) -> None:
         for name in ("concurrent_trials", "trials"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; choose 1 or more, or omit it")
+        named_recipe(self.recipe)
         if self.shuffles < 1:
             raise UserError(f"shuffles is {self.shuffles}; choose 1 or more")

@@ -55,7 +55,15 @@ class Sweep:
 
 def base_recipe(job: TuneJob) -> Recipe:
     """The settings that the space does not set."""
-    return Recipe(job.backbone, job.data, optim=job.optim, loss=job.loss, store=job.store, shuffles=job.shuffles)
+    return Recipe(
+        job.backbone,
+        job.data,
+        optim=job.optim,
+        loss=job.loss,
+        store=job.store,
+        shuffles=job.shuffles,
+        name=job.recipe,
+    )
 
 
 def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> Sweep:

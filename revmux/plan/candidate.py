@@ -20,7 +20,7 @@ class PlannedStage:
         adapter: name of the adapter.
         method: registered name of the method.
         num_inputs: N.
-        prefill_layers: l; for an exit head, the layer that it reads.
+        prefill_layers: l, up to which the inputs have plain states and from which they go on.
         threshold: confidence below which an input goes on to the next stage, or to the plain model after the last one;
             None if every answer is final.
         going_on: share of all inputs that this stage and all before it did not answer.
@@ -47,13 +47,19 @@ class PlannedStage:
         return method_class(self.method)
 
     @property
+    def depth(self) -> int:
+        """The layer that names the stage: the one that an exit head reads, otherwise l."""
+        option = self.kind.exit_option
+        return self.prefill_layers if option is None else int(self.options.get(option, self.prefill_layers))
+
+    @property
     def name(self) -> str:
         """The adapter and its threshold, such as ``revmux-n2-l3-1f0a@0.9``."""
         return self.adapter if self.threshold is None else f"{self.adapter}@{self.threshold:g}"
 
     def describe(self) -> str:
         """A phrase that names the stage in a sentence."""
-        return self.kind.describe(self.num_inputs, self.prefill_layers)
+        return self.kind.describe(self.num_inputs, self.depth)
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class Candidate:
             name=self.name,
             method=first.method,
             num_inputs=first.num_inputs,
-            prefill_layers=first.prefill_layers,
+            prefill_layers=first.depth,
             infonce_weight=first.infonce_weight,
             accuracy=self.accuracy,
             siso_accuracy=siso_accuracy,
@@ -148,7 +154,7 @@ class Candidate:
             throughput_ratio=self.throughput_ratio,
             threshold=first.threshold,
             fallback=self.fallback,
-            later=tuple(stage.kind.point_name(stage.num_inputs, stage.prefill_layers) for stage in self.stages[1:]),
+            later=tuple(stage.kind.point_name(stage.num_inputs, stage.depth) for stage in self.stages[1:]),
         )
 
 

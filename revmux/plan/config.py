@@ -25,7 +25,7 @@ class MeasureConfig:
 
     shuffles: int = 5
     thresholds: tuple[float, ...] | None = None
-    max_stages: int = 1
+    max_stages: int = 3
     throughput_inputs: int = 256
     throughput_batch: int = 64
     throughput_pairs: int = 5

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from revmux.adapters.config import CONFIG_NAME, load_adapter_config
+from revmux.adapters.config import CONFIG_NAME, AdapterConfig, load_adapter_config
 from revmux.plan.candidate import Candidate, PlannedStage
 from revmux.plan.plan import Plan, describe_system
 from revmux.plan.plots import plot_front_html, plot_front_png
@@ -21,20 +21,29 @@ PLAN_NAME, PAGE_NAME = "plan.json", "plan.md"
 
 
 def write_stages(system: Candidate, folder: Path) -> tuple[str, ...]:
-    """Write one adapter folder per stage of a system, with its threshold; returns the folders in the order of the stages."""
-    folders = []
+    """Write one adapter folder per stage of a system; returns the folders in the order of the stages.
+
+    Each folder has the stage's number, its threshold, and the share of its own inputs that go on (``share_on`` among the
+    metrics), all of which a server reads from there.
+    """
+    folders, reached = [], 1.0
     for number, stage in enumerate(system.stages, 1):
         assert stage.folder is not None
+        config = load_adapter_config(stage.folder)
+        share_on = {} if stage.threshold is None else {"share_on": stage.going_on / reached if reached else 0.0}
+        config = replace(
+            config, fallback_threshold=stage.threshold, stage=number, metrics={**config.metrics, **share_on}
+        )
         name = f"stage{number}-n{stage.num_inputs}" if system.is_ladder else f"n{stage.num_inputs}"
-        folders.append(str(with_threshold(stage.folder, stage.threshold, folder / name)))
+        folders.append(str(_copy_adapter(Path(stage.folder), config, folder / name)))
+        reached = stage.going_on
     return tuple(folders)
 
 
-def with_threshold(source: str | Path, threshold: float | None, target: Path) -> Path:
-    """Copy an adapter folder and set its fallback threshold, which a server reads from there."""
-    config = replace(load_adapter_config(source), fallback_threshold=threshold)
+def _copy_adapter(source: Path, config: AdapterConfig, target: Path) -> Path:
+    """Copy an adapter folder and change its config."""
     with atomic_folder(target) as temporary:
-        for file in Path(source).iterdir():
+        for file in source.iterdir():
             if file.name != CONFIG_NAME:
                 (temporary / file.name).write_bytes(file.read_bytes())
         (temporary / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")

@@ -24,6 +24,8 @@ QUANTILES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5,
 """Shares of an adapter's least confident answers at which thresholds are placed by default."""
 DIGITS = 6
 """Decimal places of a threshold."""
+MIN_SHARE = 0.02
+"""Least share of all inputs that a later stage is searched for; fewer go to the plain model without another stage."""
 MAX_PREFIXES = 1000
 """Most combinations of earlier stages that a third stage is added to."""
 
@@ -231,8 +233,12 @@ class _Table:
         layers = np.array([one.stage.prefill_layers for one in self.scores])
         usable = np.array([one.can_go_on for one in self.scores])
         legal = np.ones((len(prefixes.last), len(self.adapter)), dtype=bool)
+        reached = prefixes.unsure.mean(axis=1)
         for at, system in enumerate(prefixes.systems):
             if not system:
+                continue
+            if reached[at] < MIN_SHARE:
+                legal[at] = False
                 continue
             used = set(self.adapter[list(system)].tolist())
             fits = usable & (layers >= layers[prefixes.last[at]])
