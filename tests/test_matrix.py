@@ -49,7 +49,11 @@ METHODS = [
     ("token-split", {}),
 ]
 REVERSIBLE = [("revmux", {}), ("only-multiplexer-reversible", {})]
-ALONE = [("siso", {}), ("exit-head", {"layer": 2, "attention_pooling": True, "lora_rank": 2}), ("skip-only", {"layer": CUT})]
+ALONE = [
+    ("siso", {}),
+    ("exit-head", {"layer": 2, "attention_pooling": True, "lora_rank": 2}),
+    ("skip-only", {"layer": CUT}),
+]
 WIDTHS = (2, 4, 8, 16)
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 WIDE_FAMILY = "bert"

@@ -19,10 +19,12 @@ from revmux.bulk.config import BulkConfig
 from revmux.bulk.system import adapter_sources
 from revmux.data.config import DataConfig
 from revmux.data.task import TaskData, load_task
+from revmux.estimate.throughput import Ratio
 from revmux.fallback import confidence
 from revmux.features.config import StoreConfig
 from revmux.features.online import OnlineFeatures
 from revmux.ladder import Ladder, Stage
+from revmux.plan import measure
 from revmux.plan.build import for_choosing, plan_here, train_recipes
 from revmux.plan.candidate import Candidate
 from revmux.plan.config import Goal, MeasureConfig, SplitConfig
@@ -213,6 +215,25 @@ def test_recipes_of_two_backbones_are_refused(recipes: list[Recipe], task: TaskD
         plan_here([recipes[0], other], task, Goal(allowance=1.0), tmp_path)
     with pytest.raises(UserError, match="no recipe"):
         plan_here([], task, Goal(allowance=1.0), tmp_path)
+
+
+def test_whole_systems_are_timed_with_their_thresholds(
+    plan: Plan, recipes: list[Recipe], task: TaskData, tiny_pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[list[float]] = []
+
+    def ratio(plain: object, ladder: Ladder, batches: object, pairs: int) -> Ratio:
+        timed.append([stage.threshold for stage in ladder.stages])
+        return Ratio(2.0, 1.9, 2.1, pairs)
+
+    monkeypatch.setattr(measure, "paired_throughput", ratio)
+    split = tiny_pretrained.tokenize(task.test, 16)
+    bench = Bench(tiny_pretrained, split, recipes[0].store, replace(COUNTED, throughput_inputs=4))
+    single = next(one.candidate for one in plan.choice.judged if one.candidate.first.method == "exit-head")
+    system = replace(single, stages=(replace(single.first, threshold=0.7),))
+    (found,) = bench.timed([system])
+    assert timed == [[0.7]]
+    assert (found.throughput_ratio, found.cost) == (2.0, 0.5)
 
 
 def test_a_ladder_is_written_as_one_adapter_per_stage_and_served_as_planned(

@@ -6,22 +6,30 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import requests
 import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from serving_models import load, write_adapter, write_model
 
 from ray_jobs import cli, plan
 from ray_jobs.cluster import ClusterConfig, connected
 from ray_jobs.planning import run as planning
 from ray_jobs.planning.config import PlanJob
+from ray_jobs.tracking.model_registry import model_uris, register_plan
 from revmux import UserError
 from revmux.adapters.config import load_adapter_config
 from revmux.data.config import DataConfig
 from revmux.features.config import StoreConfig
+from revmux.plan.candidate import Candidate, PlannedStage
+from revmux.plan.choose import choose, verify
 from revmux.plan.config import Goal, MeasureConfig
+from revmux.plan.files import write_stages
+from revmux.plan.plan import Plan, Served
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import OptimConfig
 from serve_app.config import AppConfig, server_config
@@ -167,3 +175,62 @@ def test_user_errors_are_reported_before_a_cluster_starts(
     assert cli.run(plan.main, PlanJob, None, argv) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert words in line
+
+
+class FakeRegistry:
+    """The registry of a tracker, without MLflow: versions in the order of registration, with their tags."""
+
+    def __init__(self) -> None:
+        self.client = self
+        self.tags: dict[str, dict[str, str]] = {}
+        self.folders: dict[str, Path] = {}
+        self.aliases: dict[str, str] = {"champion": "1", "champion-3": "1", "other": "1"}
+
+    def search_model_versions(self, query: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(version=version, tags=tags) for version, tags in self.tags.items()]
+
+    def register(self, run: str, folder: Path, name: str, tags: dict[str, str], *_: object) -> str:
+        version = str(len(self.tags) + 1)
+        self.tags[version], self.folders[version] = tags, folder
+        return version
+
+    def get_registered_model(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(aliases=dict(self.aliases))
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        self.aliases[alias] = version
+
+    def delete_registered_model_alias(self, name: str, alias: str) -> None:
+        del self.aliases[alias]
+
+
+def test_every_stage_of_a_ladder_is_registered_and_named_in_the_server_configuration(tmp_path: Path) -> None:
+    pretrained = load(write_model(tmp_path))
+    folders = [write_adapter(tmp_path, pretrained, width) for width in (2, 4)]
+    two, four = (
+        PlannedStage(f"n{width}", "token-split", width, 1, folder=str(folder), run_id=f"run{width}")
+        for width, folder in zip((2, 4), folders)
+    )
+    right = np.ones(2000)
+    stairs = (replace(four, threshold=0.9, going_on=0.3), replace(two, threshold=0.8, going_on=0.1))
+    ladder, alone = Candidate(stairs, right, 0.5), Candidate((two,), right * 0.9, 0.4)
+    choice = choose(right, right, [ladder], lambda one: one.correct, Goal(allowance=1.0), [alone])
+    assert choice.chosen is not None
+    served = Served(choice.chosen, verify(right, right, choice.goal), write_stages(ladder, tmp_path / "adapters"))
+    found = Plan(choice, [served], [], tmp_path)
+    registry = FakeRegistry()
+    versions = register_plan(registry, "reviews", found, "model", False)  # type: ignore[arg-type]
+    assert versions == {ladder.name: ["1", "2"], "n2": ["3"]}
+    assert [registry.tags[version]["stage"] for version in "123"] == ["1", "2", "1"]
+    assert [load_adapter_config(registry.folders[version]).stage for version in "123"] == [1, 2, 1]
+    assert registry.aliases == {
+        "champion": "1",
+        "champion-2": "2",
+        "exact": "1",
+        "exact-2": "2",
+        "fast": "3",
+        "other": "1",
+    }, "aliases of an earlier plan with more stages are removed"
+    assert model_uris(found, "reviews", versions) == ["models:/reviews@champion", "models:/reviews@champion-2"]
+    assert register_plan(registry, "reviews", found, "model", False) == versions, "versions are reused"  # type: ignore[arg-type]
+    assert found.adapters == list(served.folders)

@@ -74,7 +74,11 @@ def test_every_method_names_itself_in_tables_and_sentences() -> None:
     assert method_class("exit-head").describe(1, 3) == "an exit head at layer 3"
     assert method_class("siso").describe(1, 0) == "the plain model (SISO)"
     assert [name for name in method_names() if method_class(name).is_plain] == ["siso"]
-    assert [name for name in method_names() if not method_class(name).multiplexes()] == ["exit-head", "siso", "skip-only"]
+    assert [name for name in method_names() if not method_class(name).multiplexes()] == [
+        "exit-head",
+        "siso",
+        "skip-only",
+    ]
 
 
 def test_an_empty_plot_is_refused_with_a_message(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from revmux.plan.interval import Floats, loss_bound, loss_interval
 Answer = Callable[[Candidate], Floats]
 """Runs a system on the second half; returns how often it was correct on each input, 0..1."""
 
-STEP = 0.02
+STEP = 0.03
 """Two systems of the sequence differ in cost by at least this share."""
 
 
