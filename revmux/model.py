@@ -145,7 +145,7 @@ class MultiplexedClassifier(nn.Module):
         answers = self.method.demultiplex(shared_answers, own.to(dtype))  # (G, N, d)
         vectors = self.method.vector(self.backbone, answers)  # (G, N, readout_size)
         scores = self.method.score(self.backbone, vectors)  # (G, N, C)
-        shared = upper if self.method.has_auxiliary_loss else None
+        shared = upper.cast(dtype) if self.method.has_auxiliary_loss else None
         return GroupOutput(answers, vectors.float(), scores.float(), shared)
 
     def slot_tokens(self, tokens: TokenBatch, groups: Tensor) -> tuple[TokenBatch, Tensor]:

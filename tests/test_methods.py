@@ -410,3 +410,16 @@ def test_commands_find_methods_and_backbones_of_an_installed_package(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "mean-mix" in done.stdout
     assert "no_such_module of broken cannot be loaded (ModuleNotFoundError" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "options"), [("datamux", {}), ("datamux", {"demultiplexer": "mlp"}), ("mux-plm", {})])
+def test_the_auxiliary_loss_of_a_frozen_bfloat16_backbone_trains_float32_adapters(name, options):
+    backbone = tiny_bert().to(torch.bfloat16)
+    method = randomised(backbone, name, 2, options)
+    tokens, groups = texts(4), groups_of(2)
+    output = MultiplexedClassifier(backbone, method, 0).run_tokens(tokens, groups)
+    loss = method.auxiliary_loss(
+        backbone, output.shared, tokens["input_ids"][groups], tokens["attention_mask"][groups]
+    )
+    loss.backward()
+    assert loss.dtype == torch.float32
