@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.front.page import front_words
 from benchmarks.glue_page import glue_words
 from benchmarks.plan.page import plan_words
 from benchmarks.precision import precision_words
@@ -54,6 +55,7 @@ def _gain_words(rows: list[dict[str, Any]]) -> str:
 
 
 WRITERS = {
+    "front": front_words,
     "precision": precision_words,
     "quickstart": quickstart_words,
     "systems": systems_words,

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.front.plans import MEASURE, plan_rows
+from benchmarks.front.plot import plot_front
 from benchmarks.front.rivals import rival_rows
 from benchmarks.front.runs import fill_stores, measure_run
 from benchmarks.front.systems import SEEDS, System, ablations, runs, systems
 from benchmarks.front.tasks import KEPT, TASKS, Ready, ready
 from benchmarks.rows import kept_rows
 from benchmarks.trained import Run, siso_row
+from revmux.adapters.config import load_adapter_config
 from revmux.adapters.folder import load_adapter
 from revmux.estimate.throughput import like_length_batches, paired_throughput
 from revmux.model import plain_classifier
@@ -29,7 +31,7 @@ from revmux.training.recipe import load_backbone
 from revmux.utils.files import write_json
 from revmux.utils.run_info import describe_run
 
-RESULT = Path("benchmarks/results/front.json")
+RESULT, PLOT = Path("benchmarks/results/front.json"), Path("docs/images/front.png")
 MIXED = MethodConfig("revmux", 4, 3)
 """The system that is combined with int8 weights."""
 ABLATED = "sentiment"
@@ -77,7 +79,7 @@ def system_rows(found: Sequence[tuple[System, Run]], task: Ready) -> list[dict[s
                 "exit_layer": run.recipe.method.options.get("layer"),
                 "fallback": 0,
                 "epochs": run.recipe.optim.epochs,
-                "tunable_params": results[0]["tunable_params"],
+                "tunable_params": load_adapter_config(results[0]["adapter"]).tunable_parameters,
                 "seeds": len(results),
                 "accuracy_mean": statistics.fmean(means),
                 "accuracy_std": statistics.stdev(means) if len(means) > 1 else None,
@@ -109,17 +111,18 @@ def throughputs(chosen: Sequence[Run], task: Ready) -> dict[str, Any]:
 
 
 def measure_task(
-    name: str, glue: Path | None, seeds: int, processes: int
+    name: str, glue: Path | None, seeds: int, processes: int, trains: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of one task, and the identity of its data."""
     task = ready(name, glue)
     chosen = [*systems(), *(ablations() if name == ABLATED else ())]
     found = runs(chosen, task, seeds)
-    train_missing([run for _, run in found], task, processes)
+    if trains:
+        train_missing([run for _, run in found], task, processes)
     rows = system_rows(found, task)
     mixed = next((run for system, run in found if system.method == MIXED and run.is_done), None)
     rows += kept_rows(task.folder, "rivals", mixed and mixed.asked, partial(rival_rows, task, mixed, MEASURE))
-    compete = [run for system, run in runs(chosen, task, 1) if not system.ablation]
+    compete = [run for system, run in runs(chosen, task, 1) if run.is_done and not system.ablation]
     asked = ([run.asked for run in compete], MEASURE)
     rows += kept_rows(task.folder, "plans", asked, partial(plan_rows, task, compete))
     place = {"family": "bert", "backbone": f"{BackboneConfig().model}, tuned to the task", "task": name}
@@ -135,18 +138,22 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to measure")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="most runs per system")
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time, with one thread each")
+    parser.add_argument("--measured-only", action="store_true", help="train nothing; report the runs that are done")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     identities: dict[str, Any] = {}
     for name in arguments.tasks:
         if TASKS[name].in_glue and arguments.glue is None:
             continue
-        found, identities[name] = measure_task(name, arguments.glue, arguments.seeds, arguments.processes)
+        found, identities[name] = measure_task(
+            name, arguments.glue, arguments.seeds, arguments.processes, not arguments.measured_only
+        )
         rows += found
         write_json(KEPT / f"{name}.json", {"rows": found, "data": identities[name]})
     meta = describe_run("python -m benchmarks.front --glue GLUE", identities, {})
     meta["backbone"] = {"name": BackboneConfig().model, "tuned": "all layers, on each task"}
     write_json(RESULT, {"meta": meta, "rows": rows})
+    plot_front(rows, PLOT)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from benchmarks.front.tasks import Ready
 from benchmarks.trained import Run, fill_store
 from revmux.adapters.folder import load_adapter
 from revmux.features.store import open_features
-from revmux.methods import method_class
 from revmux.plan.build import train_recipes, unrounded
 from revmux.training.evaluation import evaluate_both
 from revmux.training.recipe import load_backbone, relative_cost_at
@@ -41,15 +40,9 @@ def measure_run(run: Run, ready: Ready, threads: int) -> dict[str, Any]:
     figures = found.metrics() | {
         "accuracies": found.accuracies,
         "cost_counted": relative_cost_at(model, features),
-        "tunable_params": model.method.tunable_parameters(),
         "adapter": adapter.folder,
         "asked": run.asked,
         "commit": git_commit(),
     }
     write_json(run.result, figures)
     return figures
-
-
-def is_multiplexed(run: Run) -> bool:
-    """Whether several inputs share a pass, or the tokens of one."""
-    return method_class(run.recipe.method.name).multiplexes()
