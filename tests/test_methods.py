@@ -35,6 +35,7 @@ SYSTEMS = [
     ("token-split", {}),
     ("token-split", {"own_state": "none", "exit_layer": 2}),
     ("token-split", {"ratio": 3}),
+    ("token-split", {"ratio": 4, "kept_tokens": 2}),
 ]
 LENGTH, PADDING = 9, 0
 
@@ -211,6 +212,20 @@ def test_token_split_is_initialised_as_the_mean_of_neighbouring_tokens(bert):
     assert_close(shared[:, 0], prefilled.hidden[:, 0])
     assert_close(shared[:, 1], prefilled.hidden[:, 1:5].mean(dim=1))
     assert_close(shared[:, 2], prefilled.hidden[:, 5:9].mean(dim=1))
+
+
+def test_token_split_keeps_the_most_relevant_tokens_whole(bert):
+    torch.manual_seed(4)
+    method = build_method("token-split", BackboneShape.of(bert), 1, {"ratio": 3, "kept_tokens": 2})
+    model = MultiplexedClassifier(bert, method, 1).eval()
+    tokens = {"input_ids": torch.randint(1, 50, (1, 9)), "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    prefilled = model.prefill(tokens)
+    first, second = sorted((1 + method.relevance(prefilled.hidden)[0, 1:, 0].topk(2).indices).tolist())
+    shared = model.multiplex(prefilled, torch.tensor([[0]])).hidden[0]  # answer, two kept, ⌈6 / 3⌉ pooled
+    rest = [place for place in range(1, 9) if place not in (first, second)]
+    hidden = prefilled.hidden[0]
+    expected = [hidden[0], hidden[first], hidden[second], hidden[rest[:3]].mean(dim=0), hidden[rest[3:]].mean(dim=0)]
+    assert_close(shared, torch.stack(expected))
 
 
 def test_token_split_is_refused_if_the_decoder_reads_the_text(bert):

@@ -65,6 +65,8 @@ def systems(num_layers: int = 6) -> Iterator[System]:
     yield System("RevMUX l=2", MethodConfig("revmux", 8, 2))
     yield System("Skip-only, layer 2", MethodConfig("skip-only", 1, 2, {"layer": 2}))
     yield System("Token split l=2", MethodConfig("token-split", 4, 2))
+    kept = {"ratio": 4, "kept_tokens": 2}
+    yield System("Token split l=1, 2 tokens kept", MethodConfig("token-split", 1, 1, kept))
     yield System("Exit head with LoRA, layer 4", lora_exit(4))
     yield System(f"RevMUX l={half}", MethodConfig("revmux", 16, half))
     yield System("RevMUX l=1", MethodConfig("revmux", 2, 1))

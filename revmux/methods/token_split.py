@@ -10,6 +10,9 @@ about N·(1 + S/R) tokens and do not attend to each other::
 
 The frozen layers thus process tokens similar to those of pretraining, and each input has its own answer token. Since the
 inputs do not attend to each other, no input needs a partner: with a ratio, N may be 1.
+
+With ``kept_tokens``, the K tokens of each input with the highest learned relevance are blocks of one token, and only the
+others are pooled.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ class TokenSplitOptions:
 
     Args:
         ratio: R, the number of neighbouring tokens that are pooled into one. None means N.
+        kept_tokens: K, the number of tokens per input that are not pooled, besides the answer token.
         own_state: how each input's own prefilled state corrects its answer state: ``none``, ``linear`` or ``mlp``.
         pooling_width: width of the pooling MLP's middle layer. None means d, 0 means no MLP.
         lora_rank: rank of the low-rank updates of layers l+1..e. 0 means none.
@@ -42,6 +46,7 @@ class TokenSplitOptions:
     """
 
     ratio: int | None = None
+    kept_tokens: int = 0
     own_state: OwnStateKind = "mlp"
     lora_rank: int = 0
     pooling_width: int | None = None
@@ -113,6 +118,9 @@ class TokenSplit(Method):
         width = hidden if settings.pooling_width is None else settings.pooling_width
         if width < 0:
             raise UserError(f"token-split: pooling_width is {width}; choose 0 (no MLP) or more")
+        if settings.kept_tokens < 0:
+            raise UserError(f"token-split: kept_tokens is {settings.kept_tokens}; choose 0 (pool all tokens) or more")
+        self.relevance = nn.Linear(hidden, 1) if settings.kept_tokens else None
         self.pooling = NeighbourPooling(self.ratio, hidden, width)
         self.own_state = OwnStateCorrection(hidden, settings.own_state)
 
@@ -126,10 +134,15 @@ class TokenSplit(Method):
                 "choose revmux or an encoder-only backbone"
             )
         groups, num_inputs, _, _ = states.hidden.shape
-        order, present = self.neighbours(states)  # (G, N, P-1, R) both
+        relevance = self.relevance(states.hidden).squeeze(-1) if self.relevance else None  # (G, N, S)
+        order, present = self.neighbours(states, relevance)  # (G, N, P-1, R) both
         flat = order.flatten(2).unsqueeze(-1).expand(-1, -1, -1, states.hidden.shape[-1])  # (G, N, (P-1)·R, d)
         tokens = states.hidden.gather(2, flat).unflatten(2, order.shape[2:])  # (G, N, P-1, R, d)
         pooled = self.pooling(tokens, present)  # (G, N, P-1, d)
+        if relevance is not None:
+            # A factor of one in value, by whose gradient the relevance is learned.
+            share = relevance.gather(2, order[..., 0]).sigmoid()  # (G, N, P-1), of the first token of each block
+            pooled = pooled * (1 + share - share.detach()).unsqueeze(-1)
 
         def with_answer(of_blocks: Tensor, of_answer: Tensor) -> Tensor:
             """Join blocks (G, N, P-1, ...) and answer tokens (G, N, 1, ...) to one sequence per group (G, N·P, ...)."""
@@ -167,19 +180,35 @@ class TokenSplit(Method):
             spans=spans,
         )
 
-    def neighbours(self, states: HiddenState) -> tuple[Tensor, Tensor]:
+    def neighbours(self, states: HiddenState, relevance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The tokens of each input except its answer token, in order, in blocks of R.
 
         Padding is skipped on either side, so it does not affect the blocks.
 
+        Args:
+            states: the prefilled states, each tensor (G, N, ...).
+            relevance: (G, N, S) scores of the tokens; the K tokens with the highest scores are blocks of one token, which
+                come first. None pools all tokens.
+
         Returns:
             The positions of the tokens (G, N, P-1, R) long, and whether each token is present (G, N, P-1, R) bool,
-            with P = 1 + ⌈(S-1) / R⌉.
+            with P = 1 + K + ⌈(S-1-K) / R⌉.
         """
         length = states.hidden.shape[2]
-        blocks = -(-(length - 1) // self.ratio)
         position = torch.arange(length, device=states.hidden.device)
         others = states.mask & (position != states.answer)  # (G, N, S)
+        if relevance is None:
+            return self._blocks(others, length - 1)
+        number = min(self.options.kept_tokens, length - 1)
+        kept = relevance.masked_fill(~others, -torch.inf).topk(number, dim=-1).indices.sort(dim=-1).values  # (G, N, K)
+        present = others.gather(2, kept)
+        order, pooled = self._blocks(others.scatter(2, kept, False), length - 1 - number)
+        alone = F.pad(present.unsqueeze(-1), (0, self.ratio - 1))  # (G, N, K, R)
+        return torch.cat([kept.unsqueeze(-1).expand_as(alone), order], 2), torch.cat([alone, pooled], 2)
+
+    def _blocks(self, others: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Blocks of R of the tokens that are True in ``others`` (G, N, S), of which each input has at most ``most``."""
+        length, blocks = others.shape[2], -(-most // self.ratio)
         order = torch.argsort((~others).to(torch.uint8), dim=-1, stable=True)  # own tokens first
         size = blocks * self.ratio
         order = F.pad(order, (0, max(size - length, 0)))[..., :size]
