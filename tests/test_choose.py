@@ -59,6 +59,8 @@ def test_the_sequence_is_the_front_from_the_safest_to_the_cheapest() -> None:
     ]
     assert [one.name for one in safest_first(made)] == ["safe", "middle", "cheap"]
     assert safest_first([]) == []
+    ends = [candidate("safe", losing(0), 0.5), candidate("cheapest", losing(0.1), 0.495)]
+    assert [one.name for one in safest_first(ends)] == ["safe", "cheapest"], "the cheapest of all is always tested"
 
 
 def test_the_cheapest_accepted_system_is_chosen_and_the_first_refusal_ends_the_tests() -> None:

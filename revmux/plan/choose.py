@@ -126,11 +126,12 @@ def safest_first(candidates: Sequence[Candidate], step: float = STEP) -> list[Ca
 
     Args:
         candidates: systems with their answers to the first half.
-        step: a system is left out if it is not cheaper than the one before by this share.
+        step: a system is left out if it is not cheaper than the one before by this share, except for the cheapest of all.
     """
     kept: list[Candidate] = []
-    for candidate in reversed(front(candidates)):
-        if candidate.cost < 1 and (not kept or candidate.cost <= (1 - step) * kept[-1].cost):
+    best = [candidate for candidate in reversed(front(candidates)) if candidate.cost < 1]
+    for candidate in best:
+        if not kept or candidate.cost <= (1 - step) * kept[-1].cost or candidate is best[-1]:
             kept.append(candidate)
     return kept
 
