@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(READY)  ## the whole path: task model, adapters, sweep, server, report (minutes on two cores)
+quickstart: $(READY)  ## a guided tour: train, compare, plan, serve, report (minutes on two cores)
 	$(BIN)/python -m ray_jobs.quickstart --storage $(STORAGE) $(ARGS)
 
 test: $(READY)  ## run the tests in WORKERS processes and measure coverage

@@ -34,8 +34,8 @@ def quickstart_words(result: dict[str, Any]) -> dict[str, str]:
     words = (
         f"{comparison_table(rows)}\n\n"
         f"One seed. Accuracy is measured on {data['test']} test inputs after training on {data['train']} examples: the mean ± the "
-        f"standard deviation over 10 shuffles of which inputs share a group. Cost is the number of operations per input relative "
-        f"to SISO, counted at the mean length. Throughput is that of the model alone relative to SISO: the median over pairs of "
+        f"standard deviation over {meta.get('shuffles', 10)} shuffles of which inputs share a group. Cost is the number of "
+        f"operations per input relative to SISO, counted at the mean length. Throughput is that of the model alone relative to SISO: the median over pairs of "
         f"runs. {machine['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`.\n\n"
         f"Time per step: {steps}; {sum(seconds.values()) / 60:.1f} minutes up to the report.\n"
     )

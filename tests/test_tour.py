@@ -14,7 +14,7 @@ from polling import wait_until
 from serving_http import free_port
 
 from ray_jobs.tour.config import QuickstartJob
-from ray_jobs.tour.live import LiveAnswer, examples, widths
+from ray_jobs.tour.live import LiveAnswer, answered_by, examples
 from ray_jobs.tour.run import exit_layers, run_tour
 from ray_jobs.tour.screen import Screen, quiet
 from ray_jobs.training.progress_board import Progress
@@ -92,13 +92,13 @@ def test_what_libraries_print_goes_to_the_log_and_not_to_the_screen(
     assert "a step" not in text
 
 
-def answer(label: str, truth: str, width: int) -> LiveAnswer:
-    return LiveAnswer("some text", label, 0.9, truth, width)
+def answer(label: str, truth: str, width: int, method: str = "revmux") -> LiveAnswer:
+    return LiveAnswer("some text", label, 0.9, truth, width, method)
 
 
-def test_live_answers_are_counted_by_width() -> None:
-    answers = [answer("good", "good", 1), *[answer("good", "bad", 4)] * 8, *[answer("bad", "bad", 2)] * 3]
-    assert widths(answers) == "1 alone, 3 in groups of 2, 8 in groups of 4"
+def test_live_answers_are_counted_by_method_and_width() -> None:
+    answers = [answer("good", "good", 1, "exit-head"), *[answer("good", "bad", 4)] * 8, *[answer("bad", "bad", 2)] * 3]
+    assert answered_by(answers) == "1 by exit-head alone, 3 by revmux in groups of 2, 8 by revmux in groups of 4"
     assert sum(one.is_right for one in answers) == 4
     assert len(list(examples(answers, 5))) == 5
 

@@ -50,20 +50,20 @@ class QuickstartJob:
 
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(max_length=64))
     data: DataConfig = field(default_factory=lambda: DataConfig(limit=7500, selection_share=0.03, test_share=0.08))
-    tuning: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=1, batch_size=16, learning_rate=2e-4))
+    tuning: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=1, batch_size=32, learning_rate=3e-4))
     frozen_layers: int = 0
     num_inputs: list[int] = field(default_factory=lambda: [2, 4])
     prefill_layers: int | None = None
     recipe: str = DEFAULT_RECIPE
-    optim: OptimConfig = field(default_factory=lambda: named_recipe().optim_config(epochs=6, batch_size=32))
+    optim: OptimConfig = field(default_factory=lambda: named_recipe().optim_config(epochs=4, batch_size=32))
     loss: LossConfig = field(default_factory=lambda: named_recipe().loss_config())
     goal: Goal = field(default_factory=lambda: Goal(allowance=1.0))
     choosing: SplitConfig = field(default_factory=SplitConfig)
     measure: MeasureConfig = field(
         default_factory=lambda: MeasureConfig(shuffles=2, max_stages=2, throughput_inputs=128, throughput_pairs=3)
     )
-    shuffles: int = 3
-    requests: int = 64
+    shuffles: int = 2
+    requests: int = 128
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     port: int = 8000
     storage: str = "runs/quickstart"
@@ -97,6 +97,7 @@ class QuickstartJob:
             shuffles=1,
             cluster=replace(self.cluster, workers=1),
             tracking=tracking,
+            recipe=self.recipe,
             storage=str(storage),
             name=NAME,
             register=NAME,

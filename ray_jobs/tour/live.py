@@ -12,6 +12,7 @@ from typing import Any
 import requests
 
 from revmux.data.task import TaskData
+from revmux.training.config import PLAIN_METHOD
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class LiveAnswer:
         score: its probability.
         truth: the class in the data.
         width: number of inputs in the group that answered it.
+        method: method that answered it, or ``plain model``.
     """
 
     text: str
@@ -31,6 +33,7 @@ class LiveAnswer:
     score: float
     truth: str
     width: int
+    method: str
 
     @property
     def is_right(self) -> bool:
@@ -54,7 +57,9 @@ def ask(url: str, task: TaskData, count: int) -> list[LiveAnswer]:
         answer = reply.json()
         best = answer[0][0] if isinstance(answer[0], list) else answer[0]
         truth = task.label_names[row["label"]]
-        return LiveAnswer(row["text"], best["label"], best["score"], truth, int(reply.headers["x-revmux-width"]))
+        width, method = int(reply.headers["x-revmux-width"]), reply.headers["x-revmux-method"]
+        method = "plain model" if method == PLAIN_METHOD else method
+        return LiveAnswer(row["text"], best["label"], best["score"], truth, width, method)
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(one, islice(cycle(task.test), count)))
@@ -65,7 +70,10 @@ def examples(answers: list[LiveAnswer], shown: int) -> Iterator[LiveAnswer]:
     yield from answers[:: max(1, len(answers) // shown)][:shown]
 
 
-def widths(answers: list[LiveAnswer]) -> str:
-    """How many answers came from groups of each width, as text."""
-    counted = sorted(Counter(answer.width for answer in answers).items())
-    return ", ".join(f"{number} {'alone' if width == 1 else f'in groups of {width}'}" for width, number in counted)
+def answered_by(answers: list[LiveAnswer]) -> str:
+    """How many answers came from each method at each width, as text."""
+    counted = sorted(Counter((answer.width, answer.method) for answer in answers).items())
+    return ", ".join(
+        f"{number} by {method} {'alone' if width == 1 else f'in groups of {width}'}"
+        for (width, method), number in counted
+    )

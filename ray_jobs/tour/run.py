@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ray_jobs.cluster import connected
 from ray_jobs.paths import absolute_path, absolute_storage
@@ -16,7 +18,7 @@ from ray_jobs.planning.run import measure_on_worker, record
 from ray_jobs.sweep.run import Sweep, run_sweep
 from ray_jobs.sweep.trials import SweepFolder, TrialRow, make_trials, mean_length
 from ray_jobs.tour.config import NAME, QuickstartJob
-from ray_jobs.tour.live import LiveAnswer, ask, examples, widths
+from ray_jobs.tour.live import LiveAnswer, answered_by, ask, examples
 from ray_jobs.tour.report import Reporter
 from ray_jobs.tour.screen import Screen, quiet
 from ray_jobs.tracking.command_line import command_line
@@ -31,9 +33,10 @@ from revmux.data.task import TaskData, load_task
 from revmux.methods import BackboneShape, method_class
 from revmux.plan.build import for_choosing
 from revmux.plan.files import PLAN_NAME
+from revmux.plan.front import FrontRow
 from revmux.plan.plan import Plan, describe_system
 from revmux.plan.plots import plot_front_png
-from revmux.plan.report import comparison_table
+from revmux.plan.report import row_name
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import outline
 from revmux.training.config import MethodConfig
@@ -76,6 +79,7 @@ class Tour:
     def __init__(self, job: QuickstartJob, screen: Screen, storage: Path, results: Path, plot: Path) -> None:
         self.job, self.screen, self.storage, self.results, self.plot = job, screen, storage, results, plot
         self.live: list[LiveAnswer] = []
+        self.started = time.perf_counter()
 
     def run(self) -> None:
         """Run every step."""
@@ -103,9 +107,8 @@ class Tour:
             plan = self.plan(plan_job, rows, parent)
             self.serve(model, plan)
         self.report(plan, rows)
-        screen.text(f"\n{comparison_table(self.reporter.rows)}\n")
         screen.text(f"Results  {self.results}\nPlot     {self.plot}\nPlan     {plan.folder / 'plan.md'}")
-        screen.text(f"Total    {sum(screen.seconds.values()) / 60:.1f} minutes\n")
+        screen.text(f"Total    {(time.perf_counter() - self.started) / 60:.1f} minutes\n")
         screen.text(next_commands(job, self.storage, model, plan.adapters, self.task))
 
     def show_data(self) -> None:
@@ -196,7 +199,9 @@ class Tour:
     def plan(self, plan_job: PlanJob, rows: list[TrialRow], parent: str) -> Plan:
         """Plan, register the plan in MLflow, and show what it ships."""
         goal = self.job.goal
-        wanted = f"at most {goal.allowance:g} points lost" if goal.allowance is not None else ""
+        wanted = ""
+        if goal.allowance is not None:
+            wanted = f"at most {goal.allowance:g} point{'s' * (goal.allowance != 1)} lost"
         if goal.throughput is not None:
             wanted += f"{' and ' * bool(wanted)}{goal.throughput:g} times the plain model's throughput"
         with self.screen.step(
@@ -210,8 +215,10 @@ class Tour:
                 versions = register_plan(self.tracker, NAME, plan, plan_job.backbone.model, self.task.is_pair)
                 record(plan_job, plan, versions, self.tracker, parent)
             for one in plan.served:
-                self.screen.line(f"It ships {describe_system(one.judged)} on the choosing set.")
-                self.screen.line(f"On the test split it loses {one.verification.loss:.2f} points.")
+                self.screen.line(f"The plan ships {describe_system(one.judged)}, on the choosing set.")
+                self.screen.line(
+                    f"On the test split, it loses {one.verification.loss:.2f} points: {one.verification.outcome}."
+                )
             if not plan.is_met:
                 self.screen.line(f"The plain model is served: {plan.why_not()}.")
         return plan
@@ -232,39 +239,47 @@ class Tour:
             finally:
                 shutdown()
             self.screen.table(
-                ["answer", "sure", "label", "width", "text"],
+                ["answer", "sure", "label", "by", "N", "text"],
                 [
                     [
                         one.label,
                         f"{one.score:.0%}",
                         "the same" if one.is_right else one.truth,
+                        one.method,
                         str(one.width),
                         _short(one.text),
                     ]
                     for one in examples(self.live, 8)
                 ],
-                ["sure", "width"],
+                ["sure", "N"],
             )
             right = sum(one.is_right for one in self.live)
-            self.screen.line(f"{right} of {count} answers are right ({right / count:.0%}): {widths(self.live)}.")
+            self.screen.line(f"{right} of {count} answers are right ({right / count:.0%}): {answered_by(self.live)}.")
 
     def report(self, plan: Plan, rows: list[TrialRow]) -> None:
         """Evaluate all systems on the test split, measure their throughput, and write the results and the plot."""
-        with (
-            self.screen.step(
-                "Report", "Evaluating every system on the test split, and timing it against the plain model in turn."
-            ),
-            self.working("Evaluating", {}),
+        with self.screen.step(
+            "Report", "Evaluating every system on the test split, and timing it against the plain model in turn."
         ):
-            found = self.reporter.evaluate([row for row in rows if row.adapter is not None])
-            ladder = self.reporter.planned_rows(plan)
-            meta = describe_run(command_line(), self.task.identity, self.reporter.pretrained.identity)
-            meta |= {"seconds": self.screen.seconds, "shuffles": self.job.shuffles}
-            live = {"requests": len(self.live), "right": sum(one.is_right for one in self.live)}
-            served = json.loads((plan.folder / PLAN_NAME).read_text())["served"]
-            write_json(self.results, {"meta": meta, "rows": found, "live": live, "plan": served})
-            title = f"{self.task.identity['source']} on {self.job.backbone.model.rpartition('/')[2]}, test split"
-            plot_front_png([*self.reporter.front_rows(), *ladder], self.plot, title)
+            with self.working("Evaluating", {}):
+                found = self.reporter.evaluate([row for row in rows if row.adapter is not None])
+                ladder = self.reporter.planned_rows(plan)
+                sizes = {"train": len(self.choosing.train), "choosing": len(self.choosing.test)}
+                meta = describe_run(command_line(), self.task.identity | sizes, self.reporter.pretrained.identity)
+                meta |= {"seconds": self.screen.seconds, "shuffles": self.job.shuffles}
+                live = {"requests": len(self.live), "right": sum(one.is_right for one in self.live)}
+                served = json.loads((plan.folder / PLAN_NAME).read_text())["served"]
+                write_json(self.results, {"meta": meta, "rows": found, "live": live, "plan": served})
+                title = f"{self.task.identity['source']} on {self.job.backbone.model.rpartition('/')[2]}, test split"
+                plot_front_png([*self.reporter.front_rows(), *ladder], self.plot, title)
+            self.screen.table(
+                ["system", "accuracy", "points lost", "cost", "throughput"],
+                [*map(_cells, found), *(_planned_cells(plan, row) for row in ladder)],
+                ["accuracy", "points lost", "cost", "throughput"],
+            )
+            self.screen.line(
+                "Cost is counted: operations per input. Throughput is measured. Both are relative to the plain model."
+            )
 
     @contextmanager
     def working(self, waiting: str, labels: Mapping[str, str]) -> Iterator[None]:
@@ -315,6 +330,30 @@ def next_commands(job: QuickstartJob, storage: Path, model: str, adapters: list[
             "  your own model      revmux quickstart --backbone.model YOUR_CLASSIFIER --data.source your.csv",
         ]
     )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    lost = 100 * (row["siso_accuracy"] - row["accuracy_mean"])
+    return [
+        row_name(row),
+        f"{row['accuracy_mean']:.1%}",
+        f"{lost:.1f}",
+        f"{row['cost_counted']:.2f}",
+        f"{row['throughput_ratio']:.2f}",
+    ]
+
+
+def _planned_cells(plan: Plan, row: FrontRow) -> list[str]:
+    chosen = plan.choice.chosen
+    ratio = None if chosen is None else chosen.candidate.throughput_ratio
+    lost = 100 * (row.siso_accuracy - row.accuracy)
+    return [
+        "what the plan ships",
+        f"{row.accuracy:.1%}",
+        f"{lost:.1f}",
+        f"{row.cost_counted:.2f}",
+        f"{ratio or 1 / row.cost_counted:.2f}",
+    ]
 
 
 def _short(text: str, limit: int = 70) -> str:
