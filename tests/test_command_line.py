@@ -133,7 +133,7 @@ MISTAKES = {
     "missing space": (
         "ray_jobs.tune",
         ["--space", "nowhere"],
-        "unknown search space 'nowhere'; known: paper, quick, wide",
+        "unknown search space 'nowhere'; known: paper, plan, quick, wide",
     ),
     "missing prompt": ("ray_jobs.train", ["--backbone.prompt", "nowhere"], "unknown prompt 'nowhere'"),
     "missing configuration file": ("ray_jobs.train", ["--config", "nowhere.yaml"], "nowhere.yaml"),
