@@ -13,6 +13,11 @@ from revmux.errors import one_of
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
 
 
+def best_labels(scores: Tensor) -> Tensor:
+    """The index of each input's best label: scores (M, C) to (M,) long. A single score gives its sign, yes or no."""
+    return scores.argmax(dim=1) if scores.shape[1] > 1 else (scores[:, 0] > 0).long()
+
+
 def rank_labels(
     scores: Tensor, label_names: Sequence[str], function: ScoreFunction | None = None, top_k: int | None = None
 ) -> list[tuple[str, float]]:

@@ -142,6 +142,8 @@ class AppConfig(_TaskSettings):
         max_batch_tokens: Maximum number of tokens per forward pass, including padding.
         plain_load: The plain model answers every input while the waiting work costs no more than this many plain inputs.
         priority_seconds: Seconds of waiting that one point of a request's priority is worth.
+        audit: Share of the inputs that adapters answered to run through the plain model too. /metrics shows how often the
+            labels agree.
         max_points_lost: Points of accuracy that an adapter may have lost in its own evaluation. One that lost more, and has
             no threshold, is logged with a warning when it is loaded.
         max_texts: Maximum number of inputs per request.
@@ -166,6 +168,7 @@ class AppConfig(_TaskSettings):
     max_batch_tokens: int = Field(default=16384, ge=1)
     plain_load: float = Field(default=4.0, ge=0)
     priority_seconds: float = Field(default=1.0, gt=0)
+    audit: float = Field(default=0.0, ge=0, le=1)
     max_points_lost: float = Field(default=2.0, ge=0)
     max_texts: int = Field(default=32, ge=1)
     max_body_bytes: int = Field(default=2_000_000, ge=1)
@@ -236,6 +239,7 @@ class AppConfig(_TaskSettings):
             self.max_batch_tokens,
             self.plain_load,
             self.priority_seconds,
+            self.audit,
         )
 
 

@@ -22,6 +22,8 @@ _COUNTERS = {
     "rejected": "inputs refused because the queue was full",
     "expired": "inputs whose deadline passed in the queue",
     "cancelled": "inputs whose client disconnected while they waited",
+    "audited": "inputs of adapters that ran through the plain model too, see the setting audit",
+    "agreed": "audited inputs with the plain model's label",
     "passes": "forward passes",
     "tokens": "computed tokens, without padding",
     "padded_tokens": "computed tokens, including padding",

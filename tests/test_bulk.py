@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from pyarrow.fs import FileSystem
 from serving_models import load, text, write_adapter, write_model
 
 from revmux import TextClassifier, UserError
@@ -22,7 +23,8 @@ from revmux.bulk.classify import classify_files, warn_agreement
 from revmux.bulk.config import BulkConfig
 from revmux.bulk.formats.base import Range, divide_blocks
 from revmux.bulk.job import list_and_prepare
-from revmux.bulk.output import META
+from revmux.bulk.output import META, OutputFolder
+from revmux.bulk.summary import write_summary
 from revmux.bulk.units import Unit, list_work
 from revmux.bulk.worker import Finished, Worker
 
@@ -260,6 +262,40 @@ def test_the_audit_stops_a_job_that_falls_below_the_floor(
     assert not (Path(config.output) / META / "manifest.json").exists()
 
 
+def test_a_ladder_runs_its_stages_and_counts_their_cost(config: BulkConfig, model: Path, tmp_path: Path) -> None:
+    pretrained = load(model)
+    folders = []
+    for stage, (method, width, layers, threshold) in enumerate(
+        [("exit-head", 1, 1, 0.4), ("token-split", 2, 2, 0.6)], 1
+    ):
+        folder = write_adapter(tmp_path / str(stage), pretrained, width, layers, method)
+        adapter_config = json.loads((folder / "adapter_config.json").read_text())
+        adapter_config |= {"stage": stage, "fallback_threshold": threshold}
+        (folder / "adapter_config.json").write_text(json.dumps(adapter_config))
+        folders.append(folder)
+    plan = {"is_met": True, "served": [{"stages": [{"adapter": str(folder)} for folder in folders]}]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    report = classify_files(replace(config, adapter=None, plan=str(tmp_path / "plan.json")))
+    found = answers(config)
+    assert set(found["stage"]) == {0, 1, 2}
+    assert (found["stage"] == 0).tolist() == found["fell_back"].tolist()
+    assert set(found["method"][found["stage"] == 1]) == {"exit-head"}
+    assert set(found["method"][found["stage"] == 2]) == {"token-split"}
+    assert report.totals.answered_by == {
+        f"{stage} {name} N={width}": (found["stage"] == stage).sum()
+        for stage, name, width in [(0, "siso", 1), (1, "exit-head", 1), (2, "token-split", 2)]
+    }
+    assert 0.25 < report.totals.relative_cost < 1.3
+
+
+def test_an_adapter_that_saves_nothing_is_reported(
+    config: BulkConfig, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    classify_files(replace(config, adapter=str(write_adapter(tmp_path, load(model), 2, 4))))
+    assert set(answers(config)["method"]) == {"siso"}
+    assert "adapter token-split, N = 2, l = 4 is not used" in caplog.text
+
+
 def test_the_interval_of_an_agreement_is_wilsons() -> None:
     low, high = Agreement(10, 10).interval()
     assert (low, high) == (pytest.approx(0.7225, abs=1e-4), 1.0)
@@ -360,6 +396,37 @@ def test_answers_in_bulk_are_those_of_the_classifier(config: BulkConfig, adapter
     found = answers(config)
     assert found["label"].tolist() == [best[0][0] for best in expected]
     assert found["score"].to_numpy() == pytest.approx([best[0][1] for best in expected], abs=1e-5)
+
+
+def test_input_and_output_may_be_on_an_object_store(config: BulkConfig, tmp_path: Path) -> None:
+    """A filesystem without renames of open files, locks and memory maps."""
+    classify_files(config)
+    store = "fsspec+memory:///bucket"
+    filesystem, _ = FileSystem.from_uri(store)
+    filesystem.create_dir("/bucket/in")
+    with filesystem.open_output_stream("/bucket/in/rows.parquet") as stream:
+        stream.write(Path(config.input).read_bytes())
+    remote = replace(config, input=f"{store}/in/*.parquet", output=f"{store}/out")
+    assert classify_files(remote).is_complete
+    table = parquet.read_table("/bucket/out", filesystem=filesystem)
+    assert table.to_pydict() == parquet.read_table(config.output).to_pydict()
+    assert classify_files(remote).resumed == 4
+    with pytest.raises(UserError, match="is inside the input"):
+        classify_files(replace(remote, input=store))
+
+
+def test_the_summary_escapes_texts_and_shows_bad_rows(config: BulkConfig, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "<script>alert(1)</script> $x$"}\n{"text": ""}\n')
+    config = replace(config, input=str(tmp_path / "rows.jsonl"), audit=1.0)
+    job, _ = list_and_prepare(config)
+    report = classify_files(config)
+    write_summary(OutputFolder(config.output), report, job)
+    page = (Path(config.output) / META / "summary.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; $x$" in page
+    assert "the text is empty" in page
+    assert "100.00% of 1 audited rows" in page
+    assert (Path(config.output) / META / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
 READ_LAST_ROWS = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from polling import wait_until
 from pyarrow import parquet
 from serving_models import load, text, write_adapter, write_model
 
-from ray_jobs import classify
+from ray_jobs import classify, cli
 from ray_jobs.bulk import pool
 from ray_jobs.bulk.config import ClassifyJob
 from ray_jobs.cli import Unfinished
@@ -188,6 +190,15 @@ def test_the_audit_stops_the_job_with_its_own_status(job: ClassifyJob, ray_here:
     with pytest.raises(Unfinished, match=r"below audit_floor 0\.9") as unfinished:
         classify.main(replace(job, adapter=str(random), audit=1.0, audit_floor=0.9))
     assert unfinished.value.status == 4
+
+
+def test_the_documented_commands_have_legal_settings() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "classify.md").read_text()
+    found = re.findall(r"^(?:revmux classify|ray job submit .* ray_jobs\.classify) ((?:.*\\\n)*.*)", page, re.M)
+    assert len(found) == 2
+    for flags in found:
+        job = cli.parse(ClassifyJob, None, shlex.split(flags.replace("\\\n", " ")))
+        assert job.input.startswith(("reviews/", "s3://bucket/"))
 
 
 @pytest.mark.cluster

@@ -8,7 +8,6 @@ Actors that find no room wait until a machine joins the cluster, which makes the
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from revmux.bulk.classify import describe_error
 from revmux.bulk.job import Job
 from revmux.bulk.output import OutputError
 from revmux.bulk.progress import Progress
+from revmux.bulk.system import unused_adapters
 from revmux.bulk.units import Unit
 from revmux.bulk.worker import UNITS_IN_FLIGHT, Finished, Worker
 
@@ -44,11 +44,14 @@ class UnitActor:
         self._arguments = (job, device, threads)
         self._worker: Worker | None = None
 
-    def load(self) -> int:
-        """Load the model; returns the id of this process."""
+    def place(self) -> None:
+        """Return as soon as this actor has a place in the cluster."""
+
+    def load(self) -> list[str]:
+        """Load the model; returns a line for each adapter that is not used."""
         # Here and not in the constructor, whose exceptions Ray does not pass on.
         self._worker = Worker(*self._arguments)
-        return os.getpid()
+        return unused_adapters(self._worker.task)
 
     def run(self, unit: Unit) -> Finished:
         """Classify a unit."""
@@ -62,11 +65,13 @@ class _Slot:
 
     Attributes:
         actor: handle of the actor.
+        placed: whether it has the resources that it needs.
         ready: whether its model is loaded.
         units: units that it holds.
     """
 
     actor: Any
+    placed: bool = False
     ready: bool = False
     units: list[Unit] = field(default_factory=list)
 
@@ -88,11 +93,12 @@ class ActorPool:
         self._suspects: deque[Unit] = deque()
         self._alone: set[int] = set()  # units that may have killed a worker
         self._deaths = 0
+        self._has_started = False
         self._wait = ResourceWait("classify", cluster.wait_minutes)
         count = min(cluster.workers, len(progress.pending))
         self._slots = [_Slot(self._start()) for _ in range(count)]
         for slot in self._slots:
-            self._load(slot)
+            self._place(slot)
 
     @property
     def workers(self) -> int:
@@ -116,7 +122,7 @@ class ActorPool:
                 done, _ = ray.wait(list(self._calls), num_returns=1, timeout=WAIT_SECONDS)
                 for reference in done:
                     self._collect(reference)
-                if not self.workers:
+                if not any(slot.placed for slot in self._slots):
                     self._wait.check(1, self.cluster.worker_resources)
                 if on_step():
                     return
@@ -134,8 +140,8 @@ class ActorPool:
         actor = ray.remote(UnitActor).options(**options)
         return actor.remote(self._job, device, max(1, int(self.cluster.cpus_per_worker)))
 
-    def _load(self, slot: _Slot) -> None:
-        self._calls[slot.actor.load.remote()] = (slot, None)
+    def _place(self, slot: _Slot) -> None:
+        self._calls[slot.actor.place.remote()] = (slot, None)
 
     def _assign(self) -> None:
         """Give units to workers, evenly. A suspect runs while its worker holds nothing else."""
@@ -166,9 +172,18 @@ class ActorPool:
         except RayActorError as error:
             self._replace(slot, error)
         else:
-            if unit is None:
-                slot.ready, self._deaths = True, 0
+            if unit is None and not slot.placed:
+                slot.placed = True
                 self._wait.started()
+                self._calls[slot.actor.load.remote()] = (slot, None)
+                return
+            if unit is None:
+                if not self._has_started:
+                    self._has_started = True
+                    self.progress.start()
+                    for line in result:
+                        print(f"classify: warning: {line}", flush=True)
+                slot.ready, self._deaths = True, 0
                 return
             slot.units.remove(unit)
             self._alone.discard(unit.number)
@@ -192,7 +207,7 @@ class ActorPool:
                 raise error
         for other in [call for call, (owner, _) in self._calls.items() if owner is slot]:
             del self._calls[other]
-        units, slot.units, slot.ready = slot.units, [], False
+        units, slot.units, slot.placed, slot.ready = slot.units, [], False, False
         for held in units:
             if preempted:
                 (self._suspects if held.number in self._alone else self.progress.pending).appendleft(held)
@@ -204,4 +219,4 @@ class ActorPool:
                 self._suspects.append(held)
         ray.kill(slot.actor)  # it may be unreachable and not dead
         slot.actor = self._start()
-        self._load(slot)
+        self._place(slot)

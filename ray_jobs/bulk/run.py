@@ -82,8 +82,8 @@ def _run_units(
     job: ClassifyJob, prepared: Job, progress: Progress, storage: Path, tracker: Tracker, run_id: str
 ) -> bool:
     """Run all pending units; returns whether the audit stopped the job."""
-    if not progress.pending:
-        return False
+    if not progress.pending or must_stop(progress, job.audit_floor):
+        return must_stop(progress, job.audit_floor)
     with connected(job.cluster, storage):
         pool = ActorPool(prepared, job.cluster, progress)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from revmux.bulk.config import BulkConfig
 from revmux.bulk.job import Job, list_and_prepare
 from revmux.bulk.output import OutputError, OutputFolder
 from revmux.bulk.progress import FailedUnit, Progress, Reporter, Totals
+from revmux.bulk.system import unused_adapters
 from revmux.bulk.units import Unit
 from revmux.bulk.worker import UNITS_IN_FLIGHT, Finished, Worker
 from revmux.errors import UserError
 from revmux.utils.redact import error_line
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,12 @@ def classify_files(
     report = Reporter(on_progress or (lambda _: None))
     with output.opened(job.settings):
         progress = Progress(work.units, output.finished(work.units, job.key), config.attempts)
-        stopped = False
-        if progress.pending:
+        stopped = must_stop(progress, config.audit_floor)
+        if progress.pending and not stopped:
             worker = Worker(job, str(device))
+            for line in unused_adapters(worker.task):
+                _log.warning(line)
+            progress.start()
             with ThreadPoolExecutor(UNITS_IN_FLIGHT) as pool:
                 running: dict[Future[Finished], Unit] = {}
                 while (progress.pending or running) and not stopped:

@@ -87,11 +87,12 @@ class OutputFolder:
             settings: everything on which the answers depend, as plain data.
 
         Raises:
-            UserError: another process writes there, or the folder has the answers of other settings.
+            UserError: another process writes there (on an object store, wait for it), or the folder has the answers of other settings.
         """
         for place in (self.place, self.meta, self.records):
             place.create()
-        with self.meta.exclusive("lock", wait=False):
+        # A lease on an object store outlives its holder by two minutes; a continued job waits for that long.
+        with self.meta.exclusive("lock", wait=not self.meta.local):
             settings = json.loads(json.dumps(settings))
             former = self._read(self.meta, JOB_NAME)
             if former is None:

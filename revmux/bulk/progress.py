@@ -104,6 +104,10 @@ class Progress:
             self.totals.add(finished[number])
         self._rows_before = self.totals.rows
 
+    def start(self) -> None:
+        """Start the clock by which rates are computed, once a model is loaded."""
+        self._started = perf_counter()
+
     @property
     def is_done(self) -> bool:
         """Whether every unit is finished or left out."""

@@ -26,6 +26,7 @@ from revmux.plan.files import PLAN_NAME
 from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, load_pretrained
+from revmux.serving.adapters import check_stages
 from revmux.serving.limits import Limits
 from revmux.serving.task import Task
 
@@ -77,8 +78,8 @@ class System:
         threshold: confidence below which answers fall back, for all adapters; None is each adapter's own threshold.
         max_length: maximum number of tokens per input; None is the adapters' length, or the model's maximum.
         max_batch_tokens: maximum number of tokens per forward pass.
-        promised_agreement: agreement with the plain model that the widest adapter had in its evaluation; None if it was not
-            measured.
+        promised_agreement: agreement with the plain model that the widest adapter of the first stage had in its evaluation;
+            None if it was not measured.
     """
 
     backbone: BackboneConfig
@@ -127,6 +128,17 @@ class System:
             return Task("classify", pretrained, folders, limits, self.max_length, self.threshold)
 
 
+def unused_adapters(task: Task) -> list[str]:
+    """A line for each adapter that no input uses, because it costs as much as the plain model or a narrower adapter."""
+    return [
+        f"adapter {adapter.config.method}, N = {adapter.config.num_inputs}, l = {adapter.config.prefill_layers} is not used: "
+        f"its counted cost per input is {task.lineup.route(adapter).per_input:.2f} of the plain model, and a narrower system "
+        "costs no more"
+        for adapter in task.lineup.adapters
+        if not task.lineup.uses(adapter)
+    ]
+
+
 def find_system(config: BulkConfig, adapters: Sequence[tuple[Path, str]] | None = None) -> System:
     """Find the model and the adapters, and check that they fit. No weights are loaded.
 
@@ -147,9 +159,10 @@ def find_system(config: BulkConfig, adapters: Sequence[tuple[Path, str]] | None 
     backbone = replace(backbone, max_length=max_length or 2)
     check_answers(backbone)
     identity = identity_of(backbone)
+    check_stages([(source, own) for own, (_, source) in zip(configs, adapters)], config.threshold)
     for own, (_, source) in zip(configs, adapters):
         check_model(own, identity, source, backbone.model)
-    agreements = [own.metrics["siso_agreement"] for own in configs if "siso_agreement" in own.metrics]
+    agreements = [own.metrics.get("siso_agreement") for own in configs if own.stage == 1]
     return System(
         backbone,
         identity,

@@ -23,6 +23,7 @@ from revmux.bulk.texts import Tokenizer, Tokens, find_problems
 from revmux.bulk.units import Unit
 from revmux.errors import UserError
 from revmux.fallback import confidence
+from revmux.labels import best_labels
 from revmux.serving.task import Task
 
 UNITS_IN_FLIGHT = 3
@@ -242,10 +243,5 @@ def _agreed(answers: Answers, audited: list[int], plain: Answers | None) -> int:
     others = [index for index in audited if not answers.is_plain(index)]
     if plain is None:
         return len(audited)
-    same = _labels(answers.scores[others]) == _labels(plain.scores)
+    same = best_labels(answers.scores[others]) == best_labels(plain.scores)
     return len(audited) - len(others) + int(same.sum())
-
-
-def _labels(scores: Tensor) -> Tensor:
-    """The label of each input: its best class, or the sign of a single score."""
-    return scores.argmax(dim=1) if scores.shape[1] > 1 else scores[:, 0] > 0

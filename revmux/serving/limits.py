@@ -25,9 +25,12 @@ class Limits:
             else the widest groups that are allowed.
         priority_seconds: value of one point of priority: seconds of waiting time within a task, and seconds of device
             time between tasks.
+        audit: share of the inputs that adapters answered to run through the plain model too, to measure how often the labels
+            agree.
 
     Raises:
-        UserError: a limit is below 1, ``plain_load`` is negative, or ``priority_seconds`` is not above 0.
+        UserError: a limit is below 1, ``plain_load`` is negative, ``priority_seconds`` is not above 0, or ``audit`` is
+            outside 0..1.
     """
 
     max_multiplex: int | None = None
@@ -36,6 +39,7 @@ class Limits:
     max_batch_tokens: int = 16384
     plain_load: float = 4.0
     priority_seconds: float = 1.0
+    audit: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_multiplex", "max_queue", "max_batch", "max_batch_tokens"):
@@ -46,3 +50,5 @@ class Limits:
             raise UserError(f"plain_load is {self.plain_load}; choose 0 (group whenever it is cheaper) or more")
         if not self.priority_seconds > 0:
             raise UserError(f"priority_seconds is {self.priority_seconds}; choose a value above 0, such as 1")
+        if not 0 <= self.audit <= 1:
+            raise UserError(f"audit is {self.audit}; choose a share in 0..1, such as 0.01")

@@ -17,6 +17,8 @@ COUNTED = (
     "rejected",
     "expired",
     "cancelled",
+    "audited",  # inputs that an adapter and the plain model answered
+    "agreed",  # audited inputs with the plain model's label
 )
 
 

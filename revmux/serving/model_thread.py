@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 
 import torch
 
+from revmux.labels import best_labels
 from revmux.serving.answer import Answer
 from revmux.serving.errors import InferenceFailed
 from revmux.serving.forward import Outcome, run_pass
@@ -52,6 +54,7 @@ class ModelThread:
         self.threads = threads or torch.get_num_threads()  # a new thread would start with OpenMP's own default
         self.on_pass = on_pass
         self._group_numbers = itertools.count()
+        self._random = random.Random()
         self._progress = queue.clock()
         self._thread = threading.Thread(target=self._work, name="revmux-model", daemon=True)
 
@@ -179,6 +182,7 @@ class ModelThread:
                 )
             )
         self._report(report)
+        self._audit(task, tickets, outcome, answered)
         invalid = [(route, ticket) for route, ticket, valid in zip(routes, tickets, outcome.valid) if not valid]
         if broken := [ticket for route, ticket in invalid if route == PLAIN]:
             self._fail(broken, ArithmeticError("the scores of this input are not finite"))
@@ -189,6 +193,28 @@ class ModelThread:
                 task.name,
             )
             self._run(task, lineup, [(PLAIN, [ticket]) for ticket in retried])
+
+    def _audit(self, task: Task, tickets: Sequence[Ticket], outcome: Outcome, answered: Sequence[int]) -> None:
+        """Run a share of the inputs that adapters answered through the plain model too, and count how often the labels agree.
+
+        An input that fell back counts as agreed. Inputs that only the plain model ran, such as probes, are not audited.
+        """
+        adapted = [row for row in answered if outcome.methods[row] != PLAIN.method]
+        chosen = [row for row in adapted if self._random.random() < self.limits.audit]
+        others = [row for row in chosen if outcome.answered_by[row] > 0]
+        agreed = len(chosen) - len(others)
+        try:
+            if others:
+                groups = [Group(PLAIN, (index,)) for index in range(len(others))]
+                inputs = [tickets[row].tokens for row in others]
+                plain = run_pass(task.backbone, {}, [], task.padder, groups, inputs, [1] * len(others))
+                agreed += int((best_labels(plain.scores) == best_labels(outcome.scores[others])).sum())
+        except Exception:
+            logger.exception("the audit of a pass of task %s failed; its answers were already returned", task.name)
+            return
+        if chosen:
+            self.metrics.count(task.name, "audited", len(chosen))
+            self.metrics.count(task.name, "agreed", agreed)
 
     def _report(self, report: PassReport) -> None:
         if self.on_pass is None:
