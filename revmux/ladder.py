@@ -2,7 +2,7 @@
 
 Each stage is an adapter with a threshold. The first stage answers all inputs. An input whose answer has a confidence
 below the stage's threshold goes on to the next stage, and from the last stage to the plain model. Each input keeps its
-own plain state, which only moves upwards, so no layer processes an input alone twice::
+own plain state, which only moves upwards, so no layer of the plain model runs twice for an input::
 
     layers 1..l₁ ─ stage 1 ─ unsure ─ layers l₁+1..l₂ ─ stage 2 ─ unsure ─ … ─ layers l_K+1..L ─ the model's own head
 

@@ -29,7 +29,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m serve_app") 
         "--adapters",
         type=list[str] | str,
         default=[],
-        help="Adapters separated by commas, one for each N: folders, models:/NAME@ALIAS or runs:/ID/PATH.",
+        help="Adapters separated by commas, one for each N, and one for each later stage of a ladder: folders, "
+        "models:/NAME@ALIAS or runs:/ID/PATH.",
     )
     settings = parser.parse_args(argv).as_dict()
     del settings["config"]

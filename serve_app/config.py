@@ -80,11 +80,11 @@ class TaskConfig(_TaskSettings):
             with, otherwise float32.
         prompt: Prompt by which a language model answers: the name of a shipped prompt, or a YAML file. Default: the prompt
             that the task model or the adapters were trained with.
-        adapters: Adapters, one for each N: folders, models:/NAME@ALIAS or runs:/ID/PATH. On a command line they are separated
-            by commas. Without adapters every input runs alone.
+        adapters: Adapters, one for each N, and one for each later stage of a ladder: folders, models:/NAME@ALIAS or
+            runs:/ID/PATH. On a command line they are separated by commas. Without adapters every input runs alone.
         max_length: Maximum number of tokens per input. Default: the length that all adapters were trained with.
-        threshold: Confidence below which a group's answer falls back to the plain model. 0 disables the fallback. Default:
-            each adapter's own threshold.
+        threshold: Confidence below which an input goes on to the next stage of a ladder, or to the plain model. 0 makes all
+            answers final. Default: each adapter's own threshold.
     """
 
     model: str
@@ -130,11 +130,11 @@ class AppConfig(_TaskSettings):
             with, otherwise float32.
         prompt: Prompt by which a language model answers: the name of a shipped prompt, or a YAML file. Default: the prompt
             that the task model or the adapters were trained with.
-        adapters: Adapters, one for each N: folders, models:/NAME@ALIAS or runs:/ID/PATH. On a command line they are separated
-            by commas. Without adapters every input runs alone.
+        adapters: Adapters, one for each N, and one for each later stage of a ladder: folders, models:/NAME@ALIAS or
+            runs:/ID/PATH. On a command line they are separated by commas. Without adapters every input runs alone.
         max_length: Maximum number of tokens per input. Default: the length that all adapters were trained with.
-        threshold: Confidence below which a group's answer falls back to the plain model. 0 disables the fallback. Default:
-            each adapter's own threshold.
+        threshold: Confidence below which an input goes on to the next stage of a ladder, or to the plain model. 0 makes all
+            answers final. Default: each adapter's own threshold.
         tasks: Several tasks by name, each with the settings above. Names consist of letters, digits, '.', '_' and '-'.
         max_multiplex: Maximum width of a group. 1 serves the plain model alone. Default: the widest adapter.
         max_queue: Maximum number of inputs of one task that wait in a replica. Further requests are answered with 429.

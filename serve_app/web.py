@@ -25,7 +25,7 @@ DESCRIPTION = """Text classification by frozen models, with several requests per
 
 The API is compatible with text-embeddings-inference (`/predict`), `huggingface_hub.InferenceClient`, and the Open
 Inference Protocol (`/v2`). The headers of each reply describe how it was computed: `x-revmux-width`, `x-revmux-method`,
-`x-revmux-group`, `x-revmux-fallback`, and times in milliseconds. Every error is `{"error", "error_type"}`.
+`x-revmux-stage`, `x-revmux-group`, `x-revmux-fallback`, and times in milliseconds. Every error is `{"error", "error_type"}`.
 """
 
 

@@ -20,12 +20,13 @@ from revmux.estimate.flops import count_flops, relative_cost, resume_cost
 from revmux.fallback import check_threshold, confidence, resume
 from revmux.features.online import OnlineFeatures
 from revmux.grouping import shuffled_groups
+from revmux.ladder import Ladder, Stage
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier
-from revmux.plan.fallback_curve import evaluate_fallback
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Engine, Limits
 from revmux.training.evaluation import evaluate, predict
+from revmux.training.ladder_evaluation import evaluate_ladder
 
 pytestmark = pytest.mark.numeric
 
@@ -88,42 +89,46 @@ def test_a_resumed_input_costs_the_layers_above_the_cut_and_the_head(pretrained:
 def test_thresholds_interpolate_between_the_adapter_and_the_plain_model(
     model: MultiplexedClassifier, features: OnlineFeatures
 ) -> None:
-    never, some, always = evaluate_fallback(model, features, [0, 0.6, 1.0], shuffles=3, seed=4)
+    never, some, always = (
+        evaluate_ladder(Ladder([Stage(model, threshold)]), features, shuffles=3, seed=4) for threshold in (0, 0.6, 1)
+    )
     expected = evaluate(model, features, shuffles=3, seed=4)
     length = round(float(features.lengths.double().mean()))
     base = relative_cost(model.backbone, model.method, CUT, length)
     resumed = resume_cost(model.backbone, CUT, length)
-    assert (never.accuracy_mean, never.accuracy_std) == (expected.accuracy_mean, expected.accuracy_std)
-    assert (never.share, never.cost) == (0, base)
-    assert always.accuracy_mean == expected.siso_accuracy != expected.accuracy_mean
-    assert always.accuracy_std == 0
-    assert (always.share, always.cost) == (1, base + resumed)
-    assert 0 < some.share < 1
-    assert some.cost == base + some.share * resumed
+    assert never.figures.metrics() == pytest.approx(expected.metrics(), nan_ok=True)
+    assert (never.answered, never.cost) == ((0, 1), base)
+    assert always.figures.accuracy_mean == expected.siso_accuracy != expected.accuracy_mean
+    assert always.figures.accuracy_std == 0
+    assert (always.answered, always.cost) == ((1, 0), base + resumed)
+    (share,) = some.going_on
+    assert 0 < share < 1
+    assert some.cost == pytest.approx(base + share * resumed)
     correct = torch.zeros(len(features), dtype=torch.float64)
-    share = 0.0
-    for shuffle in range(3):  # by hand
+    by_hand = 0.0
+    for shuffle in range(3):
         labels, teacher, scores = predict(model, features, shuffled_groups(len(features), 2, 4, shuffle))
         assert teacher is not None
         unsure = scores.softmax(-1).max(-1).values < 0.6
         correct += (torch.where(unsure, teacher, labels) == features.labels).double() / 3
-        share += float(unsure.double().mean()) / 3
+        by_hand += float(unsure.double().mean()) / 3
     assert_close(some.correct, correct)
-    assert some.share == pytest.approx(share)
-    assert some.accuracy_mean == pytest.approx(float(correct.mean()))
+    assert share == pytest.approx(by_hand)
+    assert some.figures.accuracy_mean == pytest.approx(float(correct.mean()))
 
 
 def test_an_exit_head_falls_back_too(pretrained: Pretrained, features: OnlineFeatures) -> None:
     head = build_method("exit-head", BackboneShape.of(pretrained.backbone), 1, {"layer": 2})
-    never, always = evaluate_fallback(MultiplexedClassifier(pretrained.backbone, head, 2), features, [0, 1])
+    model = MultiplexedClassifier(pretrained.backbone, head, 2)
+    never, always = (evaluate_ladder(Ladder([Stage(model, threshold)]), features) for threshold in (0, 1))
     assert always.cost - never.cost == pytest.approx(
         resume_cost(pretrained.backbone, 2, round(float(features.lengths.double().mean())))
     )
-    assert always.accuracy_mean == evaluate(MultiplexedClassifier(pretrained.backbone, head, 2), features).siso_accuracy
+    assert always.figures.accuracy_mean == evaluate(model, features).siso_accuracy
 
 
 def test_a_threshold_for_a_method_that_cannot_fall_back_is_refused(
-    pretrained: Pretrained, model: MultiplexedClassifier, features: OnlineFeatures
+    pretrained: Pretrained, model: MultiplexedClassifier
 ) -> None:
     shape = BackboneShape.of(pretrained.backbone)
     slots = build_method("datamux", shape, 2, {"demultiplexer": "index", "tune_backbone": False})
@@ -134,10 +139,7 @@ def test_a_threshold_for_a_method_that_cannot_fall_back_is_refused(
             check_threshold(0.5, method)
     for threshold in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match=r"choose a confidence in 0\.\.1"):
-            evaluate_fallback(model, features, [threshold])
-    without = OnlineFeatures(features.split, pretrained.backbone, with_teacher=False)
-    with pytest.raises(UserError, match="no teacher"):
-        evaluate_fallback(model, without, [0.5])
+            Ladder([Stage(model, threshold)])
 
 
 @pytest.fixture

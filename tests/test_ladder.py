@@ -23,9 +23,7 @@ from revmux.grouping import Grouping
 from revmux.ladder import Ladder, LadderAnswers, Stage, climb, first_answers
 from revmux.methods import BackboneShape, build_method
 from revmux.model import MultiplexedClassifier, plain_classifier
-from revmux.plan.fallback_curve import evaluate_fallback
 from revmux.pretrained.pretrained import Pretrained
-from revmux.training.evaluation import evaluate
 from revmux.training.ladder_evaluation import evaluate_ladder, going_on
 
 pytestmark = pytest.mark.numeric
@@ -305,19 +303,6 @@ def test_without_a_teacher_the_plain_model_answers_the_rest(pretrained: Pretrain
         found = evaluate_ladder(ladder, other, shuffles=2)
         assert torch.equal(found.correct, expected.correct)
         assert found.answered == expected.answered
-
-
-def test_a_ladder_with_one_stage_is_the_plain_fallback(pretrained: Pretrained, features: OnlineFeatures) -> None:
-    pairs = model(pretrained, "revmux", 2, 1)
-    (point,) = evaluate_fallback(pairs, features, [0.6], shuffles=3, seed=4)
-    found = evaluate_ladder(Ladder([Stage(pairs, 0.6)]), features, shuffles=3, seed=4)
-    assert torch.equal(found.correct, point.correct)
-    assert found.answered == pytest.approx((point.share, 1 - point.share))
-    assert found.cost == pytest.approx(point.cost)
-    final = evaluate_ladder(Ladder([Stage(pairs)]), features, shuffles=3, seed=4)
-    assert final.figures.metrics() == pytest.approx(
-        evaluate(pairs, features, shuffles=3, seed=4).metrics(), nan_ok=True
-    )
 
 
 def test_an_unknown_grouping_is_refused(pretrained: Pretrained, features: OnlineFeatures) -> None:

@@ -28,8 +28,8 @@ class BulkConfig:
             that the task model or the adapter was trained with.
         adapter: Adapter folder, an id on the Hugging Face hub, or, in a job, models:/NAME@ALIAS. Default: the plain model.
         plan: Folder of a plan, or its plan.json. Its adapters and thresholds are used.
-        threshold: Confidence below which an answer falls back to the plain model. 0 disables the fallback. Default: the
-            adapter's own threshold.
+        threshold: Confidence below which an input goes on to the next stage of a ladder, or to the plain model. 0 makes
+            all answers final. Default: the adapter's own threshold.
         max_length: Maximum number of tokens per input. Longer inputs are truncated. Default: the length that the adapter was
             trained with, otherwise the model's maximum.
         text_column: Column of the text. Default: found by its usual names, such as text or sentence.

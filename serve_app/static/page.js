@@ -48,6 +48,7 @@ function show(texts, rankings, headers) {
   const widths = headers.get("x-revmux-width").split(",");
   const methods = headers.get("x-revmux-method").split(",");
   const groups = headers.get("x-revmux-group").split(",");
+  const stages = headers.get("x-revmux-stage").split(",");
   const alone = headers.get("x-revmux-fallback").split(",");
   const body = at("answers").tBodies[0];
   body.replaceChildren();
@@ -57,7 +58,8 @@ function show(texts, rankings, headers) {
     cell(row, rankings[index][0].label);
     cell(row, "").append(...scoreLines(rankings[index]));
     const head = widths[index] === "1" && methods[index] !== "siso" ? ` (${methods[index]})` : "";
-    cell(row, widths[index] + head + (alone[index] === "true" ? ", fell back" : ""));
+    const later = Number(stages[index]) > 1 ? `, stage ${stages[index]}` : "";
+    cell(row, widths[index] + head + later + (alone[index] === "true" ? ", fell back" : ""));
     cell(row, groups[index]);
   });
   at("answers").hidden = false;
