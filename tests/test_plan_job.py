@@ -78,7 +78,7 @@ def test_a_plan_can_be_deployed_with_the_promised_widths(job: PlanJob, ray_here:
     client = MlflowClient(f"sqlite:///{job.storage}/mlflow.db")
     versions = {str(version.version): version for version in client.search_model_versions("name = 'reviews'")}
     model = client.get_registered_model("reviews")
-    assert model.aliases.keys() == {"champion", "fast", "exact"}
+    assert model.aliases.keys() >= {"champion", "fast", "exact"}  # later stages of a ladder have their own
     champion = versions[str(model.aliases["champion"])]
     assert champion.tags["num_inputs"] == str(found.served[-1].num_inputs)
     assert champion.tags["system"].endswith(written["chosen"])
