@@ -115,6 +115,31 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
         QuickstartJob(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_inputs": [2, 3]}, "must be divisible by num_inputs"),
+        ({"prefill_layers": 99}, "prefill_layers"),
+        ({"recipe": "nowhere"}, "unknown recipe 'nowhere'"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused_before_the_first_step(
+    settings: dict[str, Any], says: str, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    written = io.StringIO()
+    job = QuickstartJob(
+        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16),
+        data=DataConfig(source=str(tiny_csv)),
+        port=free_port(),
+        storage=str(tmp_path),
+        **settings,
+    )
+    with pytest.raises(UserError, match=says):
+        run_tour(job, Screen(written))
+    assert "Step" not in written.getvalue()
+
+
 @pytest.mark.long
 @pytest.mark.cluster
 def test_the_whole_tour_on_a_tiny_model(

@@ -28,6 +28,7 @@ from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.feature_pass import fill_stores_for
 from ray_jobs.training.progress_board import Progress, board
 from ray_jobs.training.task_model import tune_model
+from revmux.backbone import Backbone
 from revmux.data.config import DOCSTRINGS, EMBEDDED_TASK
 from revmux.data.task import TaskData, load_task
 from revmux.methods import BackboneShape, method_class
@@ -39,7 +40,7 @@ from revmux.plan.plots import plot_front_png
 from revmux.plan.report import row_name
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import outline
-from revmux.training.config import MethodConfig
+from revmux.training.config import MethodConfig, Recipe
 from revmux.training.recipe import check
 from revmux.utils.files import atomic_folder, write_json
 from revmux.utils.run_info import describe_run
@@ -84,7 +85,11 @@ class Tour:
     def run(self) -> None:
         """Run every step."""
         job, screen = self.job, self.screen
-        _, own_labels = outline(job.backbone)
+        backbone, own_labels = outline(job.backbone)
+        self.recipes(job.plan_job(job.backbone.model, TrackingConfig(), self.storage), backbone)
+        if own_labels is None:
+            tuning = job.tuning_job(TrackingConfig(), self.storage).recipe()
+            check(tuning, BackboneShape.of(backbone), job.cluster.workers)
         screen.steps = 6 if own_labels is not None else 7
         with screen.step("Data", f"Reading labelled text from '{job.data.source}'."):
             self.task = load_task(job.data, own_labels)
@@ -139,14 +144,19 @@ class Tour:
             self.screen.line(f"The model is right on {trained.metrics['accuracy_mean']:.1%} of the choosing set.")
         return str(trained.folder)
 
-    def prepare(self, plan_job: PlanJob) -> Sweep:
-        """The runs on the task model, checked."""
-        backbone, _ = outline(plan_job.backbone)
+    def recipes(self, plan_job: PlanJob, backbone: Backbone) -> list[Recipe]:
+        """The settings of the runs on the task model, checked against the shape of the backbone."""
         layers = backbone.num_layers
         prefill = layers // 2 if self.job.prefill_layers is None else self.job.prefill_layers
         recipes = self.job.recipes(plan_job, exit_layers(layers), prefill)
         for recipe in recipes:
             check(recipe, BackboneShape.of(backbone))
+        return recipes
+
+    def prepare(self, plan_job: PlanJob) -> Sweep:
+        """The runs on the task model."""
+        backbone, _ = outline(plan_job.backbone)
+        recipes = self.recipes(plan_job, backbone)
         identity = {"data": self.choosing.identity["sha256"], "model": str(identity_of(plan_job.backbone)["sha256"])}
         folder = SweepFolder(
             self.storage / "sweeps" / f"{NAME}-{identity['data'][:6]}-{identity['model'][:6]}", identity
