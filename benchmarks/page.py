@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.front.page import front_words
-from benchmarks.glue_page import glue_words
 from benchmarks.plan.page import plan_words
 from benchmarks.precision import precision_words
 from benchmarks.serving.page import serving_words
@@ -60,7 +59,6 @@ WRITERS = {
     "quickstart": quickstart_words,
     "systems": systems_words,
     "training": training_words,
-    "glue": glue_words,
     "plan": plan_words,
     "serving": serving_words,
 }

@@ -433,8 +433,6 @@ def test_the_auxiliary_loss_of_a_frozen_bfloat16_backbone_trains_float32_adapter
     method = randomised(backbone, name, 2, options)
     tokens, groups = texts(4), groups_of(2)
     output = MultiplexedClassifier(backbone, method, 0).run_tokens(tokens, groups)
-    loss = method.auxiliary_loss(
-        backbone, output.shared, tokens["input_ids"][groups], tokens["attention_mask"][groups]
-    )
+    loss = method.auxiliary_loss(backbone, output.shared, tokens["input_ids"][groups], tokens["attention_mask"][groups])
     loss.backward()
     assert loss.dtype == torch.float32

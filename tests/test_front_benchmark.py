@@ -1,0 +1,118 @@
+"""The benchmark of the front: comparable systems, rivals that compute what they claim, and tables of the right rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numeric import assert_close
+from tiny_models import tiny_classifier
+
+from benchmarks.front import rivals
+from benchmarks.front.page import front_words
+from benchmarks.front.plot import LOOKS, plot_front
+from benchmarks.front.systems import ablations, recipe_of, systems
+from benchmarks.front.tasks import TASKS, Ready
+from revmux import BackboneShape
+from revmux.data.config import DataConfig
+from revmux.features.config import StoreConfig
+from revmux.methods import method_class
+from revmux.pretrained.config import BackboneConfig
+from revmux.training.recipe import check
+
+pytestmark = pytest.mark.numeric
+
+SHAPE = BackboneShape(384, 6, 2, 384, True, 100)
+
+
+def ready() -> Ready:
+    nothing: Any = None
+    data, store = DataConfig("tiny"), StoreConfig()
+    return Ready(TASKS["SST-2"], nothing, nothing, data, BackboneConfig("model"), store, Path("kept"))
+
+
+def test_every_system_can_be_trained_and_has_its_own_row() -> None:
+    chosen = [*systems(), *ablations()]
+    names = Counter((system.title, system.method.num_inputs) for system in chosen)
+    assert set(names.values()) == {1}
+    for system in chosen:
+        check(recipe_of(system, ready(), 0), SHAPE)
+    assert {system.method.name for system in chosen} <= LOOKS.keys()
+
+
+def test_rivals_train_as_long_as_the_mixers_and_with_the_same_distillation() -> None:
+    recipes = [recipe_of(system, ready(), 0) for system in systems()]
+    mixers = [one for one in recipes if method_class(one.method.name).multiplexes()]
+    least = min(one.optim.epochs for one in mixers)
+    for recipe in recipes:
+        assert recipe.optim.epochs >= least
+        assert recipe.loss.distillation_weight == mixers[0].loss.distillation_weight
+        assert recipe.optim.learning_rate == mixers[0].optim.learning_rate
+
+
+@torch.no_grad()
+def test_rivals_that_leave_nothing_out_are_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_classifier("bert")
+    ids = torch.randint(1, 50, (4, 7), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(7) < torch.tensor([[7], [4], [5], [6]])).long()
+    tokens = {"input_ids": ids * mask, "attention_mask": mask}
+    plain = backbone(tokens)
+    assert_close(rivals.WithoutUpperLayers(backbone, 3)(tokens), plain)
+    assert not torch.allclose(rivals.WithoutUpperLayers(backbone, 2)(tokens), plain)
+    assert not torch.allclose(rivals.PrunedTokens(backbone, 1)(tokens), plain)
+    monkeypatch.setattr(rivals, "PRUNED_SHARE", 1.0)
+    assert_close(rivals.PrunedTokens(backbone, 1)(tokens), plain)
+    assert_close(rivals.PrunedTokens(backbone, 3)(tokens), plain)
+
+
+def row(title: str, method: str, **values: Any) -> dict[str, Any]:
+    base = {"table": "front", "task": "toy", "num_inputs": 1, "prefill_layers": 0, "seeds": 1, "accuracy_std": None}
+    base |= {"siso_accuracy": 0.9, "siso_agreement": 0.95, "cost_counted": 0.5, "throughput_ratio": 1.9}
+    return base | {"title": title, "method": method} | values
+
+
+def plan(**values: Any) -> dict[str, Any]:
+    head = {"method": "exit-head", "num_inputs": 1, "prefill_layers": 1, "options": {"layer": 2}, "threshold": 0.9}
+    mixed = {"method": "revmux", "num_inputs": 4, "prefill_layers": 3, "options": {}, "threshold": 0.8}
+    base = {"table": "plan", "task": "toy", "systems": "all systems", "allowance": 1.0, "verdict": "not proven"}
+    base |= {
+        "stages": [head, mixed],
+        "fallback": 0.02,
+        "promised_loss": 0.2,
+        "promised_bound": 0.6,
+        "cost_counted": 0.4,
+    }
+    base |= {"verified_loss": 0.3, "verified_lower": -0.2, "verified_upper": 0.8, "throughput_ratio": 2.4}
+    return base | {"accuracy_mean": 0.897, "siso_accuracy": 0.9} | values
+
+
+def test_the_tables_and_the_picture_show_every_row(tmp_path: Path) -> None:
+    rows = [
+        row("SISO", "siso", accuracy_mean=0.9, cost_counted=1.0, throughput_ratio=1.0),
+        row("RevMUX l=3", "revmux", accuracy_mean=0.885, num_inputs=4, prefill_layers=3, seeds=3, accuracy_std=0.002),
+        row("int8 weights", "rival", accuracy_mean=0.899, cost_counted=None, throughput_ratio=3.0),
+        row("without distillation", "revmux", table="ablation", accuracy_mean=0.86, num_inputs=4, prefill_layers=3),
+        plan(),
+        plan(systems="without multiplexing", stages=[], throughput_ratio=None, promised_bound=None, fallback=0.0),
+    ]
+    meta = {
+        "data": {"toy": {"train": 1000, "choosing": 100, "test": 50}},
+        "machine": {"cores": 2},
+        "versions": {"torch": "2"},
+        "commit": None,
+    }
+    words = front_words({"meta": meta, "rows": rows})
+    assert "| RevMUX l=3 | 4 | 0.50 | 1.90× | 88.5 | 1.5 ± 0.2 | – | 3 |" in words["front-systems"]
+    assert "| int8 weights | 1 | – | 3.00× | 89.9 | 0.1 | – | 1 |" in words["front-systems"]
+    assert "| strong | 88.5 | 1.5 ± 0.2 | 95.0 | 3 |" in words["front-ablation"]
+    assert "| without distillation | 86.0 | 4.0 | 95.0 | 1 |" in words["front-ablation"]
+    served = "exit head, layer 2 → revmux N=4 l=3 → plain model"
+    assert f"| toy | 1 | {served} | 2.40× | 0.30 (-0.20 to 0.80) |" in words["front"]
+    assert "without multiplexing" not in words["front"]
+    assert "| toy | 1 | without multiplexing | plain model | 0% |" in words["front-plans"]
+    assert "toy 1,000 / 100 / 50" in words["front"]
+    plot_front(rows, tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 10_000
