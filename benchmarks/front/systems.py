@@ -31,6 +31,7 @@ class System:
         options: whether the recipe's options apply.
         seeds: number of runs.
         ablation: whether it belongs to the ablation, which is measured on one task and is not planned with.
+        first: whether all its seeds run before the systems that are not marked.
     """
 
     title: str
@@ -40,6 +41,7 @@ class System:
     options: bool = True
     seeds: int = SEEDS
     ablation: bool = False
+    first: bool = False
 
 
 def lora_exit(layer: int, prefill_layers: int = 1) -> MethodConfig:
@@ -51,13 +53,14 @@ def systems(num_layers: int = 6) -> Iterator[System]:
     """The systems, those with the most to say first."""
     half = num_layers // 2
     for inputs in (2, 4, 8):
-        yield System(f"RevMUX l={half}", MethodConfig("revmux", inputs, half))
+        yield System(f"RevMUX l={half}", MethodConfig("revmux", inputs, half), first=True)
     for layer in (2, 3):
-        yield System(f"Exit head with LoRA, layer {layer}", lora_exit(layer))
+        yield System(f"Exit head with LoRA, layer {layer}", lora_exit(layer), first=True)
     yield System("RevMUX l=1", MethodConfig("revmux", 4, 1))
     yield System("Token split l=1", MethodConfig("token-split", 4, 1))
-    for layer in (1, half):
-        yield System(f"Skip-only, layer {layer}", MethodConfig("skip-only", 1, layer, {"layer": layer}))
+    for layer in (half, 1):
+        control = MethodConfig("skip-only", 1, layer, {"layer": layer})
+        yield System(f"Skip-only, layer {layer}", control, first=layer == half)
     for layer in range(1, num_layers):
         yield System(f"Exit head, layer {layer}", exit_head_config(layer))
     yield System("RevMUX l=1", MethodConfig("revmux", 8, 1))
@@ -116,8 +119,8 @@ def recipe_of(system: System, ready: Ready, seed: int) -> Recipe:
 
 
 def runs(chosen: list[System], ready: Ready, seeds: int) -> list[tuple[System, Run]]:
-    """All runs of a task, one seed of every system before the next seed."""
-    return [
+    """All runs of a task: those of the marked systems first, and one seed of each system before the next seed."""
+    found = [
         (
             system,
             Run.named(
@@ -131,3 +134,4 @@ def runs(chosen: list[System], ready: Ready, seeds: int) -> list[tuple[System, R
         for system in chosen
         if seed < system.seeds
     ]
+    return sorted(found, key=lambda one: not one[0].first)
