@@ -20,7 +20,7 @@ from revmux.errors import UserError
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
-from revmux.serving.adapters import Place, admitted, check_stages, place_of
+from revmux.serving.adapters import LineupPlace, admitted, check_stages, place_of
 from revmux.serving.task import Lineup, Task
 from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
@@ -75,7 +75,9 @@ class Service:
         self.peers: Callable[[], Awaitable[dict[str, list[Metric]]]] | None = None
         self.update_error: str | None = None
         self._served: dict[str, TaskConfig] = {}
-        self._adapters: dict[str, dict[Place, str]] = {}  # names in the operator's configuration, by task and place
+        self._adapters: dict[
+            str, dict[LineupPlace, str]
+        ] = {}  # names in the operator's configuration, by task and place
         self._changing = threading.Lock()
         self.engine.start()
 
@@ -118,7 +120,7 @@ class Service:
                     if before.get(name, {}).get(place) != source:
                         self._log_loss(name, place, source)
 
-    def _by_place(self, task: TaskConfig, downloads: Path) -> dict[Place, _Fetched]:
+    def _by_place(self, task: TaskConfig, downloads: Path) -> dict[LineupPlace, _Fetched]:
         """Fetch the adapters, and return those that ``max_multiplex`` allows by their place in the line-up."""
         folders = {source: fetch_adapter(source, downloads) for source in task.adapters}
         described = [(source, load_adapter_config(folders[source])) for source in task.adapters]
@@ -137,7 +139,7 @@ class Service:
                     "name, or deploy new replicas"
                 )
 
-    def _loaded(self, name: str, task: TaskConfig, adapters: dict[Place, _Fetched]) -> Task:
+    def _loaded(self, name: str, task: TaskConfig, adapters: dict[LineupPlace, _Fetched]) -> Task:
         # The engine applies max_length to inputs. Loading only needs a legal value.
         folders = [adapter.folder for adapter in adapters.values()]
         prompt = task.prompt or recorded_prompt(folders)
@@ -147,7 +149,7 @@ class Service:
         pretrained.backbone.to("cuda" if self.config.num_gpus else "cpu")
         return Task(name, pretrained, folders, self.engine.limits, task.max_length, task.threshold)
 
-    def _log_loss(self, name: str, place: Place, source: str) -> None:
+    def _log_loss(self, name: str, place: LineupPlace, source: str) -> None:
         task = self.engine.task(name)
         adapter = next(adapter for adapter in task.lineup.adapters if adapter.place == place)
         log_loss(adapter.config, source, task.threshold, self.config)

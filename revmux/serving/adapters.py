@@ -24,7 +24,7 @@ COUNTED_LENGTH = 64
 """Tokens per input for which costs are counted. Costs relative to the plain model hardly depend on it."""
 
 
-class Place(NamedTuple):
+class LineupPlace(NamedTuple):
     """The place of an adapter in a line-up: stage 1 has one adapter for each N, a later stage has one adapter.
 
     Attributes:
@@ -39,9 +39,9 @@ class Place(NamedTuple):
         return f"N = {self.width}" if self.stage == 1 else f"stage {self.stage}"
 
 
-def place_of(config: AdapterConfig) -> Place:
+def place_of(config: AdapterConfig) -> LineupPlace:
     """The place of an adapter in a line-up."""
-    return Place(config.stage, config.num_inputs if config.stage == 1 else 0)
+    return LineupPlace(config.stage, config.num_inputs if config.stage == 1 else 0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LoadedAdapter:
     threshold: float = 0.0
 
     @property
-    def place(self) -> Place:
+    def place(self) -> LineupPlace:
         """The adapter's place in a line-up."""
         return place_of(self.config)
 
@@ -91,7 +91,7 @@ def check_stages(adapters: Sequence[tuple[str, AdapterConfig]], threshold: float
         UserError: two adapters have the same place, a stage is missing, or no adapter of a stage has a threshold
             although there is a later stage.
     """
-    found: dict[Place, str] = {}
+    found: dict[LineupPlace, str] = {}
     for source, config in adapters:
         place = place_of(config)
         if place in found:

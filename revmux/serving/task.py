@@ -14,7 +14,7 @@ from revmux.errors import UserError
 from revmux.ladder import Stage, check_ladder
 from revmux.pretrained.encoder import Encoder
 from revmux.pretrained.pretrained import Pretrained
-from revmux.serving.adapters import LoadedAdapter, Place, admitted, check_stages, load_adapters
+from revmux.serving.adapters import LoadedAdapter, LineupPlace, admitted, check_stages, load_adapters
 from revmux.serving.limits import Limits
 from revmux.serving.scheduling import PLAIN, Group, Route, admits, useful_routes
 
@@ -169,7 +169,7 @@ class Task:
         self.lineup = self.lineup_with([folder])
         return next(adapter for adapter in self.lineup.adapters if adapter not in before)
 
-    def lineup_with(self, load: Sequence[str | Path] = (), retire: Collection[Place] = ()) -> Lineup:
+    def lineup_with(self, load: Sequence[str | Path] = (), retire: Collection[LineupPlace] = ()) -> Lineup:
         """Build a line-up with some adapters added or replaced, and others removed.
 
         The result takes effect when the caller assigns it to :attr:`lineup`.
