@@ -14,7 +14,7 @@ from revmux.errors import UserError
 from revmux.ladder import Stage, check_ladder
 from revmux.pretrained.encoder import Encoder
 from revmux.pretrained.pretrained import Pretrained
-from revmux.serving.adapters import LoadedAdapter, LineupPlace, admitted, check_stages, load_adapters
+from revmux.serving.adapters import LineupPlace, LoadedAdapter, admitted, check_stages, load_adapters
 from revmux.serving.limits import Limits
 from revmux.serving.scheduling import PLAIN, Group, Route, admits, useful_routes
 
