@@ -137,6 +137,17 @@ def test_inputs_that_fall_back_get_the_plain_models_scores(pretrained: Pretraine
 
 
 @torch.no_grad()
+def test_inputs_go_on_from_the_plain_states_below_an_adapted_exit_head(
+    pretrained: Pretrained, tokens: dict[str, Tensor]
+) -> None:
+    head = model(pretrained, "exit-head", 1, 1, layer=2, lora_rank=2)  # layers 2 and above are adapted
+    ladder = Ladder([Stage(head, 1.0), Stage(model(pretrained, "revmux", 2, 1), 1.0)])
+    found = ladder.classify(tokens)
+    assert bool(found.fell_back.all())
+    assert_close(found.scores, plain_scores(pretrained, TEXTS))
+
+
+@torch.no_grad()
 def test_a_layer_processes_no_input_alone_twice(pretrained: Pretrained, tokens: dict[str, Tensor]) -> None:
     ladder = three_stages(pretrained)
     with counted_layers(pretrained) as rows:
