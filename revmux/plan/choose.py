@@ -5,7 +5,7 @@ input, how often SISO is correct minus how often the system is. The best of many
 choosing set therefore has two halves (Laufer-Goldshtein et al., 2022, arXiv 2210.07913):
 
 - The first half finds the front of all systems, see :mod:`revmux.plan.search`. It promises nothing.
-- On the second half, the systems of the front are tested one after another, from the safest to the cheapest. A system is
+- On the second half, the systems of the front are tested one after another, those with the lowest bound on the first half first. A system is
   accepted if the upper confidence bound of its loss is inside the allowance. The first one that is not ends the sequence.
   Because it ends there, each test can have the whole error probability: a system whose loss exceeds the allowance is
   accepted only if the first such system of the sequence is.
@@ -153,8 +153,8 @@ def choose(
     Args:
         search_siso: (M₁,) whether SISO was correct on each input of the first half, 0 or 1.
         siso: (M₂,) the same for the second half.
-        sequence: the systems from the safest to the cheapest, see :func:`safest_first`. Nothing about them may depend on
-            the second half.
+        sequence: the systems that may be tested, see :func:`safest_first`. Nothing about them may depend on the second half.
+            They are tested in the order of their bounds on the first half.
         answer: runs a system on the second half. Called only for the systems that are tested.
         goal: allowance, throughput or both.
         others: systems that are listed beside the sequence and not tested.
@@ -192,7 +192,10 @@ def choose(
         if fast and not safe[0].fits:
             safe.append(replace(tested(fast[0]), fits=True))
     else:
-        for one in fast or sequence:
+        # A test on the second half most likely succeeds where the bound on the first half is lowest, which is not always
+        # where the loss is: systems that often disagree with SISO have a wide bound.
+        bounds = {one.name: loss_bound(search_siso - one.correct, confidence) for one in sequence}
+        for one in sorted(fast or sequence, key=lambda one: bounds[one.name]):
             result = tested(one)
             if result.bound is None or result.bound > goal.allowance:
                 refused.append(result)
