@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from revmux.methods import method_class
+
 Row = dict[str, Any]
 
 
@@ -82,6 +84,8 @@ def _stages(row: Row) -> str:
     """Return the stages of a served system: ``exit head, layer 2 → revmux N=4 l=3 → plain model``."""
     names = []
     for stage in row["stages"]:
+        if method_class(stage["method"]).is_plain:
+            return "plain model"
         if stage["method"] in ("exit-head", "skip-only"):
             names.append(f"{stage['method'].replace('-', ' ')}, layer {stage['options']['layer']}")
         else:
@@ -94,14 +98,14 @@ def _stages(row: Row) -> str:
 def _summary(rows: list[Row]) -> str:
     """Return what a plan over all systems ships per allowance, for the first page."""
     lines = [
-        "| task | points that may be lost | what the plan serves | throughput, measured | points lost on the test split |",
-        "|---|---|---|---|---|",
+        "| task | points that may be lost | what the plan chooses | throughput, measured | points lost on the test split | verified |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["systems"] == "all systems" and row["allowance"] in (0.5, 1.0, 3.0):
             lines.append(
                 f"| {row['task']} | {row['allowance']:g} | {_stages(row)} | {row['throughput_ratio'] or 1:.2f}× "
-                f"| {row['verified_loss']:.2f} ({row['verified_lower']:.2f} to {row['verified_upper']:.2f}) |"
+                f"| {row['verified_loss']:.2f} ({row['verified_lower']:.2f} to {row['verified_upper']:.2f}) | {row['verdict']} |"
             )
     return "\n".join(lines)
 
