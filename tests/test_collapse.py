@@ -100,3 +100,15 @@ def test_a_restarted_run_resumes_from_its_checkpoint(tiny_pretrained, tiny_rows,
     expected = whole.trained_weights()
     for name, weight in again.trained_weights().items():
         assert_close(weight, expected[name])
+
+
+def test_nothing_is_concluded_from_few_examples_or_from_a_task_model_that_knows_nothing(
+    tiny_pretrained, tiny_rows, warned
+) -> None:
+    few = run_on(tiny_pretrained, tiny_rows, STUCK)
+    few.selection = taught(tiny_pretrained, tiny_rows[:20])
+    ignorant = run_on(tiny_pretrained, tiny_rows, STUCK)
+    ignorant.selection.labels = 1 - ignorant.selection.labels
+    for trainer in (few, ignorant):
+        assert [report.metrics["restarts"] for report in trainer.run()] == [0, 0]
+    assert not warned.records

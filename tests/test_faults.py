@@ -30,8 +30,9 @@ from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.checkpoint import CheckpointFolder
-from revmux.training.config import MethodConfig, OptimConfig, Recipe
+from revmux.training.config import MethodConfig, Recipe
 from revmux.training.recipe import prepare
+from revmux.training.recipes import named_recipe
 from revmux.training.trainer import Trainer, load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -40,11 +41,13 @@ EPOCHS, EVERY = 14, 7
 
 
 def recipe(model: Path, data: Path, store: Path) -> Recipe:
+    named = named_recipe()
     return Recipe(
         backbone=BackboneConfig(model=str(model), max_length=16),
         data=DataConfig(source=str(data)),
-        method=MethodConfig("revmux", 2, 1, {"dropout": 0.1}),
-        optim=OptimConfig(epochs=EPOCHS, batch_size=4),
+        method=MethodConfig("revmux", 2, 1, named.options_of("revmux", {"dropout": 0.1})),
+        optim=named.optim_config(epochs=EPOCHS, batch_size=4),
+        loss=named.loss_config(),
         store=StoreConfig(root=str(store)),
         shuffles=2,
     )

@@ -30,6 +30,9 @@ from revmux import UserError
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
 FIGURES = {"accuracy_mean", "accuracy_std", "siso_accuracy", "siso_agreement", "cost_counted"}
+BY_LENGTH = {f"{name}_served" for name in (*(FIGURES - {"cost_counted"}), "cost_grouped")}
+"""Figures with groups by length."""
+EVALUATED = FIGURES | BY_LENGTH | {"cost_grouped"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def test_finetune_train_and_evaluate_write_results_and_record_runs(
     assert (task_model / "model.safetensors").is_file()
     assert json.loads((adapter / "adapter_config.json").read_text())["num_inputs"] == 2
     figures = json.loads((head.storage / "evaluate-revmux-n2-l1.json").read_text())["metrics"]
-    assert figures.keys() == FIGURES
+    assert figures.keys() == EVALUATED
     copies = list(head.folder.glob("ray/session_2*/runtime_resources/working_dir_files/*/"))
     assert copies
     assert not [path for copy in copies for path in copy.rglob("*") if path.suffix in (".db", ".safetensors")]
@@ -196,7 +199,7 @@ def test_finetune_train_and_evaluate_write_results_and_record_runs(
     runs = head.runs()
     assert runs.keys() == {"task-model", "revmux-n2-l1", "evaluate-revmux-n2-l1"}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert runs["evaluate-revmux-n2-l1"].data.metrics.keys() == FIGURES
+    assert runs["evaluate-revmux-n2-l1"].data.metrics.keys() == EVALUATED
     assert runs["revmux-n2-l1"].data.metrics.keys() > FIGURES
     assert (
         next(iter(runs["revmux-n2-l1"].data.metrics)) == "accuracy_mean"

@@ -56,10 +56,13 @@ def uri() -> Iterator[str]:
 
 def row(trial: str, num_inputs: int, cost: float, accuracy: float | None) -> TrialRow:
     metrics = {} if accuracy is None else {"accuracy_mean": accuracy, "siso_accuracy": 0.9}
+    if accuracy is not None:
+        metrics |= {"selection_accuracy": accuracy, "selection_siso_accuracy": 0.9}
     status, why = ("failed", "out of memory") if accuracy is None else ("done", "")
     return TrialRow(trial, "revmux", num_inputs, 3, 0.25, 1e-3, status, why, cost, metrics)
 
 
+FIGURES = ("accuracy_mean", "siso_accuracy")
 ROWS = [row("narrow", 2, 0.8, 0.85), row("wide", 4, 0.6, 0.80), row("lost", 8, 0.5, None)]
 
 
@@ -75,7 +78,7 @@ def parent(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
             ) as child:
                 for epoch, accuracy in enumerate((0.5, 0.7), 1):
                     tracker.log_metrics(child, {"selection_accuracy": accuracy}, epoch)
-                tracker.log_metrics(child, one.metrics)
+                tracker.log_metrics(child, {name: one.metrics[name] for name in FIGURES if name in one.metrics})
                 tracker.log_data(child, {"source": "mine", "sha256": "0" * 64})
         record_comparison(tracker, parent, ROWS, storage / "sweep", "a sweep on PostgreSQL")
     assert len(tracker.client.outbox) == 0

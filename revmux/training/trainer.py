@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 LEARNED_SHARE = 0.1
 """A run has collapsed if its selection accuracy exceeds the majority class's share by less than this share of what the
 plain model's does."""
+FEWEST_TO_JUDGE = 50
+"""Selection examples below which chance decides whether a run seems to have collapsed."""
 RESTART_RATE = 0.3
 """Factor of the learning rate when a collapsed run restarts."""
 
@@ -238,11 +240,13 @@ class Trainer:
     @property
     def collapsed(self) -> bool:
         """Whether the best selection accuracy so far is (almost) that of always answering the most common class."""
-        if self._initial is None:
+        if self._initial is None or len(self.selection) < FEWEST_TO_JUDGE:
             return False
         plain = [metrics["selection_siso_accuracy"] for metrics in self.state.history]
         known = plain[-1] if plain and not math.isnan(plain[-1]) else 1.0
-        return self.state.best_accuracy < self._majority + LEARNED_SHARE * max(0.0, known - self._majority)
+        if known <= self._majority:  # the task model itself knows nothing that could be learned from it
+            return False
+        return self.state.best_accuracy < self._majority + LEARNED_SHARE * (known - self._majority)
 
     def _end_collapsed_run(self) -> None:
         """Restart a collapsed run once, otherwise report it."""
