@@ -60,7 +60,7 @@ def parse(
 
 
 def _recipe_defaults(parser: Parser, name: str) -> dict[str, Any]:
-    """The settings of a named recipe by their names on the command line; those that it does not set have no recipe's value."""
+    """The optimizer and loss of a named recipe, by their names on the command line."""
     try:
         recipe = named_recipe(name)
     except UserError as error:

@@ -173,6 +173,9 @@ def test_the_whole_tour_on_a_tiny_model(
     assert {row["method"] for row in found["rows"]} == {"siso", "revmux", "exit-head"}
     assert found["live"]["requests"] == 6
     assert found["plan"], "something fits an allowance of 100 points"
+    folders = [stage["adapter"] for system in found["plan"] for stage in system["stages"]]
+    assert folders
+    assert all(folder.startswith("plans/") for folder in folders), "relative to the storage folder"
     for name in (
         "front.png",
         "plans/quickstart/plan.md",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState
-from revmux.errors import UserError
-from revmux.methods.base import BackboneShape, Method
+from revmux.methods.base import BackboneShape
+from revmux.methods.early_exit import EarlyExit
 from revmux.methods.registry import register_method
 
 
@@ -36,24 +36,17 @@ class ExitHeadOptions:
 
 
 @register_method
-class ExitHead(Method):
+class ExitHead(EarlyExit):
     """A trained head on [answer state ; mean state] at layer e."""
 
     name: ClassVar[str] = "exit-head"
     title: ClassVar[str] = "exit head"
     marks: ClassVar[tuple[str, str]] = ("s", "square")
-    exit_option: ClassVar[str | None] = "layer"
     Options: ClassVar[type] = ExitHeadOptions
-    fixed_num_inputs: ClassVar[int | None] = 1
     matches_teacher: ClassVar[bool] = False
 
     def __init__(self, shape: BackboneShape, num_inputs: int = 1, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
-        if not 0 <= self.options.layer <= shape.num_layers:
-            raise UserError(
-                f"exit-head: layer is {self.options.layer}; this backbone has layers 0..{shape.num_layers}; "
-                "choose one of these"
-            )
         width = shape.hidden_size
         self.dense = nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(self.options.dropout)
@@ -64,22 +57,8 @@ class ExitHead(Method):
             nn.init.zeros_(self.attention.bias)
 
     @classmethod
-    def point_name(cls, num_inputs: int, prefill_layers: int) -> str:
-        return f"layer {prefill_layers}"
-
-    @classmethod
-    def system_name(cls, num_inputs: int, prefill_layers: int) -> str:
-        return f"{cls.title} at layer {prefill_layers}"
-
-    @classmethod
     def describe(cls, num_inputs: int, prefill_layers: int) -> str:
         return f"an exit head at layer {prefill_layers}"
-
-    def exit_layer(self) -> int:
-        return int(self.options.layer)
-
-    def multiplex(self, states: HiddenState) -> HiddenState:
-        return states.map(lambda tensor: tensor[:, 0])
 
     def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
         if self.attention is None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from revmux.backbone import Backbone, HiddenState
 from revmux.errors import UserError
-from revmux.methods.base import BackboneShape, Method
+from revmux.methods.base import BackboneShape
+from revmux.methods.early_exit import EarlyExit
 from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 
@@ -32,44 +33,23 @@ class SkipOnlyOptions:
 
 
 @register_method
-class SkipOnly(Method):
+class SkipOnly(EarlyExit):
     """The own-state correction alone, read by the model's own head."""
 
     name: ClassVar[str] = "skip-only"
     title: ClassVar[str] = "skip-only control"
     marks: ClassVar[tuple[str, str]] = ("x", "x")
-    exit_option: ClassVar[str | None] = "layer"
     Options: ClassVar[type] = SkipOnlyOptions
-    fixed_num_inputs: ClassVar[int | None] = 1
 
     def __init__(self, shape: BackboneShape, num_inputs: int = 1, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
-        if not 0 <= self.options.layer <= shape.num_layers:
-            raise UserError(
-                f"skip-only: layer is {self.options.layer}; this backbone has layers 0..{shape.num_layers}; "
-                "choose one of these"
-            )
         if self.options.own_state == "none":
             raise UserError("skip-only: own_state is 'none', which leaves nothing to train; choose linear or mlp")
         self.own_state = OwnStateCorrection(shape.hidden_size, self.options.own_state)
 
     @classmethod
-    def point_name(cls, num_inputs: int, prefill_layers: int) -> str:
-        return f"layer {prefill_layers}"
-
-    @classmethod
-    def system_name(cls, num_inputs: int, prefill_layers: int) -> str:
-        return f"{cls.title} at layer {prefill_layers}"
-
-    @classmethod
     def describe(cls, num_inputs: int, prefill_layers: int) -> str:
         return f"the skip-only control at layer {prefill_layers}"
-
-    def exit_layer(self) -> int:
-        return int(self.options.layer)
-
-    def multiplex(self, states: HiddenState) -> HiddenState:
-        return states.map(lambda tensor: tensor[:, 0])
 
     def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
         return state.read()  # (B, 1, d)
