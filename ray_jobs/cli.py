@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from revmux.errors import UserError
-from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
+from revmux.pretrained.config import EMBEDDED_MODELS, BackboneConfig
 from revmux.training.recipes import DEFAULT_RECIPE, named_recipe
 from revmux.utils.parser import Parser
 from revmux.utils.redact import without_passwords
@@ -77,12 +77,12 @@ def _program() -> str | None:
 def with_absolute_model(config: Config) -> Config:
     """Make the path of a local model absolute, since workers run in other working folders."""
     backbone = getattr(config, "backbone", None)
-    if not isinstance(backbone, BackboneConfig) or backbone.model == EMBEDDED_NAME:
+    if not isinstance(backbone, BackboneConfig) or backbone.model in EMBEDDED_MODELS:
         return config
-    folder = Path(backbone.model).expanduser()
-    if not folder.is_dir():
+    path = Path(backbone.model).expanduser()
+    if not path.exists():
         return config
-    return replace(config, backbone=replace(backbone, model=str(folder.absolute())))  # type: ignore[type-var]
+    return replace(config, backbone=replace(backbone, model=str(path.absolute())))  # type: ignore[type-var]
 
 
 def run(

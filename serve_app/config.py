@@ -65,9 +65,9 @@ class _TaskSettings(_Strict):
 
 
 def absolute(name: str) -> str:
-    """Return the absolute path of a folder, because replicas run in other directories. Return other names unchanged."""
+    """Return the absolute path of a folder or file, because replicas run in other directories. Return other names unchanged."""
     folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
+    return str(folder.resolve()) if folder.exists() else name
 
 
 class TaskConfig(_TaskSettings):

@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from revmux.adapters.config import AdapterConfig, load_adapter_config, local_adapter_folder
-from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_PACKAGE
+from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_PACKAGE, SMOLLM2_NAME
 from revmux.pretrained.identity import resolve
-from revmux.utils.extras import require
+from revmux.utils.extras import EXTRAS, require
 
 MODEL_NAME = "model"
 """Name of the MLflow model among a run's artifacts."""
@@ -67,6 +67,8 @@ def requirements(config: AdapterConfig) -> list[str]:
     packages = list(PACKAGES)
     if config.base_model["name"] == EMBEDDED_NAME:
         packages.append(EMBEDDED_PACKAGE.replace("_", "-"))
+    elif config.base_model["name"] == SMOLLM2_NAME:
+        packages += EXTRAS["gguf"]  # they convert the model on its first use
     return [
         f"{name}=={version(name).partition('+')[0]}" for name in packages
     ]  # without a local build suffix such as +cpu

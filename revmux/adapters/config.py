@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from revmux.data.prompt import Prompt
 from revmux.errors import UserError
 from revmux.pretrained import hub
-from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig, Dtype
+from revmux.pretrained.config import EMBEDDED_MODELS, BackboneConfig, Dtype
 from revmux.utils.files import recover_folder
 from revmux.utils.type_check import check_types
 from revmux.version import __version__
@@ -76,8 +76,8 @@ class AdapterConfig:
 
     @property
     def backbone_is_found(self) -> bool:
-        """Whether any machine can find the backbone from ``base_model``: it is the embedded model, or on the hub."""
-        return self.base_model.get("revision") is not None or self.base_model["name"] == EMBEDDED_NAME
+        """Whether any machine can find the backbone from ``base_model``: it is an embedded model, or on the hub."""
+        return self.base_model.get("revision") is not None or self.base_model["name"] in EMBEDDED_MODELS
 
     @property
     def pairs(self) -> bool | None:

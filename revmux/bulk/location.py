@@ -15,7 +15,7 @@ from revmux.bulk.config import BulkConfig
 from revmux.bulk.formats import FORMATS
 from revmux.errors import UserError
 from revmux.features.place import Place
-from revmux.pretrained.config import EMBEDDED_NAME
+from revmux.pretrained.config import EMBEDDED_MODELS
 
 Config = TypeVar("Config", bound=BulkConfig)
 _WILDCARD = re.compile(r"[*?\[]")
@@ -54,7 +54,7 @@ class InputFiles:
 def with_absolute_paths(config: Config) -> Config:
     """The settings with absolute paths, since workers run in other folders."""
     model = config.model
-    if model is not None and model != EMBEDDED_NAME and Path(model).expanduser().is_dir():
+    if model is not None and model not in EMBEDDED_MODELS and Path(model).expanduser().exists():
         model = absolute_location(model)
     return replace(config, input=absolute_location(config.input), output=absolute_location(config.output), model=model)
 

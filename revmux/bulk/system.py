@@ -23,7 +23,7 @@ from revmux.adapters.config import (
 from revmux.bulk.config import BulkConfig
 from revmux.errors import UserError
 from revmux.plan.files import PLAN_NAME
-from revmux.pretrained.config import EMBEDDED_NAME, BackboneConfig
+from revmux.pretrained.config import EMBEDDED_MODELS, BackboneConfig
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, load_pretrained
 from revmux.serving.adapters import check_stages
@@ -215,7 +215,7 @@ def _backbone(config: BulkConfig, adapters: Sequence[tuple[AdapterConfig, str]])
     else:
         assert config.plan is not None
         base = _read_plan(config.plan)["meta"]["backbone"]
-        if base["revision"] is None and base["name"] != EMBEDDED_NAME:
+        if base["revision"] is None and base["name"] not in EMBEDDED_MODELS:
             raise UserError(
                 f"plan {config.plan!r} was made for the local model {base['name']!r}; name its folder: --model"
             )

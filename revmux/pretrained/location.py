@@ -1,4 +1,4 @@
-"""The location of a model: the embedded package, a local folder or a hub id. This module imports no large library."""
+"""The location of a model: an embedded model, a local folder or GGUF file, or a hub id. No large library is imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from revmux.errors import UserError
-from revmux.pretrained.config import EMBEDDED_NAME, EMBEDDED_PACKAGE, BackboneConfig
+from revmux.pretrained.config import EMBEDDED_MODELS, EMBEDDED_NAME, EMBEDDED_PACKAGE, SMOLLM2_NAME, BackboneConfig
+from revmux.pretrained.gguf import SMOLLM2, SUFFIX, converted_model, packaged_model
 from revmux.utils.files import recover_folder
 
 CONFIG_NAME = "config.json"
@@ -17,20 +18,27 @@ PROMPT_NAME = "prompt.json"
 
 
 def locate(model: str) -> str:
-    """The folder or hub id that a model name stands for. Weights are not read.
+    """The folder or hub id that a model name stands for. Weights are not read, except once to convert a GGUF file.
 
     Args:
         model: see :class:`BackboneConfig`.
 
     Raises:
-        UserError: the embedded package is not installed, or a folder is missing or contains no model.
+        UserError: an embedded model is not installed and cannot be downloaded, a folder is missing or contains no model, or
+            a GGUF file cannot be converted.
     """
+    if model == SMOLLM2_NAME:
+        return str(packaged_model(SMOLLM2))
     if model == EMBEDDED_NAME:
         spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
         if spec is None or spec.origin is None:
             raise UserError(f"the embedded backbone {model} is not installed; run: pip install 'revmux[minilm]'")
         return str(Path(spec.origin).parent / "model")
     path = Path(model).expanduser()
+    if path.suffix == SUFFIX:
+        if not path.is_file():
+            raise UserError(f"cannot find GGUF file {model!r}; name an existing file")
+        return str(converted_model(path))
     recover_folder(path)
     if path.is_dir():
         if not (path / CONFIG_NAME).is_file():
@@ -38,7 +46,9 @@ def locate(model: str) -> str:
         return str(path)
     # A hub id is NAME or USER/NAME.
     if path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2:
-        raise UserError(f"cannot find folder {model!r}; name an existing folder, a Hugging Face id, or {EMBEDDED_NAME}")
+        raise UserError(
+            f"cannot find folder {model!r}; name an existing folder, a Hugging Face id, or {' or '.join(EMBEDDED_MODELS)}"
+        )
     return model
 
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "report": ("matplotlib", "plotly"),
     "plan": ("scipy",),
     "tour": ("requests", "rich"),
+    "gguf": ("gguf", "accelerate"),
 }
 """The modules that each extra of revmux brings, as far as its absence is noticed by them."""
 

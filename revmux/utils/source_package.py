@@ -1,4 +1,4 @@
-"""Archives of source distributions from a package registry, downloaded with pip once and kept in the user's cache folder."""
+"""Archives from a package registry, downloaded with pip, checked by their sha256 and never installed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from revmux.errors import UserError
 from revmux.utils.files import atomic_file, make_folder, user_cache
 from revmux.utils.redact import error_line
 
-_LIMIT_S = 300
+LIMIT_S = 300
+"""Seconds after which a download is given up."""
 
 
 def source_package(package: str, version: str, sha256: str) -> Path:
     """The archive of a source distribution. The first use downloads it with pip, and later uses need no network.
 
-    pip uses the registry and the proxies of its own configuration, and it checks the sha256 before it runs any code of
-    the package. The package is not installed. If several processes ask at once, one of them downloads.
+    If several processes ask at once, one of them downloads.
 
     Args:
         package: name on the registry, as in the name of the archive.
@@ -32,42 +32,76 @@ def source_package(package: str, version: str, sha256: str) -> Path:
     Raises:
         UserError: the package cannot be downloaded, or the cache folder cannot be written.
     """
-    file = Path(user_cache("packages")).expanduser() / f"{package}-{version}.tar.gz"
-    if _has_digest(file, sha256):
+    file = cached_archive(package, version)
+    if has_digest(file, sha256):
         return file
+    remedy = (
+        f"connect to a package registry, or run pip download --no-deps --no-binary :all: {package}=={version} elsewhere "
+        f"and copy the archive to {file}"
+    )
     try:
         make_folder(file.parent)
-        with FileLock(f"{file}.lock", timeout=2 * _LIMIT_S):
-            if not _has_digest(file, sha256):
-                _download(package, version, sha256, file)
-    except (OSError, Timeout, subprocess.TimeoutExpired) as error:
-        raise _failure(package, version, file, error_line(error)) from None
+        with FileLock(f"{file}.lock", timeout=2 * LIMIT_S), tempfile.TemporaryDirectory() as folder:
+            if not has_digest(file, sha256):
+                found = download_archive(package, version, sha256, Path(folder), remedy)
+                with atomic_file(file) as temporary:
+                    shutil.copyfile(found, temporary)
+    except (OSError, Timeout) as error:
+        raise _failure(package, version, error_line(error), remedy) from None
     return file
 
 
-def _download(package: str, version: str, sha256: str, file: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        requirements = Path(folder) / "requirements.txt"
-        requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
-        command += ["--no-input", "--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
-        command += ["--dest", folder, "--requirement", str(requirements)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
-        found = Path(folder) / file.name
-        if not _has_digest(found, sha256):
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no archive of that version"]
-            raise _failure(package, version, file, error_line(OSError(errors[-1])))
-        with atomic_file(file) as temporary:
-            shutil.copyfile(found, temporary)
+def cached_archive(package: str, version: str) -> Path:
+    """Where the archive of a source distribution is kept."""
+    return Path(user_cache("packages")).expanduser() / f"{package}-{version}.tar.gz"
 
 
-def _has_digest(file: Path, sha256: str) -> bool:
-    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256
+def download_archive(
+    package: str, version: str, sha256: str, folder: Path, remedy: str, kind: str = "--no-binary"
+) -> Path:
+    """Download one archive into a folder, without its dependencies.
+
+    pip uses the registry and the proxies of its own configuration, and it checks the sha256 before it runs any code of
+    the package.
+
+    Args:
+        package: name on the registry.
+        version: exact version.
+        sha256: digest of the archive.
+        folder: an empty folder.
+        remedy: what to do if this fails, for the error.
+        kind: pip's option for source distributions (``--no-binary``) or wheels (``--only-binary``).
+
+    Raises:
+        UserError: the archive cannot be downloaded.
+    """
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", kind, ":all:", "--require-hashes"]
+    command += ["--no-input", "--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _failure(package, version, error_line(error), remedy) from None
+    found = next((file for file in folder.iterdir() if file != requirements and has_digest(file, sha256)), None)
+    if found is None:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no archive of that version"]
+        raise _failure(package, version, error_line(OSError(errors[-1])), remedy)
+    return found
 
 
-def _failure(package: str, version: str, file: Path, reason: str) -> UserError:
-    return UserError(
-        f"cannot download the package {package} {version} ({reason}); connect to a package registry, or run pip download "
-        f"--no-deps --no-binary :all: {package}=={version} elsewhere and copy the archive to {file}"
-    )
+def file_sha256(file: Path) -> str:
+    """The sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def has_digest(file: Path, sha256: str) -> bool:
+    """Whether a file exists and has this sha256."""
+    return file.is_file() and file_sha256(file) == sha256
+
+
+def _failure(package: str, version: str, reason: str, remedy: str) -> UserError:
+    return UserError(f"cannot download the package {package} {version} ({reason}); {remedy}")
