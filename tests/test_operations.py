@@ -1,0 +1,60 @@
+"""docs/operations.md: its commands name files that exist and options that the jobs know."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ray_jobs import cli
+from ray_jobs.bulk.config import ClassifyJob
+from ray_jobs.training.config import TrainJob
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/operations.md").read_text()
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+(VALUES,) = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S)]
+JOBS: dict[str, Any] = {"train": TrainJob, "classify": ClassifyJob}
+TOOLS = {"pip", "docker", "ray", "helm", "kubectl", "export"}
+
+
+def job_commands() -> list[list[str]]:
+    """The commands of jobs: those of the chart, and those that ``ray job submit`` sends."""
+    submitted = [command.split(" -- ", 1)[1] for command in COMMANDS if " -- python -m ray_jobs." in command]
+    return [
+        shlex.split(text) for text in [*submitted, *(job["command"] for job in VALUES["jobs"] + VALUES["cronJobs"])]
+    ]
+
+
+def test_the_page_has_commands_of_every_tool() -> None:
+    assert {shlex.split(command)[0] for command in COMMANDS} == TOOLS
+    assert len(job_commands()) == 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_files_of_a_command_exist(command: str) -> None:
+    own = {"my-values.yaml", "/mnt/revmux/train.yaml", "/mnt/revmux/serve.yaml"}  # the reader's
+    for word in shlex.split(command):
+        if word.endswith(".yaml") or word.startswith("deploy/"):
+            assert word in own or (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("command", job_commands(), ids=" ".join)
+def test_jobs_know_their_options(command: list[str], tmp_path: Path) -> None:
+    assert command[:2] == ["python", "-m"]
+    settings = JOBS[command[2].removeprefix("ray_jobs.")]
+    arguments = command[3:]
+    if "--config" in arguments:
+        (page,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/jobs.md").read_text(), re.S)
+        (tmp_path / "train.yaml").write_text(page)
+        arguments = ["--config", str(tmp_path / "train.yaml")]
+    assert cli.parse(settings, None, arguments).cluster.use_gpu
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((\.\./[^)#]+)\)", PAGE))
+def test_linked_files_exist(link: str) -> None:
+    assert (ROOT / "docs" / link).exists()
