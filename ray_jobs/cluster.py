@@ -69,6 +69,11 @@ class ClusterConfig:
         return self.gpus_per_worker > 0
 
     @property
+    def device(self) -> str:
+        """The device of a worker's model."""
+        return "cuda" if self.use_gpu else "cpu"
+
+    @property
     def worker_resources(self) -> dict[str, float]:
         """The resources of a worker, by Ray's names."""
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})

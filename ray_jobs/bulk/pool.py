@@ -131,14 +131,13 @@ class ActorPool:
                 ray.kill(slot.actor)
 
     def _start(self) -> Any:
-        device = "cuda" if self.cluster.use_gpu else "cpu"
         options = {
             "num_cpus": self.cluster.cpus_per_worker,
             "num_gpus": self.cluster.gpus_per_worker,
             "max_concurrency": UNITS_IN_FLIGHT,
         }
         actor = ray.remote(UnitActor).options(**options)
-        return actor.remote(self._job, device, max(1, int(self.cluster.cpus_per_worker)))
+        return actor.remote(self._job, self.cluster.device, max(1, int(self.cluster.cpus_per_worker)))
 
     def _place(self, slot: _Slot) -> None:
         self._calls[slot.actor.place.remote()] = (slot, None)

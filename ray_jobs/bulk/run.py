@@ -46,7 +46,7 @@ def run_classify(job: ClassifyJob, work: Work) -> Report:
     tracker = Tracker(job.tracking, storage)
     with tempfile.TemporaryDirectory() as downloads:
         adapters = _fetch_adapters(job, tracker, Path(downloads))
-        prepared = prepare_job(job, work, adapters)
+        prepared = prepare_job(job, work, adapters, job.cluster.device)
     for path in work.ignored[:3]:
         print(f"classify: {path} is no data file and is ignored ({len(work.ignored)} in all)", flush=True)
     output = OutputFolder(prepared.output)

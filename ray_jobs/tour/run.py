@@ -281,7 +281,7 @@ class Tour:
                 live = {"requests": len(self.live), "right": sum(one.is_right for one in self.live)}
                 served = json.loads((plan.folder / PLAN_NAME).read_text())["served"]
                 for stage in (stage for system in served for stage in system["stages"]):
-                    stage["adapter"] = os.path.relpath(stage["adapter"], self.storage)
+                    stage["adapter"] = os.path.relpath(plan.folder / stage["adapter"], self.storage)
                 write_json(self.results, {"meta": meta, "rows": found, "live": live, "plan": served})
                 title = f"{self.task.identity['source']} on {self.job.backbone.model.rpartition('/')[2]}, test split"
                 plot_front_png([*self.reporter.front_rows(), *ladder], self.plot, title)

@@ -64,7 +64,7 @@ def classify_files(
     Raises:
         UserError: the settings are wrong, a file cannot be read, or the output has the answers of other settings.
     """
-    job, work = list_and_prepare(config)
+    job, work = list_and_prepare(config, str(device))
     output = OutputFolder(job.output)
     report = Reporter(on_progress or (lambda _: None))
     with output.opened(job.settings):

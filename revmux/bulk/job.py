@@ -54,18 +54,21 @@ class Job:
         return settings_key(self.settings)
 
 
-def prepare_job(config: BulkConfig, work: Work, adapters: Sequence[tuple[Path, str]] | None = None) -> Job:
+def prepare_job(
+    config: BulkConfig, work: Work, adapters: Sequence[tuple[Path, str]] | None = None, device: str = "cpu"
+) -> Job:
     """Check the settings and describe the job. No weights are loaded.
 
     Args:
         config: the settings, with absolute paths.
         work: the units, from :func:`revmux.bulk.units.list_work`.
         adapters: see :func:`revmux.bulk.system.find_system`.
+        device: where the model runs.
 
     Raises:
         UserError: the system cannot be found.
     """
-    system = find_system(config, adapters)
+    system = find_system(config, adapters, device)
     settings = {
         "format": FORMAT_VERSION,
         "input": {"source": config.input, "files": work.files, "rows": work.rows, "sha256": work.digest},
@@ -92,7 +95,7 @@ def prepare_job(config: BulkConfig, work: Work, adapters: Sequence[tuple[Path, s
     )
 
 
-def list_and_prepare(config: BulkConfig) -> tuple[Job, Work]:
+def list_and_prepare(config: BulkConfig, device: str = "cpu") -> tuple[Job, Work]:
     """List the units of a job and describe it.
 
     Raises:
@@ -100,4 +103,4 @@ def list_and_prepare(config: BulkConfig) -> tuple[Job, Work]:
     """
     config = with_absolute_paths(config)
     work = list_work(config)
-    return prepare_job(config, work), work
+    return prepare_job(config, work, device=device), work

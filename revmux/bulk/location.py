@@ -64,6 +64,14 @@ def absolute_location(location: str) -> str:
     return location if "://" in location else os.path.abspath(os.path.expanduser(location))
 
 
+def join_location(folder: str, name: str) -> str:
+    """The location of a name below a folder or URI; an absolute path or a URI unchanged."""
+    if "://" in name or os.path.isabs(name):
+        return name
+    path, mark, query = folder.partition("?") if "://" in folder else (folder, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{query}"
+
+
 def list_files(source: str) -> InputFiles:
     """List the files that a source names.
 

@@ -49,7 +49,7 @@ class Answers:
         return self.stages[index] == 0
 
 
-def classify_tokens(task: Task, tokens: Tokens, plain: bool = False) -> Answers:
+def classify_tokens(task: Task, tokens: Tokens, max_tokens: int, plain: bool = False) -> Answers:
     """Classify inputs in full groups.
 
     The longest inputs share the first groups. The groups depend on nothing but the lengths of the inputs.
@@ -57,6 +57,7 @@ def classify_tokens(task: Task, tokens: Tokens, plain: bool = False) -> Answers:
     Args:
         task: the model with its adapters, in a process that uses no other thread for it.
         tokens: M inputs.
+        max_tokens: maximum number of tokens per pass, including padding. A single group may always run.
         plain: whether to use the plain model for all inputs.
     """
     lengths = tokens.lengths
@@ -66,7 +67,7 @@ def classify_tokens(task: Task, tokens: Tokens, plain: bool = False) -> Answers:
     scores = torch.zeros(size, len(task.label_names))
     answers = Answers(scores, [1] * size, [Siso.name] * size, [0] * size, [False] * size, [True] * size)
     with torch.inference_mode():
-        for forward in form_passes(groups, lengths, task.limits.max_batch_tokens):
+        for forward in form_passes(groups, lengths, max_tokens):
             _run(task, tokens, forward, answers)
         _retry_alone(task, tokens, answers)
     return answers

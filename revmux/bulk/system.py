@@ -10,18 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from revmux.adapters.compatibility import check_model
 from revmux.adapters.config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     AdapterConfig,
     load_adapter_config,
-    local_adapter_folder,
     recorded_backbone,
     recorded_dtype,
 )
+from revmux.adapters.uri import download_adapter
 from revmux.bulk.config import BulkConfig
+from revmux.bulk.location import absolute_location, join_location
 from revmux.errors import UserError
+from revmux.features.place import Place
 from revmux.plan.files import PLAN_NAME
 from revmux.pretrained.config import EMBEDDED_MODELS, BackboneConfig
 from revmux.pretrained.identity import identity_of
@@ -29,6 +33,10 @@ from revmux.pretrained.loading import check_answers, load_pretrained
 from revmux.serving.adapters import check_stages
 from revmux.serving.limits import Limits
 from revmux.serving.task import Task
+
+_CPU_TOKENS, _GPU_TOKENS = 4096, 16384
+"""Default number of tokens per pass. On a CPU, the states of more tokens do not fit into the caches."""
+_ANY = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class System:
         adapters: one adapter for each N, or one for each stage of a ladder; empty for the plain model.
         threshold: confidence below which answers fall back, for all adapters; None is each adapter's own threshold.
         max_length: maximum number of tokens per input; None is the adapters' length, or the model's maximum.
-        max_batch_tokens: maximum number of tokens per forward pass.
+        max_batch_tokens: maximum number of tokens per forward pass with several groups.
         promised_agreement: agreement with the plain model that the widest adapter of the first stage had in its evaluation;
             None if it was not measured.
     """
@@ -118,7 +126,7 @@ class System:
                 "started; name a model that is the same on all machines"
             )
         pretrained.backbone.freeze().to(device)
-        limits = Limits(max_batch=self.max_batch_tokens, max_batch_tokens=self.max_batch_tokens)
+        limits = Limits(max_batch=_ANY, max_batch_tokens=_ANY)  # a single group may always run
         with tempfile.TemporaryDirectory() as folder:
             folders = []
             for index, adapter in enumerate(self.adapters):
@@ -139,18 +147,21 @@ def unused_adapters(task: Task) -> list[str]:
     ]
 
 
-def find_system(config: BulkConfig, adapters: Sequence[tuple[Path, str]] | None = None) -> System:
+def find_system(config: BulkConfig, adapters: Sequence[tuple[Path, str]] | None = None, device: str = "cpu") -> System:
     """Find the model and the adapters, and check that they fit. No weights are loaded.
 
     Args:
         config: the settings.
         adapters: local folders of the adapters with their names in messages. By default, those of the settings.
+        device: where the model runs, on which the default number of tokens per pass depends.
 
     Raises:
         UserError: a part cannot be found or does not fit another.
     """
     if adapters is None:
-        adapters = [(local_adapter_folder(source), source) for source in adapter_sources(config)]
+        with tempfile.TemporaryDirectory() as downloads:
+            found = [(download_adapter(source, Path(downloads)), source) for source in adapter_sources(config)]
+            return find_system(config, found, device)
     packed = tuple(PackedAdapter.pack(folder, source) for folder, source in adapters)
     configs = [load_adapter_config(folder) for folder, _ in adapters]
     max_length = config.max_length or min((own.max_length for own in configs), default=None)
@@ -169,13 +180,13 @@ def find_system(config: BulkConfig, adapters: Sequence[tuple[Path, str]] | None 
         packed,
         config.threshold,
         max_length,
-        config.max_batch_tokens,
+        config.max_batch_tokens or (_CPU_TOKENS if torch.device(device).type == "cpu" else _GPU_TOKENS),
         agreements[-1] if agreements else None,
     )
 
 
 def adapter_sources(config: BulkConfig) -> list[str]:
-    """The adapters of the settings, narrowest first: folders, hub ids or registry URIs.
+    """The adapters of the settings, narrowest first: folders, hub ids or URIs.
 
     Raises:
         UserError: the plan cannot be read or does not meet its goal.
@@ -186,10 +197,14 @@ def adapter_sources(config: BulkConfig) -> list[str]:
 
 
 def _read_plan(plan: str) -> dict[str, Any]:
-    path = Path(plan).expanduser()
-    path = path / PLAN_NAME if path.is_dir() else path
+    """A plan's content, with the location of each adapter."""
+    folder, name = _plan_file(plan)
+    place = Place.open(folder)
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data = place.read(name)
+        if data is None:
+            raise FileNotFoundError(f"there is no {place.file(name)}")
+        content: dict[str, Any] = json.loads(data.to_pybytes())
         met, served = content["is_met"], content["served"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -198,9 +213,15 @@ def _read_plan(plan: str) -> dict[str, Any]:
     if not met or not served:
         raise UserError(f"plan {plan!r} does not meet its goal ({content['why_not']}); make another plan")
     for stage in (stage for one in served for stage in one["stages"]):
-        if not Path(stage["adapter"]).is_absolute():
-            stage["adapter"] = str((path.parent / stage["adapter"]).absolute())
+        stage["adapter"] = join_location(absolute_location(folder), stage["adapter"])
     return content
+
+
+def _plan_file(plan: str) -> tuple[str, str]:
+    """The folder of a plan, and the name of its file in it."""
+    path, mark, query = plan.partition("?") if "://" in plan else (plan, "", "")
+    folder, _, name = path.rpartition("/")
+    return (f"{folder}{mark}{query}", name) if name.endswith(".json") else (plan, PLAN_NAME)
 
 
 def _backbone(config: BulkConfig, adapters: Sequence[tuple[AdapterConfig, str]]) -> BackboneConfig:

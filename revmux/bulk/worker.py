@@ -105,7 +105,7 @@ class Worker:
             prepared = self._prepare(unit)
         with self._device:
             torch.set_num_threads(self.threads)
-            answers = classify_tokens(self.task, prepared.tokens)
+            answers = classify_tokens(self.task, prepared.tokens, self.job.system.max_batch_tokens)
             audited, plain = self._audit(prepared, answers)
         with self._writing:
             record = self._write(prepared, answers, audited, plain)
@@ -134,7 +134,11 @@ class Worker:
         finite = [index for index, ok in enumerate(answers.finite) if ok]
         audited = choose_rows(hashes, self.job.audit, finite)
         others = [index for index in audited if not answers.is_plain(index)]
-        return audited, classify_tokens(self.task, prepared.tokens.take(others), plain=True) if others else None
+        if not others:
+            return audited, None
+        return audited, classify_tokens(
+            self.task, prepared.tokens.take(others), self.job.system.max_batch_tokens, plain=True
+        )
 
     def _write(self, prepared: Prepared, answers: Answers, audited: list[int], plain: Answers | None) -> UnitRecord:
         unit, names = prepared.unit, self.task.label_names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -63,7 +64,7 @@ def write_plan(plan: Plan, meta: dict[str, Any]) -> None:
 
 
 def plan_dict(plan: Plan, meta: dict[str, Any]) -> dict[str, Any]:
-    """The plan as plain data."""
+    """The plan as plain data. Adapter folders are relative to the plan's, so that the plan can be moved or copied."""
     choice = plan.choice
     known = {one.candidate.name: one for one in choice.judged}
     return {
@@ -80,7 +81,7 @@ def plan_dict(plan: Plan, meta: dict[str, Any]) -> dict[str, Any]:
                 "name": one.judged.candidate.name,
                 "num_inputs": one.num_inputs,
                 "stages": [
-                    _stage_dict(stage) | {"adapter": folder}
+                    _stage_dict(stage) | {"adapter": os.path.relpath(folder, plan.folder)}
                     for stage, folder in zip(one.judged.candidate.stages, one.folders)
                 ],
                 "promised_loss": one.judged.bound,
