@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from pyarrow import parquet
 from pyarrow.fs import FileSystem
 from serving_models import load, text, write_adapter, write_model
@@ -25,6 +26,7 @@ from revmux.bulk.formats.base import Range, divide_blocks
 from revmux.bulk.job import list_and_prepare
 from revmux.bulk.output import META, OutputFolder
 from revmux.bulk.summary import write_summary
+from revmux.bulk.texts import Tokenizer
 from revmux.bulk.units import Unit, list_work
 from revmux.bulk.worker import Finished, Worker
 
@@ -450,3 +452,17 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert peak(400_000) < 1.4 * peak(4_000)  # the large file has 110 MB of text
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_that_of_the_tokenizer(side: str, model: Path) -> None:
+    pretrained = load(model)
+    padder = pretrained.tokenizer
+    padder.padding_side = side
+    padder.pad_token = "ok"  # an id other than 0, which fills the other tensors
+    texts = [text(index) for index in range(6)]
+    tokens, _ = Tokenizer(pretrained, 64).encode(texts, None)
+    expected = padder([texts[index] for index in (3, 5, 0)], padding=True, return_tensors="pt")
+    found = tokens.padded([3, 5, 0], padder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,9 +88,8 @@ def _run(task: Task, tokens: Tokens, forward: ForwardPass, answers: Answers) -> 
             task.backbone,
             lineup.stages,
             lineup.later_stages,
-            task.padder,
+            partial(tokens.padded, members, task.padder),
             local,
-            [tokens.row(index) for index in members],
             [None] * len(members),
         )
     except Exception as error:

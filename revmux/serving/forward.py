@@ -7,7 +7,7 @@ stages of a ladder add to the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -92,9 +92,8 @@ def run_pass(
     backbone: Backbone,
     first: Mapping[int, Stage],
     later: Sequence[Stage],
-    padder: PreTrainedTokenizerBase,
+    padded: Callable[[], TokenBatch],
     groups: Sequence[Group],
-    inputs: Sequence[dict[str, list[int]]],
     caps: Sequence[int | None],
 ) -> Outcome:
     """Compute the answers of groups that share one prefill, and of all stages that their inputs reach.
@@ -103,18 +102,17 @@ def run_pass(
         backbone: the frozen task model.
         first: stage 1 by N, an exit head at 1. The plain model needs none.
         later: the later stages, stage 2 first.
-        padder: the backbone's tokenizer.
+        padded: returns the tokens of R inputs, group by group in the order of the members, each tensor (R, S) on the CPU.
         groups: groups with the same stem, see :class:`revmux.serving.scheduling.Route`. Groups of the plain model have
             one member each.
-        inputs: R token lists, group by group in the order of the members.
         caps: (R) the widest group that each input allows; None allows any.
     """
     clock = StepClock(backbone.device)
-    tokens = pad(inputs, padder, backbone.device)  # (R, S) each
+    tokens = {name: tensor.to(backbone.device) for name, tensor in padded().items()}  # (R, S) each
     clock.mark("pad")
     if groups[0].route == PLAIN:
-        nothing = torch.zeros(len(inputs), dtype=torch.long)
-        answers = LadderAnswers(backbone(tokens).float(), nothing, torch.arange(len(inputs)), nothing.bool())
+        nothing = torch.zeros(len(caps), dtype=torch.long)
+        answers = LadderAnswers(backbone(tokens).float(), nothing, torch.arange(len(caps)), nothing.bool())
         clock.mark("plain")
     else:
         answers = _multiplexed(backbone, first, later, tokens, groups, caps, clock)
@@ -197,10 +195,7 @@ def slot_rows(first: int, group: Group) -> Tensor:
     return first + torch.arange(group.width) % len(group.members)
 
 
-def pad(
-    inputs: Sequence[dict[str, list[int]]], padder: PreTrainedTokenizerBase, device: torch.device | str
-) -> TokenBatch:
-    """Pad R token lists to tensors (R, S) on the device, with S the length of the longest list."""
+def pad(inputs: Sequence[dict[str, list[int]]], padder: PreTrainedTokenizerBase) -> TokenBatch:
+    """Pad R token lists to tensors (R, S), with S the length of the longest list."""
     columns = {name: [tokens[name] for tokens in inputs] for name in inputs[0]}
-    padded = padder.pad(columns, return_tensors="pt")
-    return {name: tensor.to(device) for name, tensor in padded.items()}
+    return dict(padder.pad(columns, return_tensors="pt"))

@@ -8,13 +8,14 @@ import random
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from revmux.labels import best_labels
 from revmux.serving.answer import Answer
 from revmux.serving.errors import InferenceFailed
-from revmux.serving.forward import Outcome, run_pass
+from revmux.serving.forward import Outcome, pad, run_pass
 from revmux.serving.limits import Limits
 from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.queue import PullQueue, Ticket, Window
@@ -122,7 +123,9 @@ class ModelThread:
         inputs = [ticket.tokens for ticket in rows]
         try:
             caps = [ticket.cap for ticket in rows]
-            outcome = run_pass(task.backbone, lineup.stages, lineup.later_stages, task.padder, groups, inputs, caps)
+            outcome = run_pass(
+                task.backbone, lineup.stages, lineup.later_stages, partial(pad, inputs, task.padder), groups, caps
+            )
         except Exception as error:
             if len(shares) == 1 or not is_out_of_memory(error):
                 self._fail(rows, error)
@@ -207,7 +210,7 @@ class ModelThread:
             if others:
                 groups = [Group(PLAIN, (index,)) for index in range(len(others))]
                 inputs = [tickets[row].tokens for row in others]
-                plain = run_pass(task.backbone, {}, [], task.padder, groups, inputs, [1] * len(others))
+                plain = run_pass(task.backbone, {}, [], partial(pad, inputs, task.padder), groups, [1] * len(others))
                 agreed += int((best_labels(plain.scores) == best_labels(outcome.scores[others])).sum())
         except Exception:
             logger.exception("the audit of a pass of task %s failed; its answers were already returned", task.name)

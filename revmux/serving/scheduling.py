@@ -128,7 +128,8 @@ def form_groups(lengths: Sequence[int], caps: Sequence[int | None], routes: Sequ
         caps: widest group that each input allows, see :meth:`Route.within`.
         routes: routes from :func:`choose_routes`.
     """
-    best = [[route for route in routes if route.within(cap)][-1] for cap in caps]
+    allowed = {cap: [route for route in routes if route.within(cap)][-1] for cap in set(caps)}
+    best = [allowed[cap] for cap in caps]
     groups: list[Group] = []
     demoted: list[int] = []
     for position in range(len(routes) - 1, -1, -1):
