@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,7 @@ import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray_machines import Machines, cluster_of_machines, kill_all, kill_group, processes_named
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,8 +35,8 @@ from revmux.training.recipes import named_recipe
 from revmux.training.trainer import Trainer, load_weights
 
 ROOT = Path(__file__).parents[1]
-RAY = str(Path(sys.executable).with_name("ray"))
 EPOCHS, EVERY = 14, 7
+TRAIN_WORKER = "RayTrainWorker"
 
 
 def recipe(model: Path, data: Path, store: Path) -> Recipe:
@@ -82,12 +81,6 @@ def undisturbed(
     ended = run_workers(run_undisturbed, 2, str(tiny_model_folder), str(tiny_csv), str(folder))[0]
     assert ended["steps_per_epoch"] % EVERY, "a checkpoint must fall within an epoch"
     return Ended(load_file(folder / "adapter-0" / WEIGHTS_NAME), **ended)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Path) -> Any:
@@ -193,29 +186,6 @@ class TrainJob:
         assert not list(self.storage.glob("checkpoints/*"))
 
 
-def kill_all(processes: list[psutil.Process]) -> list[psutil.Process]:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    return processes
-
-
-def kill_group(process: subprocess.Popen) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def train_workers(parent: int) -> list[psutil.Process]:
-    """Return the training processes of a driver with its own Ray cluster."""
-    found = []
-    for process in psutil.Process(parent).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
 @pytest.fixture
 def job(tiny_model_folder: Path, tiny_csv: Path) -> Iterator[TrainJob]:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:  # not pytest's: Ray's socket paths must stay short
@@ -227,7 +197,7 @@ def job(tiny_model_folder: Path, tiny_csv: Path) -> Iterator[TrainJob]:
 def test_training_resumes_after_a_worker_is_killed_within_an_epoch(job: TrainJob, undisturbed: Ended) -> None:
     with job.started() as process:
         step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
-        workers = train_workers(process.pid)
+        workers = processes_named(TRAIN_WORKER, process.pid)
         assert len(workers) == 2
         workers[1].kill()
         assert process.wait() == 0, job.log.read_text()
@@ -244,7 +214,7 @@ def test_training_resumes_after_a_worker_is_killed_within_an_epoch(job: TrainJob
 def test_the_same_command_resumes_after_its_driver_was_killed(job: TrainJob, undisturbed: Ended) -> None:
     with job.started() as process:
         step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
-        workers = train_workers(process.pid)
+        workers = processes_named(TRAIN_WORKER, process.pid)
         process.kill()
         left = psutil.wait_procs(workers, timeout=60)[1]
         assert not left, "workers still run after their driver was killed"
@@ -256,49 +226,24 @@ def test_the_same_command_resumes_after_its_driver_was_killed(job: TrainJob, und
 
 
 @pytest.fixture
-def two_nodes(job: TrainJob) -> Iterator[Callable[[], subprocess.Popen]]:
-    """Start a head with one core; yield a function that adds a node with one core."""
-    port = free_port()
-    environment = job.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
-    nodes: list[subprocess.Popen] = []
-
-    def start(*flags: str) -> subprocess.Popen:
-        command = [RAY, "start", "--block", "--num-cpus=1", "--min-worker-port=0", "--max-worker-port=0", *flags]
-        with (job.folder / f"node-{len(nodes)}.log").open("w") as output:
-            nodes.append(
-                subprocess.Popen(
-                    command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            )
-        return nodes[-1]
-
-    start("--head", f"--port={port}", f"--temp-dir={job.folder}/ray", "--include-dashboard=false")
-    job.flags += ["--cluster.address", f"127.0.0.1:{port}"]
-    try:
-        yield lambda: start(f"--address=127.0.0.1:{port}")
-    finally:
-        for node in nodes:
-            with suppress(psutil.NoSuchProcess):
-                family = psutil.Process(node.pid).children(recursive=True)
-                kill_group(node)
-                psutil.wait_procs(kill_all(family))
+def machines(job: TrainJob) -> Iterator[Machines]:
+    with cluster_of_machines(job.folder, job.environment) as machines:
+        job.flags += ["--cluster.address", machines.address]
+        yield machines
 
 
 @pytest.mark.cluster
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_training_resumes_after_a_node_is_lost_and_replaced(
-    job: TrainJob, undisturbed: Ended, two_nodes: Callable[[], subprocess.Popen]
+    job: TrainJob, undisturbed: Ended, machines: Machines
 ) -> None:
-    second = two_nodes()
+    second = machines.add()
     with job.started() as process:
         step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
-        family = psutil.Process(second.pid).children(recursive=True)
-        assert train_workers(second.pid), "one worker per node"
-        kill_group(second)
-        psutil.wait_procs(kill_all(family))
-        two_nodes()
+        assert processes_named(TRAIN_WORKER, second.pid), "one worker per node"
+        machines.lose(second)
+        machines.add()
         assert process.wait() == 0, job.log.read_text()
     first, *resumed = job.starts()  # the other worker may fail, and start, before the node counts as lost
     assert first == 0
