@@ -33,6 +33,7 @@ def folder() -> Iterator[Path]:
 def machines(folder: Path) -> Iterator[Machines]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     own = {"HOME": str(folder), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    own["RAY_worker_niceness"] = "0"  # on a busy machine, workers of a lower priority would not start in time
     with cluster_of_machines(folder, kept | own) as machines:
         yield machines
 
@@ -67,6 +68,7 @@ def test_a_lost_machine_changes_no_byte_of_the_output(machines: Machines, folder
         try:
             wait_until(
                 lambda: len(list(records.glob("*.json"))) > 10 and processes_named("UnitActor", second.pid),
+                seconds=400,
                 failure=lambda: log.read_text() if process.poll() is not None else None,
             )
             machines.lose(second)
