@@ -28,6 +28,8 @@ def cost(
     prompt: str | None = None,
     soft_prompt: int = 0,
     options: dict[str, Any] | None = None,
+    plan: str | None = None,
+    price: float | None = None,
 ) -> str:
     """Estimate the speed-up over the plain model (SISO): the ceiling N·L / (N·l + e − l), and by counted operations.
 
@@ -40,7 +42,19 @@ def cost(
         prompt: Prompt of the language model in a folder: the name of a shipped prompt, or a YAML file.
         soft_prompt: Number of soft prompt vectors before every input of a language model.
         options: Options of the method by name, as a mapping such as {own_state: mlp}. ``revmux methods`` lists them.
+        plan: Folder of a plan. With price: the price of a million answers of the plan and of the plain model, from the
+            throughput that the plan measured. The settings above are then not used.
+        price: Price of an hour of the hardware on which the plan was made, in any currency. Above 0.
     """
+    if plan is not None or price is not None:
+        if plan is None or price is None:
+            missing = (
+                "--plan FOLDER, whose throughput was measured" if plan is None else "--price, such as 2.5 per hour"
+            )
+            raise UserError(f"a price needs both a plan and a price per hour; add {missing}")
+        from revmux.estimate.price import price_table
+
+        return price_table(plan, price)
     check_shape_name(model)
     check_method_name(method)
     from revmux.estimate.tables import cost_table

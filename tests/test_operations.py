@@ -16,10 +16,11 @@ from ray_jobs.training.config import TrainJob
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/operations.md").read_text()
-COMMANDS = [line for block in re.findall(r"```\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
-(VALUES,) = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S)]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.S | re.M)
+COMMANDS = [line for language, block in BLOCKS if not language for line in block.splitlines()]
+(VALUES,) = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
 JOBS: dict[str, Any] = {"train": TrainJob, "classify": ClassifyJob}
-TOOLS = {"pip", "docker", "ray", "helm", "kubectl", "export"}
+TOOLS = {"revmux", "pip", "docker", "ray", "helm", "kubectl", "export"}
 
 
 def job_commands() -> list[list[str]]:

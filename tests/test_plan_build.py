@@ -64,7 +64,7 @@ def recipes(tiny_model_folder: Path, tiny_csv: Path, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def plan(recipes: list[Recipe], task: TaskData, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """An allowance that every system meets, so that the cheapest is chosen."""
-    measure = replace(COUNTED, throughput_inputs=8, throughput_batch=4, throughput_pairs=1)
+    measure = replace(COUNTED, throughput_inputs=8, throughput_batch=4, throughput_pairs=1, price=2.5)
     return plan_here(recipes, task, Goal(allowance=100.0), tmp_path_factory.mktemp("plan"), measure=measure)
 
 
@@ -126,6 +126,9 @@ def test_the_cheapest_system_is_chosen_and_its_reasons_are_written(plan: Plan) -
     assert written["chosen"] == cheapest["name"]
     assert (written["outcome"], written["served"][-1]["verification"]["outcome"]) == ("proven", "proven")
     assert written["compared"] > len(systems)
+    assert written["siso_inputs_per_second"] > 0
+    page = (plan.folder / "plan.md").read_text()
+    assert "| system | inputs per second | a million answers |\n|---|---|---|\n| plain model |" in page
     assert {path.name for path in plan.folder.iterdir()} >= {
         "plan.json",
         "plan.md",
@@ -224,7 +227,7 @@ def test_whole_systems_are_timed_with_their_thresholds(
 
     def ratio(plain: object, ladder: Ladder, batches: object, pairs: int) -> Ratio:
         timed.append([stage.threshold for stage in ladder.stages])
-        return Ratio(2.0, 1.9, 2.1, pairs)
+        return Ratio(2.0, 1.9, 2.1, pairs, 400.0)
 
     monkeypatch.setattr(measure, "paired_throughput", ratio)
     split = tiny_pretrained.tokenize(task.test, 16)
@@ -233,7 +236,7 @@ def test_whole_systems_are_timed_with_their_thresholds(
     system = replace(single, stages=(replace(single.first, threshold=0.7),))
     (found,) = bench.timed([system])
     assert timed == [[0.7]]
-    assert (found.throughput_ratio, found.cost) == (2.0, 0.5)
+    assert (found.throughput_ratio, found.cost, bench.siso_rate) == (2.0, 0.5, 400.0)
 
 
 def test_a_ladder_is_written_as_one_adapter_per_stage_and_served_as_planned(

@@ -25,12 +25,14 @@ class Ratio:
         least: smallest ratio.
         most: largest ratio.
         pairs: number of pairs.
+        baseline_rate: median inputs per second of the baseline.
     """
 
     median: float
     least: float
     most: float
     pairs: int
+    baseline_rate: float
 
 
 def like_length_batches(
@@ -74,8 +76,10 @@ def paired_throughput(
         return time.perf_counter() - started
 
     with evaluating(baseline), evaluating(rival):
-        measured = [seconds(baseline) / seconds(rival) for _ in range(pairs + 1)][1:]
-    return Ratio(statistics.median(measured), min(measured), max(measured), pairs)
+        timed = [(seconds(baseline), seconds(rival)) for _ in range(pairs + 1)][1:]
+    ratios = [first / second for first, second in timed]
+    rate = sum(len(tokens["input_ids"]) for tokens in batches) / statistics.median(first for first, _ in timed)
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios), pairs, rate)
 
 
 def _synchronize(model: MultiplexedClassifier | Ladder) -> None:

@@ -88,8 +88,8 @@ def make_plan(
     rows = mark_front([one.candidate.row(comparison.search_siso.mean()) for one in choice.judged])
     log("verifying the chosen systems on the test split")
     test = Bench(pretrained, pretrained.tokenize(task.test, max_length), unrounded(store), measure, log)
-    plan = Plan(choice, verify_served(choice, test, folder), rows, folder)
-    write_plan(plan, describe_run(command, task.identity, dict(pretrained.identity)))
+    plan = Plan(choice, verify_served(choice, test, folder), rows, folder, comparison.bench.siso_rate)
+    write_plan(plan, describe_run(command, task.identity, dict(pretrained.identity)), measure.price)
     return plan
 
 

@@ -21,6 +21,8 @@ class MeasureConfig:
         throughput_batch: Inputs per forward pass of a timing. At least 1.
         throughput_pairs: Number of timings of SISO and of each system, in turn. At least 1.
         seed: Random seed of the groupings and of the halves of the choosing set.
+        price: Price of an hour of this hardware, in any currency: the page then shows the price of a million answers.
+            Above 0. Default: no prices.
     """
 
     shuffles: int = 5
@@ -30,8 +32,11 @@ class MeasureConfig:
     throughput_batch: int = 64
     throughput_pairs: int = 5
     seed: int = 0
+    price: float | None = None
 
     def __post_init__(self) -> None:
+        if self.price is not None and not self.price > 0:
+            raise UserError(f"price is {self.price}; choose more than 0, such as 2.5 per hour")
         for name in ("shuffles", "max_stages", "throughput_batch", "throughput_pairs"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")

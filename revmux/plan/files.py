@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from revmux.adapters.config import CONFIG_NAME, AdapterConfig, load_adapter_config
+from revmux.estimate.price import price_per_million
 from revmux.plan.candidate import Candidate, PlannedStage
 from revmux.plan.plan import Plan, describe_system
 from revmux.plan.plots import plot_front_html, plot_front_png
@@ -51,12 +52,20 @@ def _copy_adapter(source: Path, config: AdapterConfig, target: Path) -> Path:
     return target
 
 
-def write_plan(plan: Plan, meta: dict[str, Any]) -> None:
-    """Write ``plan.json``, the page ``plan.md``, and the front as a picture and as an interactive page."""
+def write_plan(plan: Plan, meta: dict[str, Any], price: float | None = None) -> None:
+    """Write ``plan.json``, the page ``plan.md``, and the front as a picture and as an interactive page.
+
+    Args:
+        plan: the plan.
+        meta: what :func:`revmux.utils.run_info.describe_run` records.
+        price: price of an hour of this hardware, in any currency, for the page; None leaves prices out.
+    """
     write_json(plan.folder / PLAN_NAME, plan_dict(plan, meta))
     template = resources.files("revmux.plan").joinpath("plan.md.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(template).render(plan=plan, choice=plan.choice, meta=meta, describe=describe_system)
+    page = environment.from_string(template).render(
+        plan=plan, choice=plan.choice, meta=meta, describe=describe_system, price=price, per_million=price_per_million
+    )
     write_durably(plan.folder / PAGE_NAME, page)
     title = f"{meta['data']['source']} on {meta['backbone']['name']}, choosing set"
     plot_front_png(plan.rows, plan.folder / "front.png", title)
@@ -75,6 +84,7 @@ def plan_dict(plan: Plan, meta: dict[str, Any]) -> dict[str, Any]:
         "why_not": None if plan.is_met else plan.why_not(),
         "chosen": None if choice.chosen is None else choice.chosen.candidate.name,
         "compared": choice.compared,
+        "siso_inputs_per_second": plan.siso_rate,
         "tested_on": choice.inputs,
         "served": [
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -112,6 +113,12 @@ class Bench:
     config: MeasureConfig = field(default_factory=MeasureConfig)
     log: Callable[[str], None] = log_nothing
     _models: dict[str, MultiplexedClassifier] = field(default_factory=dict, init=False, repr=False)
+    _siso_rates: list[float] = field(default_factory=list, init=False, repr=False)
+
+    @property
+    def siso_rate(self) -> float | None:
+        """Inputs per second of SISO: the median of all timings so far; None before the first."""
+        return statistics.median(self._siso_rates) if self._siso_rates else None
 
     @cached_property
     def siso(self) -> Floats:
@@ -194,6 +201,7 @@ class Bench:
         for number, system in enumerate(systems, 1):
             self.log(f"measuring the throughput of {system.name} on this hardware ({number} of {len(systems)})")
             ratio = paired_throughput(plain, self._ladder(system), batches, self.config.throughput_pairs)
+            self._siso_rates.append(ratio.baseline_rate)
             found.append(replace(system, throughput_ratio=ratio.median))
         return found
 

@@ -40,12 +40,14 @@ class Plan:
             be met.
         rows: the systems that were compared, SISO included, on the first half of the choosing set.
         folder: the folder of the plan's files.
+        siso_rate: inputs per second of SISO on this hardware; None if not measured.
     """
 
     choice: Choice
     served: list[Served]
     rows: list[FrontRow]
     folder: Path
+    siso_rate: float | None = None
 
     @property
     def outcome(self) -> Outcome | None:
