@@ -107,7 +107,26 @@ def counted_speedup(model: MultiplexedClassifier, length: int) -> float:
 def shape_workload(settings: Settings, folder: Path) -> Workload:
     """Return a BERT with random weights and texts of 128 tokens each."""
     shape = settings.shape
-    model = folder / "shape"
+    model = write_shape(folder / "shape", shape)
+    tokenizer = load_pretrained(BackboneConfig(str(model))).tokenizer
+    sizes = Sizes(max_batch=16, alone=24, plain=48, grouped=240, rivals=64, quiet=20, half=40)
+    texts = texts_of_length(tokenizer, LENGTH, 64)
+    return Workload("shape", shape.name, model, texts, sizes.times(settings.scale), shape == Shape())
+
+
+def embedded_workload(settings: Settings, folder: Path) -> Workload:
+    """Return the embedded encoder with a new head and real sentences."""
+    model, pretrained = write_embedded(folder / "embedded")
+    source = DataConfig("docstrings") if settings.glue is None else DataConfig(str(settings.glue / "SST-2"), limit=1)
+    found = list(load_task(source).test["text"])
+    lengths = map(len, pretrained.tokenizer(found)["input_ids"])
+    texts = [text for text, length in zip(found, lengths) if length <= LENGTH]  # so that no server truncates any
+    sizes = Sizes(max_batch=32, alone=128, plain=192, grouped=384, rivals=256, quiet=100, half=400)
+    return Workload("embedded", EMBEDDED_NAME, model, texts, sizes.times(settings.scale), False)
+
+
+def write_shape(folder: Path, shape: Shape) -> Path:
+    """Write a BERT with random weights and the tokenizer of the embedded encoder."""
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=shape.hidden_size,
@@ -117,27 +136,18 @@ def shape_workload(settings: Settings, folder: Path) -> Workload:
         id2label=dict(enumerate(LABELS)),
         label2id={name: index for index, name in enumerate(LABELS)},
     )
-    BertForSequenceClassification(config).save_pretrained(model)
-    _copy_tokenizer(model)
-    tokenizer = load_pretrained(BackboneConfig(str(model))).tokenizer
-    sizes = Sizes(max_batch=16, alone=24, plain=48, grouped=240, rivals=64, quiet=20, half=40)
-    texts = texts_of_length(tokenizer, LENGTH, 64)
-    return Workload("shape", shape.name, model, texts, sizes.times(settings.scale), shape == Shape())
+    BertForSequenceClassification(config).save_pretrained(folder)
+    _copy_tokenizer(folder)
+    return folder
 
 
-def embedded_workload(settings: Settings, folder: Path) -> Workload:
-    """Return the embedded encoder with a new head and real sentences."""
-    model = folder / "embedded"
+def write_embedded(folder: Path) -> tuple[Path, Pretrained]:
+    """Write the embedded encoder with a new head; returns the folder and the loaded model."""
     torch.manual_seed(0)
     pretrained = load_pretrained(BackboneConfig(), list(LABELS))
-    pretrained.backbone.model.save_pretrained(model)
-    _copy_tokenizer(model)
-    source = DataConfig("docstrings") if settings.glue is None else DataConfig(str(settings.glue / "SST-2"), limit=1)
-    found = list(load_task(source).test["text"])
-    lengths = map(len, pretrained.tokenizer(found)["input_ids"])
-    texts = [text for text, length in zip(found, lengths) if length <= LENGTH]  # so that no server truncates any
-    sizes = Sizes(max_batch=32, alone=128, plain=192, grouped=384, rivals=256, quiet=100, half=400)
-    return Workload("embedded", EMBEDDED_NAME, model, texts, sizes.times(settings.scale), False)
+    pretrained.backbone.model.save_pretrained(folder)
+    _copy_tokenizer(folder)
+    return folder, pretrained
 
 
 def _copy_tokenizer(folder: Path) -> None:

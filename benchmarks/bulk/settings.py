@@ -1,0 +1,53 @@
+"""Settings of the bulk benchmark."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.settings import Shape
+from revmux.errors import UserError
+
+Row = dict[str, Any]
+WIDTHS, CUT, LENGTH = (4, 8), 1, 128
+BATCH = 64
+"""Inputs per batch of the other programs."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark.
+
+    Args:
+        shape: shape of the second backbone, which has random weights.
+        pairs: rounds, each with one leg per system.
+        scale: factor for the rows of every leg.
+        threads: CPU threads of every model.
+        memory_rows: rows of the small and of the large file whose peak memory is compared.
+        infinity: a Python whose environment has infinity-emb; without it, Infinity is not measured.
+
+    Raises:
+        UserError: a number is too small, or the file does not exist.
+    """
+
+    shape: Shape = field(default_factory=Shape)
+    pairs: int = 3
+    scale: float = 1.0
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    memory_rows: tuple[int, int] = (10_000, 1_000_000)
+    infinity: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
+        if self.scale <= 0:
+            raise UserError(f"scale is {self.scale}; choose more than 0, such as 1")
+        if self.infinity is not None and not self.infinity.is_file():
+            raise UserError(f"infinity is {str(self.infinity)!r}, which is not a file; name ENVIRONMENT/bin/python")
+
+    def about(self) -> dict[str, Any]:
+        """Return the settings that figures depend on; a kept stage is reused only if they are equal."""
+        return {name: value for name, value in asdict(self).items() if name != "infinity"}
