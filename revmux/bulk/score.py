@@ -18,6 +18,8 @@ from revmux.serving.task import Task
 from revmux.utils.out_of_memory import is_out_of_memory, release_memory
 
 _log = logging.getLogger(__name__)
+STRETCH = 1.25
+"""Padding makes no group of a unit longer than this many times its own length. A unit has enough inputs for many passes."""
 NOT_FINITE = "the scores of this input are not finite"
 
 
@@ -68,7 +70,7 @@ def classify_tokens(task: Task, tokens: Tokens, max_tokens: int, plain: bool = F
     scores = torch.zeros(size, len(task.label_names))
     answers = Answers(scores, [1] * size, [Siso.name] * size, [0] * size, [False] * size, [True] * size)
     with torch.inference_mode():
-        for forward in form_passes(groups, lengths, max_tokens):
+        for forward in form_passes(groups, lengths, max_tokens, STRETCH):
             _run(task, tokens, forward, answers)
         _retry_alone(task, tokens, answers)
     return answers

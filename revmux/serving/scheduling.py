@@ -182,13 +182,16 @@ def next_pass(
     return next(forward for forward in passes if any(0 in group.members for group in forward.groups))
 
 
-def form_passes(groups: Sequence[Group], lengths: Sequence[int], max_tokens: int) -> list[ForwardPass]:
-    """Combine groups into forward passes with one stem each. Padding at most doubles the length of a group.
+def form_passes(
+    groups: Sequence[Group], lengths: Sequence[int], max_tokens: int, stretch: float = 2.0
+) -> list[ForwardPass]:
+    """Combine groups into forward passes with one stem each.
 
     Args:
         groups: groups from :func:`form_groups`.
         lengths: tokens per input.
         max_tokens: maximum number of tokens per pass, including padding. A single group may always run.
+        stretch: padding makes no group longer than this many times its own length.
     """
     passes = []
     for stem in dict.fromkeys(group.route.stem for group in groups):
@@ -198,7 +201,7 @@ def form_passes(groups: Sequence[Group], lengths: Sequence[int], max_tokens: int
         inputs = longest = 0
         for group in same:
             length = max(lengths[index] for index in group.members)
-            if batch and ((inputs + len(group.members)) * longest > max_tokens or 2 * length < longest):
+            if batch and ((inputs + len(group.members)) * longest > max_tokens or stretch * length < longest):
                 passes.append(ForwardPass(stem, tuple(batch)))
                 batch, inputs = [], 0
             if not batch:
