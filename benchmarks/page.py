@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.front.page import front_words
+from benchmarks.llama.page import llama_words
 from benchmarks.plan.page import plan_words
 from benchmarks.precision import precision_words
 from benchmarks.serving.page import serving_words
@@ -59,6 +60,7 @@ WRITERS = {
     "quickstart": quickstart_words,
     "systems": systems_words,
     "training": training_words,
+    "llama": llama_words,
     "plan": plan_words,
     "serving": serving_words,
 }

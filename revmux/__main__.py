@@ -1,4 +1,5 @@
-"""Tools to use before and after a run: ``python -m revmux cost``, ``memory``, ``methods``, ``fetch``, ``cache`` and ``push``.
+"""Tools to use before and after a run: ``python -m revmux cost``, ``memory``, ``methods``, ``fetch``, ``calibrate``,
+``cache`` and ``push``.
 
 Each function here is a subcommand, and its docstring is the help text. The module that does the work, and with it
 torch, is imported after the arguments are parsed.
@@ -13,8 +14,10 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 
 from revmux.adapters.config import load_adapter_config
+from revmux.data.config import DataConfig
 from revmux.errors import UserError
 from revmux.estimate.presets import check_shape_name
+from revmux.pretrained.config import BackboneConfig, Dtype
 from revmux.training.config import check_method_name
 from revmux.utils.parser import Parser
 
@@ -115,6 +118,36 @@ def fetch(name: str | None = None) -> str:
     return list_embedded() if name is None else fetch_embedded(name)
 
 
+def calibrate(
+    model: str,
+    prompt: str,
+    output: str,
+    data: DataConfig = DataConfig(),  # noqa: B008  # frozen
+    max_length: int = 128,
+    dtype: Dtype = "float32",
+    inputs: int = 500,
+) -> str:
+    """Fit a bias per class of a prompt on the selection set, and write the prompt with it as a YAML file.
+
+    Language models often prefer one of the label words whatever the text is. The bias corrects this. It belongs to the
+    prompt: give the written file to --backbone.prompt, and adapters record it.
+
+    Args:
+        model: smollm2-135m, a local folder or GGUF file, or a Hugging Face id of a language model.
+        prompt: Name of a shipped prompt, or a YAML file.
+        output: YAML file to write.
+        data: The labelled text. Only its selection set is used.
+        max_length: Maximum number of tokens per input.
+        dtype: Data type of the weights.
+        inputs: Maximum number of inputs of the selection set.
+    """
+    from revmux.pretrained.calibration import calibrate_file
+
+    return calibrate_file(
+        BackboneConfig(model, max_length=max_length, dtype=dtype, prompt=prompt), data, output, inputs
+    )
+
+
 def cache_ls(root: str | None = None) -> str:
     """List the feature stores, the largest first.
 
@@ -169,6 +202,7 @@ COMMANDS: dict[str, Any] = {
     "memory": memory,
     "methods": methods,
     "fetch": fetch,
+    "calibrate": calibrate,
     "cache": {"_help": "List or remove stored features.", "ls": cache_ls, "rm": cache_rm},
     "push": push,
 }

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
+from revmux.backbone.decoder import DecoderBackbone
+from revmux.backbone.prefix import KeptPrefix
+from revmux.backbone.state import Prefix
 from revmux.errors import UserError
 from revmux.grouping import consecutive_groups, gather_rows
 from revmux.methods import BackboneShape, Method, Siso
@@ -61,6 +64,7 @@ class MultiplexedClassifier(nn.Module):
         self.backbone = backbone
         self.method = method
         self.prefill_layers = prefill_layers
+        self._kept: KeptPrefix | None = None
         self._updated: tuple[Backbone] | None = None  # a tuple, so that the copy is not registered as a submodule
 
     @property
@@ -75,9 +79,14 @@ class MultiplexedClassifier(nn.Module):
         return self
 
     def prefill(self, tokens: TokenBatch) -> HiddenState:
-        """Run each input alone through layers 1..l: tokens (B, S) to states (B, S, d)."""
+        """Run each input alone through layers 1..l: tokens (B, S) to states (B, S, d).
+
+        A constant prefix is left out, unless the method trains the backbone or puts tokens of its own before the input.
+        """
+        alone = self.method.tunes_backbone or self.method.prepares_tokens
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.tunes_backbone):
-            return self.backbone.run(self.backbone.embed(tokens), self.prefill_layers)
+            state = self.backbone.embed_whole(tokens) if alone else self.backbone.embed(tokens)
+            return self.backbone.run(state, self.prefill_layers)
 
     def run_groups(self, prefilled: HiddenState, groups: Tensor, on_stage: OnStage = _ignore) -> GroupOutput:
         """Multiplex prefilled inputs, run the upper layers once per group, demultiplex and classify.
@@ -89,6 +98,8 @@ class MultiplexedClassifier(nn.Module):
             groups: (G, N) long, the rows of ``prefilled`` in each group. A row may fill several slots.
             on_stage: called after each stage with its name: ``multiplex``, ``upper`` and ``head``.
         """
+        if self.method.reads_whole_inputs:
+            prefilled = prefilled.whole()
         own = self.backbone.own_states(prefilled)[groups]  # (G, N, 2d)
         mixed = self.multiplex(prefilled, groups)  # (G, S', d)
         on_stage("multiplex")
@@ -104,7 +115,32 @@ class MultiplexedClassifier(nn.Module):
         mixed = self.method.multiplex(states)  # (G, S', d)
         if states.decoder is not None:
             mixed = replace(mixed, decoder=self.method.multiplex(states.decoder))
-        return mixed.cast(self.backbone.dtype)
+        prefix = None if prefilled.prefix is None else self.upper_prefix(prefilled.prefix)
+        return replace(mixed.cast(self.backbone.dtype), prefix=prefix)
+
+    def upper_prefix(self, prefix: Prefix) -> Prefix:
+        """The constant prefix of the shared sequences: N copies of the plain one, mixed, and run through layers l+1..e.
+
+        It is computed once per adapter. In training it is computed in every step, with gradients.
+
+        Args:
+            prefix: that of the plain inputs.
+        """
+        if self.training or torch.is_grad_enabled():
+            return self._mix_prefix(prefix)
+        weights = [prefix.hidden[self.prefill_layers], *self.method.parameters()]
+        if self._kept is None or not self._kept.is_current(weights):
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = KeptPrefix.of(self._mix_prefix(prefix), weights)
+        return self._kept.prefix
+
+    def _mix_prefix(self, prefix: Prefix) -> Prefix:
+        constant = prefix.state(self.prefill_layers)  # (1, P, d)
+        copies = constant.take(torch.zeros(1, self.num_inputs, dtype=torch.long, device=constant.hidden.device))
+        mixed = self.method.multiplex_prefix(copies.cast(self._method_dtype)).cast(self.backbone.dtype)  # (1, P, d)
+        upper = self.upper_backbone
+        assert isinstance(upper, DecoderBackbone)
+        return upper.prefix_above(mixed, self.method.exit_layer())
 
     @property
     def _method_dtype(self) -> torch.dtype:

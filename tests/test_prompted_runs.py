@@ -414,8 +414,12 @@ def test_cost_and_memory_account_for_prompts(
         backbone = meta_backbone(folder, **settings)  # type: ignore[arg-type]
         return count_flops(backbone, build_method("siso", BackboneShape.of(backbone), 1), 0, 16).per_input
 
-    assert alone(prompt=PROMPT) == alone()
-    assert alone(soft_prompt=8) > 1.3 * alone()
+    if family == "t5":
+        assert alone(prompt=PROMPT) == alone()
+        assert alone(soft_prompt=8) > 1.3 * alone()
+    else:  # a constant prefix runs once, so that each input only reads it
+        assert alone(prompt=PROMPT) < 0.9 * alone()
+        assert alone() < alone(soft_prompt=8) < 1.1 * alone()
 
     def command(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["revmux", *arguments])

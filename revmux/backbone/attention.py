@@ -17,7 +17,7 @@ from revmux.backbone.state import HiddenState
 
 
 def causal_mask(config: Any, state: HiddenState, window: int | None = None) -> Tensor | None:
-    """The tokens that each decoder token attends to: itself and the earlier tokens of its own input.
+    """The tokens that each decoder token attends to: itself, the earlier tokens of its own input, and a constant prefix.
 
     Args:
         config: configuration of the attending module, with its attention implementation and sliding window.
@@ -25,9 +25,10 @@ def causal_mask(config: Any, state: HiddenState, window: int | None = None) -> T
         window: size of the sliding window in positions, or None.
 
     Returns:
-        (B, 1, S, S) in the form that the implementation expects; None if its built-in causal mask is enough.
+        (B, 1, S, S), or (B, 1, S, P + S) after a prefix of P tokens, in the form that the implementation expects; None if
+        its built-in causal mask is enough.
     """
-    if state.segments is None:
+    if state.segments is None and state.prefix is None:
         make = create_causal_mask if window is None else create_sliding_window_causal_mask
         mask = make(
             config=config,
@@ -37,12 +38,18 @@ def causal_mask(config: Any, state: HiddenState, window: int | None = None) -> T
             position_ids=state.positions,
         )
         return dense(mask)
-    rows, columns = state.segments.unsqueeze(2), state.segments.unsqueeze(1)  # (B, S, 1), (B, 1, S)
+    segments = state.mask.long() if state.segments is None else state.segments
+    rows, columns = segments.unsqueeze(2), segments.unsqueeze(1)  # (B, S, 1), (B, 1, S)
     seen = ((rows == columns) & (columns > 0)).tril()  # (B, S, S)
     if window is not None and state.positions is not None:
         seen &= state.positions.unsqueeze(2) - state.positions.unsqueeze(1) < window
     # Padding attends to itself, so that no softmax is over an empty set.
     seen |= torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+    if state.prefix is not None:
+        before = seen.new_ones(*seen.shape[:2], len(state.prefix))  # (B, S, P)
+        if window is not None and state.positions is not None and state.prefix.positions is not None:
+            before &= state.positions.unsqueeze(2) - state.prefix.positions.unsqueeze(1) < window
+        seen = torch.cat([before, seen], dim=-1)  # (B, S, P + S)
     return as_attention_mask(seen, state.hidden.dtype, config._attn_implementation)
 
 

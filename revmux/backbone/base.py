@@ -8,7 +8,7 @@ nothing is copied.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_bidirectional_mask
 
 from revmux.backbone.answer_layer import answers_only
-from revmux.backbone.state import HiddenState, TokenBatch
+from revmux.backbone.state import HiddenState, Prefix, TokenBatch
 from revmux.errors import UserError
 
 _EMBEDDING_WORDS = ("embed", "wte", "wpe", "shared.", "soft_prompt")  # parameter names of what comes before layer 1
@@ -46,6 +46,7 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.model: Any = model
         self.gradient_checkpointing = False
+        self.frozen = False
 
     @property
     def config(self) -> Any:
@@ -95,7 +96,27 @@ class Backbone(nn.Module, ABC):
     def freeze(self) -> Backbone:
         """Disable gradients and dropout, so that the model's output for an input alone never changes again."""
         self.requires_grad_(False)
+        self.frozen = True
         return self.eval()
+
+    def keep_prefix(self, tokens: Sequence[int]) -> None:
+        """Declare the tokens that every input begins with, if the family is causal. They then run once.
+
+        Args:
+            tokens: the constant tokens.
+
+        Raises:
+            UserError: the states of the tokens depend on the rest of the input.
+        """
+        raise UserError(
+            f"a constant prefix was declared, but {self.config.model_type} reads text in both directions, so the states of "
+            "its first tokens depend on the whole input; only decoders such as llama and gpt2 can compute them once"
+        )
+
+    def constant_prefix(self) -> Prefix | None:
+        """The states, keys and values of the constant tokens before every input; None if there are none, or if the
+        weights are being trained."""
+        return None
 
     def add_soft_prompt(self, length: int) -> nn.Module:
         """Put trainable vectors in front of every input, if the family supports it.
@@ -114,6 +135,7 @@ class Backbone(nn.Module, ABC):
     def unfreeze_above(self, depth: int) -> Backbone:
         """Train the layers above ``depth`` and the head, and the embeddings too if ``depth`` is 0."""
         self.requires_grad_(True)
+        self.frozen = False
         if depth > 0:
             for name, parameter in self.named_parameters():
                 if any(word in name for word in _EMBEDDING_WORDS):
@@ -125,6 +147,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def embed(self, tokens: TokenBatch) -> HiddenState:
         """Tokens, each (B, S), to the state at depth 0: (B, S, d), answers (B, 1)."""
+
+    def embed_whole(self, tokens: TokenBatch) -> HiddenState:
+        """Like :meth:`embed`, with a constant prefix as ordinary tokens of each input."""
+        return self.embed(tokens)
 
     @abstractmethod
     def layer(self, index: int) -> nn.Module:
@@ -204,11 +230,7 @@ class Backbone(nn.Module, ABC):
     def _run_layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         layer = self.layer(index)
 
-        def forward(hidden: Tensor) -> Tensor:
-            output = layer(hidden, **arguments)
-            return output[0] if isinstance(output, tuple) else output
-
-        return self._checkpointed(forward, hidden)
+        return self._checkpointed(lambda hidden: layer_output(layer, hidden, arguments), hidden)
 
     def _checkpointed(self, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled() and hidden.requires_grad:
@@ -227,10 +249,13 @@ class Backbone(nn.Module, ABC):
         return state.read()[:, 0]
 
     def own_states(self, state: HiddenState) -> Tensor:
-        """[answer state ; mean over the tokens] of each plain input, at any depth: (B, 2d)."""
+        """[answer state ; mean over the tokens, those of a constant prefix included] of each plain input: (B, 2d)."""
         mask = state.mask.unsqueeze(-1)  # (B, S, 1)
-        mean = (state.hidden * mask).sum(dim=1) / mask.sum(dim=1)  # (B, d)
-        return torch.cat([self.own_answers(state), mean], dim=-1)
+        total, count = (state.hidden * mask).sum(dim=1), mask.sum(dim=1)  # (B, d), (B, 1)
+        if state.prefix is not None:
+            total = total + state.prefix.hidden[state.depth].sum(dim=1)
+            count = count + len(state.prefix)
+        return torch.cat([self.own_answers(state), total / count], dim=-1)
 
     @abstractmethod
     def readout(self, answer: Tensor) -> Tensor:
@@ -248,6 +273,12 @@ class Backbone(nn.Module, ABC):
         """The plain model (SISO): tokens (B, S) to label scores (B, C)."""
         state = self.run(self.embed(tokens), self.num_layers)
         return self.classify(self.answers(state)[:, 0])
+
+
+def layer_output(layer: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The states after a layer of Transformers: (B, S, d)."""
+    output = layer(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def padding_mask(tokens: TokenBatch) -> Tensor:

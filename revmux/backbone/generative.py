@@ -95,6 +95,7 @@ class GenerativeBackbone(Backbone):
             raise UserError(f"soft prompt length is {length}; choose 1..{self.position_limit - 1}")
         words = torch.randint(int(self.config.vocab_size), (length,), device=self.device)
         self.soft_prompt = SoftPrompt(self.word_embeddings(words))
+        self.frozen = False
         return self.soft_prompt
 
     def embed_words(self, tokens: TokenBatch) -> tuple[Tensor, Tensor, int]:

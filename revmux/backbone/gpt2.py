@@ -10,7 +10,7 @@ from torch import nn
 
 from revmux.backbone.decoder import DecoderBackbone
 from revmux.backbone.registry import register_backbone
-from revmux.backbone.state import HiddenState, TokenBatch
+from revmux.backbone.state import HiddenState
 
 
 @register_backbone
@@ -31,8 +31,7 @@ class GPT2Backbone(DecoderBackbone):
     def word_embeddings(self) -> nn.Module:
         return self.core.wte
 
-    def embed(self, tokens: TokenBatch) -> HiddenState:
-        state = super().embed(tokens)
+    def place(self, state: HiddenState) -> HiddenState:
         hidden = self.core.drop(state.hidden + self.core.wpe(state.positions))  # (B, S, d)
         return replace(state, hidden=hidden, positions=None)
 
@@ -40,5 +39,5 @@ class GPT2Backbone(DecoderBackbone):
         return self.core.h[index]
 
     def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
-        masks = self.layer_masks(state)
-        return lambda index: {"attention_mask": masks(index)}
+        masks, past = self.layer_masks(state), self.past_arguments(state)
+        return lambda index: {"attention_mask": masks(index), **past}

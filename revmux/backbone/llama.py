@@ -40,10 +40,11 @@ class LlamaBackbone(DecoderBackbone):
         return self.core.layers[index]
 
     def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
-        masks = self.layer_masks(state)
+        masks, past = self.layer_masks(state), self.past_arguments(state)
         rotary = self.core.rotary_emb(state.hidden, position_ids=state.positions)
         return lambda index: {
             "attention_mask": masks(index),
             "position_embeddings": rotary,
             "position_ids": state.positions,
+            **past,
         }

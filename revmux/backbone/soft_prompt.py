@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from revmux.backbone.state import insert_before
+
 
 class SoftPrompt(nn.Module):
     """P vectors in front of every input.
@@ -30,12 +32,7 @@ class SoftPrompt(nn.Module):
         Returns:
             (B, P + S, d) and (B, P + S).
         """
-        rows, length = mask.shape
-        prompt = self.vectors.to(hidden.dtype).expand(rows, -1, -1)  # (B, P, d)
+        prompt = self.vectors.to(hidden.dtype).expand(len(hidden), -1, -1)  # (B, P, d)
         hidden = torch.cat([prompt, hidden], dim=1)  # (B, P + S, d)
-        mask = torch.cat([mask.new_ones(rows, len(self)), mask], dim=1)
-        padding = mask[:, len(self) :].int().argmax(dim=1, keepdim=True)  # (B, 1) padding on the left
-        place = torch.arange(len(self) + length, device=mask.device).expand(rows, -1)
-        source = torch.where(place < padding, place + len(self), place - padding)
-        source = torch.where(place < padding + len(self), source, place)  # (B, P + S)
-        return hidden.gather(1, source.unsqueeze(-1).expand_as(hidden)), mask.gather(1, source)
+        source, mask = insert_before(mask, len(self))
+        return hidden.gather(1, source.unsqueeze(-1).expand_as(hidden)), mask

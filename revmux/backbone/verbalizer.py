@@ -20,20 +20,26 @@ class Verbalizer:
         answer_prefix: tokens that the decoder of an encoder-decoder receives after its start token, before the answer
             is read. If empty, the answer is read at the start token (step 0). For a decoder-only model, put such
             tokens at the end of the prompt instead.
+        bias: what is added to the score of each class; empty for nothing.
 
     Raises:
-        UserError: a class without tokens, or two classes with the same first token.
+        UserError: a class without tokens, two classes with the same first token, or not one bias per class.
     """
 
     label_names: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     answer_prefix: tuple[int, ...] = ()
+    bias: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.label_names) != len(self.token_ids):
             raise UserError(
                 f"the verbalizer has {len(self.label_names)} class names but tokens for {len(self.token_ids)} classes; "
                 "give tokens for every class"
+            )
+        if self.bias and len(self.bias) != len(self.label_names):
+            raise UserError(
+                f"the verbalizer has {len(self.label_names)} classes but {len(self.bias)} biases; give one per class, or none"
             )
         owners: dict[int, str] = {}
         for name, ids in zip(self.label_names, self.token_ids, strict=True):
@@ -60,6 +66,7 @@ class VerbalizerHead(nn.Module):
 
     rows: Tensor
     average: Tensor
+    bias: Tensor | None
 
     def __init__(self, verbalizer: Verbalizer, vocab_size: int) -> None:
         super().__init__()
@@ -78,6 +85,8 @@ class VerbalizerHead(nn.Module):
         self.one_token_each = len(tokens) == len(verbalizer.token_ids)
         self.register_buffer("rows", torch.tensor(tokens), persistent=False)  # (K,)
         self.register_buffer("average", average, persistent=False)  # (C, K)
+        bias = torch.tensor(verbalizer.bias, dtype=torch.float32) if verbalizer.bias else None
+        self.register_buffer("bias", bias, persistent=False)  # (C,)
 
     def forward(self, vector: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Scores of the classes only, never of the whole vocabulary.
@@ -91,4 +100,6 @@ class VerbalizerHead(nn.Module):
             (..., C).
         """
         scores = nn.functional.linear(vector, weight[self.rows], None if bias is None else bias[self.rows])  # (..., K)
-        return scores if self.one_token_each else scores @ self.average.to(scores.dtype).T
+        if not self.one_token_each:
+            scores = scores @ self.average.to(scores.dtype).T
+        return scores if self.bias is None else scores + self.bias.to(scores.dtype)

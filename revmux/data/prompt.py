@@ -11,6 +11,8 @@ A prompt is a YAML file, one file per task, in the ``prompts`` folder of this pa
                                  # first token; mean: the mean over all its tokens
     answer_prefix: ""            # decoder input before the answer, for an encoder-decoder
     chat: false                  # true: the template is a user message in the model's own chat template
+    bias:                        # added to the score of a class; revmux calibrate fits it
+      negative: -0.4
 """
 
 from __future__ import annotations
@@ -49,9 +51,11 @@ class Prompt:
         reading: ``single``, ``first`` or ``mean``; see the module docstring.
         answer_prefix: decoder input before the answer, for an encoder-decoder.
         chat: whether the template is a user message, to be wrapped in the tokenizer's chat template.
+        bias: what is added to the score of a class, by its name. Classes that are left out have none.
 
     Raises:
-        UserError: a template has an unknown or missing field, a class has no word, or the reading is unknown.
+        UserError: a template has an unknown or missing field, a class has no word, the reading is unknown, or a bias
+            belongs to no class.
     """
 
     name: str = field(compare=False)
@@ -61,6 +65,7 @@ class Prompt:
     reading: str = "single"
     answer_prefix: str = ""
     chat: bool = False
+    bias: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_template(self.name, "template", self.template, required=("text",))
@@ -71,6 +76,9 @@ class Prompt:
         for label, words in self.labels.items():
             if not words or not all(word.strip() for word in words):
                 raise UserError(f"class {label!r} of prompt {self.name} has no word; add one, such as [{label}]")
+        for label in self.bias if self.labels else ():
+            if label not in self.labels:
+                raise one_of("class", label, self.labels, f"correct the bias of prompt {self.name}")
 
     @property
     def needs_pair(self) -> bool:
@@ -92,6 +100,7 @@ class Prompt:
     def to_dict(self) -> dict[str, Any]:
         """The prompt as plain data, for artifacts, without values that are None."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
+        content["bias"] = dict(self.bias) or None
         labels = {label: list(words) for label, words in self.labels.items()}
         return {key: value for key, value in (content | {"labels": labels}).items() if value is not None}
 
@@ -115,7 +124,7 @@ class Prompt:
     def difference(self, other: Prompt) -> str:
         """The first difference between two prompts, for messages: ``template 'Text: …' here, 'Sentence: …' there``."""
         own, others = self.to_dict(), other.to_dict()
-        for key in ("template", "pair_template", "labels", "reading", "answer_prefix", "chat"):
+        for key in ("template", "pair_template", "labels", "reading", "answer_prefix", "chat", "bias"):
             if own.get(key) != others.get(key):
                 return f"{key} {own.get(key)!r:.60} here, {others.get(key)!r:.60} there"
         return "no difference"
@@ -242,7 +251,8 @@ class Prompt:
         prefix = _encode(tokenizer, self.answer_prefix) if self.answer_prefix else []
         from revmux.backbone import Verbalizer
 
-        return Verbalizer(tuple(names), tuple(ids), tuple(prefix))
+        bias = tuple(float(self.bias.get(name, 0.0)) for name in names) if self.bias else ()
+        return Verbalizer(tuple(names), tuple(ids), tuple(prefix), bias)
 
     def _word_tokens(self, tokenizer: PreTrainedTokenizerBase, label: str, word: str) -> list[int]:
         """The tokens of a word that continues the prompt: after a space, unless the prompt ends in one.
@@ -305,7 +315,11 @@ def _read(name: str, content: Any) -> Prompt:
             raise one_of("key", key, keys, f"remove it from prompt {name}")
         if key == "chat" and not isinstance(value, bool):
             raise UserError(f"chat of prompt {name} is {value!r}; write true or false")
-        if key not in ("labels", "chat") and not isinstance(value, str):
+        if key == "bias" and not (
+            isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
+        ):
+            raise UserError(f"bias of prompt {name} is {value!r}; write one number per class, such as positive: 0.4")
+        if key not in ("labels", "chat", "bias") and not isinstance(value, str):
             raise UserError(f"{key} of prompt {name} is {value!r}; write text in quotes")
     labels = content.get("labels", {})
     if not isinstance(labels, dict):
@@ -320,6 +334,7 @@ def _read(name: str, content: Any) -> Prompt:
         reading=content.get("reading", "single"),
         answer_prefix=content.get("answer_prefix", ""),
         chat=content.get("chat", False),
+        bias={_text(name, label): float(number) for label, number in content.get("bias", {}).items()},
     )
 
 

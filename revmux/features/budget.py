@@ -32,7 +32,8 @@ def predict_size(split: TokenizedSplit, backbone: Backbone, dtype: torch.dtype, 
         split: the tokens.
         backbone: the backbone, which determines the widths.
         dtype: type of the states on disk.
-        prompt_length: states per input besides those of its tokens, such as those of a soft prompt.
+        prompt_length: states per input besides those of its tokens: a soft prompt of an encoder-decoder adds some, the constant
+            prefix of a decoder is not stored.
     """
     states = int(split.lengths.sum()) + prompt_length * len(split)
     return StoreSize(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from revmux.backbone import Backbone
+from revmux.backbone.decoder import DecoderBackbone
 from revmux.data.tokens import TokenizedSplit
 
 # Settings that do not change what a model computes.
@@ -34,6 +35,8 @@ def backbone_digest(backbone: Backbone) -> str:
     config = {name: value for name, value in backbone.config.to_dict().items() if name not in _INERT}
     verbalizer = getattr(backbone, "verbalizer", None)  # label words are a head without weights
     settings = [type(backbone).__name__, config, str(verbalizer)]
+    if isinstance(backbone, DecoderBackbone) and (backbone.constant_tokens or backbone.soft_prompt):
+        settings.append(["without its constant prefix", *backbone.constant_tokens])
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

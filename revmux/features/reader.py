@@ -226,6 +226,7 @@ class StoredFeatures(TeacherFeatures):
             positions=self._positions(rows, counts),
             segments=None if segments is None else segments.long().to(device),
             spans=None if spans is None else spans.bool().transpose(1, 2).to(device),
+            prefix=self.backbone.constant_prefix(),
         )
 
     def _positions(self, rows: np.ndarray, counts: Tensor) -> Tensor | None:

@@ -78,7 +78,8 @@ class FeaturePass:
             backbone's.
 
         Raises:
-            UserError: ``dtype`` cannot represent the states, or the shard cannot be written.
+            UserError: ``dtype`` cannot represent the states, the shard cannot be written, or an input does not begin
+                with the constant tokens of its prompt.
         """
         rows = self.shard_rows[index]
         wants_teacher = index not in self.teacher.names
@@ -87,7 +88,13 @@ class FeaturePass:
         with evaluating(backbone), torch.inference_mode():
             for start in range(0, len(rows), self.batch_size):
                 batch = split.batch(rows[start : start + self.batch_size].tolist(), backbone.device)
-                pieces.add(backbone, backbone.embed(batch))
+                state = backbone.embed(batch)
+                if state.prefix is not backbone.constant_prefix():
+                    raise UserError(
+                        "some inputs do not begin with the constant tokens of the prompt, so their states cannot be stored; "
+                        "put a space between the template and the text"
+                    )
+                pieces.add(backbone, state)
         if wants_teacher:
             self.teacher.write(index, pieces.teacher_columns())
         measured = spread(rows, max(PRECISION_INPUTS_PER_SHARD, -(-PRECISION_INPUTS // len(self.shard_rows))))

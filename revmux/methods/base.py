@@ -143,6 +143,12 @@ class Method(MethodNaming, nn.Module, ABC):
         """Whether only the answer states of the shared sequences are read, both for answers and for the loss."""
         return type(self).read is Method.read and not self.has_auxiliary_loss
 
+    @property
+    def reads_whole_inputs(self) -> bool:
+        """Whether a constant prefix has to be mixed with each input, since :meth:`multiplex` mixes positions with each
+        other, or a loss reads all tokens. Otherwise it is mixed once."""
+        return self.has_auxiliary_loss
+
     def exit_layer(self) -> int:
         """e, the layer after which answers are read. It is L unless the method exits early."""
         return self.shape.num_layers
@@ -166,6 +172,10 @@ class Method(MethodNaming, nn.Module, ABC):
     @abstractmethod
     def multiplex(self, states: HiddenState) -> HiddenState:
         """Mix N prefilled states per group, each tensor (G, N, ...), into one shared sequence (G, ...)."""
+
+    def multiplex_prefix(self, states: HiddenState) -> HiddenState:
+        """Mix N copies of the constant prefix, each tensor (1, N, ...), into that of the shared sequences, (1, ...)."""
+        return self.multiplex(states)
 
     def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
         """The answer states of the shared sequences: (G, A, d)."""

@@ -63,6 +63,7 @@ class ExitHead(EarlyExit):
     def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
         if self.attention is None:
             return backbone.own_states(state).unsqueeze(1)  # (B, 1, 2d)
+        state = state.whole()  # a constant prefix is weighted too
         relevance = self.attention(state.hidden.to(self.attention.weight.dtype))  # (B, S, 1)
         weight = relevance.masked_fill(~state.mask.unsqueeze(-1), -torch.inf).softmax(dim=1).to(state.hidden.dtype)
         mean = (weight * state.hidden).sum(dim=1, keepdim=True)  # (B, 1, d)

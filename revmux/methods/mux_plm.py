@@ -169,6 +169,10 @@ class MuxPLM(Method):
         mixed = self.keys.mix(hidden_without_padding(states)) if self.mixer is None else self.mixer(states)  # (G, S, d)
         return mix_channels(states, mixed, self.shape.shared_answer)
 
+    @property
+    def reads_whole_inputs(self) -> bool:
+        return super().reads_whole_inputs or self.mixer is not None  # the contextual mixer attends in both directions
+
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
         return pick_own(self.demultiplexer.all_slots(answers))
 

@@ -180,6 +180,9 @@ class TokenSplit(Method):
             spans=spans,
         )
 
+    def multiplex_prefix(self, states: HiddenState) -> HiddenState:
+        return states.map(lambda tensor: tensor[:, 0])  # whole, since all inputs read the same tokens
+
     def neighbours(self, states: HiddenState, relevance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The tokens of each input except its answer token, in order, in blocks of R.
 

@@ -16,7 +16,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from revmux.backbone import Backbone, Verbalizer, cut, generative_model_types
+from revmux.backbone.decoder import DecoderBackbone
 from revmux.backbone.generative import GenerativeBackbone, language_model_class
+from revmux.data.constant_prefix import constant_tokens
 from revmux.data.prompt import Prompt
 from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
@@ -54,14 +56,14 @@ def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
             backbone = cut(AutoModelForSequenceClassification.from_config(model_config))
         return backbone, backbone.label_names if _has_head(model_config) else None
     names = list(prompt.labels) or None
-    if names is None:
-        verbalizer = Verbalizer(("0", "1"), ((0,), (1,)))  # placeholders: the data determines the classes
-    else:
-        verbalizer = prompt.verbalizer(_load_tokenizer(config, location))
+    tokenizer = _load_tokenizer(config, location)
+    placeholder = Verbalizer(("0", "1"), ((0,), (1,)))  # the data determines the classes of a prompt without labels
+    verbalizer = placeholder if names is None else prompt.verbalizer(tokenizer)
     with torch.device("meta"):
         backbone = cut(language_model_class(model_config).from_config(model_config), verbalizer)
         if (soft_prompt := read_soft_prompt(location, config.revision)) is not None:
             backbone.add_soft_prompt(len(soft_prompt))
+    _keep_prefix(backbone, prompt, tokenizer)
     return backbone, names
 
 
@@ -107,6 +109,7 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
         prompt = prompt.with_labels(label_names)
         verbalizer = prompt.verbalizer(tokenizer)
         backbone = cut(_load_language_model(config, location, model_config), verbalizer)
+        _keep_prefix(backbone, prompt, tokenizer)
     if isinstance(backbone, GenerativeBackbone):
         backbone.soft_prompt = read_soft_prompt(location, config.revision)
     check_length(config, backbone)
@@ -188,6 +191,12 @@ def _weights(config: BackboneConfig) -> dict[str, Any]:
         "trust_remote_code": False,
         "use_safetensors": True,
     }
+
+
+def _keep_prefix(backbone: Backbone, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a decoder run the constant beginning of a prompt once. Encoder-decoders read it in both directions."""
+    if isinstance(backbone, DecoderBackbone):
+        backbone.keep_prefix(constant_tokens(prompt, tokenizer))
 
 
 def _prompt_of(config: BackboneConfig, location: str, model_config: Any) -> Prompt | None:

@@ -1,0 +1,1 @@
+"""A pretrained LLaMA (SmolLM2-135M-Instruct) on GLUE."""

@@ -1,0 +1,55 @@
+"""The tables of the pretrained LLaMA: its prompts, and what their constant prefix saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.rows import verdict
+
+
+def llama_words(result: dict[str, Any]) -> dict[str, str]:
+    """Return the texts for the page's marks."""
+    meta, rows = result["meta"], result["rows"]
+    machine = f"{meta['machine']['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`"
+    return {
+        "llama-prompts": _prompt_table([row for row in rows if row["kind"] == "prompt"], machine),
+        "llama-prefix": _prefix_table([row for row in rows if row["kind"] == "prefix"], machine),
+    }
+
+
+def _prompt_table(rows: list[dict[str, Any]], machine: str) -> str:
+    lines = [
+        "| task | prompt | selection, plain / calibrated | dev, plain | dev, calibrated | dev, largest class | constant tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rivals = [other["selection_calibrated"] for other in rows if other["task"] == row["task"]]
+        chosen = "**" if row["selection_calibrated"] == max(rivals) else ""
+        lines.append(
+            f"| {row['task']} | {chosen}`{row['prompt']}`{chosen} | {row['selection']:.1%} / {row['selection_calibrated']:.1%} | "
+            f"{row['dev']:.1%} | {row['dev_calibrated']:.1%} | {row['dev_majority']:.1%} | {row['constant_tokens']} |"
+        )
+    sizes = ", ".join(dict.fromkeys(f"{row['task']} {row['selection_inputs']} and {row['dev_inputs']}" for row in rows))
+    words = (
+        f"smollm2-135m in {rows[0]['dtype']}, without any training. Inputs of the selection set and of dev: {sizes}. The selection set "
+        f"fits the bias and chooses the prompt (bold). {machine}."
+    )
+    return "\n".join(lines) + f"\n\n{words}\n"
+
+
+def _prefix_table(rows: list[dict[str, Any]], machine: str) -> str:
+    lines = [
+        "| system | operations saved, counted | time saved, measured | throughput | measured / counted (min–max) | target | result |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['title']} | {row['saved_counted']:.1%} | {row['saved_measured']:.1%} | {row['throughput_ratio']:.2f}× | "
+        f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f}) | ≥ {row['target']:g} | {verdict(row)} |"
+        for row in rows
+    ]
+    first = rows[0]
+    words = (
+        f"smollm2-135m in float32 with the prompt `{first['prompt']}` on SST-2: {first['prefix']} of {first['tokens']} tokens (mean) are "
+        f"constant. The same model with and without the prefix, {first['pairs']} pairs of runs. {machine}."
+    )
+    return "\n".join(lines) + f"\n\n{words}\n"
