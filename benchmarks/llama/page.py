@@ -11,10 +11,10 @@ def llama_words(result: dict[str, Any]) -> dict[str, str]:
     """Return the texts for the page's marks."""
     meta, rows = result["meta"], result["rows"]
     machine = f"{meta['machine']['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`"
-    return {
-        "llama-prompts": _prompt_table([row for row in rows if row["kind"] == "prompt"], machine),
-        "llama-prefix": _prefix_table([row for row in rows if row["kind"] == "prefix"], machine),
-    }
+    tables = {"prompt": _prompt_table, "prefix": _prefix_table}
+    found = {kind: [row for row in rows if row["kind"] == kind] for kind in tables}
+    names = {"prompt": "llama-prompts", "prefix": "llama-prefix"}
+    return {names[kind]: table(found[kind], machine) for kind, table in tables.items() if found[kind]}
 
 
 def _prompt_table(rows: list[dict[str, Any]], machine: str) -> str:

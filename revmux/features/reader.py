@@ -234,7 +234,10 @@ class StoredFeatures(TeacherFeatures):
         if positions is None:
             return None
         positions = positions.long()
-        if not self.pad_left:
+        if self.pad_left:
+            # Padding has the position of the first token, which is not 0 after a constant prefix.
+            positions = positions.maximum(positions.gather(1, positions.shape[1] - counts))
+        else:
             # Positions continue in the padding, as in the backbones, so that they are increasing.
             behind = (torch.arange(positions.shape[1]) - (counts - 1)).clamp(min=0)  # (B, S)
             positions += (behind > 0) * (positions.gather(1, counts - 1) + behind)
