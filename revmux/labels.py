@@ -21,13 +21,24 @@ def best_labels(scores: Tensor) -> Tensor:
 def rank_labels(
     scores: Tensor, label_names: Sequence[str], function: ScoreFunction | None = None, top_k: int | None = None
 ) -> list[tuple[str, float]]:
-    """Labels with their scores, highest score first.
+    """Labels of one input with their scores, highest score first.
 
     Args:
         scores: (C,) before softmax.
         label_names: C names.
         function: the function applied to the scores. None means softmax, or sigmoid if there is only one class.
         top_k: number of labels to return. None means all.
+
+    Raises:
+        UserError: the function is unknown.
+    """
+    return rank_many(scores[None], label_names, function, top_k)[0]
+
+
+def rank_many(
+    scores: Tensor, label_names: Sequence[str], function: ScoreFunction | None = None, top_k: int | None = None
+) -> list[list[tuple[str, float]]]:
+    """The result of :func:`rank_labels` for M inputs: scores (M, C).
 
     Raises:
         UserError: the function is unknown.
@@ -39,5 +50,8 @@ def rank_labels(
         scores = scores.sigmoid()
     elif function != "none":
         raise one_of("function", function, get_args(ScoreFunction), "omit it to use the default of the model")
-    values, order = torch.sort(scores, descending=True, stable=True)
-    return [(label_names[index], value) for index, value in zip(order.tolist(), values.tolist())][:top_k]
+    values, order = torch.sort(scores, dim=-1, descending=True, stable=True)  # (M, C) each
+    return [
+        [(label_names[index], value) for index, value in zip(indices, row)][:top_k]
+        for indices, row in zip(order.tolist(), values.tolist())
+    ]

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 import torch
-from fastapi import FastAPI
 from prometheus_client.core import Metric
 from ray import serve
 from ray.serve import Application
@@ -19,14 +18,12 @@ from ray.serve import Application
 from revmux.errors import UserError
 from revmux.utils.environment import compute_environment
 from serve_app.config import AppConfig, LiveConfig, live_tasks
+from serve_app.errors import RETRY_AFTER_SECONDS
 from serve_app.service import Service
-from serve_app.web import create_app
+from serve_app.web import HttpApplication, create_app
 
 PEER_SECONDS = 2.0
 """Time limit for collecting the metrics of the other replicas."""
-
-MIN_TASKS = 100
-"""Serve's limit on requests per replica allows for at least this many tasks, because tasks can be added later."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +44,7 @@ class Classifier:
         self.service.peers = self._peers
         self._ready = False
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> HttpApplication:
         """Build the HTTP application. Serve calls this once, after the constructor."""
         return create_app(self.service)
 
@@ -93,8 +90,6 @@ def build(args: AppConfig) -> Application:
     Args:
         args: see :class:`serve_app.config.AppConfig`; an unknown key is an error.
     """
-    # The replica's queues refuse excess requests with 429. Serve's own limit must be higher, for health checks too.
-    ongoing = max(MIN_TASKS, 2 * len(args.served)) * (args.max_queue + args.max_batch)
     scale: dict[str, Any] = (
         {"autoscaling_config": args.autoscaling.model_dump()}
         if args.autoscaling
@@ -103,10 +98,14 @@ def build(args: AppConfig) -> Application:
     application: Application = Classifier.options(  # type: ignore[attr-defined]
         **scale,
         user_config=LiveConfig(tasks=args.served).model_dump(),
-        max_ongoing_requests=ongoing,
+        # A busy replica refuses requests, so that Serve asks another one. If all are busy, as many may wait once more.
+        max_ongoing_requests=args.ongoing_requests,
+        max_queued_requests=args.ongoing_requests,
+        backpressure_config={"status_code": 429, "retry_after_s": RETRY_AFTER_SECONDS},
         graceful_shutdown_timeout_s=args.drain_seconds,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus, "runtime_env": _runtime_env()},
-        logging_config={"enable_access_log": False},  # one log line per request would cost more than a small model
+        # A log line per request would cost more than a small model. Serve writes it, with level INFO, before it drops it.
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
     ).bind(args)
     return application
 

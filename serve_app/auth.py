@@ -50,6 +50,17 @@ def read_tokens(token_file: str | None, token_env: str | None) -> tuple[bytes, .
     return tuple(token.encode() for token in tokens)
 
 
+MISSING_TOKEN = "missing or unknown token; send the header Authorization: Bearer TOKEN"
+
+
+def is_authorized(headers: Headers, tokens: Sequence[bytes]) -> bool:
+    """Whether a request has one of the tokens."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    # Headers are latin-1. Every token is compared in constant time, so the response time reveals nothing.
+    matches = [hmac.compare_digest(given.strip().encode("latin-1"), token) for token in tokens]
+    return scheme.lower() == "bearer" and any(matches)
+
+
 class BearerAuth:
     """Middleware that answers requests without a valid token with 401, before their body is read.
 
@@ -63,23 +74,20 @@ class BearerAuth:
         self.tokens = tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_open(scope) and not self._is_authorized(Headers(scope=scope)):
-            refused = refusal(Unauthorized("missing or unknown token; send the header Authorization: Bearer TOKEN"))
+        if scope["type"] == "http" and not _is_open(scope) and not is_authorized(Headers(scope=scope), self.tokens):
+            refused = refusal(Unauthorized(MISSING_TOKEN))
             await refused(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
-    def _is_authorized(self, headers: Headers) -> bool:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        # Headers are latin-1. Every token is compared in constant time, so the response time reveals nothing.
-        matches = [hmac.compare_digest(given.strip().encode("latin-1"), token) for token in self.tokens]
-        return scheme.lower() == "bearer" and any(matches)
-
 
 def _is_open(scope: Scope) -> bool:
-    # The ASGI path includes the prefix under which the application is mounted, such as Serve's route_prefix.
-    path: str = scope["path"]
-    root = str(scope.get("root_path", "")).rstrip("/")
-    if root and path.startswith(f"{root}/"):
-        path = path.removeprefix(root)
+    path = path_in_app(scope)
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or (path == "/" and scope["method"] == "GET")
+
+
+def path_in_app(scope: Scope) -> str:
+    """The path without the prefix under which the application is mounted, such as Serve's route_prefix."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) if root and path.startswith(f"{root}/") else path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from serve_app.errors import SlowBody, TooLarge
 
@@ -20,6 +21,7 @@ async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
     Raises:
         TooLarge: the body is larger. This is raised as soon as it is known.
         SlowBody: the body did not arrive in time.
+        ClientDisconnect: the client disconnected.
     """
     refused = TooLarge(f"the body has more than {max_bytes} bytes; send fewer or shorter texts")
     declared = request.headers.get("content-length", "")
@@ -28,10 +30,15 @@ async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                body += chunk
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
                 if len(body) > max_bytes:
                     raise refused
+                if not message.get("more_body", False):
+                    break
     except TimeoutError:
         raise SlowBody(
             f"the body did not arrive within {seconds:g} s; send it faster, or in smaller requests"

@@ -138,6 +138,8 @@ class AppConfig(_TaskSettings):
         tasks: Several tasks by name, each with the settings above. Names consist of letters, digits, '.', '_' and '-'.
         max_multiplex: Maximum width of a group. 1 serves the plain model alone. Default: the widest adapter.
         max_queue: Maximum number of inputs of one task that wait in a replica. Further requests are answered with 429.
+        max_ongoing_requests: Maximum number of requests that a replica holds. When it holds more, Serve sends them to other
+            replicas, and answers 429 if all are full. Default: max_queue + max_batch.
         max_batch: Maximum number of inputs per forward pass.
         max_batch_tokens: Maximum number of tokens per forward pass, including padding.
         plain_load: The plain model answers every input while the waiting work costs no more than this many plain inputs.
@@ -164,6 +166,7 @@ class AppConfig(_TaskSettings):
     tasks: dict[str, TaskConfig] = {}
     max_multiplex: int | None = Field(default=None, ge=1)
     max_queue: int = Field(default=512, ge=1)
+    max_ongoing_requests: int | None = Field(default=None, ge=1)
     max_batch: int = Field(default=128, ge=1)
     max_batch_tokens: int = Field(default=16384, ge=1)
     plain_load: float = Field(default=4.0, ge=0)
@@ -216,6 +219,38 @@ class AppConfig(_TaskSettings):
                 "always be refused; lower max_texts or raise max_queue"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_full_replica_passes_requests_on(self) -> AppConfig:
+        held = len(self.served) * (self.max_queue + self.max_batch)
+        if self.ongoing_requests > held:
+            raise ValueError(
+                f"max_ongoing_requests ({self.ongoing_requests}) exceeds what the queues and a forward pass can hold "
+                f"({held}), so a full replica would never pass requests to another; choose at most {held}, or omit it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_are_busy_before_more_start(self) -> AppConfig:
+        if self.autoscaling is None:
+            return self
+        target = self.autoscaling.target_ongoing_requests
+        if target <= self.plain_load:
+            raise ValueError(
+                f"autoscaling.target_ongoing_requests ({target:g}) is not above plain_load ({self.plain_load:g}), so "
+                "replicas would be added before any of them answers in groups; raise it, to several times plain_load"
+            )
+        if target > self.ongoing_requests:
+            raise ValueError(
+                f"autoscaling.target_ongoing_requests ({target:g}) exceeds max_ongoing_requests "
+                f"({self.ongoing_requests}), so no replica would ever be added; lower it"
+            )
+        return self
+
+    @property
+    def ongoing_requests(self) -> int:
+        """Maximum number of requests that a replica holds."""
+        return self.max_ongoing_requests or self.max_queue + self.max_batch
 
     @field_validator("token_file")
     @classmethod
@@ -277,10 +312,14 @@ class ServerConfig(AppConfig):
         host: Interface to listen on. 127.0.0.1 accepts connections from this machine only, 0.0.0.0 from every machine that
             can reach it.
         port: TCP port to listen on.
+        proxy: HTTP proxy of the Ray that this command starts: haproxy, or Serve's own proxy in python, which answers several
+            times fewer requests per second. An existing cluster keeps its proxy. Default: haproxy where Ray brings it (on
+            Linux).
     """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
+    proxy: Literal["haproxy", "python"] | None = None
 
 
 def server_config(**settings: Any) -> ServerConfig:

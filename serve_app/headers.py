@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
@@ -10,8 +10,8 @@ from revmux.serving import Answer
 
 def reply_headers(
     texts: Sequence[Text], answers: Sequence[Answer], total_seconds: float, device: str
-) -> dict[str, str]:
-    """Build the headers of a reply.
+) -> list[tuple[bytes, bytes]]:
+    """Build the headers of a reply, encoded for ASGI.
 
     The ``x-compute-…`` and ``x-…-time`` headers have the names of text-embeddings-inference. Times are in milliseconds,
     each the longest of all inputs. The ``x-revmux-…`` headers have one value per input, separated by commas. Inputs
@@ -27,23 +27,26 @@ def reply_headers(
     numbers: dict[int, int] = {}
     for answer in answers:
         numbers.setdefault(answer.group, len(numbers) + 1)
-    return {
-        "x-compute-type": device,
-        "x-compute-time": _milliseconds([total_seconds]),
-        "x-compute-characters": str(sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)),
-        "x-compute-tokens": str(sum(answer.tokens for answer in answers)),
-        "x-total-time": _milliseconds([total_seconds]),
-        "x-tokenization-time": _milliseconds(answer.tokenize_seconds for answer in answers),
-        "x-queue-time": _milliseconds(answer.queue_seconds for answer in answers),
-        "x-inference-time": _milliseconds(answer.inference_seconds for answer in answers),
-        "x-revmux-width": ",".join(str(answer.width) for answer in answers),
-        "x-revmux-method": ",".join(answer.method for answer in answers),
-        "x-revmux-stage": ",".join(str(answer.stage) for answer in answers),
-        "x-revmux-group": ",".join(str(numbers[answer.group]) for answer in answers),
-        "x-revmux-fallback": ",".join(str(answer.fell_back).lower() for answer in answers),
-        "x-revmux-truncated": ",".join(str(answer.truncated).lower() for answer in answers),
+    total = _milliseconds(total_seconds)
+    characters = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
+    found = {
+        b"x-compute-type": device,
+        b"x-compute-time": total,
+        b"x-compute-characters": str(characters),
+        b"x-compute-tokens": str(sum([answer.tokens for answer in answers])),
+        b"x-total-time": total,
+        b"x-tokenization-time": _milliseconds(max([answer.tokenize_seconds for answer in answers])),
+        b"x-queue-time": _milliseconds(max([answer.queue_seconds for answer in answers])),
+        b"x-inference-time": _milliseconds(max([answer.inference_seconds for answer in answers])),
+        b"x-revmux-width": ",".join([str(answer.width) for answer in answers]),
+        b"x-revmux-method": ",".join([answer.method for answer in answers]),
+        b"x-revmux-stage": ",".join([str(answer.stage) for answer in answers]),
+        b"x-revmux-group": ",".join([str(numbers[answer.group]) for answer in answers]),
+        b"x-revmux-fallback": ",".join(["true" if answer.fell_back else "false" for answer in answers]),
+        b"x-revmux-truncated": ",".join(["true" if answer.truncated else "false" for answer in answers]),
     }
+    return [(name, value.encode("latin-1")) for name, value in found.items()]
 
 
-def _milliseconds(seconds: Iterable[float]) -> str:
-    return f"{1000 * max(seconds):.1f}"
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}"

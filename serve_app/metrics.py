@@ -5,7 +5,9 @@ Serve routes a scrape to one replica, which collects the metrics of all others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -51,23 +53,31 @@ class ReplicaMetrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.steps = Histogram(
-            "revmux_stage_seconds",
-            "seconds per input for the steps tokenize and queue, seconds per forward pass for the other steps",
-            ["task", "stage"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
+        self._steps: dict[tuple[str, str], _Seconds] = {}
+        self._replies: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self.registry.register(self)
+
+    def replied(self, route: str, status: str, seconds: float) -> None:
+        """Record a reply.
+
+        Args:
+            route: the pattern of the request's path.
+            status: HTTP status, or ``dropped``.
+            seconds: time of the request.
+        """
+        known = self._replies.get((route, status))
+        if known is None:
+            known = self._replies[route, status] = self.replies.labels(route, status), self.seconds.labels(route)
+        counter, histogram = known
+        counter.inc()
+        histogram.observe(seconds)
 
     def on_pass(self, report: PassReport) -> None:
         """Record a forward pass. The engine calls this after each pass."""
         waits = {"tokenize": report.tokenize_seconds, "queue": report.queue_seconds, "pass": (report.seconds,)}
         steps = {step: (seconds,) for step, seconds in report.steps.items()}
         for step, observed in {**waits, **steps}.items():
-            histogram = self.steps.labels(report.task, step)
-            for seconds in observed:
-                histogram.observe(seconds)
+            self._steps.setdefault((report.task, step), _Seconds()).observe(observed)
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: prometheus_client calls this on registration, when the tasks are not known yet."""
@@ -112,11 +122,39 @@ class ReplicaMetrics:
             for width, number in sorted(counted["groups"].items()):
                 groups.add_metric([task, str(width)], number)
             widths.add_metric([task], *_histogram(counted["groups"]))
-        yield from (queue, limit, *counters.values(), inputs, groups, methods, ladder, widths)
+        yield from (queue, limit, *counters.values(), inputs, groups, methods, ladder, widths, self._stage_seconds())
+
+    def _stage_seconds(self) -> Metric:
+        family = HistogramMetricFamily(
+            "revmux_stage_seconds",
+            "seconds per input for the steps tokenize and queue, seconds per forward pass for the other steps",
+            labels=["task", "stage"],
+        )
+        for (task, step), seconds in list(self._steps.items()):
+            family.add_metric([task, step], *seconds.buckets())
+        return family
 
     def families(self) -> list[Metric]:
         """Return all metrics in a form that can be sent to another replica."""
         return list(self.registry.collect())
+
+
+class _Seconds:
+    """A histogram that records all inputs of a pass at once. One thread observes, others may read."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: Sequence[float]) -> None:
+        for one in seconds:
+            self._counts[bisect_left(SECONDS, one)] += 1
+        self._sum += sum(seconds)
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """The cumulative buckets, and the sum."""
+        bounds = [*map(str, SECONDS), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts))), self._sum
 
 
 def _histogram(groups: dict[int, int]) -> tuple[list[tuple[str, float]], float]:

@@ -1,11 +1,13 @@
 """Endpoints for classification, as in text-embeddings-inference and in the Open Inference Protocol."""
 
 # No postponed annotations in this module: FastAPI reads those of the endpoints.
+from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from revmux.errors import TextError
 from revmux.pretrained.encoder import Text
@@ -20,8 +22,87 @@ from serve_app.service import Service
 
 _FAILURES = examples.failures(400, 404, 408, 413, 422, 424, 429, 504)
 
+Endpoint = Callable[[Request, str | None], Awaitable[Response]]
 
-def predict_routes(service: Service) -> APIRouter:
+
+class Endpoints:
+    """The endpoints for classification.
+
+    Args:
+        service: the service of the replica.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def predict(self, request: Request, task: str | None) -> Response:
+        """Answer a request of text-embeddings-inference. The path may name the task."""
+        started = perf_counter()
+        parsed = parse(await self._body(request), PredictRequest)
+        if task is not None and parsed.task not in (None, task):
+            raise TextError(f"the path names task {task!r} and the body names {parsed.task!r}; name only one of them")
+        # Looked up once, because tasks can be added, removed and replaced before the answer is ready.
+        resolved = self.service.engine.task(task or parsed.task)
+        texts = parsed.texts
+        answers = await self._classify(resolved, texts, parsed)
+        return self._reply(parsed.reply(answers, resolved.label_names), texts, answers, started)
+
+    async def infer(self, request: Request, task: str | None) -> Response:
+        """Answer a request of the Open Inference Protocol."""
+        started = perf_counter()
+        resolved = self.service.engine.task(task)
+        parsed = parse(await self._body(request), InferRequest)
+        texts = parsed.inputs[0].texts
+        answers = await self._classify(resolved, texts, parsed.parameters)
+        return self._reply(parsed.reply(resolved.name, answers, resolved.label_names), texts, answers, started)
+
+    async def _classify(self, task: Task, texts: list[Text], options: RequestOptions) -> list[Answer]:
+        """Classify all texts of a request with one task.
+
+        Raises:
+            TooLarge: the request has more texts than allowed. Other errors: see :meth:`revmux.serving.Engine.answer`.
+        """
+        limit = self.service.config.max_texts
+        if len(texts) > limit:
+            raise TooLarge(
+                f"the request has {len(texts)} texts, at most {limit} are allowed; send fewer texts per request"
+            )
+        return await self.service.engine.answer(
+            texts,
+            bool(options.truncate),
+            options.max_multiplex,
+            task=task,
+            priority=options.priority or 0,
+            timeout=None if options.timeout_ms is None else options.timeout_ms / 1000,
+        )
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, self.service.config.max_body_bytes, self.service.config.body_seconds)
+
+    def _reply(self, content: object, texts: list[Text], answers: list[Answer], started: float) -> Response:
+        device = "gpu" if self.service.config.num_gpus else "cpu"
+        return JsonReply(orjson.dumps(content), reply_headers(texts, answers, perf_counter() - started, device))
+
+
+class JsonReply(Response):
+    """A reply with status 200 whose body and headers are encoded already.
+
+    Args:
+        body: JSON.
+        headers: names in lower case, and values in latin-1.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = body
+        length = (b"content-length", str(len(body)).encode())
+        self.raw_headers = [length, (b"content-type", b"application/json"), *headers]
+
+
+def predict_routes(endpoints: Endpoints) -> APIRouter:
     """Return the routes ``/predict``, ``POST /`` and ``/tasks/{task}/predict``."""
     router = APIRouter(tags=["classification"])
     described: dict[str, Any] = {
@@ -29,37 +110,26 @@ def predict_routes(service: Service) -> APIRouter:
         "responses": {**examples.reply(examples.RANKINGS, "labels and scores, best first"), **_FAILURES},
     }
 
-    async def answer(request: Request, task: str | None) -> JSONResponse:
-        started = perf_counter()
-        parsed = parse(await _body(service, request), PredictRequest)
-        if task is not None and parsed.task not in (None, task):
-            raise TextError(f"the path names task {task!r} and the body names {parsed.task!r}; name only one of them")
-        # Looked up once, because tasks can be added, removed and replaced before the answer is ready.
-        resolved = service.engine.task(task or parsed.task)
-        texts = parsed.texts
-        answers = await classify(service, resolved, texts, parsed)
-        content = parsed.reply(answers, resolved.label_names)
-        return _reply(service, content, texts, answers, started)
-
     @router.post("/predict", **described)
-    async def predict(request: Request) -> JSONResponse:
+    async def predict(request: Request) -> Response:
         """Classify one text, one sentence pair, or a batch."""
-        return await answer(request, None)
+        return await endpoints.predict(request, None)
 
     @router.post("/", include_in_schema=False)
-    async def predict_at_root(request: Request) -> JSONResponse:
-        return await answer(request, None)
+    async def predict_at_root(request: Request) -> Response:
+        return await endpoints.predict(request, None)
 
     @router.post("/tasks/{task}/predict", **described)
-    async def predict_task(task: str, request: Request) -> JSONResponse:
+    async def predict_task(task: str, request: Request) -> Response:
         """Classify one text, one sentence pair, or a batch, with one of several tasks."""
-        return await answer(request, task)
+        return await endpoints.predict(request, task)
 
     return router
 
 
-def open_inference_routes(service: Service) -> APIRouter:
+def open_inference_routes(endpoints: Endpoints) -> APIRouter:
     """Return the routes under ``/v2``: health, metadata and inference. Each task is a model of the protocol."""
+    service = endpoints.service
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
     @router.get("", responses=examples.failures())
@@ -95,41 +165,8 @@ def open_inference_routes(service: Service) -> APIRouter:
         openapi_extra=examples.body(InferRequest),
         responses={**examples.reply(examples.TENSORS, "labels and scores, best first"), **_FAILURES},
     )
-    async def infer(task: str, request: Request) -> JSONResponse:
+    async def infer(task: str, request: Request) -> Response:
         """Classify a tensor of texts or sentence pairs."""
-        started = perf_counter()
-        resolved = service.engine.task(task)
-        parsed = parse(await _body(service, request), InferRequest)
-        texts = parsed.inputs[0].texts
-        answers = await classify(service, resolved, texts, parsed.parameters)
-        return _reply(service, parsed.reply(task, answers, resolved.label_names), texts, answers, started)
+        return await endpoints.infer(request, task)
 
     return router
-
-
-async def classify(service: Service, task: Task, texts: list[Text], options: RequestOptions) -> list[Answer]:
-    """Classify all texts of a request with one task.
-
-    Raises:
-        TooLarge: the request has more texts than allowed. Other errors: see :meth:`revmux.serving.Engine.answer`.
-    """
-    limit = service.config.max_texts
-    if len(texts) > limit:
-        raise TooLarge(f"the request has {len(texts)} texts, at most {limit} are allowed; send fewer texts per request")
-    return await service.engine.answer(
-        texts,
-        bool(options.truncate),
-        options.max_multiplex,
-        task=task,
-        priority=options.priority or 0,
-        timeout=None if options.timeout_ms is None else options.timeout_ms / 1000,
-    )
-
-
-async def _body(service: Service, request: Request) -> bytes:
-    return await read_body(request, service.config.max_body_bytes, service.config.body_seconds)
-
-
-def _reply(service: Service, content: object, texts: list[Text], answers: list[Answer], started: float) -> JSONResponse:
-    device = "gpu" if service.config.num_gpus else "cpu"
-    return JSONResponse(content, headers=reply_headers(texts, answers, perf_counter() - started, device))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from revmux.errors import EmptyText, TextError
-from revmux.labels import ScoreFunction, rank_labels
+from revmux.labels import ScoreFunction, rank_many
 from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
 from revmux.serving.limits import HIGHEST_PRIORITY
@@ -81,12 +82,10 @@ class PredictRequest(RequestOptions):
         """Return the body of the reply: one ranking for a single input, a list of rankings for a batch."""
         parameters = self.parameters or Parameters()
         function = parameters.function_to_apply or ("none" if self.raw_scores else None)
+        scores = torch.stack([answer.scores for answer in answers])  # (B, C)
         rankings: list[Ranking] = [
-            [
-                {"label": label, "score": score}
-                for label, score in rank_labels(answer.scores, label_names, function, parameters.top_k)
-            ]
-            for answer in answers
+            [{"label": label, "score": score} for label, score in ranking]
+            for ranking in rank_many(scores, label_names, function, parameters.top_k)
         ]
         return rankings if self._is_batch or "parameters" in self.model_fields_set else rankings[0]
 

@@ -7,8 +7,10 @@ import io
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,12 +26,14 @@ from revmux.utils.extras import require
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, ServerConfig, TaskConfig
 from serve_app.measured_loss import log_loss
-from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
+from serve_app.ray_environment import ENABLE_VARIABLE, proxy_kind, ray_environment
 from serve_app.sources import is_mlflow
 
 APPLICATION = "revmux"
 _started: set[str] = set()
 """Which of ``ray``, ``serve`` and ``application`` this process started. Only these are stopped by :func:`shutdown`."""
+_prepared = ExitStack()
+"""Undoes what :func:`_prepare_proxy` did."""
 
 
 def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
@@ -61,9 +65,10 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
 
     from serve_app.app import build
 
+    host = config.host
     if not ray.is_initialized():
         read_tokens(config.token_file, config.token_env)  # on an existing cluster, only its replicas can check this
-        os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)  # processes of the new cluster inherit it
+        host = _prepare_proxy(config)
         if not sys.stdout.isatty():
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         # Only errors are logged: Ray warns at each start about how to disable authentication.
@@ -74,8 +79,8 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
         _check_resources(config, ray.cluster_resources())
         if serve.status() == ServeStatus():
             _started.add("serve")
-        serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
-        application = AppConfig(**config.model_dump(exclude={"host", "port"}))
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": config.port})
+        application = AppConfig(**config.model_dump(exclude={"host", "port", "proxy"}))
         _started.add("application")
         serve.run(build(application), name=APPLICATION, route_prefix="/")
         url = base_url(config.host, config.port)
@@ -105,6 +110,7 @@ def shutdown() -> None:
         if "ray" in _started:
             ray.shutdown()
     _started.clear()
+    _prepared.close()
 
 
 def base_url(host: str, port: int) -> str:
@@ -130,6 +136,29 @@ def check_port(host: str, port: int) -> None:
                     f"port {port} of {host} is in use by another process; stop that process, or choose another --port"
                 ) from None
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose 127.0.0.1 or 0.0.0.0") from None
+
+
+def _prepare_proxy(config: ServerConfig) -> str:
+    """Set the variables that Ray's processes inherit, and return the interface for the replicas."""
+    kind = proxy_kind(config.proxy)
+    folder = (
+        Path(tempfile.mkdtemp(prefix="revmux-", dir="/tmp")) if kind == "haproxy" else None
+    )  # sockets need short paths
+    if folder is not None:
+        _prepared.callback(shutil.rmtree, folder, ignore_errors=True)
+    for name, value in ray_environment(kind, folder, config.host).items():
+        before = os.environ.get(name)
+        if before is None or name == ENABLE_VARIABLE:
+            os.environ[name] = value
+            _prepared.callback(_set_variable, name, before)
+    return config.host if kind == "python" else "127.0.0.1"
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def _check_adapters(task: TaskConfig, config: ServerConfig) -> None:

@@ -14,10 +14,11 @@ import revmux
 from serve_app import errors as failures
 from serve_app import examples
 from serve_app.auth import BearerAuth
+from serve_app.fast_path import FastPath
 from serve_app.metrics import ReplicaMetrics
 from serve_app.open_inference import InferRequest
 from serve_app.operations import STATIC, operations_routes
-from serve_app.predict import open_inference_routes, predict_routes
+from serve_app.predict import Endpoints, open_inference_routes, predict_routes
 from serve_app.protocol import PredictRequest
 from serve_app.service import Service
 
@@ -29,21 +30,42 @@ Inference Protocol (`/v2`). The headers of each reply describe how it was comput
 """
 
 
-def create_app(service: Service) -> FastAPI:
+class HttpApplication:
+    """The HTTP application: the fast path for classifications, and FastAPI for all else.
+
+    Args:
+        fast: answers requests for classifications.
+        api: describes all endpoints, and answers the other requests.
+    """
+
+    def __init__(self, fast: FastPath, api: FastAPI) -> None:
+        self.fast = fast
+        self.api = api
+        self.routes = api.routes  # Serve names requests by their routes
+        self.router = api.router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if not await self.fast.answers(scope, receive, send):
+            await self.api(scope, receive, send)
+
+
+def create_app(service: Service) -> HttpApplication:
     """Build the HTTP application of a service."""
+    endpoints = Endpoints(service)
     # FastAPIOffline serves Swagger's files itself, so the pages need no network.
-    app = FastAPIOffline(
+    api = FastAPIOffline(
         title="RevMUX", version=revmux.__version__, description=DESCRIPTION, redoc_url=None, redirect_slashes=False
     )
-    failures.install(app)
-    for routes in (predict_routes, operations_routes, open_inference_routes):
-        app.include_router(routes(service))
-    app.mount("/static", StaticFiles(directory=STATIC))
+    failures.install(api)
+    for router in (predict_routes(endpoints), operations_routes(service), open_inference_routes(endpoints)):
+        api.include_router(router)
+    api.mount("/static", StaticFiles(directory=STATIC))
     if service.tokens:
-        app.add_middleware(BearerAuth, tokens=service.tokens)
-    app.add_middleware(Measured, metrics=service.metrics)
-    _describe(app, bool(service.tokens))
-    return app
+        api.add_middleware(BearerAuth, tokens=service.tokens)
+    api.add_middleware(Measured, metrics=service.metrics)
+    _describe(api, bool(service.tokens))
+    return HttpApplication(FastPath(endpoints, service.tokens, service.metrics), api)
 
 
 def _describe(app: FastAPI, needs_token: bool) -> None:
@@ -84,9 +106,7 @@ class Measured:
         try:
             await self.app(scope, receive, watch)
         finally:
-            route = _route(scope)
-            self.metrics.replies.labels(route, str(status or "dropped")).inc()
-            self.metrics.seconds.labels(route).observe(perf_counter() - started)
+            self.metrics.replied(_route(scope), str(status or "dropped"), perf_counter() - started)
 
 
 def _route(scope: dict[str, Any] | Scope) -> str:

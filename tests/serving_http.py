@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import uvicorn
-from fastapi import FastAPI
 from serving_models import load, write_adapter, write_model
+from starlette.types import ASGIApp
+
+from serve_app.ray_environment import ProxyKind, ray_environment
 
 TOPICS = ["sport", "art", "science"]
 
@@ -60,7 +64,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
+def listening(app: ASGIApp) -> Iterator[str]:
     """Run an application; yield its base URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -79,6 +83,15 @@ def listening(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def ray_with_proxy(kind: ProxyKind) -> Iterator[None]:
+    """A Ray that starts within this context has this HTTP proxy. HAProxy's files are in a folder of their own."""
+    with tempfile.TemporaryDirectory(prefix="revmux-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_environment(kind, Path(folder)).items():
+            patch.setenv(name, value)
+        yield
 
 
 def connected(url: str) -> socket.socket:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import psutil
 import pytest
 import torch
 import yaml
 from fastapi import FastAPI
 from numeric import approx
 from pydantic import ValidationError
-from serving_http import free_port
+from serving_http import free_port, talk
 from serving_models import WORDS, load, plain_scores, text, write_adapter, write_identifying_model, write_model
 
 import revmux
@@ -228,6 +229,32 @@ def test_info_names_the_model_its_adapters_and_every_limit(server: Server) -> No
 
 
 @pytest.mark.cluster
+def test_serves_processes_answer_http_on_loopback_only(server: Server) -> None:
+    """Serve's proxies and replicas also have Ray's own gRPC ports, which need Ray's token."""
+    port = int(server.url.rpartition(":")[2])
+    found: dict[str, list[tuple[str, int]]] = {}
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        kind = next(
+            (kind for kind in ("haproxy -db", "ServeReplica", "ProxyActor", "HAProxyManager") if kind in line), None
+        )
+        if kind is not None:
+            sockets = [one.laddr for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+            found[kind] = found.get(kind, []) + [(one.ip, one.port) for one in sockets]
+    assert found.pop("haproxy -db") == [("127.0.0.1", port)]
+    assert len(found) == 3
+    assert sum(ip == "127.0.0.1" for ip, _ in found["ServeReplica"]) == 1
+    open_to_all = [one for sockets in found.values() for ip, one in sockets if ip not in ("127.0.0.1", "::1")]
+    assert open_to_all  # Ray's own
+    for one in open_to_all:
+        try:
+            reply = talk(f"http://127.0.0.1:{one}", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        except OSError:
+            continue
+        assert not reply.startswith(b"HTTP/1")
+
+
+@pytest.mark.cluster
 def test_the_port_of_a_running_server_is_detected_as_busy(server: Server) -> None:
     with pytest.raises(UserError, match="in use"):
         check_port("127.0.0.1", int(server.url.rpartition(":")[2]))
@@ -311,15 +338,27 @@ def test_the_deployment_file_is_valid_and_listens_on_localhost() -> None:
     AppConfig.model_validate(schema.applications[0].args)
 
 
-def test_serve_lets_more_requests_through_than_the_queue_holds() -> None:
+def test_a_full_replica_passes_requests_on() -> None:
     from serve_app.app import build
 
     deployment = build(AppConfig(model="m", max_queue=300, num_replicas=2))._bound_deployment
-    assert deployment.max_ongoing_requests > 600
+    assert deployment.max_ongoing_requests == deployment.max_queued_requests == 300 + 128
     assert deployment.num_replicas == 2
-    several = {f"t{number}": {"model": "m"} for number in range(150)}
-    deployment = build(AppConfig.model_validate({"tasks": several, "max_queue": 300}))._bound_deployment
-    assert deployment.max_ongoing_requests > 150 * 300 + 128
+    several = {f"t{number}": {"model": "m"} for number in range(3)}
+    config = AppConfig.model_validate({"tasks": several, "max_queue": 300, "max_ongoing_requests": 3 * 428})
+    assert build(config)._bound_deployment.max_ongoing_requests == 3 * 428
+    with pytest.raises(
+        UserError, match=r"max_ongoing_requests \(429\) exceeds .* \(428\), so a full replica would never"
+    ):
+        server_config(model="m", max_queue=300, max_ongoing_requests=429)
+
+
+def test_autoscaling_waits_until_replicas_answer_in_groups() -> None:
+    with pytest.raises(UserError, match=r"target_ongoing_requests \(32\) is not above plain_load \(40\)"):
+        server_config(model="m", plain_load=40, autoscaling={})
+    with pytest.raises(UserError, match=r"target_ongoing_requests \(200\) exceeds max_ongoing_requests \(160\)"):
+        server_config(model="m", max_queue=32, autoscaling={"target_ongoing_requests": 200})
+    assert server_config(model="m", plain_load=31, autoscaling={}).ongoing_requests == 512 + 128
 
 
 def test_replicas_have_the_environment_variables_of_compute_processes(monkeypatch: pytest.MonkeyPatch) -> None:

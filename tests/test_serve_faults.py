@@ -6,7 +6,6 @@ The adapters answer like the plain model and every text has different scores, so
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import Counter
@@ -22,14 +21,14 @@ import torch
 import yaml
 from polling import wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from serving_http import HOSTILE, connected, free_port, read_reply, talk
+from serving_http import HOSTILE, connected, free_port, ray_with_proxy, read_reply, talk
 from serving_models import WORDS, load, plain_scores, text, write_adapter, write_model
 from torch import Tensor
 
 import revmux
 from revmux.errors import UserError
 from serve_app.config import server_config
-from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
+from serve_app.ray_environment import ProxyKind
 from serve_app.run import APPLICATION
 from serve_app.run import deploy as deploy_alone
 
@@ -41,19 +40,24 @@ TOLERANCE = 1e-3
 
 class Cluster(NamedTuple):
     url: str
+    proxy: ProxyKind
     deploy: Callable[..., None]
     expected: dict[str, Tensor]
     label_names: list[str]
     model: str
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("python", marks=pytest.mark.long)])
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster deployed as by ``serve deploy``, from the shipped file."""
+    with ray_with_proxy(request.param):
+        yield from _deployed(request.param, tmp_path_factory)
+
+
+def _deployed(proxy: ProxyKind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     model = write_model(tmp_path_factory.mktemp("model"))
     home = tmp_path_factory.mktemp("adapters")
     adapters = {width: str(write_adapter(home, load(model), width)) for width in (2, 4)}
-    os.environ[CALLBACK_VARIABLE] = CALLBACK
     import ray
     from ray import serve
     from ray.serve.context import _get_global_client
@@ -83,11 +87,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pretrained = load(model)
         texts = _distinct([text(index) for index in range(150)], pretrained)
         expected = dict(zip(texts, plain_scores(pretrained, texts)))
-        yield Cluster(url, deploy, expected, pretrained.backbone.label_names, str(model))
+        yield Cluster(url, proxy, deploy, expected, pretrained.backbone.label_names, str(model))
     finally:
         serve.shutdown()
         ray.shutdown()
-        del os.environ[CALLBACK_VARIABLE]
 
 
 def _distinct(texts: list[str], pretrained: Any) -> list[str]:
@@ -264,7 +267,7 @@ def test_requests_lost_with_their_replica_get_a_retryable_error(cluster: Cluster
 def test_a_killed_proxy_is_restarted(cluster: Cluster) -> None:
     with Load(cluster) as clients:
         clients.wait_for(100)
-        _kill("SERVE_PROXY_ACTOR")
+        _kill("SERVE_PROXY_ACTOR" if cluster.proxy == "python" else "SERVE_HA_PROXY_ACTOR")
         wait_until(lambda: clients.statuses["broken"] > 0)
         clients.wait_for(200)
     clients.check()
@@ -342,7 +345,7 @@ def test_refusals_by_the_proxy_are_json_too(cluster: Cluster) -> None:
 
 @pytest.mark.long
 def test_replicas_scale_up_and_down_with_the_queue_and_lose_no_request(cluster: Cluster) -> None:
-    scale = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}
+    scale = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2}
     cluster.deploy(autoscaling={**scale, "upscale_delay_s": 0, "downscale_delay_s": 0})
     wait_until(lambda: len(_replicas(cluster.url)) == 1)
     with Load(cluster, clients=8) as clients:

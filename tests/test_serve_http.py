@@ -37,7 +37,7 @@ from serve_app.config import AppConfig, LiveConfig, TaskConfig
 from serve_app.errors import Unhealthy
 from serve_app.metrics import page
 from serve_app.service import Service
-from serve_app.web import create_app
+from serve_app.web import HttpApplication, create_app
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def service(tasks: dict[str, Any]) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def app(service: Service) -> FastAPI:
+def app(service: Service) -> HttpApplication:
     return create_app(service)
 
 
 @pytest.fixture(scope="module")
-def url(app: FastAPI) -> Iterator[str]:
+def url(app: HttpApplication) -> Iterator[str]:
     with listening(app) as base:
         yield base
 

@@ -1,10 +1,11 @@
-"""Thread-safe tokenization of single texts."""
+"""Thread-safe tokenization of texts that arrive one by one."""
 
 from __future__ import annotations
 
 import copy
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,8 +18,7 @@ Text = str | tuple[str, str]
 """A text, or a sentence pair."""
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """The tokens of one text.
 
     Attributes:
@@ -56,9 +56,9 @@ class Encoder:
         self._bound = TextBound(pretrained.tokenizer, max_length)
         self._lock = threading.Lock()
         self._own = threading.local()
-        self.example = self._encode(
-            ("ok", "ok") if self._prompt is not None and self._prompt.needs_pair else ("ok",), True
-        )
+        first, *second = ("ok", "ok") if self._prompt is not None and self._prompt.needs_pair else ("ok",)
+        example, _ = encode_texts(self._tokenizer(), [first], second or None, max_length, self._prompt)
+        self.example = Encoded({name: rows[0] for name, rows in example.items()}, False)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if not hasattr(self._own, "tokenizer"):
@@ -78,6 +78,42 @@ class Encoder:
             TextError: the input is not a text, is longer than ``max_length`` tokens, or is a pair although the model was
                 trained on single texts.
         """
+        found = self.encode_many([text], truncate)[0]
+        if isinstance(found, TextError):
+            raise found
+        return found
+
+    def encode_many(self, texts: Sequence[Text], truncate: bool = False) -> list[Encoded | TextError]:
+        """Tokenize M texts or pairs, in one call of the tokenizer for all texts and one for all pairs.
+
+        Args:
+            texts: strings, or pairs of strings.
+            truncate: as in :meth:`encode`.
+
+        Returns:
+            For each text its tokens, or the error that :meth:`encode` would raise.
+        """
+        found: dict[int, Encoded | TextError] = {}
+        whole: dict[int, tuple[str, ...]] = {}
+        for place, text in enumerate(texts):
+            try:
+                parts = self._parts(text)
+                bounded = [self._bound.shorten(part) for part in parts]
+                if any(is_cut for _, is_cut in bounded):
+                    too_many = f"more than {self._bound.characters} characters"
+                    found[place] = self._cut(tuple(part for part, _ in bounded), too_many, truncate)
+                else:
+                    whole[place] = tuple(part for part, _ in bounded)
+            except TextError as error:
+                found[place] = error
+        for number in (1, 2):
+            same = {place: parts for place, parts in whole.items() if len(parts) == number}
+            for place, one in zip(same, self._tokens(list(same.values()), truncate)):
+                found[place] = one
+        return [found[place] for place in range(len(texts))]
+
+    def _parts(self, text: Text) -> tuple[str, ...]:
+        """Check an input and return its one or two texts."""
         parts = tuple(text) if isinstance(text, (tuple, list)) else (text,)
         if not 1 <= len(parts) <= 2 or not all(isinstance(part, str) for part in parts):
             raise TextError(f"an input is {text!r:.80}; send a string, or two strings for a sentence pair")
@@ -93,36 +129,47 @@ class Encoder:
                 part.encode()
         except UnicodeEncodeError as error:
             raise TextError(f"an input is not valid Unicode ({error.reason}); send UTF-8") from None
-        try:
-            return self._encode(parts, truncate)
-        except TextError:
-            raise
-        except UserError as error:
-            raise TextError(str(error)) from None  # a pair although the prompt is for one text, or the reverse
+        return parts
 
-    def _encode(self, parts: tuple[str, ...], truncate: bool) -> Encoded:
+    def _tokens(self, inputs: Sequence[tuple[str, ...]], truncate: bool) -> list[Encoded | TextError]:
+        """Tokenize inputs that all have as many parts."""
+        if not inputs:
+            return []
         tokenizer = self._tokenizer()
-        bounded = [self._bound.shorten(part) for part in parts]
-        parts = tuple(part for part, _ in bounded)
-        if not any(is_cut for _, is_cut in bounded):
-            tokens = self._tokens(tokenizer, parts)
+        try:
+            if self._prompt is None:
+                columns = tokenizer(*map(list, zip(*inputs)), truncation=False, verbose=False)
+            else:
+                columns = self._prompt.encode(tokenizer, [self._prompt.write(tokenizer, *parts) for parts in inputs])
+        except UserError as error:  # pairs although the prompt is for one text, or the reverse
+            return [TextError(str(error)) for _ in inputs]
+        names, rows = list(columns), list(zip(*columns.values()))
+        found: list[Encoded | TextError] = []
+        for parts, row in zip(inputs, rows):
+            tokens = dict(zip(names, row))
             length = len(tokens["input_ids"])
             if length <= self.max_length:
-                return Encoded(tokens, truncated=False)
-            found = f"{length} tokens"
-        else:
-            found = f"more than {self._bound.characters} characters"
+                found.append(Encoded(tokens, False))
+                continue
+            try:
+                found.append(self._cut(parts, f"{length} tokens", truncate))
+            except TextError as error:
+                found.append(error)
+        return found
+
+    def _cut(self, parts: tuple[str, ...], too_many: str, truncate: bool) -> Encoded:
+        """Truncate an input that is too long.
+
+        Raises:
+            TextError: it must not be truncated, or does not fit the prompt.
+        """
         if not truncate:
             raise TextError(
-                f"an input has {found}, but at most {self.max_length} tokens are allowed; shorten it, or set truncate to true"
+                f"an input has {too_many}, but at most {self.max_length} tokens are allowed; shorten it, or set truncate to true"
             )
         first, *second = parts
-        encoded, _ = encode_texts(tokenizer, [first], second or None, self.max_length, self._prompt)
-        return Encoded({name: rows[0] for name, rows in encoded.items()}, truncated=True)
-
-    def _tokens(self, tokenizer: PreTrainedTokenizerBase, parts: tuple[str, ...]) -> dict[str, list[int]]:
-        """All tokens of an input, without truncation."""
-        if self._prompt is None:
-            return dict(tokenizer(*parts, truncation=False, verbose=False))
-        written = [self._prompt.write(tokenizer, *parts)]
-        return {name: rows[0] for name, rows in self._prompt.encode(tokenizer, written).items()}
+        try:
+            encoded, _ = encode_texts(self._tokenizer(), [first], second or None, self.max_length, self._prompt)
+        except UserError as error:
+            raise TextError(str(error)) from None
+        return Encoded({name: rows[0] for name, rows in encoded.items()}, True)

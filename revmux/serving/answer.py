@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from revmux.methods import Siso
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """The model's answer to one input.
 
     Attributes:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,8 +30,10 @@ from revmux.serving.limits import HIGHEST_PRIORITY, Limits
 from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.model_thread import ModelThread
 from revmux.serving.queue import PullQueue, Ticket
+from revmux.serving.replies import Delivery, Request
 from revmux.serving.shared_weights import share_weights
 from revmux.serving.task import Lineup, Task
+from revmux.serving.tokenizing import Job, Tokenizers
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class Engine:
         self._changing = threading.Lock()
         self._metrics = Metrics()
         self._queue = PullQueue(self.limits.max_queue, self._metrics, self.limits.priority_seconds)
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="revmux-tokenize")
+        self._tokenizers = Tokenizers(self._queue)
+        self._last_delivery: Delivery | None = None
         self._worker = ModelThread(self._queue, self._metrics, self.limits, threads, on_pass)
         self._probes: dict[Task, Future[Answer]] = {}
         self._probe_lock = threading.Lock()
@@ -258,10 +260,22 @@ class Engine:
             Overloaded: the queue has no room for all texts.
             Draining: :meth:`close` was called.
         """
-        with self._admit(texts, truncate, max_multiplex, task, priority, timeout) as tokenize:
-            tickets = tokenize()
+        resolved, deadline = self._check_request(max_multiplex, task, priority, timeout)
+        futures: list[Future[Answer]] = [Future() for _ in texts]
+        with self._queue.room(resolved, len(texts)):
+            self._metrics.count(resolved.name, "requests")
+            tickets = []
+            for text, future in zip(texts, futures):
+                started = perf_counter()
+                encoded = resolved.encoder.encode(text, truncate)
+                seconds = perf_counter() - started
+                tickets.append(
+                    Ticket(
+                        resolved, encoded.tokens, max_multiplex, priority, deadline, encoded.truncated, seconds, future
+                    )
+                )
             self._queue.put(tickets)
-        return [ticket.future for ticket in tickets]
+        return futures
 
     async def answer(
         self,
@@ -280,27 +294,31 @@ class Engine:
             InferenceFailed: the model failed on one of the texts.
             UnknownTask, TextError, UserError, Overloaded, Draining: as in :meth:`submit`.
         """
-        with self._admit(texts, truncate, max_multiplex, task, priority, timeout) as tokenize:
-            tickets = await asyncio.get_running_loop().run_in_executor(self._pool, tokenize)
-            self._queue.put(tickets)
+        resolved, deadline = self._check_request(max_multiplex, task, priority, timeout)
+        if not texts:
+            return []
+        request = Request(self._delivery(), len(texts))
+        self._queue.reserve(resolved, len(texts))
+        self._metrics.count(resolved.name, "requests")
+        self._tokenizers.put(Job(request, resolved, texts, truncate, max_multiplex, priority, deadline))
         try:
-            return list(await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets)))
+            return await request.future
         except BaseException:
-            for ticket in tickets:
-                ticket.future.cancel()
+            request.cancelled = True
+            self._queue.withdraw(resolved, request.tickets)
             raise
 
-    @contextmanager
-    def _admit(
-        self,
-        texts: Sequence[Text],
-        truncate: bool,
-        max_multiplex: int | None,
-        requested: Task | str | None,
-        priority: float,
-        timeout: float | None,
-    ) -> Iterator[Callable[[], list[Ticket]]]:
-        """Check a request, reserve room in the queue, and yield a function that tokenizes its texts."""
+    def _delivery(self) -> Delivery:
+        """The delivery to the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._last_delivery is None or self._last_delivery.loop is not loop:
+            self._last_delivery = Delivery(loop)
+        return self._last_delivery
+
+    def _check_request(
+        self, max_multiplex: int | None, requested: Task | str | None, priority: float, timeout: float | None
+    ) -> tuple[Task, float | None]:
+        """Check a request, and return its task and its deadline on the queue's clock."""
         task = requested if isinstance(requested, Task) else self.task(requested)
         if max_multiplex is not None and max_multiplex < 1:
             raise UserError(f"max_multiplex is {max_multiplex}; choose 1 (the plain model) or more")
@@ -308,21 +326,7 @@ class Engine:
             raise UserError(f"priority is {priority}; choose -{HIGHEST_PRIORITY}..{HIGHEST_PRIORITY}, the default is 0")
         if timeout is not None and not timeout > 0:
             raise UserError(f"the timeout is {timeout} s; choose a value above 0, or omit it")
-        deadline = None if timeout is None else self._queue.clock() + timeout
-
-        def tokenize() -> list[Ticket]:
-            tickets = []
-            for text in texts:
-                started = perf_counter()
-                encoded = task.encoder.encode(text, truncate)
-                ticket = Ticket(task, encoded.tokens, max_multiplex, priority, deadline, encoded.truncated)
-                ticket.tokenize_seconds = perf_counter() - started
-                tickets.append(ticket)
-            return tickets
-
-        with self._queue.room(task, len(texts)):
-            self._metrics.count(task.name, "requests")
-            yield tokenize
+        return task, None if timeout is None else self._queue.clock() + timeout
 
     def probe(self, task: str | None = None) -> Future[Answer]:
         """Classify one short text ahead of the queue, as a health check. Concurrent probes of a task share one answer.
@@ -338,23 +342,24 @@ class Engine:
         with self._probe_lock:
             self._probes = {other: probe for other, probe in self._probes.items() if not probe.done()}
             if probed not in self._probes:
-                ticket = Ticket(probed, probed.probe_tokens, cap=1)
-                self._queue.put([ticket], ahead=True)
-                self._probes[probed] = ticket.future
+                future: Future[Answer] = Future()
+                self._queue.put([Ticket(probed, probed.probe_tokens, cap=1, future=future)], ahead=True)
+                self._probes[probed] = future
             return self._probes[probed]
 
     def stats(self) -> dict[str, Any]:
         """Return counts since the start: totals, and the counts of each task under ``tasks``.
 
         ``inputs`` and ``groups`` are counted by width, ``methods`` counts inputs by method, ``ladder`` counts them by
-        the stage that answered (0 is the plain model), and ``seconds`` sums time by step. ``waiting`` is the current depth of the queue. Inputs that never ran are counted as ``rejected`` (the
-        queue was full), ``expired`` (the timeout passed) or ``cancelled`` (by the client).
+        the stage that answered (0 is the plain model), and ``seconds`` sums time by step. ``waiting`` is the current
+        depth of the queue. Inputs that never ran are counted as ``rejected`` (the queue was full), ``expired`` (the
+        timeout passed) or ``cancelled`` (by the client). ``cpu_seconds`` is the CPU time of the model's thread.
         """
         snapshot = self._metrics.snapshot()
         depths = self._queue.depths()
         for name, counts in snapshot["tasks"].items():
             counts["waiting"] = depths.get(name, 0)
-        return {"waiting": sum(depths.values()), **snapshot}
+        return {"waiting": sum(depths.values()), "cpu_seconds": self._worker.cpu_seconds, **snapshot}
 
     def close(self, drain: bool = True) -> None:
         """Refuse new texts, answer the waiting ones, and end the model's thread.
@@ -368,7 +373,7 @@ class Engine:
                 ticket.future.set_exception(Draining("the server shut down before this input ran; use another server"))
         if self.alive:
             self._worker.join()
-        self._pool.shutdown()
+        self._tokenizers.close()
 
 
 def _warn_if_unused(task: Task, adapter: LoadedAdapter) -> None:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import random
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 
 from revmux.labels import best_labels
 from revmux.serving.answer import Answer
-from revmux.serving.errors import InferenceFailed
+from revmux.serving.errors import Draining, InferenceFailed
 from revmux.serving.forward import Outcome, pad, run_pass
 from revmux.serving.limits import Limits
 from revmux.serving.metrics import Metrics, PassReport
@@ -65,6 +66,13 @@ class ModelThread:
         return self._thread.is_alive()
 
     @property
+    def cpu_seconds(self) -> float:
+        """CPU time of the thread, without that of threads that PyTorch starts. 0 where the system does not report it."""
+        if not self.alive or self._thread.ident is None or not hasattr(time, "pthread_getcpuclockid"):
+            return 0.0
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+
+    @property
     def silent_seconds(self) -> float:
         """Seconds since a pass last began or ended."""
         return self.queue.clock() - self._progress
@@ -79,9 +87,16 @@ class ModelThread:
 
     def _work(self) -> None:
         torch.set_num_threads(self.threads)
-        with torch.inference_mode():
-            while self._serve():
-                pass
+        try:
+            with torch.inference_mode():
+                while self._serve():
+                    pass
+        except BaseException:
+            # A bug outside of a pass. Nobody else takes inputs from the queue, so the waiting ones would hang.
+            self.queue.close()
+            for ticket in self.queue.clear():
+                ticket.future.set_exception(Draining("the model's thread has ended; use another server"))
+            raise
 
     def _serve(self) -> bool:
         """Wait for a window and run one pass from it. Return False if the queue is closed and empty."""
@@ -167,11 +182,12 @@ class ModelThread:
         )
         self.metrics.record(report)
         numbers = dict(zip(widths, self._group_numbers))
+        scores = outcome.scores.unbind()  # R times (C,)
         for index, row in enumerate(answered):
             ticket = tickets[row]
             ticket.future.set_result(
                 Answer(
-                    scores=outcome.scores[row],
+                    scores=scores[row],
                     width=report.widths[index],
                     method=report.methods[index],
                     stage=report.answered_by[index],

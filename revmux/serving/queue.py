@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 from revmux.serving.answer import Answer
 from revmux.serving.errors import Draining, Expired, Overloaded
 from revmux.serving.metrics import Metrics
+from revmux.serving.replies import Slot
 
 if TYPE_CHECKING:
     from revmux.serving.task import Task
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _AHEAD = float("inf")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Ticket:
     """One input that waits for its answer.
 
@@ -44,7 +45,7 @@ class Ticket:
         deadline: latest start of the forward pass, on the queue's clock; None sets no deadline.
         truncated: whether the text was cut.
         tokenize_seconds: time of tokenization.
-        future: resolves to the answer.
+        future: receives the answer: a future, or the input's slot in a :class:`revmux.serving.replies.Request`.
         queued: time of queueing, on the queue's clock.
         order: sort key within the line of its task.
     """
@@ -56,7 +57,7 @@ class Ticket:
     deadline: float | None = None
     truncated: bool = False
     tokenize_seconds: float = 0.0
-    future: Future[Answer] = field(default_factory=Future)
+    future: Future[Answer] | Slot = field(default_factory=Future)
     queued: float = 0.0
     order: tuple[float, int] = (0.0, 0)
 
@@ -127,16 +128,29 @@ class PullQueue:
             Overloaded: the queue has no room for all tickets.
             Draining: the queue is closed.
         """
-        with self._changed:
-            self._check(task, tickets, self._reserved[task])
-            self._reserved[task] += tickets
+        self.reserve(task, tickets)
         try:
             yield
         finally:
-            with self._changed:
-                self._reserved[task] -= tickets
-                if not self._reserved[task]:
-                    del self._reserved[task]
+            self.release(task, tickets)
+
+    def reserve(self, task: Task, tickets: int) -> None:
+        """Reserve room for tickets until :meth:`release`.
+
+        Raises:
+            Overloaded: the queue has no room for all tickets.
+            Draining: the queue is closed.
+        """
+        with self._changed:
+            self._check(task, tickets, self._reserved[task])
+            self._reserved[task] += tickets
+
+    def release(self, task: Task, tickets: int) -> None:
+        """Release room that was reserved."""
+        with self._changed:
+            self._reserved[task] -= tickets
+            if not self._reserved[task]:
+                del self._reserved[task]
 
     def _check(self, task: Task, tickets: int, reserved: int = 0) -> None:
         if self._closed:
@@ -149,7 +163,7 @@ class PullQueue:
             )
 
     def put(self, tickets: Sequence[Ticket], ahead: bool = False) -> None:
-        """Queue all tickets. After an error none is queued. Within :meth:`room` the reserved room suffices.
+        """Queue all tickets except cancelled ones. After an error none is queued. Reserved room suffices.
 
         Args:
             tickets: tickets of one task.
@@ -167,20 +181,36 @@ class PullQueue:
             if task not in self._lines:
                 self._lines[task] = []
                 self._served[task] = max(self._served.get(task, 0.0), self._virtual)
+            line, queued = self._lines[task], self.clock()
             for ticket in tickets:
-                ticket.queued = self.clock()
+                ticket.queued = queued
                 ticket.priority = _AHEAD if ahead else ticket.priority
-                ticket.order = (ticket.queued - ticket.priority * self.priority_seconds, next(self._numbers))
-                insort(self._lines[task], ticket, key=_order)
+                ticket.order = (queued - ticket.priority * self.priority_seconds, next(self._numbers))
+                if ticket.future.cancelled():
+                    self.metrics.count(task.name, "cancelled")
+                elif not line or line[-1].order < ticket.order:
+                    line.append(ticket)
+                else:
+                    insort(line, ticket, key=_order)
+            if not line:
+                del self._lines[task]
             self._changed.notify_all()
         for ticket in tickets:
-            ticket.future.add_done_callback(partial(self._forget, ticket))
+            if isinstance(ticket.future, Future):
+                ticket.future.add_done_callback(partial(self._forget, ticket))
 
     def _forget(self, ticket: Ticket, future: Future[Answer]) -> None:
         if future.cancelled():
             with self._changed:
                 self.metrics.count(ticket.task.name, "cancelled")
                 self._remove(ticket)
+
+    def withdraw(self, task: Task, tickets: Sequence[Ticket]) -> None:
+        """Remove the waiting tickets of a request that was cancelled."""
+        with self._changed:
+            removed = sum(self._remove(ticket) for ticket in tickets)
+            if removed:
+                self.metrics.count(task.name, "cancelled", removed)
 
     def _remove(self, ticket: Ticket) -> bool:
         """Remove a ticket from its line, and return whether it was still there."""

@@ -1,0 +1,140 @@
+"""Threads that tokenize requests. Each takes all requests that wait, so a busy server tokenizes many texts in one call."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from time import perf_counter
+
+from revmux.errors import TextError
+from revmux.pretrained.encoder import Encoded, Text
+from revmux.serving.errors import Draining
+from revmux.serving.queue import PullQueue, Ticket
+from revmux.serving.replies import Request
+from revmux.serving.task import Task
+
+TEXTS_AT_ONCE = 256
+"""A thread takes no further request once it has this many texts, so that their inputs can run."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An admitted request that waits to be tokenized.
+
+    Attributes:
+        request: receives the answers, or the error of a text.
+        task: task that answers it.
+        texts: its texts, for which the queue has reserved places.
+        truncate: whether long texts are truncated.
+        cap: widest group that the inputs allow; None allows any.
+        priority: priority of the inputs.
+        deadline: latest start of the forward pass, on the queue's clock; None sets no deadline.
+    """
+
+    request: Request
+    task: Task
+    texts: Sequence[Text]
+    truncate: bool
+    cap: int | None
+    priority: float
+    deadline: float | None
+
+
+class Tokenizers:
+    """Tokenizes requests and queues their inputs.
+
+    Args:
+        queue: the queue of inputs.
+        threads: number of threads.
+    """
+
+    def __init__(self, queue: PullQueue, threads: int = 2) -> None:
+        self._queue = queue
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"revmux-tokenize-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        self._starting = threading.Lock()
+
+    def put(self, job: Job) -> None:
+        """Tokenize a request and queue its inputs. Errors go to the request."""
+        if self._threads[-1].ident is None:
+            self._start()
+        self._jobs.put(job)
+
+    def _start(self) -> None:
+        with self._starting:
+            for thread in self._threads:
+                if thread.ident is None:
+                    thread.start()
+
+    def close(self) -> None:
+        """Tokenize the waiting requests, and end the threads."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            jobs, texts, ended = [job], len(job.texts), False
+            while texts < TEXTS_AT_ONCE:
+                try:
+                    more = self._jobs.get_nowait()
+                except Empty:
+                    break
+                if more is None:
+                    ended = True
+                    break
+                jobs.append(more)
+                texts += len(more.texts)
+            together: dict[tuple[Task, bool], list[Job]] = {}
+            for one in jobs:
+                together.setdefault((one.task, one.truncate), []).append(one)
+            for same in together.values():
+                self._tokenize(same)
+            if ended:
+                return
+
+    def _tokenize(self, jobs: Sequence[Job]) -> None:
+        """Tokenize requests of one task and queue their inputs."""
+        try:
+            task, truncate = jobs[0].task, jobs[0].truncate
+            started = perf_counter()
+            encoded = task.encoder.encode_many([text for job in jobs for text in job.texts], truncate)
+            seconds = (perf_counter() - started) / len(encoded)
+            tickets: list[Ticket] = []
+            first = 0
+            for job in jobs:
+                found = encoded[first : first + len(job.texts)]
+                first += len(found)
+                tickets += self._tickets(job, found, seconds)
+            self._queue.put(tickets)
+        except Exception as error:
+            if not isinstance(error, Draining):
+                logger.exception("%d requests failed before they were queued", len(jobs))
+            for job in jobs:
+                job.request.fail(error)
+        finally:
+            self._queue.release(jobs[0].task, sum(len(job.texts) for job in jobs))
+
+    @staticmethod
+    def _tickets(job: Job, found: Sequence[Encoded | TextError], seconds: float) -> list[Ticket]:
+        """The tickets of a request; none if one of its texts has an error, which fails the request."""
+        tickets = []
+        for slot, one in zip(job.request.slots(), found):
+            if isinstance(one, TextError):
+                job.request.fail(one)
+                return []
+            tickets.append(
+                Ticket(job.task, one.tokens, job.cap, job.priority, job.deadline, one.truncated, seconds, slot)
+            )
+        job.request.tickets = tickets
+        return tickets

