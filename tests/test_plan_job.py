@@ -234,3 +234,16 @@ def test_every_stage_of_a_ladder_is_registered_and_named_in_the_server_configura
     assert model_uris(found, "reviews", versions) == ["models:/reviews@champion", "models:/reviews@champion-2"]
     assert register_plan(registry, "reviews", found, "model", False) == versions, "versions are reused"  # type: ignore[arg-type]
     assert found.adapters == list(served.folders)
+
+
+def test_a_server_on_loopback_is_refused_on_a_cluster_of_several_machines() -> None:
+    with pytest.raises(UserError, match=r"only the head of these 3 machines .* choose --host 0\.0\.0\.0"):
+        planning.check_host("127.0.0.1", 3)
+    planning.check_host("127.0.0.1", 1)
+    planning.check_host("0.0.0.0", 3)
+
+
+def test_on_a_cluster_every_machine_accepts_requests(job: PlanJob) -> None:
+    assert planning.check_server(job, [], "http://localhost")["proxy_location"] == "HeadOnly"
+    beyond = replace(job, host="0.0.0.0")
+    assert planning.check_server(beyond, [], "http://localhost")["proxy_location"] == "EveryNode"

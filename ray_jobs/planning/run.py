@@ -66,6 +66,7 @@ def run_plan(job: PlanJob) -> Plan:
     check_server(job, [], "http://localhost")
     tracker = Tracker(job.tracking, storage)
     with connected(job.cluster, storage):
+        check_host(job.host, nodes())
         if own_labels is None:
             job = replace(job, backbone=replace(job.backbone, model=str(tuned_model(job, choosing, tracker, storage))))
         sweep = prepare_sweep(job, storage, choosing)
@@ -173,6 +174,31 @@ def record(job: PlanJob, plan: Plan, versions: Versions, tracker: Tracker, paren
         tracker.client.log_artifact(parent, str(plan.folder / name), "plan")
 
 
+def nodes() -> int:
+    """Number of machines in the cluster."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def check_host(host: str, machines: int) -> None:
+    """Refuse an address at which a planned server on a cluster could not be reached.
+
+    Raises:
+        UserError: the cluster has several machines, but the server would accept connections from its own only.
+    """
+    if machines > 1 and is_loopback(host):
+        raise UserError(
+            f"host is {host}, so only the head of these {machines} machines could send requests to the planned server; "
+            "choose --host 0.0.0.0, on a network where everyone may use the server"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an interface."""
+    return host in ("127.0.0.1", "::1", "localhost")
+
+
 def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[str, Any]:
     """Build the Serve configuration of a plan and validate it with the server's own settings class.
 
@@ -196,7 +222,7 @@ def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[s
     checked = server_config(**settings, host=job.host, port=job.port)
     arguments = checked.model_dump(mode="json", include={name for name, value in settings.items() if value is not None})
     return {
-        "proxy_location": "HeadOnly",
+        "proxy_location": "HeadOnly" if is_loopback(checked.host) else "EveryNode",
         "http_options": {"host": checked.host, "port": checked.port},
         "applications": [
             {
