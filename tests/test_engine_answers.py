@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -573,3 +574,57 @@ def test_nothing_is_audited_by_default(make_engine: Callable[..., Engine]) -> No
         future.result(60)
     engine.close()
     assert engine.stats()["audited"] == 0
+
+
+def test_requests_that_wait_are_tokenized_together_and_one_bad_request_fails_alone(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that panics on one text, which is no Exception, costs its own request only."""
+    engine = make_engine([])
+    encoder = engine.task().encoder
+    original, calls, hold = encoder.encode_many, [], threading.Event()
+
+    class Panic(BaseException):
+        pass
+
+    def encode_many(texts: Any, truncate: bool = False) -> Any:
+        calls.append(len(texts))
+        assert hold.wait(60)
+        if "panic" in texts:
+            raise Panic("the tokenizer panicked")
+        return original(texts, truncate)
+
+    monkeypatch.setattr(encoder, "encode_many", encode_many)
+
+    async def ask() -> list[Any]:
+        first = [asyncio.create_task(engine.answer(["w1"])) for _ in range(2)]  # these occupy both threads
+        while len(calls) < 2:
+            await asyncio.sleep(0.01)
+        texts = [["w2"], ["panic"], ["w3", ""], ["w4", "w5"]]
+        waiting = [asyncio.create_task(engine.answer(request)) for request in texts]
+        await asyncio.sleep(0.05)
+        hold.set()
+        return await asyncio.gather(*first, *waiting, return_exceptions=True)
+
+    engine.start()
+    *answered, panicked, empty, pair = asyncio.run(ask())
+    assert [len(answers) for answers in (*answered, pair)] == [1, 1, 1, 2]
+    assert isinstance(panicked, RuntimeError)
+    assert "panicked" in str(panicked)
+    assert isinstance(empty, EmptyText)
+    assert max(calls) >= 4
+    assert engine.stats()["waiting"] == 0
+
+
+def test_when_the_models_thread_ends_by_a_bug_waiting_requests_get_a_retryable_error(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine([], max_batch=1)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(engine._queue, "charge", lambda *_: 1 / 0)
+    first, second = engine.submit(["w1", "w2"])
+    engine.start()
+    assert first.result(60)
+    assert isinstance(second.exception(60), Draining)
+    with pytest.raises(Draining):
+        engine.submit(["w3"])

@@ -39,6 +39,7 @@ from serve_app.config import server_config
 DEPLOY = (
     "export RAY_AUTH_MODE=token      # otherwise anyone who reaches this machine can run code on it",
     "ray get-auth-token --generate   # once",
+    'eval "$(python -m serve_app.ray_environment)"   # HAProxy in front of the server',
     "ray start --head",
 )
 """Shell commands to run before ``serve deploy``."""

@@ -61,12 +61,15 @@ class Tokenizers:
             for number in range(threads)
         ]
         self._starting = threading.Lock()
+        self._is_closed = False
 
     def put(self, job: Job) -> None:
         """Tokenize a request and queue its inputs. Errors go to the request."""
         if self._threads[-1].ident is None:
             self._start()
         self._jobs.put(job)
+        if self._is_closed:
+            self._refuse_waiting()
 
     def _start(self) -> None:
         with self._starting:
@@ -75,12 +78,26 @@ class Tokenizers:
                     thread.start()
 
     def close(self) -> None:
-        """Tokenize the waiting requests, and end the threads."""
+        """Tokenize the waiting requests, end the threads, and refuse requests that arrive later."""
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+        self._is_closed = True
+        self._refuse_waiting()
+
+    def _refuse_waiting(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except Empty:
+                return
+            if job is not None:
+                job.request.fail(
+                    Draining("the server is shutting down and accepts no more requests; use another server")
+                )
+                self._queue.release(job.task, len(job.texts))
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -104,26 +121,31 @@ class Tokenizers:
                 return
 
     def _tokenize(self, jobs: Sequence[Job]) -> None:
-        """Tokenize requests of one task and queue their inputs."""
+        """Tokenize requests of one task and queue their inputs. If this fails, find the request that causes it."""
         try:
-            task, truncate = jobs[0].task, jobs[0].truncate
-            started = perf_counter()
-            encoded = task.encoder.encode_many([text for job in jobs for text in job.texts], truncate)
-            seconds = (perf_counter() - started) / len(encoded)
-            tickets: list[Ticket] = []
-            first = 0
-            for job in jobs:
-                found = encoded[first : first + len(job.texts)]
-                first += len(found)
-                tickets += self._tickets(job, found, seconds)
-            self._queue.put(tickets)
-        except Exception as error:
+            self._queue.put(self._encode(jobs))
+        except BaseException as error:  # a panic of a tokenizer is no Exception
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._tokenize([job])
+                return
             if not isinstance(error, Draining):
-                logger.exception("%d requests failed before they were queued", len(jobs))
-            for job in jobs:
-                job.request.fail(error)
-        finally:
-            self._queue.release(jobs[0].task, sum(len(job.texts) for job in jobs))
+                logger.exception("a request failed before it was queued")
+            jobs[0].request.fail(error if isinstance(error, Exception) else RuntimeError(str(error)))
+        self._queue.release(jobs[0].task, sum(len(job.texts) for job in jobs))
+
+    def _encode(self, jobs: Sequence[Job]) -> list[Ticket]:
+        task, truncate = jobs[0].task, jobs[0].truncate
+        started = perf_counter()
+        encoded = task.encoder.encode_many([text for job in jobs for text in job.texts], truncate)
+        seconds = (perf_counter() - started) / len(encoded)
+        tickets: list[Ticket] = []
+        first = 0
+        for job in jobs:
+            found = encoded[first : first + len(job.texts)]
+            first += len(found)
+            tickets += self._tickets(job, found, seconds)
+        return tickets
 
     @staticmethod
     def _tickets(job: Job, found: Sequence[Encoded | TextError], seconds: float) -> list[Ticket]:
