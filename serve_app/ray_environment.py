@@ -27,6 +27,8 @@ _ALWAYS = {
     # The endpoints never block, so they need no thread besides that of the replica's own event loop.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # A proxy that starts on a busy machine can take longer than Serve's five seconds.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 _DRAIN_SECONDS = 2
 """Time in which a stopping replica still accepts requests, until HAProxy knows that it stops."""

