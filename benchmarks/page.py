@@ -14,7 +14,7 @@ from benchmarks.front.page import front_words
 from benchmarks.llama.page import llama_words
 from benchmarks.plan.page import plan_words
 from benchmarks.precision import precision_words
-from benchmarks.serving.page import serving_words
+from benchmarks.serving.page import path_words, serving_words
 from benchmarks.systems.page import systems_words
 from benchmarks.training.page import training_words
 from revmux.methods import method_class
@@ -63,6 +63,7 @@ WRITERS = {
     "llama": llama_words,
     "plan": plan_words,
     "serving": serving_words,
+    "serving-path": path_words,
 }
 """For each result file, the function that returns its texts by mark."""
 

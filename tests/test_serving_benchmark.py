@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from serving_http import listening
 from tiny_models import tiny_config
 from transformers import AutoTokenizer
 
 from benchmarks.rows import kept_rows, ratio_row, unmeasured_row
+from benchmarks.serving import wrk
 from benchmarks.serving.__main__ import main
 from benchmarks.serving.alone import compare, random_backbone, random_tokens
 from benchmarks.serving.latency import poisson
 from benchmarks.serving.load import Leg, Load, Reply, send
-from benchmarks.serving.page import serving_words
+from benchmarks.serving.page import path_words, serving_words
 from benchmarks.serving.settings import Sizes
 from benchmarks.serving.shares import PARTS, share_rows, shares
 from benchmarks.serving.workloads import texts_of_length
@@ -182,6 +184,39 @@ def test_the_page_shows_which_targets_were_met_missed_and_not_measured() -> None
     assert "| free | – | 0.50 (0.50–0.50) | – | – |" in words
     assert "1 of 3 targets met" in words
     assert "| b, quiet | 25.0 % | 75.0 % |" in words
+
+
+def test_the_page_shows_the_request_path_with_its_cpu_time() -> None:
+    rows = [
+        ratio_row("HAProxy / before", [5.0, 6.5, 7.0], 6.0),
+        ratio_row("requests per second", [1300.0], 1200.0) | {"cpu_ms": {"replica": 0.5, "proxy": 0.051}},
+        ratio_row("CPU ms per text", [0.2], 0.1) | {"bound": "at most"},
+    ]
+    meta = {"machine": {"cores": 2}, "legs": 3, "versions": {"ray": "2"}, "commit": None, "before": "a" * 40}
+    words = path_words({"meta": meta, "rows": rows})["serving-path"]
+    assert "| HAProxy / before | ≥ 6 | 6.5 (5–7) | – | met |" in words
+    assert "| requests per second | ≥ 1200 | 1300 (1300–1300) | 0.50, 0.05 | met |" in words
+    assert "| CPU ms per text | ≤ 0.1 | 0.2 (0.2–0.2) | – | missed |" in words
+    assert "**before** is commit `aaaaaaaa`" in words
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_wrk_sends_the_bodies_in_turn_and_reports_errors(tmp_path: Path) -> None:
+    app = FastAPI()
+    received: list[Any] = []
+
+    @app.post("/echo")
+    async def echo(request: Request) -> None:
+        received.append(await request.json())
+
+    with listening(app) as url:
+        leg = wrk.load(f"{url}/echo", [{"inputs": 'a "quoted" é'}, {"inputs": "b"}], 1, 1, tmp_path)
+        assert leg.requests > 0
+        assert leg.per_second > 0
+        assert 0 < leg.p50 <= leg.p99
+        assert {one["inputs"] for one in received[:2]} == {'a "quoted" é', "b"}
+        with pytest.raises(RuntimeError, match="Non-2xx"):
+            wrk.load(f"{url}/missing", [{}], 1, 1, tmp_path)
 
 
 @pytest.mark.parametrize(

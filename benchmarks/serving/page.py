@@ -49,3 +49,25 @@ def serving_words(result: Row) -> dict[str, str]:
     )
     shares = shares_table([row for row in rows if "part" in row])
     return {"serving": f"{figures_table(ratios)}\n\n{how}\n\nWhere the time of a request goes:\n\n{shares}\n"}
+
+
+def path_words(result: Row) -> dict[str, str]:
+    """Return the text for the mark of the request path."""
+    meta, rows = result["meta"], result["rows"]
+    lines = [
+        "| figure | target | median (min–max) | CPU ms per request: replica, proxy | result |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sign = "≤" if row.get("bound") == "at most" else "≥"
+        target = "–" if row["target"] is None else f"{sign} {row['target']:g}"
+        figures = "–".join(f"{row[key]:.4g}" for key in ("ratio_min", "ratio_max"))
+        spent = "–" if "cpu_ms" not in row else f"{row['cpu_ms']['replica']:.2f}, {row['cpu_ms']['proxy']:.2f}"
+        lines.append(f"| {row['name']} | {target} | {row['ratio_median']:.4g} ({figures}) | {spent} | {verdict(row)} |")
+    before = f" **before** is commit `{meta['before'][:8]}`." if meta["before"] else ""
+    how = (
+        f"{meta['legs']} runs of wrk per figure, one server after the other. {meta['machine']['cores']} cores, shared with wrk; "
+        f"ray {meta['versions']['ray']}, commit `{(meta['commit'] or 'unknown')[:8]}`.{before}"
+    )
+    table = "\n".join(lines)
+    return {"serving-path": f"{table}\n\n{how}\n"}
