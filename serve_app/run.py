@@ -141,10 +141,9 @@ def check_port(host: str, port: int) -> None:
 def _prepare_proxy(config: ServerConfig) -> str:
     """Set the variables that Ray's processes inherit, and return the interface for the replicas."""
     kind = proxy_kind(config.proxy)
-    folder = (
-        Path(tempfile.mkdtemp(prefix="revmux-", dir="/tmp")) if kind == "haproxy" else None
-    )  # sockets need short paths
-    if folder is not None:
+    folder = None
+    if kind == "haproxy":
+        folder = Path(tempfile.mkdtemp(prefix="revmux-", dir="/tmp"))  # the path of a socket must be short
         _prepared.callback(shutil.rmtree, folder, ignore_errors=True)
     for name, value in ray_environment(kind, folder, config.host).items():
         before = os.environ.get(name)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import math
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +18,7 @@ from typing import Any, NamedTuple
 from prometheus_client.core import Metric
 
 import revmux
-from revmux.adapters.config import load_adapter_config, recorded_dtype, recorded_prompt
+from revmux.adapters.config import CONFIG_NAME, WEIGHTS_NAME, load_adapter_config, recorded_dtype, recorded_prompt
 from revmux.errors import UserError
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
@@ -39,10 +42,11 @@ _FIXED = ("model", "revision", "dtype", "prompt", "max_length", "threshold")
 
 
 class _Fetched(NamedTuple):
-    """An adapter's name in the operator's configuration, and its local folder."""
+    """An adapter: its name in the operator's configuration, its local folder, and a digest of its files."""
 
     source: str
     folder: Path
+    digest: str
 
 
 class Service:
@@ -75,9 +79,7 @@ class Service:
         self.peers: Callable[[], Awaitable[dict[str, list[Metric]]]] | None = None
         self.update_error: str | None = None
         self._served: dict[str, TaskConfig] = {}
-        self._adapters: dict[
-            str, dict[LineupPlace, str]
-        ] = {}  # names in the operator's configuration, by task and place
+        self._adapters: dict[str, dict[LineupPlace, _Fetched]] = {}  # by task and place; the folders may be gone
         self._changing = threading.Lock()
         self.engine.start()
 
@@ -104,21 +106,24 @@ class Service:
                     added.append(self._loaded(name, tasks[name], adapters))
                     continue
                 served = self._adapters[name]
-                new = [adapter.folder for place, adapter in adapters.items() if served.get(place) != adapter.source]
+                # The digest finds adapters that were trained again in their folder, and aliases that name another version.
+                new = [
+                    adapter.folder
+                    for place, adapter in adapters.items()
+                    if place not in served or served[place].digest != adapter.digest
+                ]
                 removed = served.keys() - adapters.keys()
                 if new or removed:
                     lineups[name] = self.engine.task(name).lineup_with(new, removed)
             self.engine.change(added, lineups, self._served.keys() - tasks.keys())
             before = self._adapters
             self._served = dict(tasks)
-            self._adapters = {
-                name: {place: adapter.source for place, adapter in adapters.items()}
-                for name, adapters in requested.items()
-            }
-            for name, sources in self._adapters.items():
-                for place, source in sources.items():
-                    if before.get(name, {}).get(place) != source:
-                        self._log_loss(name, place, source)
+            self._adapters = requested
+            for name, adapters in requested.items():
+                for place, adapter in adapters.items():
+                    known = before.get(name, {}).get(place)
+                    if known is None or known.digest != adapter.digest:
+                        self._log_loss(name, place, adapter.source)
 
     def _by_place(self, task: TaskConfig, downloads: Path) -> dict[LineupPlace, _Fetched]:
         """Fetch the adapters, and return those that ``max_multiplex`` allows by their place in the line-up."""
@@ -126,7 +131,7 @@ class Service:
         described = [(source, load_adapter_config(folders[source])) for source in task.adapters]
         check_stages(described, task.threshold)
         return {
-            place_of(config): _Fetched(source, folders[source])
+            place_of(config): _Fetched(source, folders[source], _digest(folders[source]))
             for source, config in admitted(described, self.config.max_multiplex)
         }
 
@@ -248,7 +253,7 @@ class Service:
             "group_widths": sorted({route.width for route in lineup.routes}),
             "adapters": [
                 {
-                    "source": sources.get(adapter.place, adapter.folder),
+                    "source": sources[adapter.place].source if adapter.place in sources else adapter.folder,
                     "stage": adapter.config.stage,
                     "method": adapter.config.method,
                     "num_inputs": adapter.config.num_inputs,
@@ -256,8 +261,19 @@ class Service:
                     "relative_cost": round(lineup.route(adapter).per_input, 4),
                     "threshold": adapter.threshold,
                     "used": lineup.uses(adapter),
-                    "metrics": adapter.config.metrics,
+                    "metrics": {
+                        name: value if math.isfinite(value) else None for name, value in adapter.config.metrics.items()
+                    },
                 }
                 for adapter in lineup.adapters
             ],
         }
+
+
+def _digest(folder: Path) -> str:
+    """A digest of the files of an adapter."""
+    found = hashlib.sha256()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        with suppress(FileNotFoundError), (folder / name).open("rb") as file:  # loading reports a missing file
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()

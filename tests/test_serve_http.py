@@ -443,6 +443,41 @@ def test_the_log_reports_the_cost_of_each_adapter_and_warns_above_the_limit(
         assert "Set a threshold for the fallback, or remove this adapter" in record.getMessage()
 
 
+def test_an_adapter_that_was_trained_again_in_its_folder_is_loaded_by_the_next_update(
+    tasks: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its metrics contain a NaN, which JSON does not have."""
+    model = Path(tasks["topic"]["model"])
+    folder = tmp_path / "adapter"
+    shutil.copytree(write_adapter(tmp_path, load(model), 2), folder)
+    task = TaskConfig.model_validate({"model": str(model), "adapters": [str(folder)]})
+    service = Service(AppConfig.model_validate({"model": str(model), "adapters": [str(folder)]}))
+    try:
+        service.serve({"default": task})
+        (first,) = service.engine.task().lineup.adapters
+        service.update(_live({"default": task}))
+        assert service.engine.task().lineup.adapters == (first,)
+        recorded = json.loads((folder / "adapter_config.json").read_text())
+        recorded["metrics"] = {"accuracy_mean": float("nan"), "siso_accuracy": 0.5}
+        (folder / "adapter_config.json").write_text(json.dumps(recorded))
+        service.update(_live({"default": task}))
+        assert service.update_error is None
+        assert service.engine.task().lineup.adapters != (first,)
+        with listening(create_app(service)) as url:
+            described = httpx.get(f"{url}/info", timeout=60).json()["tasks"]["default"]["adapters"][0]
+        assert described["source"] == str(folder)
+        assert described["metrics"] == {"accuracy_mean": None, "siso_accuracy": 0.5}
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize("shape", ["9" * 4299, "9" * 4301, "1" + "0" * 4000 + ", 2"])
+def test_a_shape_of_thousands_of_digits_is_refused(url: str, shape: str) -> None:
+    body = f'{{"inputs": [{{"name": "text", "shape": [{shape}], "datatype": "BYTES", "data": ["w1"]}}]}}'
+    reply = httpx.post(f"{url}/v2/models/mood/infer", content=body, timeout=60)
+    assert (reply.status_code, reply.json()["error_type"]) == (422, "validation")
+
+
 def test_an_update_with_one_bad_adapter_changes_nothing(tasks: dict[str, Any], tmp_path: Path) -> None:
     mood, topic = (TaskConfig.model_validate(tasks[task]) for task in ("mood", "topic"))
     config = AppConfig.model_validate({"tasks": {"mood": mood.model_dump()}})
