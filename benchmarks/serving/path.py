@@ -5,6 +5,7 @@ The request path: a model so small that nothing else costs time, and the embedde
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -22,10 +23,10 @@ import httpx
 import psutil
 import torch
 from jsonargparse import ArgumentParser
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from benchmarks.rows import kept_rows, ratio_row
-from benchmarks.serving.servers import _free_port, _infinity
+from benchmarks.serving.servers import free_port, infinity_server
 from benchmarks.serving.settings import Row, Settings, Shape
 from benchmarks.serving.workloads import Workload, embedded_workload
 from benchmarks.serving.wrk import WrkLeg, check_wrk, load
@@ -77,7 +78,7 @@ class PathSettings:
 @contextmanager
 def serving(form: Form, flags: Sequence[str], folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     """Run a server in a process of its own; yield its base URL and the process."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "serve_app", "--port", str(port), *flags, *form.flags]
     environment = os.environ | {"PYTHONPATH": str(form.checkout)}
     log = folder / "server.log"
@@ -112,7 +113,7 @@ def cpu_seconds(server: psutil.Process) -> dict[str, float]:
 
 def engine_seconds(url: str) -> float | None:
     """CPU seconds of the model's thread; None if the server does not report them."""
-    replica = httpx.get(f"{url}/info", timeout=60, trust_env=False).json()["replica"]
+    replica: dict[str, Any] = httpx.get(f"{url}/info", timeout=60, trust_env=False).json()["replica"]
     return replica.get("cpu_seconds")
 
 
@@ -191,7 +192,7 @@ def measure_embedded(workload: Workload, settings: PathSettings, folder: Path) -
         if settings.infinity is None:
             return rows
         bodies: list[dict[str, Any]] = [{"model": workload.folder.name, "input": [text]} for text in workload.texts]
-        with _infinity(settings.infinity, workload.folder, 32, 1) as other:
+        with infinity_server(settings.infinity, workload.folder, 32, 1) as other:
             plain.clear()
             load(f"{other}/classify", bodies, EMBEDDED_CONNECTIONS, seconds, folder)  # a warm-up
             for _ in range(settings.legs):
@@ -209,9 +210,11 @@ def tiny_model(folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(words))
     shape = replace(Shape(), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=128, num_labels=3, **asdict(shape))
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=128, **asdict(shape))
     BertForSequenceClassification(config).save_pretrained(folder)
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
+    tokenizer = {"tokenizer_class": "BertTokenizer", "model_max_length": 128}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     return folder
 
 

@@ -58,7 +58,7 @@ class Servers:
     def _infinity(self) -> str:
         assert self.settings.infinity is not None
         return self._stack.enter_context(
-            _infinity(
+            infinity_server(
                 self.settings.infinity, self.workload.folder, self.workload.sizes.max_batch, self.settings.threads
             )
         )
@@ -153,7 +153,7 @@ def _ray_serve(workload: Workload, settings: Settings) -> Iterator[str]:
     model, sizes = str(workload.folder), workload.sizes
     tasks = {_task(cut): {"model": model, "adapters": workload.adapters(cut), "max_length": LENGTH} for cut in CUTS}
     config = server_config(
-        tasks=tasks, port=_free_port(), threads=settings.threads, max_batch=sizes.max_batch, max_queue=4096
+        tasks=tasks, port=free_port(), threads=settings.threads, max_batch=sizes.max_batch, max_queue=4096
     )
     url = deploy(config)
     try:
@@ -165,8 +165,19 @@ def _ray_serve(workload: Workload, settings: Settings) -> Iterator[str]:
 
 
 @contextmanager
-def _infinity(executable: Path, model: Path, max_batch: int, threads: int) -> Iterator[str]:
-    port = _free_port()
+def infinity_server(executable: Path, model: Path, max_batch: int, threads: int) -> Iterator[str]:
+    """Run Infinity, and yield its base URL.
+
+    Args:
+        executable: ``infinity_emb`` in its own environment.
+        model: folder of the task model.
+        max_batch: maximum number of inputs per forward pass.
+        threads: number of CPU threads.
+
+    Raises:
+        DidNotStart: it does not run on this machine.
+    """
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(executable), "v2", "--model-id", str(model), "--served-model-name", model.name]
     command += ["--engine", "torch", "--device", "cpu", "--batch-size", str(max_batch)]
@@ -213,7 +224,8 @@ def _wait_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None
         time.sleep(0.5)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

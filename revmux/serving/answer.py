@@ -1,8 +1,8 @@
-"""The answer to one input."""
+"""The answer to one input, and the place that receives it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -38,3 +38,19 @@ class Answer(NamedTuple):
     tokenize_seconds: float = 0.0
     tokens: int = 0
     group: int = 0
+
+
+class Slot(Protocol):
+    """The place of one input's answer. :class:`concurrent.futures.Future` is one, too."""
+
+    def cancelled(self) -> bool:
+        """Whether the answer is no longer wanted."""
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Announce that the input runs. Return False if its answer is no longer wanted."""
+
+    def set_result(self, result: Answer, /) -> None:
+        """Set the answer."""
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """Set the error in place of an answer."""

@@ -22,10 +22,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from revmux.serving.answer import Answer
+from revmux.serving.answer import Answer, Slot
 from revmux.serving.errors import Draining, Expired, Overloaded
 from revmux.serving.metrics import Metrics
-from revmux.serving.replies import Slot
 
 if TYPE_CHECKING:
     from revmux.serving.task import Task

@@ -6,28 +6,9 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
 
-from revmux.serving.answer import Answer
-
-if TYPE_CHECKING:
-    from revmux.serving.queue import Ticket
-
-
-class Slot(Protocol):
-    """The place of one input's answer. :class:`concurrent.futures.Future` is one, too."""
-
-    def cancelled(self) -> bool:
-        """Whether the answer is no longer wanted."""
-
-    def set_running_or_notify_cancel(self) -> bool:
-        """Announce that the input runs. Return False if its answer is no longer wanted."""
-
-    def set_result(self, result: Answer, /) -> None:
-        """Set the answer."""
-
-    def set_exception(self, exception: BaseException, /) -> None:
-        """Set the error in place of an answer."""
+from revmux.serving.answer import Answer, Slot
+from revmux.serving.queue import Ticket
 
 
 class Delivery:
