@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray_jobs.ray_log import redirect_ray_messages
 from revmux.errors import UserError
@@ -20,6 +21,7 @@ LOCAL_ENVIRONMENT = {
     # After each epoch, workers wait until Ray Train polls their reports. By default it polls every 2 seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
+GIGABYTE = 10**9
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,15 @@ class ClusterConfig:
         workers: Number of training processes. At least 1.
         cpus_per_worker: CPU cores per worker, which also sets its number of threads. Above 0.
         gpus_per_worker: GPUs per worker, a whole number or a fraction below 1. 0 trains on CPUs (gloo), more on GPUs (nccl).
+        min_workers: Smallest number of workers that training may go on with after a loss. It grows again when machines come
+            back. The result is the same up to rounding. Default: workers, so that training waits for replacements.
+        resize_minutes: With min_workers: minutes between looks for room for more workers. Above 0. A resize continues from
+            the last checkpoint.
+        memory_per_worker: Memory to reserve per worker, in GB. 0 reserves none.
+        resources_per_worker: Custom resources to reserve per worker, as a mapping such as {spot: 1}.
+        accelerator_type: Type of the GPUs, such as A10G, L4 or H100, as Ray names it. Default: any.
+        labels: Labels that the workers' nodes must have, as a mapping such as {market-type: spot}. Default: none.
+        collective_minutes: Minutes after which workers that wait for each other fail, and restart. Above 0.
         max_failures: Number of restarts from the last checkpoint after a lost worker before the job fails. 0 or more.
         wait_minutes: Minutes to wait for machines that the workers need and the cluster does not have yet, at the start or
             after a loss, before the job fails. 0 waits without limit.
@@ -41,17 +52,38 @@ class ClusterConfig:
     workers: int = 2
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    min_workers: int | None = None
+    resize_minutes: float = 5.0
+    memory_per_worker: float = 0.0
+    resources_per_worker: dict[str, float] | None = None
+    accelerator_type: str | None = None
+    labels: dict[str, str] | None = None
+    collective_minutes: float = 30.0
     max_failures: int = 3
     wait_minutes: float = 60.0
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}; choose 1 or more")
-        if self.cpus_per_worker <= 0:
-            raise UserError(f"cpus_per_worker is {self.cpus_per_worker}; choose more than 0, such as 1")
-        for name in ("gpus_per_worker", "max_failures", "wait_minutes"):
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise UserError(f"min_workers is {self.min_workers}; choose 1 to workers ({self.workers})")
+        for name in ("cpus_per_worker", "resize_minutes", "collective_minutes"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; choose more than 0, such as 1")
+        for kind, amount in (self.resources_per_worker or {}).items():
+            if kind in ("CPU", "GPU", "memory") or amount <= 0:
+                raise UserError(
+                    f"resources_per_worker has {kind} {amount:g}; choose custom resources above 0, and set CPUs, GPUs and memory "
+                    "with cpus_per_worker, gpus_per_worker and memory_per_worker"
+                )
+        for name in ("gpus_per_worker", "memory_per_worker", "max_failures", "wait_minutes"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 0 or more")
+        if self.accelerator_type is not None and not self.gpus_per_worker:
+            raise UserError(
+                f"accelerator_type is {self.accelerator_type!r}, but gpus_per_worker is 0; set --cluster.gpus_per_worker 1 or omit the "
+                "type"
+            )
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise UserError(
                 f"gpus_per_worker is {self.gpus_per_worker:g}; choose a whole number, or a fraction below 1 to share a GPU"
@@ -75,8 +107,26 @@ class ClusterConfig:
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        """The resources of a worker, by Ray's names."""
-        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
+        """The resources of a worker, by Ray's names; memory in bytes."""
+        return (
+            {"CPU": self.cpus_per_worker}
+            | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
+            | ({"memory": self.memory_per_worker * GIGABYTE} if self.memory_per_worker else {})
+            | (self.resources_per_worker or {})
+        )
+
+    @property
+    def remote_options(self) -> dict[str, Any]:
+        """The resources and the placement of a worker, as options of a Ray task or actor."""
+        options = {
+            "num_cpus": self.cpus_per_worker,
+            "num_gpus": self.gpus_per_worker or None,
+            "memory": self.memory_per_worker * GIGABYTE or None,
+            "resources": self.resources_per_worker,
+            "accelerator_type": self.accelerator_type,
+            "label_selector": self.labels,
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
     @property
     def is_this_machine(self) -> bool:

@@ -65,7 +65,9 @@ class MultiplexedClassifier(nn.Module):
         self.method = method
         self.prefill_layers = prefill_layers
         self._kept: KeptPrefix | None = None
-        self._updated: tuple[Backbone] | None = None  # a tuple, so that the copy is not registered as a submodule
+        # Copies that share weights, as tuples, so that they are not registered as submodules.
+        self._updated: tuple[Backbone] | None = None
+        self._merged: tuple[Backbone] | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -149,15 +151,29 @@ class MultiplexedClassifier(nn.Module):
 
     @property
     def upper_backbone(self) -> Backbone:
-        """The backbone whose layers l+1..e run shared sequences: with LoRA, a copy that shares all of its weights."""
+        """The backbone whose layers l+1..e run shared sequences: with LoRA, a copy that shares its weights."""
         lora = self.method.lora
         if lora is None:
             return self.backbone
+        if self._merged is not None and not self.training:
+            return self._merged[0]
         if self._updated is None or not lora.is_applied_in(self._updated[0]):
             self._updated = (lora.applied_to(self.backbone),)
         updated = self._updated[0]
         updated.gradient_checkpointing = self.backbone.gradient_checkpointing
         return updated
+
+    def merge_lora(self, limit: int) -> None:
+        """Merge LoRA's updates into a second copy of the weights that they change, which inference then uses.
+
+        Call it again after the updates have changed. Without LoRA it does nothing.
+
+        Args:
+            limit: most bytes of the copy; a larger one is not made.
+        """
+        lora = self.method.lora
+        if lora is not None and lora.merged_bytes(self.backbone) <= limit:
+            self._merged = (lora.merged_into(self.backbone),)
 
     def upper(self, mixed: HiddenState) -> HiddenState:
         """Run shared sequences through layers l+1..e; the shape does not change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
+from numeric import assert_close
 from ray_machines import Machines, cluster_of_machines, kill_all, kill_group, processes_named
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,13 +41,13 @@ EPOCHS, EVERY = 14, 7
 TRAIN_WORKER = "RayTrainWorker"
 
 
-def recipe(model: Path, data: Path, store: Path) -> Recipe:
+def recipe(model: Path, data: Path, store: Path, epochs: int = EPOCHS, dropout: float = 0.1) -> Recipe:
     named = named_recipe()
     return Recipe(
         backbone=BackboneConfig(model=str(model), max_length=16),
         data=DataConfig(source=str(data)),
-        method=MethodConfig("revmux", 2, 1, named.options_of("revmux", {"dropout": 0.1})),
-        optim=named.optim_config(epochs=EPOCHS, batch_size=4),
+        method=MethodConfig("revmux", 2, 1, named.options_of("revmux", {"dropout": dropout})),
+        optim=named.optim_config(epochs=epochs, batch_size=4),
         loss=named.loss_config(),
         store=StoreConfig(root=str(store)),
         shuffles=2,
@@ -62,9 +64,10 @@ class Ended:
     steps_per_epoch: int = 0
 
 
-def run_undisturbed(model: str, data: str, folder: str) -> dict[str, Any]:
+def run_undisturbed(model: str, data: str, folder: str, epochs: int = EPOCHS, dropout: float = 0.1) -> dict[str, Any]:
     """Train the same recipe without Ray, in each process of a gloo group."""
-    prepared = prepare(recipe(Path(model), Path(data), Path(folder) / "store"), load_task(DataConfig(source=data)))
+    asked = recipe(Path(model), Path(data), Path(folder) / "store", epochs, dropout)
+    prepared = prepare(asked, load_task(DataConfig(source=data)))
     trainer = prepared.trainer()
     list(trainer.run())
     load_weights(prepared.model, trainer.best)
@@ -118,6 +121,7 @@ class TrainJob:
             "HF_HUB_OFFLINE": "1",
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # on a busy machine, workers of a lower priority would not start in time
         }
 
     @contextmanager
@@ -249,6 +253,40 @@ def test_training_resumes_after_a_node_is_lost_and_replaced(
     assert first == 0
     assert resumed[-1] >= step
     job.finished_like(undisturbed)
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_training_shrinks_and_grows_with_the_cluster(
+    job: TrainJob, machines: Machines, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    """Two workers, one after a loss, and two again when a machine has joined: the weights of a run that was left alone."""
+    epochs = 80
+    run_undisturbed(str(tiny_model_folder), str(tiny_csv), str(tmp_path), epochs, 0.0)  # dropout depends on the rank
+    job.flags += ["--cluster.min_workers", "1", "--cluster.resize_minutes", "0.05", "--optim.epochs", str(epochs)]
+    job.flags += ["--method.options", '{"dropout": 0.0}']
+    second = machines.add()
+
+    def sizes() -> list[str]:
+        return re.findall(r"(\d) workers? \(.*each\), step", job.log.read_text())
+
+    with job.started() as process:
+        wait_until(lambda: sizes() and list(job.storage.glob("checkpoints/*/step-*.json")), process, job.log)
+        while sizes()[-1] == "1":  # the second machine may join after the start
+            wait_until(lambda: sizes()[-1] == "2", process, job.log)
+        machines.lose(second)
+        wait_until(lambda: sizes()[-1] == "1", process, job.log)
+        machines.add()
+        wait_until(lambda: sizes()[-1] == "2", process, job.log)
+        assert process.wait() == 0, job.log.read_text()
+    starts = job.starts()
+    assert starts == sorted(starts)
+    weights, expected = (
+        load_file(folder / WEIGHTS_NAME) for folder in (job.storage / "adapters/revmux-n2-l1", tmp_path / "adapter-0")
+    )
+    for name, value in expected.items():
+        assert_close(weights[name], value, layers=50)
 
 
 @contextmanager

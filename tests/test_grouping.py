@@ -19,6 +19,7 @@ from revmux.grouping import (
     shuffled_groups,
 )
 from revmux.training.config import OptimConfig
+from revmux.training.distributed import shares
 
 
 def lengths(total: int) -> Tensor:
@@ -56,15 +57,8 @@ def test_a_short_group_is_filled_with_inputs_of_similar_length() -> None:
     assert min(longest) == 31
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_workers_share_the_steps_of_one_schedule(workers: int) -> None:
-    optim = OptimConfig(batch_size=16)
-    optim.check_groups(2, workers)
-    schedule = epoch_groups(lengths(100), 2, 8, seed=0, epoch=0)
-    share = 8 // workers
-    shares = [schedule[:, rank * share : (rank + 1) * share] for rank in range(workers)]
-    assert all(len(part) == 7 for part in shares)
-    assert torch.equal(torch.cat(shares, dim=1), schedule)
+def test_workers_share_a_step_as_evenly_as_they_can() -> None:
+    assert [shares(8, workers) for workers in (1, 2, 3, 8)] == [[8], [4, 4], [3, 3, 2], [1] * 8]
 
 
 def test_the_schedule_depends_only_on_seed_and_epoch() -> None:
@@ -113,10 +107,13 @@ def test_fewer_examples_than_a_group_are_refused() -> None:
 
 
 def test_a_batch_size_that_is_no_multiple_of_n_is_refused_with_one_that_is() -> None:
-    with pytest.raises(UserError, match=r"batch_size \(34\) must be divisible .* \(4 × 2 = 8\); choose 32"):
+    with pytest.raises(UserError, match=r"batch_size \(34\) must be divisible by num_inputs \(4\); choose 32"):
         OptimConfig(batch_size=34).check_groups(4, 2)
     with pytest.raises(UserError, match="choose 8"):
         OptimConfig(batch_size=2).check_groups(4, 2)
+    OptimConfig(batch_size=36).check_groups(4, 2)  # five groups and four
+    with pytest.raises(UserError, match=r"too small for num_inputs × workers × accumulate \(4 × 2 × 2 = 16\)"):
+        OptimConfig(batch_size=12, accumulate=2).check_groups(4, 2)
 
 
 @pytest.mark.parametrize(("total", "num_inputs"), [(12, 4), (13, 4), (3, 4), (7, 2), (5, 1)])

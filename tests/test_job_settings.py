@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from ray_jobs.paths import store_in
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.run import base_recipe
 from ray_jobs.training.config import EvaluateJob, FeaturesJob, FinetuneJob, TrainJob
-from ray_jobs.training.launch import fingerprint
+from ray_jobs.training.launch import fingerprint, number_of_workers
+from ray_jobs.training.resource_wait import format_resources
 from ray_jobs.training.store_features import storage_of
 from revmux import UserError
 from revmux.data.config import DataConfig
@@ -94,11 +96,48 @@ def test_one_worker_may_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"workers": 0}, {"cpus_per_worker": 0.0}, {"gpus_per_worker": -1.0}, {"gpus_per_worker": 1.5}]
+    "settings",
+    [
+        {"workers": 0},
+        {"cpus_per_worker": 0.0},
+        {"gpus_per_worker": -1.0},
+        {"gpus_per_worker": 1.5},
+        {"min_workers": 3},
+        {"min_workers": 0},
+        {"resize_minutes": 0.0},
+        {"collective_minutes": 0.0},
+        {"memory_per_worker": -1.0},
+        {"resources_per_worker": {"GPU": 1.0}},
+        {"resources_per_worker": {"spot": 0.0}},
+        {"accelerator_type": "L4"},
+    ],
+    ids=str,
 )
-def test_resources_are_checked(settings: dict[str, float]) -> None:
+def test_resources_are_checked(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        ClusterConfig(**settings)  # type: ignore[arg-type]
+        ClusterConfig(**settings)
+
+
+def test_workers_ask_for_their_resources_and_place() -> None:
+    cluster = ClusterConfig(
+        workers=4,
+        min_workers=2,
+        gpus_per_worker=1,
+        memory_per_worker=16,
+        resources_per_worker={"spot": 1},
+        accelerator_type="L4",
+        labels={"market-type": "spot"},
+    )
+    assert cluster.worker_resources == {"CPU": 1, "GPU": 1, "memory": 16e9, "spot": 1}
+    placed = {"accelerator_type": "L4", "label_selector": {"market-type": "spot"}}
+    assert cluster.remote_options == placed | {"num_cpus": 1, "num_gpus": 1, "memory": 16e9, "resources": {"spot": 1}}
+    assert ClusterConfig().remote_options == {"num_cpus": 1}
+    assert [number_of_workers(one) for one in (cluster, ClusterConfig(), ClusterConfig(min_workers=2))] == [
+        (2, 4),
+        2,
+        2,
+    ]
+    assert format_resources(cluster.worker_resources) == "1 CPU and 1 GPU and 16 GB of memory and 1 spot"
 
 
 def test_a_folder_that_is_not_an_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.backbone import Backbone
 from revmux.estimate.flops import count_flops
 from revmux.estimate.memory import estimate_memory
-from revmux.methods.lora import SCALE
+from revmux.methods.lora import SCALE, UpdatedLinear
 
 pytestmark = pytest.mark.numeric
 
@@ -66,6 +66,34 @@ def test_the_plain_model_stays_exact_and_two_adapters_share_a_backbone():
         for name, weight in backbone.named_parameters()
         if name.endswith("layer.2.attention.self.query.weight")
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_merged_updates_give_the_same_answers_and_leave_the_plain_model_exact(family):
+    backbone = tiny_classifier(family)
+    before = backbone(tokens())
+    model = model_on(backbone)
+    apart = model(tokens())
+    model.merge_lora(limit=model.method.lora.merged_bytes(backbone))
+    assert not any(isinstance(module, UpdatedLinear) for module in model.upper_backbone.modules())
+    assert_close(model(tokens()), apart)
+    assert torch.equal(backbone(tokens()), before)
+    own, merged = (dict(one.named_parameters()) for one in (backbone, model.upper_backbone))
+    copied = [name for name in own if own[name] is not merged[name]]
+    assert sum(own[name].nbytes for name in copied) == model.method.lora.merged_bytes(backbone)
+    assert len(copied) == sum(len(updates) for updates in model.method.lora.layers)
+
+
+@torch.no_grad()
+def test_updates_stay_apart_in_training_and_where_the_copy_is_too_large():
+    backbone = tiny_classifier("bert")
+    model = model_on(backbone)
+    model.merge_lora(limit=model.method.lora.merged_bytes(backbone) - 1)
+    assert any(isinstance(module, UpdatedLinear) for module in model.upper_backbone.modules())
+    model.merge_lora(limit=model.method.lora.merged_bytes(backbone))
+    assert any(isinstance(module, UpdatedLinear) for module in model.train().upper_backbone.modules())
+    model_on(backbone, options=OPTIONS | {"lora_rank": 0}).merge_lora(limit=10**9)  # nothing to merge
 
 
 @torch.no_grad()

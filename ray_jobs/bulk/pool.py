@@ -131,12 +131,7 @@ class ActorPool:
                 ray.kill(slot.actor)
 
     def _start(self) -> Any:
-        options = {
-            "num_cpus": self.cluster.cpus_per_worker,
-            "num_gpus": self.cluster.gpus_per_worker,
-            "max_concurrency": UNITS_IN_FLIGHT,
-        }
-        actor = ray.remote(UnitActor).options(**options)
+        actor = ray.remote(UnitActor).options(**self.cluster.remote_options, max_concurrency=UNITS_IN_FLIGHT)
         return actor.remote(self._job, self.cluster.device, max(1, int(self.cluster.cpus_per_worker)))
 
     def _place(self, slot: _Slot) -> None:

@@ -120,9 +120,9 @@ def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, ta
         for row in rows
         if row.status == "done" and row.adapter is not None
     ]
-    cores = job.cluster.cpus_per_worker
-    remote = ray.remote(num_cpus=cores, num_gpus=job.cluster.gpus_per_worker)(_plan)
-    plan: Plan = ray.get(remote.remote(job, adapters, choosing, task, folder, command_line(), max(1, int(cores))))
+    cores = max(1, int(job.cluster.cpus_per_worker))
+    remote = ray.remote(**job.cluster.remote_options)(_plan)
+    plan: Plan = ray.get(remote.remote(job, adapters, choosing, task, folder, command_line(), cores))
     return plan
 
 

@@ -89,9 +89,7 @@ def run_evaluate(job: EvaluateJob) -> dict[str, float]:
         with connected(job.cluster, storage):
             import ray
 
-            remote = ray.remote(num_cpus=job.cluster.cpus_per_worker, num_gpus=job.cluster.gpus_per_worker)(
-                evaluate_adapter
-            )
+            remote = ray.remote(**job.cluster.remote_options)(evaluate_adapter)
             figures: dict[str, float] = ray.get(remote.remote(job, task))
         tracker.log_metrics(run_id, figures)
     write_json(output, {"adapter": job.adapter, "data": task.identity, "shuffles": job.shuffles, "metrics": figures})

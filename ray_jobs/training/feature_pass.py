@@ -183,8 +183,7 @@ def _write_with_workers(
             "threads": 0 if cluster.use_gpu else max(1, int(cluster.cpus_per_worker)),
         },
         compute=ActorPoolStrategy(min_size=1, max_size=min(workers, len(shards))),
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=cluster.gpus_per_worker or None,
+        **cluster.remote_options,
     )
     losses: dict[int, list[Precision]] = {}
     progress = _Progress(total)

@@ -169,11 +169,16 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
         train_worker,
         train_loop_config={"config": worker},
         scaling_config=ScalingConfig(
-            num_workers=0 if hooks.report else cluster.workers,
+            num_workers=0 if hooks.report else number_of_workers(cluster),
+            elastic_resize_monitor_interval_s=60 * cluster.resize_minutes,
             use_gpu=cluster.use_gpu,
             resources_per_worker=cluster.worker_resources,
+            accelerator_type=cluster.accelerator_type,
+            label_selector=cluster.labels,
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.use_gpu else "gloo", timeout_s=round(60 * cluster.collective_minutes)
+        ),
         run_config=RunConfig(
             name=worker.folder.name,
             storage_path=str(worker.folder.parent),
@@ -192,6 +197,11 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
             raise error_to_raise(error) from error
         raise
     return metrics
+
+
+def number_of_workers(cluster: ClusterConfig) -> int | tuple[int, int]:
+    """The number of workers for Ray Train; the smallest and the largest if it may change."""
+    return cluster.workers if cluster.min_workers in (None, cluster.workers) else (cluster.min_workers, cluster.workers)
 
 
 def previous_run_id(file: Path, tracker: Tracker) -> str | None:

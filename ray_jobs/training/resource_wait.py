@@ -13,6 +13,7 @@ from ray.train import ControllerError, ScalingConfig
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.util import placement_group, remove_placement_group
 
+from ray_jobs.cluster import GIGABYTE
 from ray_jobs.ray_internals import ControllerCallback, workers_are_running
 from revmux.errors import UserError
 
@@ -167,4 +168,9 @@ def lacks_resources(workers: int, each: Mapping[str, float], present: Mapping[st
 def format_resources(kinds: Mapping[str, float], amounts: Mapping[str, float] | None = None) -> str:
     """Resources as text, such as ``1 CPU and 1 GPU``: the kinds of the first mapping, with the amounts of the second."""
     amounts = kinds if amounts is None else amounts
-    return " and ".join(f"{amounts.get(kind, 0.0):g} {kind}" for kind in kinds)
+    return " and ".join(
+        f"{amounts.get(kind, 0.0) / GIGABYTE:g} GB of memory"
+        if kind == "memory"
+        else f"{amounts.get(kind, 0.0):g} {kind}"
+        for kind in kinds
+    )

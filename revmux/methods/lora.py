@@ -6,7 +6,8 @@
 
 The updates are applied in a copy of the backbone that shares all of its weights. The backbone itself has no hooks and
 no replaced layers, so the plain model stays exact to the bit, several adapters can share it, and other threads may run
-it at the same time. PEFT replaces layers in the model itself and switches adapters globally, which allows none of this.
+it at the same time. For inference, the updates can be merged into a second copy of the weights that they change, which
+saves their operations and takes that much memory. PEFT replaces layers in the model itself and switches adapters globally, which allows none of this.
 """
 
 from __future__ import annotations
@@ -92,25 +93,55 @@ class LoRA(nn.Module):
 
     def applied_to(self, backbone: Backbone) -> Backbone:
         """A copy of a backbone that shares its weights, with the updates applied to layers ``first`` + 1 to ``last``."""
-        shared: dict[int, Any] = {
-            id(tensor): tensor for tensor in itertools.chain(backbone.parameters(), backbone.buffers())
-        }
-        updated = copy.deepcopy(backbone, shared)
+        updated = _sharing_copy(backbone)
+        for layer, name, linear, update in self._maps(updated):
+            parent, _, child = name.rpartition(".")
+            setattr(layer.get_submodule(parent), child, UpdatedLinear(linear, update))
+        return updated
+
+    @torch.no_grad()
+    def merged_into(self, backbone: Backbone) -> Backbone:
+        """A copy of a backbone for inference whose maps in layers ``first`` + 1 to ``last`` are W + 2 · B A.
+
+        It shares all other weights. The sum is computed in float32 and has the type of W.
+        """
+        merged = _sharing_copy(backbone)
+        for _, _, linear, update in self._maps(merged):
+            change = SCALE * update.up @ update.down  # (out, in)
+            change = change.T if isinstance(linear, Conv1D) else change
+            weight: Tensor = linear.weight  # type: ignore[assignment]
+            linear.weight = nn.Parameter((weight.float() + change).to(weight.dtype), requires_grad=False)
+        return merged
+
+    def merged_bytes(self, backbone: Backbone) -> int:
+        """The memory that :meth:`merged_into` takes: the size of the maps that the updates change."""
+        maps = (linear for index in range(self.first, self.last) for _, linear in _linear_maps(backbone.layer(index)))
+        weights = [linear.weight for linear in maps]
+        return sum(weight.numel() * weight.element_size() for weight in weights)  # type: ignore[operator, misc]
+
+    def _maps(self, backbone: Backbone) -> Iterator[tuple[nn.Module, str, nn.Module, LowRankUpdate]]:
+        """Every updated map of a backbone: its layer, its name there, the map and its update."""
         for index, updates in zip(range(self.first, self.last), self.layers, strict=True):
             assert isinstance(updates, nn.ModuleDict)
-            layer = updated.layer(index)
+            layer = backbone.layer(index)
             for name, linear in list(_linear_maps(layer)):
-                parent, _, child = name.rpartition(".")
                 update = updates[_key(name)]
                 assert isinstance(update, LowRankUpdate)
-                setattr(layer.get_submodule(parent), child, UpdatedLinear(linear, update))
-        return updated
+                yield layer, name, linear, update
 
     def is_applied_in(self, updated: Backbone) -> bool:
         """Whether a copy from :meth:`applied_to` still uses the current tensors, which a functional call replaces."""
         linear = next(module for module in updated.layer(self.first).modules() if isinstance(module, UpdatedLinear))
         own = next(module for module in self.layers.modules() if isinstance(module, LowRankUpdate))
         return linear.update.down is own.down
+
+
+def _sharing_copy(backbone: Backbone) -> Backbone:
+    """A copy of the modules of a backbone that shares all of its tensors."""
+    shared: dict[int, Any] = {
+        id(tensor): tensor for tensor in itertools.chain(backbone.parameters(), backbone.buffers())
+    }
+    return copy.deepcopy(backbone, shared)
 
 
 def _linear_maps(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

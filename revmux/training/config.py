@@ -66,19 +66,26 @@ class OptimConfig:
             raise UserError(f"warmup_share is {self.warmup_share}; choose a share from 0 to below 1")
 
     def check_groups(self, num_inputs: int, workers: int) -> None:
-        """Check that the batch can be divided into groups of N on every worker.
+        """Check that the batch can be divided into groups of N, with at least one group per worker and micro-batch.
+
+        Workers may have different numbers of groups: each counts by its share of the step.
 
         Raises:
             UserError: it cannot; the message has the batch size, N, the workers and the nearest batch size that works.
         """
-        unit = num_inputs * workers * self.accumulate
-        if self.batch_size % unit:
-            nearest = max(unit, round(self.batch_size / unit) * unit)
+        least = num_inputs * workers * self.accumulate
+        if self.batch_size % num_inputs:
+            nearest = max(least, round(self.batch_size / num_inputs) * num_inputs)
+            raise UserError(
+                f"batch_size ({self.batch_size}) must be divisible by num_inputs ({num_inputs}); choose {nearest}"
+            )
+        if self.batch_size < least:
             names, factors = "num_inputs × workers", f"{num_inputs} × {workers}"
             if self.accumulate > 1:
                 names, factors = f"{names} × accumulate", f"{factors} × {self.accumulate}"
             raise UserError(
-                f"batch_size ({self.batch_size}) must be divisible by {names} ({factors} = {unit}); choose {nearest}"
+                f"batch_size ({self.batch_size}) is too small for {names} ({factors} = {least}): every worker needs a group; "
+                f"choose {least} or more"
             )
 
 

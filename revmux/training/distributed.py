@@ -21,6 +21,12 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def shares(total: int, world: int) -> list[int]:
+    """How many of ``total`` items each of ``world`` workers has, in the order of their ranks; they differ by at most one."""
+    least, more = divmod(total, world)
+    return [least + (rank < more) for rank in range(world)]
+
+
 def mean_over_workers(values: Tensor) -> Tensor:
     """The mean over all workers of a tensor of the same shape on each."""
     _, world = rank_and_world()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,18 +71,21 @@ def infonce(restored: Tensor, teacher: Tensor, config: LossConfig, candidates: C
     return F.cross_entropy(logits, own)
 
 
-def gather_from_workers(rows: Tensor) -> tuple[Tensor, int]:
+def gather_from_workers(rows: Tensor, counts: Sequence[int] | None = None) -> tuple[Tensor, int]:
     """Gather the rows of every worker, with gradients.
 
     Args:
-        rows: (P, d), the same P on every worker.
+        rows: (P, d).
+        counts: P of every worker; None if it is the same on all.
 
     Returns:
-        (W·P, d) and the offset of this worker's rows in it; with one worker, ``rows`` and 0.
+        (Q, d), Q the sum of all P, and the offset of this worker's rows in it; with one worker, ``rows`` and 0.
     """
     rank, world = rank_and_world()
     if world == 1:
         return rows, 0
+    counts = counts or [len(rows)] * world
+    rows = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))  # collectives need the same shape on every worker
     if rows.requires_grad:
         from torch.distributed.nn.functional import all_gather
 
@@ -89,7 +93,7 @@ def gather_from_workers(rows: Tensor) -> tuple[Tensor, int]:
     else:
         gathered = [torch.empty_like(rows) for _ in range(world)]
         dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered), rank * len(rows)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts)]), sum(counts[:rank])
 
 
 def training_loss(

@@ -26,7 +26,7 @@ from revmux.grouping import epoch_groups, local_rows
 from revmux.model import MultiplexedClassifier
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import LossConfig, OptimConfig
-from revmux.training.distributed import fail_together, from_first, mean_over_workers, rank_and_world
+from revmux.training.distributed import fail_together, from_first, mean_over_workers, rank_and_world, shares
 from revmux.training.evaluation import evaluate
 from revmux.training.losses import ContrastSet, gather_from_workers
 from revmux.training.step import TrainStep
@@ -101,8 +101,8 @@ class Trainer:
         optim: see :class:`OptimConfig`.
         loss: see :class:`revmux.training.config.LossConfig`.
         on_step: called on every worker after each step with the step, the total number of steps, and metrics of the
-            step: ``loss``, this worker's mean as a scalar tensor (reading its value waits for the device), and
-            ``tokens``, their number over all workers.
+            step: ``loss``, this worker's part as a scalar tensor (the mean over the workers is that of the step; reading
+            its value waits for the device), and ``tokens``, their number over all workers.
         checkpoints: where rank 0 saves a checkpoint at the end of each epoch; None saves none.
         checkpoint_steps: steps between additional checkpoints within an epoch; 0 saves only at the end.
 
@@ -147,6 +147,7 @@ class Trainer:
             # A tuned backbone has parameters that a method may not use: its own head, layers above the exit.
             self.step = DistributedDataParallel(self.train_step, find_unused_parameters=model.method.tunes_prefill)
         self.groups_per_step = optim.batch_size // model.num_inputs
+        self.shares = shares(self.groups_per_step, self.world)
         self.steps_per_epoch = -(-len(train) // (self.groups_per_step * model.num_inputs))
         self.steps_per_start = self.steps_per_epoch * optim.epochs
         self.optimizer, self.scheduler = self._optimizer()
@@ -274,8 +275,7 @@ class Trainer:
             self.train_data.lengths, self.model.num_inputs, self.groups_per_step, self.optim.seed, state.epoch
         )
         tokens = self.train_data.lengths[schedule].sum(dim=(1, 2)).tolist()  # one count per step
-        share = self.groups_per_step // self.world
-        own = schedule[:, self.rank * share : (self.rank + 1) * share]  # (steps, G, N), this worker's groups
+        own = schedule.split(self.shares, dim=1)[self.rank]  # (steps, G, N), this worker's groups
         totals: dict[str, Tensor] = {}
         first, started = state.epoch_step, time.perf_counter()
         for index in range(first, len(schedule)):
@@ -301,7 +301,7 @@ class Trainer:
         }
 
     def _step(self, groups: Tensor, whole: Tensor) -> dict[str, Tensor]:
-        """Run one optimizer step; returns its mean losses on this worker, detached.
+        """Run one optimizer step; returns this worker's losses, detached: their mean over the workers is that of the step.
 
         Args:
             groups: (G, N) long, this worker's groups.
@@ -318,15 +318,19 @@ class Trainer:
         contrast = self._contrast_set([teachers for _, _, teachers in parts], whole)
         means: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
+        before = 0  # inputs of the parts so far
         for index, (batch, inside, teachers) in enumerate(parts):
-            candidates = None if contrast is None else contrast._replace(first=contrast.first + index * inside.numel())
+            candidates = None if contrast is None else contrast._replace(first=contrast.first + before)
+            before += inside.numel()
+            # Gradients are averaged over the workers, which may have different numbers of groups.
+            weight = len(inside) * self.world / len(whole)
             warmup = self.state.step < self.model.method.warmup_steps
             is_last = index == len(parts) - 1
             with nullcontext() if is_last or self.world == 1 else self.step.no_sync():  # type: ignore[operator]
                 losses = self.step(batch, inside, teachers, warmup, candidates)
-                (losses["loss"] / len(parts)).backward()
+                (losses["loss"] * weight).backward()
             for name, value in losses.items():
-                mean = value.detach() / len(parts)
+                mean = value.detach() * weight
                 means[name] = means[name] + mean if name in means else mean
         nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
         self.optimizer.step()
@@ -343,7 +347,8 @@ class Trainer:
         matched = [teacher.flatten(0, 1) for teacher in teachers if teacher is not None]
         if not matched or not self.loss.infonce_weight or self.loss.negatives != "batch":
             return None
-        vectors, first = gather_from_workers(torch.cat(matched))  # ordered by rank, like ``whole``
+        counts = [share * self.model.num_inputs for share in self.shares]
+        vectors, first = gather_from_workers(torch.cat(matched), counts)  # ordered by rank, like ``whole``
         return ContrastSet(vectors, first, whole.flatten().to(vectors.device))
 
     def _add_to_sums(self, totals: dict[str, Tensor]) -> None:
