@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.backbone.decoder import DecoderBackbone
-from revmux.backbone.prefix import KeptPrefix
+from revmux.backbone.prefix import KeptPrefix, kept_exactly
 from revmux.backbone.state import Prefix
 from revmux.errors import UserError
 from revmux.grouping import consecutive_groups, gather_rows
@@ -132,7 +132,7 @@ class MultiplexedClassifier(nn.Module):
             return self._mix_prefix(prefix)
         weights = [prefix.hidden[self.prefill_layers], *self.method.parameters()]
         if self._kept is None or not self._kept.is_current(weights):
-            with torch.inference_mode(False), torch.no_grad():
+            with kept_exactly(self.backbone.device):
                 self._kept = KeptPrefix.of(self._mix_prefix(prefix), weights)
         return self._kept.prefix
 

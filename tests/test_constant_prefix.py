@@ -205,6 +205,18 @@ def test_the_prefix_runs_once_and_again_if_weights_change() -> None:
     backbone.freeze()
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_prefix_that_was_first_used_under_autocast_is_exact(attention: str) -> None:
+    model = classifier(decoder("llama-words", attention=attention), "revmux lora", 1)
+    expected = classifier(decoder("llama-words", (), attention), "revmux lora", 1)
+    model.backbone.freeze()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(batch())
+        assert_close(model(batch()), expected(batch()))
+        assert float((rough - model(batch())).abs().max()) > 1e-3
+
+
 def test_inputs_with_another_beginning_run_whole() -> None:
     backbone = decoder("llama-words")
     tokens = batch()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from revmux.backbone.attention import causal_mask
 from revmux.backbone.base import Backbone, layer_output, padding_mask
 from revmux.backbone.generative import GenerativeBackbone, last_token, token_positions
-from revmux.backbone.prefix import KeptPrefix, KeyRecorder, PastKeys
+from revmux.backbone.prefix import KeptPrefix, KeyRecorder, PastKeys, kept_exactly
 from revmux.backbone.state import HiddenState, Prefix, TokenBatch
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.errors import UserError
@@ -91,7 +91,7 @@ class DecoderBackbone(GenerativeBackbone):
         if self.soft_prompt is not None:
             weights.append(self.soft_prompt.vectors)
         if self._kept is None or not self._kept.is_current(weights):
-            with torch.inference_mode(False), torch.no_grad():
+            with kept_exactly(self.device):
                 self._kept = KeptPrefix.of(self._run_constant(), weights)
         return self._kept.prefix
 

@@ -11,7 +11,8 @@ one constant too, for each adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +33,10 @@ class PastKeys:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Put the prefix before the keys and values of an input: (B, H, S, d/H) to (B, H, P + S, d/H)."""
-        first_keys, first_values = self.layers[layer_idx]
+        # Under autocast the keys of an input are narrower than those of the prefix.
+        first = [kept.to(own.dtype) for kept, own in zip(self.layers[layer_idx], (keys, values), strict=True)]
         rows = (len(keys), -1, -1, -1)
-        return torch.cat([first_keys.expand(rows), keys], dim=2), torch.cat([first_values.expand(rows), values], dim=2)
+        return torch.cat([first[0].expand(rows), keys], dim=2), torch.cat([first[1].expand(rows), values], dim=2)
 
 
 class KeyRecorder:
@@ -80,6 +82,14 @@ class KeptPrefix:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptPrefix:
         return self  # it never changes, and the copy's own weights are others
+
+
+@contextmanager
+def kept_exactly(device: torch.device) -> Iterator[None]:
+    """Compute what is kept in the weights' own precision, as tensors that training can use, whatever runs around it."""
+    exact = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), exact:
+        yield
 
 
 def _version(tensor: Tensor) -> int:
