@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ WORDS = [f"w{index}" for index in range(60)]
 CUT = 1
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, labels: Sequence[str] = ("LABEL_0", "LABEL_1", "LABEL_2")) -> Path:
     """A tiny BERT whose layers above the cut do not change a state.
 
     An untrained token-split adapter then gives every input the same answer as the plain model, whatever its group, so
@@ -36,7 +37,8 @@ def write_model(folder: Path) -> Path:
         num_hidden_layers=4,
         intermediate_size=128,
         max_position_embeddings=64,
-        num_labels=3,
+        id2label=dict(enumerate(labels)),
+        label2id={name: index for index, name in enumerate(labels)},
         initializer_range=0.5,
     )
     model = BertForSequenceClassification(config)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from revmux.bulk.config import BulkConfig
 from revmux.bulk.formats.base import Range, divide_blocks
 from revmux.bulk.job import list_and_prepare
 from revmux.bulk.output import META, OutputFolder
+from revmux.bulk.score import classify_tokens
 from revmux.bulk.summary import write_summary
 from revmux.bulk.texts import Tokenizer
 from revmux.bulk.units import Unit, list_work
@@ -296,6 +299,31 @@ def test_an_adapter_that_saves_nothing_is_reported(
     classify_files(replace(config, adapter=str(write_adapter(tmp_path, load(model), 2, 4))))
     assert set(answers(config)["method"]) == {"siso"}
     assert "adapter token-split, N = 2, l = 4 is not used" in caplog.text
+
+
+def test_reading_the_device_and_writing_overlap(config: BulkConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One unit is written while another is on the device and a third is read: each step waits until it sees the others."""
+    together = threading.Barrier(3, timeout=60)
+
+    def meeting(number: int, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step, whose call of this number waits for the other steps."""
+        calls = itertools.count(1)
+
+        def run(*arguments: Any, **more: Any) -> Any:
+            if next(calls) == number:
+                together.wait()
+            return step(*arguments, **more)
+
+        return run
+
+    monkeypatch.setattr(Worker, "_write", meeting(1, Worker._write))
+    monkeypatch.setattr("revmux.bulk.worker.classify_tokens", meeting(2, classify_tokens))
+    monkeypatch.setattr(Worker, "_prepare", meeting(3, Worker._prepare))
+    figures: dict[str, float] = {}
+    report = classify_files(config, on_progress=lambda progress: figures.update(progress.metrics(1)))
+    assert report.is_complete
+    assert not together.broken
+    assert 0 < figures["device_busy"] < 1
 
 
 def test_the_interval_of_an_agreement_is_wilsons() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,54 @@ def test_the_documented_commands_have_legal_settings() -> None:
     for flags in found:
         job = cli.parse(ClassifyJob, None, shlex.split(flags.replace("\\\n", " ")))
         assert job.input.startswith(("reviews/", "s3://bucket/"))
+
+
+@pytest.mark.cluster
+def test_the_documented_command_and_function_run_as_written(
+    job: ClassifyJob, ray_here: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "classify.md").read_text()
+    (command,) = re.findall(r"^revmux classify (.*)", page, re.M)
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    for source, target in {"model": "runs/task-model", "token-split-4": "runs/adapters/revmux-n4-l2"}.items():
+        shutil.copytree(folder / source, target)
+    shutil.copytree(folder / "rows", "reviews")
+    assert classify.command(shlex.split(command)) == 0
+    assert ids("answers") == list(range(ROWS))
+    assert {path.name for path in Path("answers", META).iterdir()} >= {"manifest.json", "summary.html", "summary.png"}
+    shutil.copy("reviews/a.parquet", "reviews.parquet")
+    names: dict[str, Any] = {}
+    exec(code.replace('"answers"', '"others"').replace('"cuda"', '"cpu"'), names)
+    assert sum(names["report"].totals.labels.values()) == 200
+
+
+@pytest.mark.cluster
+def test_a_csv_with_five_classes_of_ones_own_is_classified(
+    job: ClassifyJob, ray_here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = ["furious", "sad", "neutral", "glad", "delighted"]
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model", labels)
+    frame = pd.DataFrame({"ticket": [f"T-{row}" for row in range(40)], "message": [text(row) for row in range(40)]})
+    frame.loc[3, "message"] = 'w1, w2 "w3"\nw4'
+    frame.loc[7, "message"] = ""
+    frame.to_csv(tmp_path / "tickets.csv", index=False)
+    argv = ["--input", str(tmp_path / "tickets.csv"), "--output", job.output, "--model", str(tmp_path / "model")]
+    argv += ["--text_column", "message", "--keep_columns", "[ticket]", "--all_scores", "true", "--storage", job.storage]
+    argv += ["--cluster.workers", "1", "--cluster.cpus_per_worker", "0.5"]
+    assert classify.command(argv) == 0
+    table = parquet.read_table(job.output)
+    found = table.to_pandas()
+    assert found["ticket"].tolist() == frame["ticket"].tolist()
+    assert found["label"].isna().tolist() == [row == 7 for row in range(40)]
+    assert found["error"][7] == "the text is empty"
+    assert set(found["label"].dropna()) <= set(labels)
+    assert json.loads(table.schema.metadata[b"revmux.labels"]) == labels
+    for label, scores in zip(found["label"].drop(7), found["scores"].drop(7)):
+        assert labels[scores.argmax()] == label
+        assert sum(scores) == pytest.approx(1, abs=1e-5)
+    assert "40 rows, 1 bad" in capsys.readouterr().out
 
 
 @pytest.mark.cluster
