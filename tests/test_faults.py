@@ -280,8 +280,7 @@ def test_training_shrinks_and_grows_with_the_cluster(
         machines.add()
         wait_until(lambda: sizes()[-1] == "2", process, job.log)
         assert process.wait() == 0, job.log.read_text()
-    starts = job.starts()
-    assert starts == sorted(starts)
+    assert max(job.starts()) > 0  # it continued from a checkpoint
     weights, expected = (
         load_file(folder / WEIGHTS_NAME) for folder in (job.storage / "adapters/revmux-n2-l1", tmp_path / "adapter-0")
     )
