@@ -24,10 +24,11 @@ from revmux.data.config import DataConfig
 from revmux.data.task import TaskData, load_task
 from revmux.features.config import StoreConfig
 from revmux.features.store import NotSeenError, StoreBuilder, open_features
+from revmux.features.tokens import tokenize_task
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.training.config import MethodConfig, Recipe
-from revmux.training.recipe import prepare
+from revmux.training.recipe import prepare, tokens_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 LAYERS = [1, 2]
@@ -58,7 +59,8 @@ def recipe(tiny_model_folder: Path, tmp_path: Path) -> Recipe:
 
 
 def shards(recipe: Recipe) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in sorted(Path(recipe.store.root).rglob("*.arrow"))}
+    found = (path for path in sorted(Path(recipe.store.root).rglob("*.arrow")) if path.parent.name != "tokens")
+    return {path: path.stat().st_mtime_ns for path in found}
 
 
 def shard_workers() -> list[psutil.Process]:
@@ -105,7 +107,8 @@ def test_a_feature_pass_completes_although_a_worker_is_killed(
 ) -> None:
     pretrained = load_pretrained(recipe.backbone)
     pretrained.backbone.freeze()
-    splits = [pretrained.tokenize(split, 16) for split in (task.train, task.selection, task.test)]
+    tokens = tokenize_task(task, recipe.backbone, recipe.store)
+    splits = tokens_of(tokens, pretrained, recipe)
     with pytest.raises(NotSeenError):
         write_five(StoreBuilder(pretrained, splits[0], LAYERS, recipe.store))
     before = shards(recipe)
@@ -113,7 +116,7 @@ def test_a_feature_pass_completes_although_a_worker_is_killed(
     total = 3 * sum(map(len, splits))
 
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(fill_stores, recipe, LAYERS, task, cluster) for _ in range(2)]
+        jobs = [pool.submit(fill_stores, recipe, LAYERS, tokens, cluster) for _ in range(2)]
         assert kill_a_worker(recipe, len(before), jobs) < total
     for job in jobs:
         job.result()
@@ -124,7 +127,7 @@ def test_a_feature_pass_completes_although_a_worker_is_killed(
 
     main(FeaturesJob(recipe.backbone, data, LAYERS, recipe.store, cluster, str(tmp_path)))
     assert "features: complete in" in capsys.readouterr().out
-    prepared = prepare(replace(recipe, method=MethodConfig(prefill_layers=2)), task)
+    prepared = prepare(replace(recipe, method=MethodConfig(prefill_layers=2)), tokens)
     assert shards(recipe) == filled, "another job or a run that only reads must not write"
 
     local = replace(recipe.store, root=str(tmp_path / "local"), shard_inputs=64)
@@ -147,7 +150,7 @@ def test_a_feature_pass_reports_missing_machines_and_ends_after_the_limit(
         rf"few resources for the workers of the feature pass .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
     )
     with pytest.raises(UserError, match=words):
-        fill_stores(recipe, LAYERS, task, large)
+        fill_stores(recipe, LAYERS, tokenize_task(task, recipe.backbone, recipe.store), large)
 
 
 def test_a_user_error_in_a_worker_is_printed_on_one_line(
@@ -161,8 +164,9 @@ def test_a_user_error_in_a_worker_is_printed_on_one_line(
     AutoTokenizer.from_pretrained(recipe.backbone.model).save_pretrained(folder)
     narrow = replace(recipe, store=replace(recipe.store, dtype="float16"))
     large = replace(narrow, backbone=replace(recipe.backbone, model=str(folder)))
+    tokens = tokenize_task(task, large.backbone, large.store)
     with pytest.raises(UserError, match=r"float16 cannot hold the states of layer 1.*bfloat16 or float32"):
-        fill_stores_for([replace(large, method=MethodConfig(prefill_layers=1))], task, cluster)
+        fill_stores_for([replace(large, method=MethodConfig(prefill_layers=1))], tokens, cluster)
 
 
 def test_layers_are_checked_before_a_cluster_starts(recipe: Recipe, data: DataConfig, tmp_path: Path) -> None:

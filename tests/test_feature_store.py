@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -34,12 +35,12 @@ from revmux.backbone.verbalizer import Verbalizer
 from revmux.data.tokens import TokenizedSplit
 from revmux.features.cache_cli import format_stores, list_stores, remove_stores
 from revmux.features.config import StoreConfig, default_root
-from revmux.features.key import backbone_digest, tokens_digest
+from revmux.features.key import backbone_digest
 from revmux.features.lease import Lease
 from revmux.features.online import OnlineFeatures
 from revmux.features.place import Place
 from revmux.features.precision import measure_precision
-from revmux.features.shards import ShardSet, assign_shards
+from revmux.features.shards import ShardSet, ShardWriter, assign_shards, inputs_per_shard
 from revmux.features.store import StoreBuilder, open_features
 from revmux.pretrained.pretrained import Pretrained
 
@@ -272,22 +273,22 @@ def test_an_interrupted_store_is_completed_by_the_next_process(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens = pretrained(bert()), split()
-    write, written = Place.write, []
+    add, started = ShardWriter.add, []
 
-    def fail_late(place: Place, name: str, data: Any) -> None:
-        if name.endswith(".arrow"):
-            written.append(name)
-        if len(written) == 4:
-            Path(place.file(f"{name}.0.tmp")).write_bytes(b"half a shard")
+    def fail_late(writer: ShardWriter, columns: Any) -> None:
+        if writer not in started:
+            started.append(writer)
+        if len(started) == 4:
             raise KeyboardInterrupt
-        write(place, name, data)
+        add(writer, columns)
 
-    monkeypatch.setattr(Place, "write", fail_late)
+    monkeypatch.setattr(ShardWriter, "add", fail_late)
     with pytest.raises(KeyboardInterrupt):
         open_features(model, tokens, [1], config)
     monkeypatch.undo()
     before = shard_files(config)
-    assert len(before) == 3
+    assert len(before) == 2, "the teacher and the layer of the first shard"
+    Path(next(iter(before)).parent, "shard-00001.0.tmp").write_bytes(b"half a shard of a killed process")
     expect_equal(open_features(model, tokens, [1], config), model.backbone, tokens, 1, 1e-5)
     after = shard_files(config)
     assert {path: after[path] for path in before} == before
@@ -307,7 +308,7 @@ def test_the_key_depends_on_everything_that_determines_the_features(config: Stor
     for other in (split(seed=1), split(max_length=8)):
         keys.append(open_features(pretrained(bert()), other, [], config).key)
     assert len(set(keys)) == len(keys)
-    assert tokens_digest(split()) != tokens_digest(split(side="left"))
+    assert split().digest != split(side="left").digest
     assert open_features(pretrained(bert()), split(), [], config).key == keys[0]
     known = backbone_digest(pretrained(bert()).backbone)
     assert open_features(pretrained(bert()), split(), [], config, weights=known).key == keys[0]
@@ -322,17 +323,17 @@ def test_stores_of_several_dtypes_exist_side_by_side(config: StoreConfig) -> Non
 
 def open_and_log(config: StoreConfig, log: str, barrier: Any) -> None:
     """One of several processes that open the same store; it records every shard that it writes."""
-    write = ShardSet.write
+    writing = ShardSet.writing
 
-    def noted(shards: ShardSet, index: int, *content: Any) -> None:
+    def noted(shards: ShardSet, index: int, *notes: Any) -> Any:
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {shards.place.path} {index}\n")
-        write(shards, index, *content)
+        return writing(shards, index, *notes)
 
     backbone, tokens = bert(), split()
     barrier.wait()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardSet, "write", noted)
+        patch.setattr(ShardSet, "writing", noted)
         expect_equal(open_features(pretrained(backbone), tokens, [1], config), backbone, tokens, 1, 1e-5)
 
 
@@ -367,6 +368,37 @@ def test_over_budget_only_the_teacher_is_stored(config: StoreConfig, caplog: pyt
     assert_close(batch.teacher_vectors, expected.teacher_vectors)
 
 
+def test_the_budget_includes_the_teacher(config: StoreConfig, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokens = pretrained(bert()), split()
+    with caplog.at_level(logging.WARNING):
+        store = open_features(model, tokens, [1], same(config, budget_gb=1e-6))
+    assert (
+        "the teacher's outputs of 23 inputs need 3.22e-06 GB, more than budget_gb = 1e-06; storing nothing"
+        in caplog.text
+    )
+    assert not store.has_teacher
+    assert not Path(config.root, store.key).exists()
+    for features in (store.at(1), store.with_tokens()):
+        batch, expected = features.batch([4, 0, 9]), OnlineFeatures(tokens, model.backbone).batch([4, 0, 9])
+        assert_close(batch.teacher_vectors, expected.teacher_vectors)
+        assert_close(batch.teacher_scores, expected.teacher_scores)
+    assert open_features(model, tokens, [1], config).has_teacher, "a larger budget stores it"
+
+
+@pytest.mark.usefixtures("_no_settling")
+def test_only_the_shards_that_are_read_are_copied_and_mapped(config: StoreConfig, tmp_path: Path) -> None:
+    filesystem, remote = SubTreeFileSystem(str(tmp_path), LocalFileSystem()), same(config, root="deep/features")
+    model, tokens = pretrained(bert()), split()
+    open_features(model, tokens, [1], remote, filesystem)
+    shutil.rmtree(config.copies)
+    view = open_features(model, tokens, [1], remote, filesystem).at(1)
+    copied = shard_files(same(config, root=config.copies))
+    assert {path.name.partition(".")[0] for path in copied} == {"shard-00000"}, "checked against the backbone"
+    view.batch([INPUTS - 1])
+    later = {path.name.partition(".")[0] for path in shard_files(same(config, root=config.copies))}
+    assert later == {"shard-00000", "shard-00002"}
+
+
 def test_the_budget_counts_what_is_stored_already(config: StoreConfig) -> None:
     model, tokens = pretrained(bert()), split()
     assert open_features(model, tokens, [1], config).stored_layers == (1,)
@@ -380,9 +412,9 @@ def test_the_budget_counts_what_is_stored_already(config: StoreConfig) -> None:
 def test_insufficient_disk_space_is_detected_before_writing(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Place, "free", lambda place: 1000)
+    monkeypatch.setattr(Place, "free", lambda place: 4000)  # the teacher needs 3.2 kB
     assert open_features(pretrained(bert()), split(), [1], config).stored_layers == ()
-    assert "more than the 1e-06 GB available on the disk" in caplog.text
+    assert "more than the 4e-06 GB available on the disk" in caplog.text
 
 
 def test_features_of_decoders_that_read_the_text_are_not_stored(
@@ -526,6 +558,8 @@ def test_remote_shards_are_copied_once_and_damaged_copies_are_replaced(
     corrupt(damaged)
     if side == "deep":
         shutil.rmtree(config.copies)
+        with pytest.raises(UserError, match=r"was damaged and is removed; start again to write it again"):
+            open_features(model, tokens, [1], remote, filesystem)
     expect_equal(open_features(model, tokens, [1], remote, filesystem), model.backbone, tokens, 1, 1e-5)
     after = shard_files(same(config, root=str(tmp_path / side)))
     assert after.keys() == files[side].keys()
@@ -540,8 +574,9 @@ def test_states_are_memory_mapped_rather_than_read(config: StoreConfig, tmp_path
     before = pa.total_allocated_bytes()
     store = open_features(model, tokens, [1], same(config, root="deep") if remote else config, filesystem)
     view: Any = store.at(1)
+    views = view.states.ragged("hidden", np.arange(INPUTS))
     assert pa.total_allocated_bytes() == before
-    assert sum(values.nbytes for values in view.states.values) == int(tokens.lengths.sum()) * WIDTH * 4
+    assert sum(values.nbytes for values in views) == int(tokens.lengths.sum()) * WIDTH * 4
 
 
 def resident_bytes(folder: str) -> int:
@@ -673,14 +708,27 @@ def test_a_store_that_is_being_written_is_not_removed(config: StoreConfig) -> No
     assert [store.key for store in list_stores(config.root)] == [key]
 
 
-def test_shards_contain_every_input_once_and_respect_their_maximum_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revmux.features.shards.SHARD_TOKENS", 40)
+def test_a_layout_contains_every_input_once_and_respects_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("revmux.features.shards.PART_TOKENS", 40)
     lengths = torch.randint(1, 30, (50,), generator=torch.Generator().manual_seed(0)).numpy()
-    lengths[7] = 100  # longer than the maximum shard
-    assigned = assign_shards(lengths, shard_inputs=6)
-    assert sorted(row for rows in assigned for row in rows.tolist()) == list(range(50))
-    assert all(len(rows) <= 6 for rows in assigned)
-    assert all(lengths[rows].sum() <= 40 or len(rows) == 1 for rows in assigned)
+    lengths[7] = 100  # longer than the maximum part
+    layout = assign_shards(lengths, shard_inputs=6)
+    assert [row for shard in range(len(layout)) for row in layout.rows(shard)] == list(range(50))
+    assert all(len(layout.rows(shard)) <= 6 for shard in range(len(layout)))
+    for shard in range(len(layout)):
+        parts = layout.parts_of(shard)
+        assert np.concatenate(parts).tolist() == list(layout.rows(shard))
+        assert all(lengths[rows].sum() <= 40 or len(rows) == 1 for rows in parts)
+        for rows in parts:
+            (part,) = set(layout.find(rows).tolist())
+            assert layout.shard_of(part) == shard
+
+
+def test_large_stores_have_large_shards_and_small_ones_have_enough_for_all_workers() -> None:
+    row = 4 * (384 + 2)  # the teacher of a MiniLM
+    assert inputs_per_shard(5_000_000, row) * row >= 256 * 2**20
+    assert inputs_per_shard(100_000, row) == 6_250
+    assert inputs_per_shard(1_000, row) == 2_048
 
 
 @pytest.mark.parametrize(

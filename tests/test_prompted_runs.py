@@ -34,7 +34,6 @@ from revmux.errors import TextError
 from revmux.estimate.flops import count_flops
 from revmux.estimate.shapes import meta_backbone
 from revmux.features.config import StoreConfig
-from revmux.features.key import tokens_digest
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import check_answers, inspect, load_pretrained
 from revmux.pretrained.task_model import save_task_model
@@ -87,7 +86,7 @@ def recipe(folder: Path, source: Path, store: Path, **changes: object) -> Recipe
 
 
 def prepared(running: Recipe) -> Prepared:
-    return prepare(running, load_checked(running, workers=1))
+    return prepare(running, load_checked([running], workers=1))
 
 
 def whole_model_scores(folder: Path, family: str, texts: list[str]) -> Tensor:
@@ -231,7 +230,7 @@ def test_another_template_changes_the_store_key(model_folder: Callable[[str], Pa
     folder, rows = model_folder("llama"), Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0]})
 
     def key(prompt: Prompt) -> str:
-        return tokens_digest(load_pretrained(backbone(folder, prompt)).tokenize(rows, 24))
+        return load_pretrained(backbone(folder, prompt)).tokenize(rows, 24).digest
 
     own = key(PROMPT)
     assert key(replace(PROMPT, name="a copy of it")) == own

@@ -30,6 +30,7 @@ from revmux import UserError
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
+from revmux.features.tokens import tokenize_task
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from revmux.training.trainer import Trainer
@@ -106,7 +107,8 @@ def start(
         )
         tracker = Tracker(TrackingConfig(), tmp_path)
         settings = ClusterConfig(**{"workers": 2, "max_failures": 1, **cluster})
-        return launch(recipe, load_task(recipe.data), settings, tracker, tmp_path, "run", tmp_path / "adapter")
+        tokens = tokenize_task(load_task(recipe.data), recipe.backbone, recipe.store)
+        return launch(recipe, tokens, settings, tracker, tmp_path, "run", tmp_path / "adapter")
 
     return run
 

@@ -19,6 +19,7 @@ from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.feature_pass import fill_stores_for
 from revmux.data.task import TaskData, load_task
+from revmux.features.tokens import TokenizedTask, tokenize_task
 from revmux.methods import BackboneShape
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, outline
@@ -122,11 +123,11 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
         print(f"sweep: {len(rows)} trials ended in an earlier start, {search.budget} are left", flush=True)
     if search.budget:
         concurrent = concurrent_trials(job)
-        fill_stores_for(
-            [trial.recipe for trial in sweep.trials], sweep.task, job.cluster, concurrent * job.cluster.workers
-        )
+        tokens = tokenize_task(sweep.task, job.backbone, job.store)
+        recipes = [trial.recipe for trial in sweep.trials]
+        fill_stores_for(recipes, tokens, job.cluster, concurrent * job.cluster.workers)
         shutil.rmtree(folder.path / "tune", ignore_errors=True)  # from an earlier start; the rows hold its results
-        tuner = make_tuner(sweep, tracker, parent, rows, search, concurrent)
+        tuner = make_tuner(sweep, tokens, tracker, parent, rows, search, concurrent)
         with retry_out_of_memory_trials():
             tuner.fit()
     found = folder.read(sweep.trials)
@@ -150,12 +151,19 @@ def concurrent_trials(job: TuneJob) -> int:
 
 
 def make_tuner(
-    sweep: Sweep, tracker: Tracker, parent: str, rows: dict[str, TrialRow], search: FrontSearch, concurrent: int
+    sweep: Sweep,
+    tokens: TokenizedTask,
+    tracker: Tracker,
+    parent: str,
+    rows: dict[str, TrialRow],
+    search: FrontSearch,
+    concurrent: int,
 ) -> Tuner:
     """Set up Ray Tune for the remaining trials.
 
     Args:
         sweep: the sweep.
+        tokens: the tokens of its task.
         tracker: records the trials.
         parent: MLflow run of the sweep.
         rows: rows of an earlier start; rows are added as trials end.
@@ -169,7 +177,7 @@ def make_tuner(
 
     job, folder = sweep.job, sweep.folder
     parameters = {
-        "task": sweep.task,
+        "task": tokens,
         "cluster": job.cluster,
         "tracking": TrackingConfig(tracker.uri, job.tracking.experiment),
         "storage": sweep.storage,

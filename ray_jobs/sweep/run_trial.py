@@ -21,8 +21,8 @@ from ray_jobs.sweep.trials import FAILED, SweepFolder, Trial, reason_of, row_of
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.launch import TrialHooks, launch
-from revmux.data.task import TaskData
 from revmux.errors import UserError
+from revmux.features.tokens import TokenizedTask
 
 
 def trains_in_process(cluster: ClusterConfig) -> bool:
@@ -47,7 +47,7 @@ def fitting_trials(cluster: ClusterConfig, present: dict[str, float]) -> int:
 
 def run_trial(
     point: dict[str, Any],
-    task: TaskData,
+    task: TokenizedTask,
     cluster: ClusterConfig,
     tracking: TrackingConfig,
     storage: Path,
@@ -59,7 +59,7 @@ def run_trial(
 
     Args:
         point: ``{"trial": Trial}``.
-        task: the data, which Tune passes through Ray's object store.
+        task: the tokens of the data.
         cluster: workers of the trial.
         tracking: with an explicit URI.
         storage: storage folder of the job.

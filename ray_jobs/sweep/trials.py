@@ -16,12 +16,13 @@ import torch
 from ray_jobs.training.launch import fingerprint
 from revmux.backbone import Backbone
 from revmux.data.task import TaskData
+from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
 from revmux.estimate.flops import relative_cost
 from revmux.methods import BackboneShape, Siso, build_method
 from revmux.plan.front import FrontRow, mark_front
 from revmux.pretrained.config import BackboneConfig
-from revmux.pretrained.loading import tokenize
+from revmux.pretrained.loading import load_tokenizer
 from revmux.training.config import Recipe
 from revmux.utils.files import write_durably, write_json
 from revmux.utils.redact import without_passwords
@@ -127,7 +128,8 @@ def make_trials(points: Sequence[Recipe], task: TaskData, backbone: Backbone, le
 
 def mean_length(config: BackboneConfig, task: TaskData) -> int:
     """The mean number of tokens per input of the selection set, since relative costs depend on it."""
-    lengths = tokenize(config, task.selection, task.label_names).lengths
+    tokenizer, prompt = load_tokenizer(config, task.label_names)
+    lengths = TokenizedSplit(task.selection, tokenizer, config.max_length, prompt).lengths
     return max(1, round(float(lengths.double().mean())))
 
 

@@ -32,6 +32,7 @@ from ray_jobs.training.task_model import tune_model
 from revmux.backbone import Backbone
 from revmux.data.config import DOCSTRINGS, EMBEDDED_TASK
 from revmux.data.task import TaskData, load_task
+from revmux.features.tokens import tokenize_task
 from revmux.methods import BackboneShape, method_class
 from revmux.plan.build import for_choosing
 from revmux.plan.files import PLAN_NAME
@@ -173,7 +174,8 @@ class Tour:
             "Features", "Storing the frozen model's states and scores of each input. Everything below reads them."
         ):
             with self.working("Starting the feature pass", {"features": "inputs"}):
-                fill_stores_for([trial.recipe for trial in sweep.trials], self.choosing, self.job.cluster)
+                tokens = tokenize_task(self.choosing, plan_job.backbone, plan_job.store)
+                fill_stores_for([trial.recipe for trial in sweep.trials], tokens, self.job.cluster)
             size = sum(file.stat().st_size for file in Path(str(plan_job.store.root)).rglob("*") if file.is_file())
             self.screen.line(f"{size / 1e6:.0f} MB in {plan_job.store.root}")
 

@@ -12,26 +12,26 @@ from ray_jobs.training.config import TrainJob
 from ray_jobs.training.feature_pass import fill_stores_for
 from ray_jobs.training.launch import Trained, launch, load_checked
 from revmux.data.task import TaskData
+from revmux.features.tokens import tokenize_task
 
 
-def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, storage: Path) -> list[Trained]:
+def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: Path) -> list[Trained]:
     """Train the job's adapters on a connected cluster, one run after another.
 
     Args:
         job: settings, with the store's root set.
-        tasks: the data of each run, by the run's name.
+        task: the data.
         tracker: records the runs.
         storage: absolute storage folder.
     """
     output = absolute_path(job.output, "output") if job.output else storage / "adapters"
     recipes, done = job.recipes(), []
     print(f"features: stored in {job.store.root}", flush=True)
+    tokens = tokenize_task(task, job.backbone, job.store)
     if job.cluster.workers > 1:  # a single worker fills the store itself just as well
-        fill_stores_for(list(recipes.values()), next(iter(tasks.values())), job.cluster)
+        fill_stores_for(list(recipes.values()), tokens, job.cluster)
     for name, recipe in recipes.items():
-        trained = launch(
-            recipe, tasks[name], job.cluster, tracker, storage, name, output / name, checkpoint=job.checkpoint
-        )
+        trained = launch(recipe, tokens, job.cluster, tracker, storage, name, output / name, checkpoint=job.checkpoint)
         metrics = trained.metrics
         print(
             f"{name}: accuracy {metrics['accuracy_mean']:.1%} ± {metrics['accuracy_std']:.1%} over {job.shuffles} "
@@ -43,8 +43,7 @@ def train_adapters(job: TrainJob, tasks: dict[str, TaskData], tracker: Tracker, 
             tags |= {"prefill_layers": recipe.method.prefill_layers}
             tags |= {key: f"{metrics[key]:.4f}" for key in ("accuracy_mean", "siso_accuracy", "cost_counted")}
             backbone = job.backbone.model if job.register_backbone else None
-            pairs = "text_pair" in tasks[name].train.column_names
-            version = tracker.register(trained.run_id, trained.folder, job.register, tags, backbone, pairs)
+            version = tracker.register(trained.run_id, trained.folder, job.register, tags, backbone, task.is_pair)
             print(f"registered: models:/{job.register}/{version}")
         done.append(trained)
     return done
@@ -55,7 +54,7 @@ def run_train(job: TrainJob) -> list[Trained]:
     storage = absolute_storage(job.storage)
     job = replace(job, store=store_in(storage, job.store))
     job.cluster.check_training()
-    tasks = {name: load_checked(recipe, job.cluster.workers) for name, recipe in job.recipes().items()}
+    task = load_checked(list(job.recipes().values()), job.cluster.workers)
     tracker = Tracker(job.tracking, storage)
     with connected(job.cluster, storage):
-        return train_adapters(job, tasks, tracker, storage)
+        return train_adapters(job, task, tracker, storage)

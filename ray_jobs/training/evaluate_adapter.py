@@ -15,24 +15,25 @@ from revmux.adapters.compatibility import check_prompt
 from revmux.adapters.config import load_adapter_config
 from revmux.adapters.folder import load_adapter
 from revmux.data.prompt import Prompt
-from revmux.data.task import TaskData, load_task
+from revmux.data.task import load_task
 from revmux.features.base import Features
 from revmux.features.online import OnlineFeatures
 from revmux.features.store import open_features
+from revmux.features.tokens import TokenizedTask, tokenize_task
 from revmux.pretrained.loading import check_answers, inspect, load_pretrained
 from revmux.training.evaluation import evaluate_both
 from revmux.training.recipe import relative_cost_at, stored_layers
 from revmux.utils.files import write_json
 
 
-def evaluate_adapter(job: EvaluateJob, task: TaskData) -> dict[str, float]:
+def evaluate_adapter(job: EvaluateJob, task: TokenizedTask) -> dict[str, float]:
     """Evaluate one adapter; runs on the worker that has the device."""
     import torch
 
     pretrained = load_pretrained(job.backbone, task.label_names if job.backbone.prompt else None)
     pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
     model = load_adapter(job.adapter, pretrained)
-    split = pretrained.tokenize(task.test, job.backbone.max_length)
+    split = task.open("test", pretrained.tokenizer, job.store)
     layers = stored_layers(model.method, model.prefill_layers)
     features: Features
     if layers is None:
@@ -90,7 +91,8 @@ def run_evaluate(job: EvaluateJob) -> dict[str, float]:
             import ray
 
             remote = ray.remote(**job.cluster.remote_options)(evaluate_adapter)
-            figures: dict[str, float] = ray.get(remote.remote(job, task))
+            tokens = tokenize_task(task, job.backbone, job.store, ["test"])
+            figures: dict[str, float] = ray.get(remote.remote(job, tokens))
         tracker.log_metrics(run_id, figures)
     write_json(output, {"adapter": job.adapter, "data": task.identity, "shuffles": job.shuffles, "metrics": figures})
     print(json.dumps(figures, indent=2))

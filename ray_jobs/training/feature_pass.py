@@ -17,22 +17,23 @@ from transformers.utils.logging import disable_progress_bar
 
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.training.progress_board import Poster
-from revmux.data.task import TaskData
-from revmux.data.tokens import TokenizedSplit
+from revmux.data.tokens import SplitTokens
 from revmux.errors import UserError
 from revmux.features.precision import Precision
+from revmux.features.shards import PART_INPUTS
 from revmux.features.store import NotSeenError, StoreBuilder
+from revmux.features.tokens import TokenizedTask
 from revmux.features.writer import FeaturePass
 from revmux.pretrained.loading import inspect
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import Recipe
-from revmux.training.recipe import check_labels, layers_read, load_backbone
+from revmux.training.recipe import check_labels, layers_read, load_backbone, tokens_of
 
-Work = list[tuple[FeaturePass, TokenizedSplit]]
+Work = list[tuple[FeaturePass, SplitTokens]]
 
 
 def fill_stores(
-    recipe: Recipe, layers: Sequence[int], task: TaskData, cluster: ClusterConfig, workers: int | None = None
+    recipe: Recipe, layers: Sequence[int], task: TokenizedTask, cluster: ClusterConfig, workers: int | None = None
 ) -> None:
     """Complete the stores of a task's splits with a Ray Data job in which each worker computes and writes shards.
 
@@ -43,7 +44,7 @@ def fill_stores(
     Args:
         recipe: the backbone and the store; other settings are ignored.
         layers: depths of the states to store, in addition to the teacher.
-        task: the task's data.
+        task: the task's tokens.
         cluster: resources per worker; already connected.
         workers: maximum number of workers; by default that of ``cluster``.
 
@@ -62,11 +63,11 @@ def fill_stores(
             for builder in builders
             if not builder.complete(verify)
         ]
-        total = sum(len(todo.shard_rows[index]) for todo, _ in work for index in todo.missing)
+        total = sum(len(todo.layout.rows(index)) for todo, _ in work for index in todo.missing)
         if total:
             names = ", ".join(map(str, sorted({layer for todo, _ in work for layer in todo.layers}))) or "none"
             print(f"features: {total:,} inputs, layers {names}: {recipe.store.root}", flush=True)
-            if total <= recipe.store.shard_inputs and cluster.is_this_machine:
+            if total <= (recipe.store.shard_inputs or PART_INPUTS) and cluster.is_this_machine:
                 losses = _write_in_process(work, pretrained, total)
             else:
                 losses = _write_with_workers(work, recipe, task.label_names, cluster, workers or cluster.workers, total)
@@ -75,13 +76,13 @@ def fill_stores(
 
 
 def fill_stores_for(
-    recipes: Sequence[Recipe], task: TaskData, cluster: ClusterConfig, workers: int | None = None
+    recipes: Sequence[Recipe], task: TokenizedTask, cluster: ClusterConfig, workers: int | None = None
 ) -> None:
     """Fill the stores that runs will read, before their workers start.
 
     Args:
         recipes: runs that differ only in method and optimization.
-        task: their data.
+        task: their tokens.
         cluster: see :func:`fill_stores`.
         workers: see :func:`fill_stores`.
 
@@ -104,7 +105,7 @@ class ShardWorker:
     Args:
         recipe: the backbone; other settings are ignored.
         label_names: the task's classes.
-        work: reference to the stores and their splits. Only tokens go through Ray's object store.
+        work: reference to the stores and the location of their splits. Workers map the tokens themselves.
         device: where the backbone runs.
         threads: CPU threads; 0 leaves torch's default.
     """
@@ -144,11 +145,9 @@ class ShardWorker:
         return self.pretrained
 
 
-def _builders(pretrained: Pretrained, recipe: Recipe, layers: Sequence[int], task: TaskData) -> list[StoreBuilder]:
+def _builders(pretrained: Pretrained, recipe: Recipe, layers: Sequence[int], task: TokenizedTask) -> list[StoreBuilder]:
     """One builder per store, sorted by key, so that all jobs lock several stores in the same order."""
-    splits = [
-        pretrained.tokenize(split, recipe.backbone.max_length) for split in (task.train, task.selection, task.test)
-    ]
+    splits = tokens_of(task, pretrained, recipe)
     builders = {
         builder.key: builder for builder in (StoreBuilder(pretrained, split, layers, recipe.store) for split in splits)
     }
@@ -166,19 +165,19 @@ def _write_with_workers(
 
     wait_for_resources("the feature pass", cluster.worker_resources, cluster.wait_minutes)
     shards = [{"store": number, "shard": index} for number, (todo, _) in enumerate(work) for index in todo.missing]
-    shards.sort(key=lambda shard: -len(work[shard["store"]][0].shard_rows[shard["shard"]]))  # the longest first
+    shards.sort(key=lambda shard: -len(work[shard["store"]][0].layout.rows(shard["shard"])))  # the largest first
     data = from_items(shards, override_num_blocks=len(shards))  # one block per shard: Ray Data retries blocks
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
     data.context.max_consecutive_actor_init_deaths = cluster.max_failures
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    tokens = ray.put(work)  # shared by all workers; this reference keeps it for restarted ones
+    references = ray.put(work)  # shared by all workers; this reference keeps it for restarted ones
     written = data.map_batches(
         ShardWorker,
         batch_size=None,
         fn_constructor_kwargs={
             "recipe": recipe,
             "label_names": label_names,
-            "work": tokens,
+            "work": references,
             "device": "cuda" if cluster.use_gpu else "cpu",
             "threads": 0 if cluster.use_gpu else max(1, int(cluster.cpus_per_worker)),
         },
@@ -194,7 +193,7 @@ def _write_with_workers(
                 raise UserError(outcome["problem"])
             for layer, loss in outcome["losses"].items():
                 losses.setdefault(int(layer), []).append(Precision(**loss))
-            progress.add(len(work[number][0].shard_rows[index]))
+            progress.add(len(work[number][0].layout.rows(index)))
     return losses
 
 
@@ -206,7 +205,7 @@ def _write_in_process(work: Work, pretrained: Pretrained, total: int) -> dict[in
         for index in todo.missing:
             for layer, loss in todo.write_shard(pretrained.backbone, split, index).items():
                 losses.setdefault(layer, []).append(loss)
-            progress.add(len(todo.shard_rows[index]))
+            progress.add(len(todo.layout.rows(index)))
     return losses
 
 

@@ -18,6 +18,7 @@ from ray_jobs.tracking.tracker import Tracker
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig
+from revmux.features.tokens import TokenizedTask
 from revmux.methods import BackboneShape, method_class
 from revmux.pretrained.identity import identify, identity_of, resolve
 from revmux.pretrained.loading import check_answers, outline
@@ -48,13 +49,20 @@ class Trained:
     run_id: str
 
 
-def load_checked(recipe: Recipe, workers: int) -> TaskData:
-    """Check a recipe against the backbone's shape and read its data, so that mistakes show before a cluster starts."""
-    if not makes_head(recipe):
-        check_answers(recipe.backbone)
-    backbone, own_labels = outline(recipe.backbone)
-    check(recipe, BackboneShape.of(backbone), workers, backbone.max_length)
-    return load_task(recipe.data, own_labels)
+def load_checked(recipes: Sequence[Recipe], workers: int) -> TaskData:
+    """Check recipes against the backbone's shape and read their data, so that mistakes show before a cluster starts.
+
+    Args:
+        recipes: runs on the same backbone and data.
+        workers: number of workers that share a step.
+    """
+    first = recipes[0]
+    if not makes_head(first):
+        check_answers(first.backbone)
+    backbone, own_labels = outline(first.backbone)
+    for recipe in recipes:
+        check(recipe, BackboneShape.of(backbone), workers, backbone.max_length)
+    return load_task(first.data, own_labels)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class TrialHooks:
 
 def launch(
     recipe: Recipe,
-    task: TaskData,
+    task: TokenizedTask,
     cluster: ClusterConfig,
     tracker: Tracker,
     storage: Path,
@@ -89,7 +97,7 @@ def launch(
 
     Args:
         recipe: already checked.
-        task: its data.
+        task: its tokens.
         cluster: workers and their resources; already connected.
         tracker: records the run.
         storage: absolute folder for checkpoints, on a disk that every worker reaches.
@@ -104,7 +112,6 @@ def launch(
         WorkerError: a worker failed more often than ``cluster.max_failures``.
         SystemExit: the run failed because Ray Tune is stopping it.
     """
-    import ray
     import ray.train
 
     from ray_jobs.training.worker import RESULT_NAME, WorkerConfig
@@ -119,7 +126,7 @@ def launch(
         tracker.log_metrics(run_id, {"accuracy_mean": math.nan})
         worker = WorkerConfig(
             recipe=recipe,
-            task=ray.put(task),
+            task=task,
             title=name,
             threads=max(1, int(cluster.cpus_per_worker)),
             folder=run_folder,
@@ -247,7 +254,7 @@ def run_params(recipe: Recipe, cluster: ClusterConfig) -> dict[str, Any]:
     }
 
 
-def fingerprint(recipe: Recipe, task: TaskData) -> str:
+def fingerprint(recipe: Recipe, task: TaskData | TokenizedTask) -> str:
     """Eight characters that identify everything that determines the trained weights, so that only the same run resumes.
 
     Different weights under the same backbone name change it. The store's location and the number of shuffles do not.

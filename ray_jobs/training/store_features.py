@@ -13,6 +13,7 @@ from ray_jobs.training.config import FeaturesJob
 from ray_jobs.training.feature_pass import fill_stores
 from revmux.data.task import load_task
 from revmux.errors import UserError
+from revmux.features.tokens import tokenize_task
 from revmux.methods import BackboneShape
 from revmux.pretrained.loading import check_answers, inspect
 from revmux.training.config import Recipe
@@ -30,7 +31,7 @@ def run_features(job: FeaturesJob) -> None:
     task = load_task(job.data, own_labels)
     recipe = Recipe(job.backbone, job.data, store=job.store)
     with connected(job.cluster, storage):
-        fill_stores(recipe, job.layers, task, job.cluster)
+        fill_stores(recipe, job.layers, tokenize_task(task, job.backbone, job.store), job.cluster)
     print(f"features: complete in {job.store.root}; revmux cache ls --root {job.store.root}")
 
 

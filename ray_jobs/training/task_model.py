@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_path, absolute_storage
+from ray_jobs.paths import absolute_path, absolute_storage, store_in
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import FinetuneJob
 from ray_jobs.training.launch import Trained, launch, load_checked
 from revmux.data.task import TaskData
+from revmux.features.config import StoreConfig
+from revmux.features.tokens import tokenize_task
 
 
 def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: Path) -> Trained:
     """Tune the task model on a connected cluster with data that is already loaded."""
     output = absolute_path(job.output, "output") if job.output else storage / "task-model"
-    trained = launch(job.recipe(), task, job.cluster, tracker, storage, job.name, output, checkpoint=job.checkpoint)
+    recipe = replace(job.recipe(), store=store_in(storage, StoreConfig()))
+    tokens = tokenize_task(task, recipe.backbone, recipe.store)
+    trained = launch(recipe, tokens, job.cluster, tracker, storage, job.name, output, checkpoint=job.checkpoint)
     print(f"task model: {trained.folder}, accuracy on the test split {trained.metrics['accuracy_mean']:.1%}")
     return trained
 
@@ -24,7 +29,7 @@ def run_finetune(job: FinetuneJob) -> Trained:
     """Run the whole job: read the data, connect to the cluster, then tune, evaluate and record the task model."""
     storage = absolute_storage(job.storage)
     job.cluster.check_training()
-    task = load_checked(job.recipe(), job.cluster.workers)
+    task = load_checked([job.recipe()], job.cluster.workers)
     tracker = Tracker(job.tracking, storage)
     with connected(job.cluster, storage):
         return tune_model(job, task, tracker, storage)

@@ -22,8 +22,8 @@ from ray_jobs.tracking.system_metrics import system_metrics
 from ray_jobs.training.progress import TrainProgress
 from ray_jobs.training.worker_errors import describe_error, lost_a_peer
 from revmux.adapters.folder import save_adapter
-from revmux.data.task import TaskData
 from revmux.errors import UserError
+from revmux.features.tokens import TokenizedTask
 from revmux.pretrained.task_model import save_task_model
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import CheckpointConfig, Recipe
@@ -44,7 +44,7 @@ class WorkerConfig:
 
     Attributes:
         recipe: the run.
-        task: reference to the data that the driver read.
+        task: location of the tokens that the driver stored.
         title: name of the run in printed lines.
         threads: CPU threads per worker.
         folder: folder for the run's checkpoints and result, on a disk that every worker reaches.
@@ -57,7 +57,7 @@ class WorkerConfig:
     """
 
     recipe: Recipe
-    task: ray.ObjectRef[TaskData]
+    task: TokenizedTask
     title: str
     threads: int
     folder: Path
@@ -116,11 +116,12 @@ def train(config: WorkerConfig, worker_stack: ExitStack) -> dict[str, float]:
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train would log every report
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints a traceback for what it raises
     disable_progress_bar()
-    task: TaskData = ray.get(config.task)
     first = rank_and_world()[0] == 0
     checkpoints = CheckpointFolder(config.folder, config.checkpoint.keep)
     with fail_together():
-        prepared = prepare(config.recipe, task, assigned_device())
+        # With several workers, the driver has filled and verified the stores.
+        verify = False if rank_and_world()[1] > 1 else None
+        prepared = prepare(config.recipe, config.task, assigned_device(), verify)
         if first:
             worker_stack.enter_context(checkpoints.locked())
     trainer = prepared.trainer(checkpoints=checkpoints, checkpoint_steps=config.checkpoint.steps)

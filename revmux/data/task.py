@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -38,6 +38,13 @@ class TaskData:
     def is_pair(self) -> bool:
         """Whether every input is a pair of texts."""
         return "text_pair" in self.train.column_names
+
+    def with_test_only(self) -> TaskData:
+        """The task without the texts of its train split and selection set, to be sent to another machine."""
+        train, selection = (
+            Dataset.from_dict({name: [] for name in split.column_names}) for split in (self.train, self.selection)
+        )
+        return replace(self, train=train, selection=selection)
 
 
 def load_task(config: DataConfig, label_names: list[str] | None = None) -> TaskData:

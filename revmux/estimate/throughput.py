@@ -11,7 +11,7 @@ import torch
 
 from revmux.backbone import TokenBatch
 from revmux.backbone.base import evaluating
-from revmux.data.tokens import TokenizedSplit
+from revmux.data.tokens import SplitTokens
 from revmux.ladder import Ladder
 from revmux.model import MultiplexedClassifier
 
@@ -36,7 +36,7 @@ class Ratio:
 
 
 def like_length_batches(
-    split: TokenizedSplit, inputs: int, batch_size: int, device: torch.device | str = "cpu"
+    split: SplitTokens, inputs: int, batch_size: int, device: torch.device | str = "cpu"
 ) -> list[TokenBatch]:
     """Inputs spread evenly over a split, in batches of similar length.
 

@@ -34,8 +34,8 @@ class Features(Protocol):
     """The features of a split, with access to any rows.
 
     Attributes:
-        labels: (M,) long.
-        lengths: (M,) long, tokens per input.
+        labels: (M,) integers.
+        lengths: (M,) integers, tokens per input.
     """
 
     labels: Tensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from revmux.backbone import Backbone
-from revmux.data.tokens import TokenizedSplit
+from revmux.data.tokens import SplitTokens
 
 GIGABYTE = 10**9
 
@@ -25,7 +25,7 @@ class StoreSize:
     layer: int
 
 
-def predict_size(split: TokenizedSplit, backbone: Backbone, dtype: torch.dtype, prompt_length: int = 0) -> StoreSize:
+def predict_size(split: SplitTokens, backbone: Backbone, dtype: torch.dtype, prompt_length: int = 0) -> StoreSize:
     """The size of a split's features.
 
     Args:

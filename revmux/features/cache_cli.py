@@ -12,8 +12,7 @@ from revmux.features.budget import GIGABYTE
 from revmux.features.config import default_root
 from revmux.features.place import Place
 from revmux.features.precision import Precision, noted_precision
-from revmux.features.shards import read_notes, read_object
-from revmux.features.store import META
+from revmux.features.shards import META, read_notes, read_object
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class StoreInfo:
         backbone: name of the model.
         inputs: inputs of the split.
         tokens: tokens of the split.
-        contents: what is stored, such as ``teacher`` and ``layer-003-float16``.
+        contents: what is stored: ``tokens``, or features such as ``teacher`` and ``layer-003-float16``.
         losses: the precision loss of each layer whose type on disk is narrower than the backbone's.
         bytes: size on disk.
     """

@@ -26,10 +26,12 @@ class StoreConfig:
             in the user's cache folder for programs that have no storage folder.
         copies: Local folder for copies of shards that are read from a URI. They are memory-mapped from there.
         dtype: Data type of the stored states. The loss of precision is measured and recorded in the store.
-        budget_gb: Maximum size of one split's store on disk, in gigabytes (10^9 bytes). Above it only the teacher's scores
-            are stored and the prefill is computed online. 0 never stores states.
+        budget_gb: Maximum size of one split's features on disk, in gigabytes (10^9 bytes), the teacher's outputs included.
+            If the states do not fit, only the teacher's outputs are stored and the prefill is computed online. If these do
+            not fit either, they are computed online too. 0 stores nothing.
         batch_size: Inputs per forward pass while the store is filled. At least 1.
-        shard_inputs: Maximum number of inputs per file. At least 1.
+        shard_inputs: Maximum number of inputs per file. At least 1. Default: files of at least 256 MB, or a sixteenth of the
+            inputs if that is less.
     """
 
     root: str | None = None
@@ -37,7 +39,7 @@ class StoreConfig:
     dtype: StoredDtype = "float16"
     budget_gb: float = 10.0
     batch_size: int = 64
-    shard_inputs: int = 2048
+    shard_inputs: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("root", "copies"):
@@ -50,7 +52,7 @@ class StoreConfig:
                 "dtype", self.dtype, get_args(StoredDtype), "choose float16 for the smallest error at half the size"
             )
         if not self.budget_gb >= 0:
-            raise UserError(f"budget_gb is {self.budget_gb}; choose 0 (teacher only) or more gigabytes, such as 10")
+            raise UserError(f"budget_gb is {self.budget_gb}; choose 0 (store nothing) or more gigabytes, such as 10")
         for name in ("batch_size", "shard_inputs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; choose 1 or more")

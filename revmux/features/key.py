@@ -11,7 +11,6 @@ import torch
 
 from revmux.backbone import Backbone
 from revmux.backbone.decoder import DecoderBackbone
-from revmux.data.tokens import TokenizedSplit
 
 # Settings that do not change what a model computes.
 _INERT = {
@@ -41,17 +40,6 @@ def backbone_digest(backbone: Backbone) -> str:
     for name, tensor in backbone.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def tokens_digest(split: TokenizedSplit) -> str:
-    """Hash of the token data of a split. It depends on the data, the template, the tokenizer and the maximum length."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{split.tokenizer.padding_side} {split.tokenizer.pad_token_id}".encode())
-    digest.update(split.lengths.numpy().tobytes())
-    for name, values in sorted(split.columns.items()):
-        digest.update(f"{name} {values.dtype}".encode())
-        digest.update(values.tobytes())
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from revmux.backbone import Backbone
-from revmux.data.tokens import TokenizedSplit
+from revmux.data.tokens import SplitTokens
 from revmux.features.base import FeatureBatch
 
 
@@ -25,7 +25,7 @@ class OnlineFeatures:
 
     def __init__(
         self,
-        split: TokenizedSplit,
+        split: SplitTokens,
         backbone: Backbone,
         with_teacher: bool = True,
         prefill_layers: int | None = None,
@@ -43,7 +43,7 @@ class OnlineFeatures:
         """See :meth:`revmux.features.base.Features.batch`."""
         device = self.backbone.device
         tokens = self.split.batch(rows, device)
-        labels = self.labels[torch.as_tensor(rows)].to(device)
+        labels = self.labels[torch.as_tensor(rows)].long().to(device)
         if not self.with_teacher:
             return FeatureBatch(labels, tokens=tokens)
         with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import pyarrow as pa
 
@@ -24,9 +24,13 @@ class MappedPages:
         files: the mapped files, complete.
     """
 
-    def __init__(self, files: Sequence[pa.Buffer]) -> None:
-        self.files = files
+    def __init__(self, files: Iterable[pa.Buffer] = ()) -> None:
+        self.files = list(files)
         self.touched = 0
+
+    def add(self, file: pa.Buffer) -> None:
+        """Add a mapped file."""
+        self.files.append(file)
 
     def touch(self, reads: int, size: int) -> None:
         """Count ``reads`` reads with a total of ``size`` bytes."""

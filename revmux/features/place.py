@@ -7,9 +7,10 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import xxhash
@@ -18,10 +19,44 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from revmux.errors import UserError
 from revmux.features.lease import Lease
-from revmux.utils.files import TEMPORARY, write_durably
+from revmux.utils.files import TEMPORARY, publish_file
 from revmux.utils.redact import error_line
 
 _log = logging.getLogger(__name__)
+BLOCK = 8 * 2**20
+"""Bytes that are copied at a time, so that files of any size need little memory."""
+
+
+class Sink:
+    """A file that is being written, with the hash of what was written so far.
+
+    Args:
+        stream: the file, opened for writing.
+
+    Attributes:
+        size: bytes written.
+        closed: always False; whoever opened the file closes it.
+    """
+
+    closed = False
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._hash, self.size = stream, xxhash.xxh3_128(), 0
+
+    def write(self, data: Any) -> int:
+        """Append bytes."""
+        view = memoryview(data)
+        self._stream.write(view)
+        self._hash.update(view)
+        self.size += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Do nothing: the file is flushed when it is complete."""
+
+    def digest(self) -> str:
+        """Hash of the bytes written so far, as :meth:`Place.digest` computes it."""
+        return self._hash.hexdigest()
 
 
 class Place:
@@ -122,23 +157,41 @@ class Place:
         """Write a file atomically: it is either complete and on disk, or does not exist under its name.
 
         Raises:
+            UserError: see :meth:`writing`.
+        """
+        with self.writing(name, lambda _: name) as sink:
+            sink.write(data)
+
+    @contextmanager
+    def writing(self, name: str, final: Callable[[str], str]) -> Iterator[Sink]:
+        """Write a file atomically, piece by piece.
+
+        Args:
+            name: name of the file in messages.
+            final: returns the name of the complete file for the hash of its content.
+
+        Raises:
             UserError: the file cannot be written, for example because of missing space or permissions.
         """
-        temporary = self.file(f"{name}.{uuid.uuid4().hex}{TEMPORARY}")
+        temporary = f"{name}.{uuid.uuid4().hex}{TEMPORARY}"
         try:
             if self.local:
-                write_durably(Path(self.file(name)), memoryview(data))
-                return
-            with self.filesystem.open_output_stream(temporary) as stream:
-                stream.write(data)
-            self.filesystem.move(temporary, self.file(name))
+                Path(self.path).mkdir(parents=True, exist_ok=True)
+                with open(self.file(temporary), "wb") as file:
+                    yield (sink := Sink(file))
+                publish_file(Path(self.file(temporary)), Path(self.file(final(sink.digest()))))
+            else:
+                with self.filesystem.open_output_stream(self.file(temporary)) as stream:
+                    yield (sink := Sink(stream))
+                self.filesystem.move(self.file(temporary), self.file(final(sink.digest())))
         except OSError as error:
-            with suppress(OSError):
-                self.filesystem.delete_file(temporary)
             raise UserError(
                 f"cannot write {self.file(name)} ({error}); free some space there or choose another folder, "
                 "then start again: what is complete is kept"
             ) from None
+        finally:
+            with suppress(OSError):  # it exists only if the block did not end
+                self.filesystem.delete_file(self.file(temporary))
 
     def copy(self, name: str, target: Place) -> None:
         """Copy a file to another folder atomically.
@@ -146,11 +199,14 @@ class Place:
         Raises:
             UserError: the file is missing, or the copy cannot be written.
         """
-        data = self.read(name)
-        if data is None:
-            raise UserError(f"{self.file(name)} was removed while it was copied; start again")
+        try:
+            source = self.filesystem.open_input_stream(self.file(name))
+        except FileNotFoundError:
+            raise UserError(f"{self.file(name)} was removed while it was copied; start again") from None
         target.create()
-        target.write(name, data)
+        with source, target.writing(name, lambda _: name) as sink:
+            while data := source.read(BLOCK):
+                sink.write(data)
 
     def sweep(self) -> None:
         """Remove unfinished files of interrupted writers. The caller must hold the lock."""

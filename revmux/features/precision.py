@@ -11,7 +11,7 @@ import torch
 
 from revmux.backbone import Backbone
 from revmux.backbone.base import evaluating
-from revmux.data.tokens import TokenizedSplit
+from revmux.data.tokens import SplitTokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def spread(rows: Sequence[int] | np.ndarray, count: int) -> list[int]:
 
 
 def measure_precision(
-    backbone: Backbone, split: TokenizedSplit, rows: Sequence[int], layer: int, dtype: torch.dtype, batch_size: int = 64
+    backbone: Backbone, split: SplitTokens, rows: Sequence[int], layer: int, dtype: torch.dtype, batch_size: int = 64
 ) -> Precision:
     """Compare states at ``layer`` with the same states after conversion to ``dtype`` and back.
 

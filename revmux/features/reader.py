@@ -4,101 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from revmux.backbone import Backbone, HiddenState
-from revmux.data.tokens import TokenizedSplit
+from revmux.data.tokens import SplitTokens
 from revmux.features.base import FeatureBatch
 from revmux.features.pages import MappedPages
-from revmux.features.shards import ShardSet, fixed_values, ragged_values
+from revmux.features.shards import Layout, ShardSet, fixed_values, ragged_values
 
 
-class RowIndex:
-    """The shard and the row of each input.
+class StoredColumns:
+    """Columns of a shard set, by row. A shard is copied, mapped and checked when one of its rows is first read.
 
     Args:
-        shard_rows: row numbers of each shard.
-
-    Attributes:
-        shard: (M,) the shard of each input.
-        place: (M,) the row of each input in its shard.
+        shards: the shards.
+        layout: their rows.
     """
 
-    def __init__(self, shard_rows: list[np.ndarray]) -> None:
-        total = sum(len(rows) for rows in shard_rows)
-        self.shard = np.empty(total, np.int32)
-        self.place = np.empty(total, np.int32)
-        for index, rows in enumerate(shard_rows):
-            self.shard[rows] = index
-            self.place[rows] = np.arange(len(rows))
+    def __init__(self, shards: ShardSet, layout: Layout) -> None:
+        self.shards, self.layout, self.pages = shards, layout, MappedPages()
+        self._files: dict[int, pa.RecordBatchFileReader] = {}
+        self._parts: dict[int, dict[str, Any]] = {}
 
+    def names(self, row: int = 0) -> list[str]:
+        """The names of the columns, from the shard of a row."""
+        return list(self._part(int(self.layout.find(np.array([row]))[0])))
 
-class FixedRows:
-    """A column of rows of equal width over all shards. The values stay on disk until they are read."""
-
-    def __init__(self, shards: list[np.ndarray], index: RowIndex, pages: MappedPages) -> None:
-        self.shards, self.index, self.pages = shards, index, pages
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """Read the given rows: (B,) to (B, W)."""
-        taken = np.empty((len(rows), self.shards[0].shape[1]), self.shards[0].dtype)
-        owners, places = self.index.shard[rows], self.index.place[rows]
-        for shard in np.unique(owners):
-            here = np.flatnonzero(owners == shard)
-            taken[here] = self.shards[shard][places[here]]
+    def fixed(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Read a column of rows of equal width: (B,) to (B, W), or to (B,) for a column of single values."""
+        owners = self.layout.find(rows)
+        taken: np.ndarray | None = None
+        for owner in np.unique(owners):
+            values = self._part(int(owner))[name]
+            here = np.flatnonzero(owners == owner)
+            if taken is None:
+                taken = np.empty((len(rows), *values.shape[1:]), values.dtype)
+            taken[here] = values[rows[here] - self.layout.parts[owner]]
+        assert taken is not None
         self.pages.touch(len(rows), taken.nbytes)
         return taken
 
+    def ragged(self, name: str, rows: np.ndarray) -> list[np.ndarray]:
+        """Views of a column of rows of different length: (T, ...) per row, valid until the next read."""
+        found = []
+        for owner, row in zip(self.layout.find(rows).tolist(), rows.tolist(), strict=True):
+            values, offsets = self._part(owner)[name]
+            place = row - self.layout.parts[owner]
+            found.append(values[offsets[place] : offsets[place + 1]])
+        return found
 
-class RaggedRows:
-    """A column of rows of different length over all shards. The values stay on disk until they are read.
-
-    Args:
-        shards: each shard's values (T, ...) and offsets (R + 1,).
-        shard_rows: row numbers of each shard.
-        index: the shard and row of each input.
-        pages: the pages of the shard files.
-
-    Attributes:
-        counts: (M,) tokens of each input.
-    """
-
-    def __init__(
-        self,
-        shards: list[tuple[np.ndarray, np.ndarray]],
-        shard_rows: list[np.ndarray],
-        index: RowIndex,
-        pages: MappedPages,
-    ) -> None:
-        self.values = [values for values, _ in shards]
-        self.index, self.pages = index, pages
-        self.starts = np.empty(len(index.shard), np.int64)
-        self.counts = np.empty(len(index.shard), np.int64)
-        for rows, (_, offsets) in zip(shard_rows, shards, strict=True):
-            self.starts[rows] = offsets[:-1]
-            self.counts[rows] = np.diff(offsets)
-
-    def padded(self, rows: np.ndarray, pad_left: bool, pin: bool = False) -> Tensor:
-        """Read the given rows as a padded batch: (B,) to (B, S, ...), zero at padding.
+    def padded(self, name: str, rows: np.ndarray, pad_left: bool, pin: bool = False) -> tuple[Tensor, Tensor]:
+        """Read a column of rows of different length as a padded batch.
 
         Args:
-            rows: the inputs.
+            name: the column.
+            rows: (B,) the inputs.
             pad_left: whether padding comes before the tokens.
             pin: whether to return page-locked memory, for copies to a GPU.
+
+        Returns:
+            The batch (B, S, ...), zero at padding, and the tokens of each input (B,).
         """
-        counts = self.counts[rows]
+        sources = self.ragged(name, rows)
+        counts = torch.tensor([len(source) for source in sources])
         length = int(counts.max())
-        sample = self.values[0]
-        shape = (len(rows), length, *sample.shape[1:])
-        batch = torch.empty(shape, dtype=getattr(torch, sample.dtype.name), pin_memory=pin)
+        shape = (len(rows), length, *sources[0].shape[1:])
+        batch = torch.empty(shape, dtype=getattr(torch, sources[0].dtype.name), pin_memory=pin)
         view = batch.numpy()
-        where = zip(self.index.shard[rows].tolist(), self.starts[rows].tolist(), counts.tolist(), strict=True)
         # An input's tokens are contiguous, so one copy per input is faster than a gather per token.
-        for target, (shard, start, count) in zip(view, where, strict=True):
-            source = self.values[shard][start : start + count]
+        for target, source in zip(view, sources, strict=True):
+            count = len(source)
             if pad_left:
                 target[: length - count] = 0
                 target[length - count :] = source
@@ -106,39 +86,21 @@ class RaggedRows:
                 target[:count] = source
                 target[count:] = 0
         self.pages.touch(len(rows), view.nbytes)
-        return batch
+        return batch, counts
 
-
-class TeacherReader:
-    """The values that are stored once per input, for all layers.
-
-    Args:
-        shards: the teacher's shards.
-        shard_rows: row numbers of each shard.
-    """
-
-    def __init__(self, shards: ShardSet, shard_rows: list[np.ndarray]) -> None:
-        self.shard_rows, self.index = shard_rows, RowIndex(shard_rows)
-        batches, files = zip(*(shards.read(index) for index in range(len(shard_rows))), strict=True)
-        pages = MappedPages(files)
-        self._fixed = {
-            name: FixedRows([fixed_values(batch.column(name)) for batch in batches], self.index, pages)
-            for name in ("vectors", "scores", "answer")
-        }
-        self._ragged = {
-            name: RaggedRows([ragged_values(batch.column(name)) for batch in batches], shard_rows, self.index, pages)
-            for name in batches[0].schema.names
-            if name not in self._fixed
-        }
-        pages.release()  # the pages read so far
-
-    def take(self, name: str, rows: np.ndarray) -> Tensor:
-        """``vectors`` (B, r), ``scores`` (B, C) or ``answer`` (B, A), positions relative to an input's first token."""
-        return torch.from_numpy(self._fixed[name].take(rows))
-
-    def padded(self, name: str, rows: np.ndarray, pad_left: bool) -> Tensor | None:
-        """``positions`` (B, S), ``segments`` (B, S) or ``spans`` (B, S, A); None if the family has none."""
-        return self._ragged[name].padded(rows, pad_left) if name in self._ragged else None
+    def _part(self, part: int) -> dict[str, Any]:
+        """The columns of a part: values, and offsets for rows of different length."""
+        if part not in self._parts:
+            shard = self.layout.shard_of(part)
+            if shard not in self._files:
+                self._files[shard], data = self.shards.read(shard)
+                self.pages.add(data)
+            batch = self._files[shard].get_batch(part - int(self.layout.shards[shard]))
+            self._parts[part] = {
+                name: ragged_values(column) if pa.types.is_large_list(column.type) else fixed_values(column)
+                for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            }
+        return self._parts[part]
 
 
 class TeacherFeatures:
@@ -150,7 +112,7 @@ class TeacherFeatures:
         teacher: the stored teacher.
     """
 
-    def __init__(self, split: TokenizedSplit, backbone: Backbone, teacher: TeacherReader) -> None:
+    def __init__(self, split: SplitTokens, backbone: Backbone, teacher: StoredColumns) -> None:
         self.split, self.backbone, self.teacher = split, backbone, teacher
         self.labels, self.lengths = split.labels, split.lengths
 
@@ -165,9 +127,9 @@ class TeacherFeatures:
     def _labelled(self, rows: np.ndarray) -> FeatureBatch:
         device, dtype = self.backbone.device, self.backbone.dtype
         return FeatureBatch(
-            labels=self.labels[torch.from_numpy(rows)].to(device),
-            teacher_vectors=self.teacher.take("vectors", rows).to(device, dtype),
-            teacher_scores=self.teacher.take("scores", rows).to(device, dtype),
+            labels=self.labels[torch.from_numpy(rows)].long().to(device),
+            teacher_vectors=torch.from_numpy(self.teacher.fixed("vectors", rows)).to(device, dtype),
+            teacher_scores=torch.from_numpy(self.teacher.fixed("scores", rows)).to(device, dtype),
         )
 
 
@@ -185,9 +147,9 @@ class StoredFeatures(TeacherFeatures):
 
     def __init__(
         self,
-        split: TokenizedSplit,
+        split: SplitTokens,
         backbone: Backbone,
-        teacher: TeacherReader,
+        teacher: StoredColumns,
         shards: ShardSet,
         depth: int,
         dtype: torch.dtype,
@@ -195,12 +157,7 @@ class StoredFeatures(TeacherFeatures):
         super().__init__(split, backbone, teacher)
         self.depth, self.dtype = depth, dtype
         self.pad_left = split.tokenizer.padding_side == "left"
-        shard_rows = teacher.shard_rows
-        batches, files = zip(*(shards.read(index) for index in range(len(shard_rows))), strict=True)
-        columns = [ragged_values(batch.column("hidden")) for batch in batches]
-        pages = MappedPages(files)
-        self.states = RaggedRows(columns, shard_rows, teacher.index, pages)
-        pages.release()  # the pages read so far
+        self.states = StoredColumns(shards, teacher.layout)
 
     def batch(self, rows: Sequence[int] | Tensor) -> FeatureBatch:
         """See :meth:`revmux.features.base.Features.batch`."""
@@ -209,19 +166,18 @@ class StoredFeatures(TeacherFeatures):
 
     def _state(self, rows: np.ndarray) -> HiddenState:
         device = self.backbone.device
-        hidden = self.states.padded(rows, self.pad_left, pin=device.type == "cuda").view(self.dtype)  # (B, S, d)
+        stored, lengths = self.states.padded("hidden", rows, self.pad_left, pin=device.type == "cuda")
         # States in half precision are converted after the copy to the device, which halves the transfer.
-        hidden = hidden.to(device, non_blocking=True).to(self.backbone.dtype)
-        counts = torch.from_numpy(self.states.counts[rows]).unsqueeze(1)  # (B, 1)
+        hidden = stored.view(self.dtype).to(device, non_blocking=True).to(self.backbone.dtype)  # (B, S, d)
+        counts = lengths.unsqueeze(1)  # (B, 1)
         length = hidden.shape[1]
         first = length - counts if self.pad_left else torch.zeros_like(counts)  # (B, 1)
         place = torch.arange(length)
-        spans = self.teacher.padded("spans", rows, self.pad_left)  # (B, S, A)
-        segments = self.teacher.padded("segments", rows, self.pad_left)
+        spans, segments = self._token_data("spans", rows), self._token_data("segments", rows)  # (B, S, A), (B, S)
         return HiddenState(
             hidden=hidden,
             mask=((place >= first) & (place < first + counts)).to(device),
-            answer=(self.teacher.take("answer", rows).long() + first).to(device),
+            answer=(torch.from_numpy(self.teacher.fixed("answer", rows)).long() + first).to(device),
             depth=self.depth,
             positions=self._positions(rows, counts),
             segments=None if segments is None else segments.long().to(device),
@@ -229,8 +185,14 @@ class StoredFeatures(TeacherFeatures):
             prefix=self.backbone.constant_prefix(),
         )
 
+    def _token_data(self, name: str, rows: np.ndarray) -> Tensor | None:
+        """A value per token that is stored beside the teacher, padded; None if the family has none."""
+        if name not in self.teacher.names(int(rows[0])):
+            return None
+        return self.teacher.padded(name, rows, self.pad_left)[0]
+
     def _positions(self, rows: np.ndarray, counts: Tensor) -> Tensor | None:
-        positions = self.teacher.padded("positions", rows, self.pad_left)  # (B, S)
+        positions = self._token_data("positions", rows)  # (B, S)
         if positions is None:
             return None
         positions = positions.long()

@@ -13,20 +13,31 @@ from torch import Tensor
 
 from revmux.backbone import HiddenState
 from revmux.backbone.base import evaluating
-from revmux.data.tokens import TokenizedSplit
+from revmux.data.tokens import SplitTokens
 from revmux.errors import UserError
-from revmux.features.budget import GIGABYTE, predict_size
+from revmux.features.base import Features
+from revmux.features.budget import GIGABYTE, StoreSize, predict_size
 from revmux.features.config import StoreConfig, default_root
-from revmux.features.key import backbone_digest, combine, tokens_digest
+from revmux.features.key import backbone_digest, combine
+from revmux.features.online import OnlineFeatures
 from revmux.features.place import Place
-from revmux.features.precision import Precision, noted_precision
-from revmux.features.reader import StoredFeatures, TeacherFeatures, TeacherReader
-from revmux.features.shards import FORMAT, ShardSet, assign_shards, read_notes, read_object, write_object
+from revmux.features.precision import Precision, noted_precision, spread
+from revmux.features.reader import StoredColumns, StoredFeatures, TeacherFeatures
+from revmux.features.shards import (
+    FORMAT,
+    META,
+    Layout,
+    ShardSet,
+    assign_shards,
+    inputs_per_shard,
+    read_notes,
+    read_object,
+    write_object,
+)
 from revmux.features.writer import FeaturePass
 from revmux.pretrained.pretrained import Pretrained
 
 _log = logging.getLogger(__name__)
-META = "meta.json"
 AGREEMENT = 0.05
 """Maximum relative difference between stored and computed features, which covers rounding and hardware."""
 
@@ -43,12 +54,13 @@ class FeatureStore:
         wanted: the requested layers.
         split: the tokens and labels.
         pretrained: the backbone.
-        teacher: the teacher's shards.
+        teacher: the teacher's shards; None if the teacher is not stored.
         layers: the shards of each stored layer.
-        shard_rows: row numbers of each shard.
+        layout: the rows of each shard.
         dtype: type of the states on disk.
 
     Attributes:
+        has_teacher: whether the teacher is stored. Otherwise, it is computed online.
         stored_layers: layers whose states are stored. For the other requested layers, the prefill is computed online.
     """
 
@@ -56,25 +68,27 @@ class FeatureStore:
         self,
         key: str,
         wanted: Sequence[int],
-        split: TokenizedSplit,
+        split: SplitTokens,
         pretrained: Pretrained,
-        teacher: ShardSet,
+        folder: str,
+        teacher: ShardSet | None,
         layers: dict[int, ShardSet],
-        shard_rows: list[np.ndarray],
+        layout: Layout,
         dtype: torch.dtype,
     ) -> None:
         self.key, self.wanted = key, tuple(wanted)
         self.stored_layers = tuple(sorted(layers))
         self._split, self._backbone, self._dtype = split, pretrained.backbone, dtype
-        self._teacher = TeacherReader(teacher, shard_rows)
-        self._layers = layers
-        self._folder = teacher.place.path.rpartition("/")[0]
+        self.has_teacher = teacher is not None
+        self._teacher = None if teacher is None else StoredColumns(teacher, layout)
+        self._layers, self._folder = layers, folder
 
-    def at(self, layer: int) -> TeacherFeatures:
+    def at(self, layer: int) -> Features:
         """The split's features for a prefill of ``layer`` layers.
 
         Returns:
-            The states at that depth and the teacher, or tokens and the teacher if the states are not stored.
+            The states at that depth and the teacher; tokens and the teacher if the states are not stored; or the states and
+            the teacher, computed per batch, if nothing is stored.
 
         Raises:
             UserError: the layer was not requested when the store was opened.
@@ -84,12 +98,16 @@ class FeatureStore:
                 f"layer {layer} was not requested; the store was opened for {', '.join(map(str, self.wanted))}; "
                 "add it to prefill_layers"
             )
+        if self._teacher is None:
+            return OnlineFeatures(self._split, self._backbone, prefill_layers=layer)
         if layer not in self._layers:
             return self.with_tokens()
         return StoredFeatures(self._split, self._backbone, self._teacher, self._layers[layer], layer, self._dtype)
 
-    def with_tokens(self) -> TeacherFeatures:
-        """Tokens and the stored teacher, for models whose prefill differs from that of the frozen backbone."""
+    def with_tokens(self) -> Features:
+        """Tokens and the teacher, for models whose prefill differs from that of the frozen backbone."""
+        if self._teacher is None:
+            return OnlineFeatures(self._split, self._backbone)
         return TeacherFeatures(self._split, self._backbone, self._teacher)
 
     def precision(self, layer: int) -> Precision | None:
@@ -100,12 +118,14 @@ class FeatureStore:
         """Compare the stored features of some inputs with the backbone's current output, since library code may change.
 
         Args:
-            inputs: number of inputs, evenly spaced over the split.
+            inputs: number of inputs, evenly spaced over the first shard.
 
         Raises:
             UserError: the stored features differ from the backbone's output.
         """
-        rows = np.linspace(0, len(self._split) - 1, min(inputs, len(self._split))).round().astype(np.int64)
+        if self._teacher is None:
+            return
+        rows = np.array(spread(self._teacher.layout.rows(0), inputs))
         with evaluating(self._backbone), torch.inference_mode():
             state = self._backbone.embed(self._split.batch(rows.tolist(), self._backbone.device))
             for layer in self.stored_layers:
@@ -114,7 +134,8 @@ class FeatureStore:
                 assert stored is not None
                 self._compare(stored.hidden[stored.mask], state.hidden[state.mask], f"layer {layer}")
             answer = self._backbone.answers(self._backbone.run(state, self._backbone.num_layers))[:, 0]  # (B, d)
-            self._compare(self._teacher.take("vectors", rows), self._backbone.readout(answer), "the teacher")
+            vectors = torch.from_numpy(self._teacher.fixed("vectors", rows))
+            self._compare(vectors, self._backbone.readout(answer), "the teacher")
 
     def _compare(self, stored: Tensor, computed: Tensor, name: str) -> None:
         stored, computed = stored.float().cpu(), computed.float().cpu()
@@ -128,11 +149,12 @@ class FeatureStore:
 
 def open_features(
     pretrained: Pretrained,
-    split: TokenizedSplit,
+    split: SplitTokens,
     prefill_layers: Sequence[int],
     config: StoreConfig | None = None,
     filesystem: FileSystem | None = None,
     weights: str | None = None,
+    verify: bool | None = None,
 ) -> FeatureStore:
     """Open the store of a backbone's features of a split. Missing features are computed and written.
 
@@ -146,11 +168,12 @@ def open_features(
         filesystem: the filesystem of the path ``config.root``. By default, the local disk.
         weights: the current :func:`revmux.features.key.backbone_digest` of the backbone, to avoid computing it again for
             several stores. By default, it is computed.
+        verify: see :meth:`StoreBuilder.open`.
 
     Raises:
         UserError: a layer is out of range, the split is empty, or the store cannot be written.
     """
-    return StoreBuilder(pretrained, split, prefill_layers, config, filesystem, weights).open()
+    return StoreBuilder(pretrained, split, prefill_layers, config, filesystem, weights).open(verify)
 
 
 class StoreBuilder:
@@ -164,7 +187,7 @@ class StoreBuilder:
     def __init__(
         self,
         pretrained: Pretrained,
-        split: TokenizedSplit,
+        split: SplitTokens,
         prefill_layers: Sequence[int],
         config: StoreConfig | None = None,
         filesystem: FileSystem | None = None,
@@ -179,27 +202,29 @@ class StoreBuilder:
         if not len(split):
             raise UserError("the split is empty; provide at least one example")
         self.dtype: torch.dtype = getattr(torch, self.config.dtype)
-        self.shard_rows = assign_shards(split.lengths.numpy(), self.config.shard_inputs)
+        row = (self.backbone.readout_size + self.backbone.num_labels) * 4
+        shard_inputs = self.config.shard_inputs or inputs_per_shard(len(split), row)
+        self.layout = assign_shards(split.lengths.numpy(), shard_inputs)
         self.ingredients = {
             "format": FORMAT,
             "backbone": weights or backbone_digest(self.backbone),
-            "tokens": tokens_digest(split),
-            "shard_inputs": self.config.shard_inputs,
+            "tokens": split.digest,
+            "shard_inputs": shard_inputs,
         }
         self.key = combine(self.ingredients)
         self.root = Place.open(self.config.root or default_root(), filesystem)
         self.place = self.root.child(self.key)
         self.copies = None if self.root.local else Place.open(self.config.copies).child(self.key)
-        self.teacher = self._shards("teacher")
+        self.teacher: ShardSet | None = self._shards("teacher")
         self.layers = {layer: self._shards(layer_folder(layer, self.config.dtype)) for layer in self.wanted}
 
     def complete(self, verify: bool = True) -> bool:
         """Whether all requested features are stored.
 
         Args:
-            verify: whether to read and hash every shard. Otherwise, their content is not checked.
+            verify: whether to read and hash every shard. Otherwise, each is checked when it is first read.
         """
-        missing = [shards.find(verify) for shards in (self.teacher, *self.layers.values())]
+        missing = [shards.find(verify) for shards in self._stored()]
         return not any(missing)
 
     @contextmanager
@@ -218,15 +243,16 @@ class StoreBuilder:
         self.root.create()
         with self.root.exclusive(f"{self.key}.lock"):
             self.complete(verify)  # another process may have written since
-            self.layers = self._affordable()
-            for shards in (self.teacher, *self.layers.values()):
+            self.teacher, self.layers = self._affordable()
+            for shards in self._stored():
                 shards.place.create()
                 shards.sweep()
-            self.place.sweep()
-            self._describe(self.place)
+            if self.teacher is not None:
+                self.place.sweep()
+                self._describe(self.place)
             backbone = self.ingredients["backbone"]
             yield FeaturePass(
-                self.key, str(backbone), self.shard_rows, self.teacher, self.layers, self.dtype, self.config.batch_size
+                self.key, str(backbone), self.layout, self.teacher, self.layers, self.dtype, self.config.batch_size
             )
             if not self.complete(verify):
                 raise NotSeenError(
@@ -234,60 +260,97 @@ class StoreBuilder:
                     "every node reaches under the same name, such as a shared folder or a URI"
                 )
 
-    def open(self) -> FeatureStore:
-        """Open the store. Missing features within the budget are computed in this process."""
-        if not self.complete():
-            with self.filling() as missing:
+    def open(self, verify: bool | None = None) -> FeatureStore:
+        """Open the store. Missing features within the budget are computed in this process.
+
+        Args:
+            verify: see :meth:`complete`. By default, only local shards are verified, since others would be copied.
+        """
+        verify = self.root.local if verify is None else verify
+        if not self.complete(verify):
+            with self.filling(verify) as missing:
                 missing.write(self.backbone, self.split)
-        if self.copies is not None:
+        if self.copies is not None and self.teacher is not None:
             self.copies.create()
             self._describe(self.copies)
         store = FeatureStore(
-            self.key, self.wanted, self.split, self.pretrained, self.teacher, self.layers, self.shard_rows, self.dtype
+            self.key,
+            self.wanted,
+            self.split,
+            self.pretrained,
+            self.place.path,
+            self.teacher,
+            self.layers,
+            self.layout,
+            self.dtype,
         )
         store.check()
         return store
 
+    def _stored(self) -> list[ShardSet]:
+        """The teacher and all layers, as far as they are within the budget."""
+        return [shards for shards in (self.teacher, *self.layers.values()) if shards is not None]
+
     def _shards(self, name: str) -> ShardSet:
         copies = None if self.copies is None else self.copies.child(name)
-        return ShardSet(self.place.child(name), len(self.shard_rows), copies)
+        return ShardSet(self.place.child(name), len(self.layout), copies)
 
-    def _affordable(self) -> dict[int, ShardSet]:
-        """The layers to store: all requested layers if they fit the budget, otherwise those that are already stored."""
-        complete = {layer: shards for layer, shards in self.layers.items() if len(shards.names) == len(self.shard_rows)}
+    def _affordable(self) -> tuple[ShardSet | None, dict[int, ShardSet]]:
+        """The teacher and the layers to store, within the budget.
+
+        These are all requested layers if they fit together with the teacher; otherwise the teacher and the layers that are
+        already stored; or nothing if not even the teacher fits.
+        """
+        complete = {layer: shards for layer, shards in self.layers.items() if self._is_whole(shards)}
         missing = sorted(set(self.layers) - set(complete))
-        if not missing:
-            return self.layers
+        assert self.teacher is not None
+        if not missing and self._is_whole(self.teacher):
+            return self.teacher, self.layers
         probe = self._probe()
-        if probe.decoder is not None:
+        if missing and probe.decoder is not None:
             _log.warning(
                 "%s has a decoder that also reads the text, which the store does not support; "
                 "storing the teacher only and computing the prefill online",
                 self.pretrained.identity["name"],
             )
-            return complete
+            missing = []
         prompt = int(probe.mask.sum()) - int(self.split.lengths[0])
         size = predict_size(self.split, self.backbone, self.dtype, prompt)
-        used = self.place.size()
-        kept = used - sum(self.layers[layer].place.size() for layer in missing)
-        needed = max(kept, size.teacher) + size.layer * len(missing)
-        disk = self._disk()
-        limit = None
-        if needed > self.config.budget_gb * GIGABYTE:
-            limit = f"budget_gb = {self.config.budget_gb:g}"
-        elif needed > disk:
-            limit = f"the {disk / GIGABYTE:.3g} GB available on the disk"
-        if limit is not None:
-            _log.warning(
-                "features at layers %s of %d inputs need %.3g GB, more than %s; "
-                "storing the teacher only and computing the prefill online",
-                missing,
-                len(self.split),
-                needed / GIGABYTE,
-                limit,
-            )
-            return complete
-        return self.layers
+        limits = [(self.config.budget_gb, f"budget_gb = {self.config.budget_gb:g}")]
+        disk = self._disk() / GIGABYTE
+        limits.append((disk, f"the {disk:.3g} GB available on the disk"))
+        if missing and self._fits(
+            f"features at layers {missing}", self._needed(size, missing), limits, "the teacher only"
+        ):
+            return self.teacher, self.layers
+        if self._fits("the teacher's outputs", self._needed(size, []), limits, "nothing"):
+            return self.teacher, complete
+        return None, {}
+
+    def _is_whole(self, shards: ShardSet) -> bool:
+        return len(shards.names) == len(self.layout)
+
+    def _needed(self, size: StoreSize, layers: list[int]) -> float:
+        """The gigabytes of the store with the given layers, besides everything that is already stored."""
+        incomplete = [self.layers[layer] for layer in layers]
+        assert self.teacher is not None
+        kept = self.place.size() - sum(shards.place.size() for shards in (self.teacher, *incomplete))
+        return (kept + size.teacher + size.layer * len(layers)) / GIGABYTE
+
+    def _fits(self, what: str, needed: float, limits: list[tuple[float, str]], instead: str) -> bool:
+        """Whether a size is within all limits; otherwise a warning says which one it exceeds."""
+        for limit, name in limits:
+            if needed > limit:
+                _log.warning(
+                    "%s of %d inputs need %.3g GB, more than %s; storing %s and computing the rest online",
+                    what,
+                    len(self.split),
+                    needed,
+                    name,
+                    instead,
+                )
+                return False
+        return True
 
     def _probe(self) -> HiddenState:
         with torch.inference_mode():

@@ -16,7 +16,7 @@ from torch import Tensor
 from revmux.adapters.folder import load_adapter
 from revmux.backbone.base import evaluating
 from revmux.data.split import hold_out
-from revmux.data.tokens import TokenizedSplit
+from revmux.data.tokens import SplitTokens
 from revmux.errors import UserError
 from revmux.estimate.flops import count_flops, plain_cost, resume_cost
 from revmux.estimate.throughput import like_length_batches, paired_throughput
@@ -108,7 +108,7 @@ class Bench:
     """
 
     pretrained: Pretrained
-    split: TokenizedSplit
+    split: SplitTokens
     store: StoreConfig
     config: MeasureConfig = field(default_factory=MeasureConfig)
     log: Callable[[str], None] = log_nothing

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,7 +19,6 @@ from revmux.backbone.decoder import DecoderBackbone
 from revmux.backbone.generative import GenerativeBackbone, language_model_class
 from revmux.data.constant_prefix import constant_tokens
 from revmux.data.prompt import Prompt
-from revmux.data.tokens import TokenizedSplit
 from revmux.errors import UserError
 from revmux.methods import BackboneShape
 from revmux.pretrained import hub
@@ -117,12 +115,11 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
     return Pretrained(backbone, tokenizer, identity, _has_head(model_config), prompt, read_pairs(location))
 
 
-def tokenize(config: BackboneConfig, split: Dataset, label_names: list[str]) -> TokenizedSplit:
-    """Tokenize a split as :meth:`Pretrained.tokenize` does, without loading the weights of the model.
+def load_tokenizer(config: BackboneConfig, label_names: list[str]) -> tuple[PreTrainedTokenizerBase, Prompt | None]:
+    """The tokenizer and the prompt of a model, without its weights.
 
     Args:
         config: the model and its settings.
-        split: the texts.
         label_names: classes for a prompt that lists none.
 
     Raises:
@@ -132,7 +129,7 @@ def tokenize(config: BackboneConfig, split: Dataset, label_names: list[str]) -> 
     prompt = _prompt_of(config, location, load_model_config(location, config))
     if prompt is not None:
         prompt = prompt.with_labels(label_names)
-    return TokenizedSplit(split, _load_tokenizer(config, location), config.max_length, prompt)
+    return _load_tokenizer(config, location), prompt
 
 
 def check_length(config: BackboneConfig, backbone: Backbone) -> None:

@@ -13,12 +13,14 @@ import torch
 from revmux.adapters.config import AdapterConfig
 from revmux.adapters.folder import describe_adapter
 from revmux.data.task import TaskData
+from revmux.data.tokens import SplitTokens
 from revmux.errors import UserError
 from revmux.estimate.flops import relative_cost
 from revmux.features.base import Features
 from revmux.features.key import backbone_digest
 from revmux.features.online import OnlineFeatures
 from revmux.features.store import open_features
+from revmux.features.tokens import SPLITS, TokenizedTask
 from revmux.methods import BackboneShape, ExitHead, Method, build_method, method_class
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained.config import BackboneConfig
@@ -45,7 +47,7 @@ class Prepared:
 
     recipe: Recipe
     pretrained: Pretrained
-    task: TaskData
+    task: TaskData | TokenizedTask
     model: MultiplexedClassifier
     train: Features
     selection: Features
@@ -130,13 +132,16 @@ def check_room(config: BackboneConfig, method: Method, longest: int) -> None:
         )
 
 
-def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") -> Prepared:
+def prepare(
+    recipe: Recipe, task: TaskData | TokenizedTask, device: torch.device | str = "cpu", verify: bool | None = None
+) -> Prepared:
     """Load the backbone, compute or open its features of each split, and build the method.
 
     Args:
         recipe: the run.
-        task: loaded by :func:`revmux.data.task.load_task`.
+        task: the texts, which are tokenized in memory, or the location of their stored tokens.
         device: where the model runs.
+        verify: see :func:`revmux.features.store.open_features`.
 
     Raises:
         UserError: the recipe does not fit the backbone or the data.
@@ -153,21 +158,33 @@ def prepare(recipe: Recipe, task: TaskData, device: torch.device | str = "cpu") 
     ).to(device)
     check_room(recipe.backbone, method, backbone.max_length)
     model = MultiplexedClassifier(backbone, method, method_config.prefill_layers)
-    splits = [
-        pretrained.tokenize(split, recipe.backbone.max_length) for split in (task.train, task.selection, task.test)
-    ]
+    splits = tokens_of(task, pretrained, recipe)
     features: list[Features]
     layers = stored_layers(method, method_config.prefill_layers)
     if layers is None:
         features = [OnlineFeatures(split, backbone, with_teacher=False) for split in splits]
     else:
         weights = backbone_digest(backbone)
-        stores = [open_features(pretrained, split, layers, recipe.store, weights=weights) for split in splits]
+        stores = [
+            open_features(pretrained, split, layers, recipe.store, weights=weights, verify=verify) for split in splits
+        ]
+        if method.tunes_backbone and not all(store.has_teacher for store in stores):
+            raise UserError(
+                f"{method.name} tunes the backbone, so its teacher must be stored, but the store has no room for it; raise "
+                "--store.budget_gb or free some disk space"
+            )
         features = [store.at(layers[0]) if layers else store.with_tokens() for store in stores]
     if method.tunes_backbone:
         method.unfreeze(backbone, method_config.prefill_layers)
         check_length(recipe.backbone, backbone)  # a soft prompt uses some of the model's positions
     return Prepared(recipe, pretrained, task, model, *features)
+
+
+def tokens_of(task: TaskData | TokenizedTask, pretrained: Pretrained, recipe: Recipe) -> list[SplitTokens]:
+    """The tokens of the train, selection and test splits: memory-mapped if they are stored, otherwise in memory."""
+    if isinstance(task, TokenizedTask):
+        return [task.open(split, pretrained.tokenizer, recipe.store) for split in SPLITS]
+    return [pretrained.tokenize(getattr(task, split), recipe.backbone.max_length) for split in SPLITS]
 
 
 def stored_layers(method: Method, prefill_layers: int) -> list[int] | None:
@@ -208,7 +225,7 @@ def makes_head(recipe: Recipe) -> bool:
     return method_class(recipe.method.name).is_plain and bool(recipe.method.options.get("tune_backbone"))
 
 
-def check_labels(pretrained: Pretrained, task: TaskData) -> None:
+def check_labels(pretrained: Pretrained, task: TaskData | TokenizedTask) -> None:
     """Check that the task model has the classes of the data.
 
     Raises:

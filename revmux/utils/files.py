@@ -39,12 +39,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        publish_file(temporary, path)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def publish_file(temporary: Path, path: Path) -> None:
+    """Flush a finished file to disk and move it to its final path in the same folder."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def write_durably(path: Path, content: bytes | memoryview | str) -> None:
