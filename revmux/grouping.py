@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,14 +17,14 @@ WINDOW = 128
 """Inputs of one window, the default number of inputs per forward pass of a server."""
 
 
-def epoch_groups(
-    lengths: Tensor, num_inputs: int, groups_per_step: int, seed: int, epoch: int, window_steps: int = 32
-) -> Tensor:
-    """The training groups of one epoch. Within a shuffled window, inputs of similar length share a group.
+class EpochSchedule:
+    """The training groups of one epoch, step by step. Within a shuffled window, inputs of similar length share a group.
 
     The schedule is global and does not depend on the number of workers: each worker processes its share of every
     step. Every input occurs at least once, and never twice in one group. An incomplete group is filled with inputs
     of another group, and an incomplete step with copies of other groups.
+
+    Windows are formed when their steps are reached, so the schedule takes four bytes per input.
 
     Args:
         lengths: (M,) tokens per input.
@@ -33,59 +34,89 @@ def epoch_groups(
         epoch: 0-based. Each epoch has different groups.
         window_steps: number of steps whose inputs are sorted by length together.
 
-    Returns:
-        (steps, groups_per_step, N) long indices.
-
     Raises:
         UserError: there are fewer than N inputs.
     """
-    total, per_step = len(lengths), num_inputs * groups_per_step
-    if total < num_inputs:
-        raise UserError(
-            f"{total} training examples do not fill one group of N = {num_inputs}; use more data or a smaller N"
-        )
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(total)
-    sizes = lengths.numpy()
-    windows = []
-    for start in range(0, total, per_step * window_steps):
-        members = order[start : start + per_step * window_steps]
-        windows.append(members[np.argsort(sizes[members], kind="stable")])
-    groups = [window[: len(window) // num_inputs * num_inputs].reshape(-1, num_inputs) for window in windows]
-    short = windows[-1][groups[-1].size :]
-    groups[-1] = _fill(np.concatenate(groups), groups[-1], short, groups_per_step, random)
-    groups[-1] = groups[-1][np.argsort(sizes[groups[-1]].max(axis=1), kind="stable")]
-    shuffled = []
-    for window in groups:
-        # Slots differ, so the members of a group are assigned to slots at random.
-        steps = random.permuted(window.reshape(-1, groups_per_step, num_inputs), axis=2)
-        shuffled.append(steps[random.permutation(len(steps))])
-    return torch.from_numpy(np.concatenate(shuffled))
+
+    def __init__(
+        self, lengths: Tensor, num_inputs: int, groups_per_step: int, seed: int, epoch: int, window_steps: int = 32
+    ) -> None:
+        total = len(lengths)
+        if total < num_inputs:
+            raise UserError(
+                f"{total} training examples do not fill one group of N = {num_inputs}; use more data or a smaller N"
+            )
+        self.num_inputs, self.groups_per_step = num_inputs, groups_per_step
+        self._lengths, self._random = lengths.numpy(), np.random.default_rng([seed, epoch])
+        self._order = np.arange(total, dtype=np.int32 if total < 2**31 else np.int64)
+        self._random.shuffle(self._order)
+        self._window_size = num_inputs * groups_per_step * window_steps
+        self._windows = -(-total // self._window_size)
+        self._last = self._fill()
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        before = (self._windows - 1) * (self._window_size // self.num_inputs)
+        return (before + len(self._last)) // self.groups_per_step
+
+    def steps(self, first: int = 0) -> Iterator[Tensor]:
+        """The groups of each step, (groups_per_step, N) long, from step ``first`` on. Can be called once."""
+        done = 0
+        for window in range(self._windows):
+            is_last = window == self._windows - 1
+            size = len(self._last) if is_last else self._window_size // self.num_inputs
+            skipped = done + size // self.groups_per_step <= first
+            # Skipped windows draw the same random numbers, but need not be sorted.
+            groups = self._last if is_last else self._groups(window, sort=not skipped)
+            # Slots differ, so the members of a group are assigned to slots at random.
+            steps = self._random.permuted(groups.reshape(-1, self.groups_per_step, self.num_inputs), axis=2)
+            order = self._random.permutation(len(steps))
+            for step in order[max(0, first - done) :]:
+                yield torch.from_numpy(steps[step])
+            done += len(steps)
+
+    def _members(self, window: int) -> np.ndarray:
+        start = window * self._window_size
+        return self._order[start : start + self._window_size].astype(np.int64)
+
+    def _groups(self, window: int, sort: bool = True) -> np.ndarray:
+        """The full groups (G, N) of a window, by length."""
+        members = self._members(window)
+        if sort:
+            members = members[np.argsort(self._lengths[members], kind="stable")]
+        return members[: len(members) // self.num_inputs * self.num_inputs].reshape(-1, self.num_inputs)
+
+    def _full(self, group: int) -> np.ndarray:
+        """The full group (N,) of the epoch with this number."""
+        per_window = self._window_size // self.num_inputs
+        found: np.ndarray = self._groups(group // per_window)[group % per_window]
+        return found
+
+    def _fill(self) -> np.ndarray:
+        """The groups (G, N) of the last window, filled up to full steps and sorted by length."""
+        last = self._groups(self._windows - 1)
+        full = len(self._order) // self.num_inputs  # full groups of the epoch, those of the last window last
+        short = len(self._order) % self.num_inputs
+        if short:
+            members = self._members(self._windows - 1)
+            longest = members[np.argsort(self._lengths[members], kind="stable")][-short:]
+            # Inputs of similar length complete the short group. They then occur twice, so their group is not copied.
+            last = np.concatenate([last, np.concatenate([self._full(full - 1)[short:], longest])[None]])
+            full = max(full - 1, 1)
+        chosen = np.arange(full, dtype=self._order.dtype)
+        self._random.shuffle(chosen)
+        missing = -len(last) % self.groups_per_step
+        copies = [self._full(int(group)) for group in np.resize(chosen, missing)]
+        last = np.concatenate([last, *(copy[None] for copy in copies)])
+        return last[np.argsort(self._lengths[last].max(axis=1), kind="stable")]
 
 
-def _fill(
-    full: np.ndarray, last: np.ndarray, short: np.ndarray, groups_per_step: int, random: np.random.Generator
-) -> np.ndarray:
-    """The groups of the last window, filled up to a multiple of ``groups_per_step``.
-
-    Args:
-        full: (F, N) all full groups of the epoch, those of the last window last.
-        last: (W, N) the full groups of the last window.
-        short: (R,) the R < N remaining inputs, the longest of their window.
-        groups_per_step: the number of groups in the result is a multiple of this.
-        random: chooses the groups that are copied.
-
-    Returns:
-        (W', N) groups.
-    """
-    if len(short):
-        # Inputs of similar length complete the short group. They then occur twice, so their group is not copied.
-        donor = full[-1]
-        last = np.concatenate([last, np.concatenate([donor[len(short) :], short])[None]])
-        full = full[:-1] if len(full) > 1 else full
-    missing = -len(last) % groups_per_step
-    copies = np.resize(random.permutation(len(full)), missing)
-    return np.concatenate([last, full[copies]])
+def epoch_groups(
+    lengths: Tensor, num_inputs: int, groups_per_step: int, seed: int, epoch: int, window_steps: int = 32
+) -> Tensor:
+    """All steps of an :class:`EpochSchedule`, whose arguments these are: (steps, groups_per_step, N) long indices."""
+    schedule = EpochSchedule(lengths, num_inputs, groups_per_step, seed, epoch, window_steps)
+    return torch.stack(list(schedule.steps()))
 
 
 def shuffled_groups(total: int, num_inputs: int, seed: int, shuffle: int = 0) -> Tensor:

@@ -11,9 +11,11 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from revmux import UserError
+from revmux.data import task as task_module
 from revmux.data.config import DataConfig
 from revmux.data.sources import SOURCES, source_of
 from revmux.data.sources import docstrings as docstrings_module
+from revmux.data.sources import files as files_module
 from revmux.data.sources.docstrings import (
     LIBRARIES,
     SPLIT_SHARES,
@@ -60,6 +62,32 @@ def test_every_format_gives_the_same_task(suffix: str, tiny_files: dict[str, Pat
     assert task.identity["sha256"] == load(tiny_files["csv"]).identity["sha256"], (
         "the identity depends on the content, not on the file"
     )
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_data_larger_than_memory_gives_the_same_task_from_mapped_files(
+    suffix: str, tiny_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "task" / f"{split}.{suffix}").write_bytes(tiny_files[suffix].read_bytes())
+    expected = load(tmp_path / "task")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files_module, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(files_module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(task_module, "IN_MEMORY", 0)
+    task = load(tmp_path / "task")
+    assert task.identity == expected.identity
+    assert all(getattr(task, split)[:] == getattr(expected, split)[:] for split in SPLITS)
+    assert all(getattr(task, split).cache_files for split in SPLITS), "memory-mapped"
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "revmux" / "data").iterdir()}
+    assert load(tmp_path / "task").identity == expected.identity
+    assert {file: file.stat().st_mtime_ns for file in written} == written, "files are written once"
+
+
+def test_at_most_twenty_thousand_rows_become_a_test_split(tiny_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_module, "MAX_TEST", 5)
+    assert len(load(tiny_csv).test) == 5
 
 
 def test_splits_are_disjoint_sized_and_seeded(tiny_csv: Path, tiny_rows: list) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from revmux import UserError
 from revmux.grouping import (
+    EpochSchedule,
     consecutive_groups,
     epoch_groups,
     evaluation_groups,
@@ -69,6 +72,26 @@ def test_the_schedule_depends_only_on_seed_and_epoch() -> None:
     assert not torch.equal(schedule(1, 2), schedule(1, 3))
     assert not torch.equal(schedule(1, 2), schedule(2, 2))
     assert not torch.equal(schedule(1, 2), schedule(2, 1)), "seed and epoch must not simply be added"
+
+
+@pytest.mark.parametrize("first", [1, 5, 12])
+def test_a_schedule_that_resumes_continues_with_the_same_steps(first: int) -> None:
+    sizes = lengths(200).to(torch.int16)
+    schedule = EpochSchedule(sizes, 3, 5, seed=0, epoch=1, window_steps=4)
+    assert len(schedule) == 14
+    whole = epoch_groups(sizes, 3, 5, seed=0, epoch=1, window_steps=4)
+    assert torch.equal(torch.stack(list(schedule.steps(first))), whole[first:])
+
+
+def test_a_schedule_takes_four_bytes_per_input() -> None:
+    sizes = torch.ones(1_000_000, dtype=torch.int16)
+    tracemalloc.start()
+    steps = EpochSchedule(sizes, 2, 16, seed=0, epoch=0).steps()
+    next(steps)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 4.2e6
+    assert peak < 6.5e6, "two bytes per input more while the schedule is set up"
 
 
 def test_members_of_a_group_have_similar_lengths() -> None:

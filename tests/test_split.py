@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset
 
+from revmux.data import split as split_module
 from revmux.data.split import contained, hold_out, words_of
 
 
@@ -82,6 +84,43 @@ def test_pairs_belong_together_only_as_a_whole() -> None:
 def test_parts_are_found_in_all_the_roots_that_contain_them() -> None:
     texts = [words_of(text) for text in ("a b c d e", "x a b c", "b c d", "a b c", "e", "c", "d x")]
     assert set(contained(texts)) == {(2, 0), (3, 0), (3, 1), (4, 0), (5, 0), (5, 1)}, "the last one is part of none"
+
+
+@pytest.fixture
+def many_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Every number of rows is too large for memory; returns the folder of the files."""
+    monkeypatch.setattr(split_module, "IN_MEMORY", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "revmux" / "data"
+
+
+def test_no_text_held_out_of_many_is_part_of_a_text_that_is_kept(many_rows: Path) -> None:
+    phrases = sentences_and_phrases(300)
+    rows = rows_of([*phrases, *(f"s{row} t{row} u{row}" for row in range(500))])
+    train, held = hold_out(rows, 100, 0)
+    assert leaks(train, held) == 0
+    assert 60 <= len(held) <= 100
+    assert sorted([*train["text"], *held["text"]]) == sorted(rows["text"])
+    position = {text: row for row, text in enumerate(rows["text"])}
+    assert [position[text] for text in train["text"]] == sorted(position[text] for text in train["text"])
+    files = {file: file.stat().st_mtime_ns for file in many_rows.iterdir()}
+    again = hold_out(rows_of(list(rows["text"])), 100, 0)
+    assert list(again[1]["text"]) == list(held["text"])
+    assert {file: file.stat().st_mtime_ns for file in many_rows.iterdir()} == files, "the rows are written once"
+    assert set(hold_out(rows, 100, 1)[1]["text"]) != set(held["text"])
+
+
+def test_equal_texts_among_many_stay_together(many_rows: Path) -> None:
+    rows = rows_of([f"Text, {row // 2}" if row % 2 else f"text {row // 2}" for row in range(400)])
+    train, held = hold_out(rows, 40, 0)
+    assert 0 < len(held) <= 40
+    assert leaks(train, held) == 0
+
+
+@pytest.mark.usefixtures("many_rows")
+def test_many_equal_rows_are_split_at_random() -> None:
+    train, held = hold_out(rows_of(["same"] * 10), 3, 0)
+    assert (len(train), len(held)) == (7, 3)
 
 
 def test_a_large_set_of_phrases_is_split_within_seconds() -> None:

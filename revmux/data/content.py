@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-ROWS_AT_ONCE = 10_000
-"""Number of rows per block. It does not change the hash."""
+from revmux.data.blocks import blocks
 
 
 def content_digest(split: Dataset) -> str:
@@ -22,7 +21,7 @@ def content_digest(split: Dataset) -> str:
         split: columns of text without missing values, and of integers.
     """
     hashes = {name: (hashlib.sha256(), hashlib.sha256()) for name in sorted(split.column_names)}
-    for block in split.with_format("arrow").iter(ROWS_AT_ONCE):
+    for block in blocks(split):
         for name, pair in hashes.items():
             for chunk in block[name].chunks:
                 _add(chunk, *pair)

@@ -6,16 +6,22 @@ trains on. The held-out side then rewards a model for texts that it has seen.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
+
+from revmux.data.blocks import IN_MEMORY, blocks, stored
+from revmux.data.content import content_digest
 
 Words = tuple[str, ...]
 _BETWEEN = "\0"  # between the two texts of a pair, so that no text reaches across
 _OPENING = 3  # words by which texts are indexed
+_SAMPLED = 4  # rows that are drawn for each row to hold out
 
 
 def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -25,19 +31,22 @@ def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
     contain it are, so a phrase follows its sentence, and a phrase of several sentences is kept unless all of them are
     held out. Texts are compared by their words, without case and punctuation. The two texts of a pair count as one.
 
+    Of more than :data:`revmux.data.blocks.IN_MEMORY` rows, a sample is drawn first: texts that are part of a text outside
+    of it are kept, and the others are divided as above. Memory then depends on ``size``, not on the number of rows.
+
     Args:
         rows: columns ``text`` and, for pairs, ``text_pair``. At least two rows.
         size: number of rows to hold out, at least 1. A few rows fewer are held out if the texts allow no such division.
         seed: random seed.
 
     Returns:
-        The kept rows and the held-out rows, each in random order.
+        The kept rows and the held-out rows, each in random order; if a sample was drawn, the kept rows in their order.
     """
     size = min(size, len(rows) - 1)
+    if len(rows) > IN_MEMORY:
+        return _hold_out_of_many(rows, size, seed)
     by_text: dict[Words, list[int]] = defaultdict(list)
-    pairs = rows["text_pair"] if "text_pair" in rows.column_names else None
-    for row, text in enumerate(rows["text"]):
-        words = words_of(text) if pairs is None else (*words_of(text), _BETWEEN, *words_of(pairs[row]))
+    for row, words in enumerate(_words(rows)):
         by_text[words].append(row)
     generator = np.random.default_rng(seed)
     held = np.zeros(len(rows), dtype=bool)
@@ -46,6 +55,71 @@ def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
         held[generator.permutation(len(rows))[:size]] = True
     order = generator.permutation(len(rows))
     return rows.select(order[~held[order]]), rows.select(order[held[order]])
+
+
+def _hold_out_of_many(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
+    """:func:`hold_out` for more rows than are kept in memory."""
+    generator = np.random.default_rng(seed)
+    sample = np.sort(generator.choice(len(rows), min(_SAMPLED * size, len(rows) // 2), replace=False, shuffle=False))
+    texts: dict[Words, list[int]] = defaultdict(list)
+    for row, words in zip(sample.tolist(), _words(rows.select(sample))):
+        texts[words].append(row)
+    inside = _found_in(texts, _others(rows, sample))
+    alone = {words: found for words, found in texts.items() if words not in inside}
+    held = np.sort(_draw(alone, size, generator) if alone else generator.permutation(sample)[:size])
+    key = hashlib.sha256(f"{content_digest(rows)} without {hashlib.sha256(held.astype('<i8')).hexdigest()}".encode())
+    kept = stored(key.hexdigest()[:32], _blocks_without(rows, held))
+    return kept, rows.select(generator.permutation(held))
+
+
+def _words(rows: Dataset) -> Iterator[Words]:
+    """The words of each row."""
+    for block in blocks(rows):
+        texts = block["text"].to_pylist()
+        if "text_pair" not in rows.column_names:
+            yield from map(words_of, texts)
+            continue
+        for text, pair in zip(texts, block["text_pair"].to_pylist()):
+            yield (*words_of(text), _BETWEEN, *words_of(pair))
+
+
+def _others(rows: Dataset, sample: np.ndarray) -> Iterator[Words]:
+    """The words of all rows outside of a sorted sample."""
+    left = iter(sample.tolist())
+    following = next(left, None)
+    for row, words in enumerate(_words(rows)):
+        if row == following:
+            following = next(left, None)
+        else:
+            yield words
+
+
+def _found_in(texts: Iterable[Words], others: Iterable[Words]) -> set[Words]:
+    """The texts that are part of one of the others, or equal to it."""
+    known, lengths = set(texts), _lengths_by_opening(texts)
+    widths = sorted(set(map(len, lengths)))  # most texts are not shorter than an opening
+    found: set[Words] = set()
+    for words in others:
+        for start in range(len(words)):
+            for width in widths:
+                for length in lengths.get(words[start : start + width], ()):
+                    if length > len(words) - start:
+                        break
+                    part = words[start : start + length]
+                    if part in known:
+                        found.add(part)
+    return found
+
+
+def _blocks_without(rows: Dataset, held: np.ndarray) -> Iterator[pa.Table]:
+    """All rows but some, whose sorted numbers are given."""
+    start = 0
+    for block in blocks(rows):
+        first, last = np.searchsorted(held, [start, start + len(block)])
+        kept = np.ones(len(block), dtype=bool)
+        kept[held[first:last] - start] = False
+        yield block.filter(pa.array(kept))
+        start += len(block)
 
 
 def words_of(text: object) -> Words:
@@ -64,9 +138,7 @@ def contained(texts: Sequence[Words]) -> Iterator[tuple[int, int]]:
         The position of the text and the position of the root. A text that is never the first of a pair is a root.
     """
     position = {words: index for index, words in enumerate(texts)}
-    lengths: dict[Words, list[int]] = defaultdict(list)
-    for opening, length in sorted({(words[:_OPENING], len(words)) for words in texts}, key=lambda pair: pair[1]):
-        lengths[opening].append(length)
+    lengths = _lengths_by_opening(texts)
     inside: set[int] = set()
     for root in sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True):
         if root in inside:
@@ -83,6 +155,14 @@ def contained(texts: Sequence[Words]) -> Iterator[tuple[int, int]]:
         inside |= found
         for index in sorted(found):
             yield index, root
+
+
+def _lengths_by_opening(texts: Iterable[Words]) -> dict[Words, list[int]]:
+    """The lengths of the texts that begin with the same words, in increasing order."""
+    lengths: dict[Words, list[int]] = defaultdict(list)
+    for opening, length in sorted({(words[:_OPENING], len(words)) for words in texts}, key=lambda pair: pair[1]):
+        lengths[opening].append(length)
+    return lengths
 
 
 def _draw(by_text: dict[Words, list[int]], size: int, generator: np.random.Generator) -> list[int]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
+from revmux.data.blocks import IN_MEMORY, blocks, stored
 from revmux.data.columns import find_columns
-from revmux.data.config import MAX_SELECTION, DataConfig
+from revmux.data.config import MAX_SELECTION, MAX_TEST, DataConfig
+from revmux.data.content import content_digest
 from revmux.data.sources import source_of
 from revmux.data.split import hold_out
 from revmux.errors import UserError
@@ -90,7 +96,7 @@ def _split(raw: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
         return raw
     if "all" in raw or len(raw) == 1:
         rows = next(iter(raw.values()))
-        train, test = _hold_out(rows, math.ceil(config.test_share * len(rows)), config)
+        train, test = _hold_out(rows, min(MAX_TEST, math.ceil(config.test_share * len(rows))), config)
     else:
         held_out = next((name for name in ("dev", "validation", "validation_matched", "test") if name in raw), None)
         if "train" not in raw or held_out is None:
@@ -113,7 +119,7 @@ def _label_names(splits: list[Dataset], column: str) -> list[str]:
     if hasattr(feature, "names"):
         return list(feature.names)
     rows = sum(len(split) for split in splits)
-    found = {label for split in splits for label in _labels(split, "train")}
+    found = {label for split in splits for label in _labels(split, "train").values()}
     labels = sorted(found, key=lambda name: (not name.isdigit(), name.zfill(12) if name.isdigit() else name))
     if len(labels) < 2:
         raise UserError(f"train has only the labels {labels}; add rows with at least one other label")
@@ -124,44 +130,99 @@ def _label_names(splits: list[Dataset], column: str) -> list[str]:
     return labels
 
 
-def _labels(split: Dataset, split_name: str) -> list[str]:
-    """The class name of every row, as in the source."""
+def _labels(split: Dataset, split_name: str) -> dict[Any, str]:
+    """The class name of every distinct value in the column of the labels."""
     known = getattr(split.features["label"], "names", None)
-    texts = []
-    for row, label in enumerate(split["label"]):
+    texts = {}
+    for label in _distinct(split):
         if label is None or not str(label).strip() or (known is not None and not 0 <= label < len(known)):
+            row = _first_row(split, label)
             raise UserError(f"{split_name} row {row} has no label ({label!r}); fill it or remove the row")
-        texts.append(str(label) if known is None else known[label])
+        texts[label] = str(label) if known is None else known[label]
     return texts
 
 
+def _distinct(split: Dataset) -> list[Any]:
+    """The distinct values in the column of the labels, in the order of their first rows."""
+    return list(
+        dict.fromkeys(label for block in blocks(split.select_columns("label")) for label in _unique(block["label"]))
+    )
+
+
+def _unique(labels: pa.ChunkedArray) -> list[Any]:
+    values: list[Any] = labels.unique().to_pylist()
+    return values
+
+
 def _encode(split: Dataset, names: list[str], split_name: str) -> Dataset:
+    """The split with integer labels: in memory if it is small, otherwise memory-mapped."""
     index = {name: position for position, name in enumerate(names)}
     labels = _labels(split, split_name)
-    if not index.keys() & set(labels):
+    if not index.keys() & set(labels.values()):
         # Numbers that are not class names are indices: 0 and 1 in a file, for the classes negative and positive.
-        labels = [
-            names[int(given)] if str(given).isdigit() and int(given) < len(names) else label
-            for given, label in zip(split["label"], labels)
-        ]
-    for row, label in enumerate(labels):
+        labels = {
+            given: names[int(given)] if str(given).isdigit() and int(given) < len(names) else label
+            for given, label in labels.items()
+        }
+    for given, label in labels.items():
         if label not in index:
+            row = _first_row(split, given)
             raise UserError(
                 f"{split_name} row {row} has the label {label!r}, which is not in the label set: {', '.join(names)}; "
                 "fix the row, or tune a task model on these labels"
             )
-    columns = {name: list(split[name]) for name in ("text", "text_pair") if name in split.column_names}
-    for column, texts in columns.items():
-        for row, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"{split_name} row {row} has an empty {column} ({text!r}); fill it or remove the row")
-    return Dataset.from_dict({**columns, "label": [index[label] for label in labels]})
+    encoded = _encoded_blocks(split, {given: index[label] for given, label in labels.items()}, split_name)
+    if len(split) <= IN_MEMORY:
+        return Dataset(pa.concat_tables(encoded))
+    key = hashlib.sha256(f"{content_digest(split)} labels {labels} of {names}".encode())
+    return stored(key.hexdigest()[:32], encoded)
+
+
+def _encoded_blocks(split: Dataset, codes: dict[Any, int], split_name: str) -> Iterator[pa.Table]:
+    """The blocks of a split with checked texts and integer labels.
+
+    Args:
+        split: the rows.
+        codes: the integer of every label.
+        split_name: name of the split, for error messages.
+    """
+    columns = [name for name in ("text", "text_pair") if name in split.column_names]
+    first = 0
+    for block in blocks(split):
+        for column in columns:
+            _check_texts(block[column], column, split_name, first)
+        given = block["label"].combine_chunks()
+        known = pa.array(list(codes), given.type)
+        labels = np.array(list(codes.values()))[pc.index_in(given, known).to_numpy()]
+        yield pa.table({**{name: block[name].cast(pa.string()) for name in columns}, "label": labels})
+        first += len(block)
+
+
+def _check_texts(texts: pa.ChunkedArray, column: str, split_name: str, first: int) -> None:
+    """Check that every text is a string with content.
+
+    Raises:
+        UserError: one is not; the message has its row.
+    """
+    if pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type):
+        empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+        place = pc.index(empty, True).as_py()
+    else:
+        place = 0
+    if place >= 0:
+        raise UserError(
+            f"{split_name} row {first + place} has an empty {column} ({texts[place].as_py()!r}); fill it or remove the row"
+        )
+
+
+def _first_row(split: Dataset, label: Any) -> int:
+    """The number of the first row that has this label."""
+    values = (value for block in blocks(split.select_columns("label")) for value in block["label"].to_pylist())
+    return next(row for row, value in enumerate(values) if value is label or value == label)
 
 
 def _content_hash(splits: dict[str, Dataset]) -> str:
     digest = hashlib.sha256()
     for name, split in splits.items():
-        digest.update(name.encode())
-        for row in split:
-            digest.update(repr(sorted(row.items())).encode())
+        digest.update(f"{name} {content_digest(split)}".encode())
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from revmux.backbone import TokenBatch
+from revmux.data.blocks import blocks
 from revmux.data.prompt import Prompt
 
 TEXTS_AT_ONCE = 1024
@@ -104,7 +105,8 @@ def token_blocks(
     split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, prompt: Prompt | None = None
 ) -> Iterator[TokenBlock]:
     """Tokenize a split in blocks of :data:`TEXTS_AT_ONCE` inputs; the arguments are those of :class:`TokenizedSplit`."""
-    for rows in split.iter(TEXTS_AT_ONCE):
+    for block in blocks(split, TEXTS_AT_ONCE):
+        rows = block.to_pydict()
         encoded, truncated = encode_texts(tokenizer, rows["text"], rows.get("text_pair"), max_length, prompt)
         yield TokenBlock(
             np.fromiter(map(len, encoded["input_ids"]), np.int64),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Iterable
 
 import pyarrow as pa
+
+from revmux.utils.mapped_files import release_pages
 
 RESIDENT_BYTES = 8 * 2**20
 """Approximate number of bytes of one shard set that stay resident in a process."""
@@ -42,13 +42,4 @@ class MappedPages:
         """Release all pages."""
         self.touched = 0
         for file in self.files:
-            _release_pages(file)
-
-
-def _release_pages(file: pa.Buffer) -> None:
-    advice = getattr(mmap, "MADV_DONTNEED", None)
-    if advice is not None:  # without this advice, the system reclaims the pages on its own
-        _madvise(ctypes.c_void_p(file.address), ctypes.c_size_t(file.size), advice)
-
-
-_madvise = getattr(ctypes.CDLL(None), "madvise", lambda *_: 0)
+            release_pages(file.address, file.size)

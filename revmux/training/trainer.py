@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from revmux.errors import UserError
 from revmux.features.base import Features
-from revmux.grouping import epoch_groups, local_rows
+from revmux.grouping import EpochSchedule, local_rows
 from revmux.model import MultiplexedClassifier
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import LossConfig, OptimConfig
@@ -271,21 +271,20 @@ class Trainer:
         """Run the rest of the current epoch; returns its mean losses, and rates over the steps run by this call."""
         self.model.train()
         state = self.state
-        schedule = epoch_groups(
-            self.train_data.lengths, self.model.num_inputs, self.groups_per_step, self.optim.seed, state.epoch
-        )
-        tokens = self.train_data.lengths[schedule].sum(dim=(1, 2)).tolist()  # one count per step
-        own = schedule.split(self.shares, dim=1)[self.rank]  # (steps, G, N), this worker's groups
+        lengths = self.train_data.lengths
+        schedule = EpochSchedule(lengths, self.model.num_inputs, self.groups_per_step, self.optim.seed, state.epoch)
         totals: dict[str, Tensor] = {}
-        first, started = state.epoch_step, time.perf_counter()
-        for index in range(first, len(schedule)):
-            losses = self._step(own[index], schedule[index])
+        first, tokens, started = state.epoch_step, 0, time.perf_counter()
+        for groups in schedule.steps(first):  # (W·G, N)
+            losses = self._step(groups.split(self.shares)[self.rank], groups)
+            read = int(lengths[groups].sum())
+            tokens += read
             state.step += 1
             state.epoch_step += 1
             for name, value in losses.items():
                 totals[name] = totals[name] + value if name in totals else value
             if self.on_step is not None:
-                self.on_step(state.step, self.total_steps, {"loss": losses["loss"], "tokens": tokens[index]})
+                self.on_step(state.step, self.total_steps, {"loss": losses["loss"], "tokens": read})
             is_last = state.epoch_step == len(schedule)
             if is_last or (self.checkpoint_steps and state.step % self.checkpoint_steps == 0):
                 self._add_to_sums(totals)
@@ -296,8 +295,8 @@ class Trainer:
         means = {f"train_{name}": total / len(schedule) for name, total in state.sums.items()}
         return means | {
             "steps_per_second": steps / seconds,
-            "inputs_per_second": steps * schedule[0].numel() / seconds,
-            "tokens_per_second": sum(tokens[first:]) / seconds,
+            "inputs_per_second": steps * self.groups_per_step * self.model.num_inputs / seconds,
+            "tokens_per_second": tokens / seconds,
         }
 
     def _step(self, groups: Tensor, whole: Tensor) -> dict[str, Tensor]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from datasets import Dataset
 
+from revmux.data.blocks import ROWS_AT_ONCE, stored
 from revmux.data.config import SENTIMENT, SUFFIXES, DataConfig
 from revmux.data.sources.base import SOURCES, Source
 from revmux.errors import UserError
 from revmux.utils.redact import error_line
+
+IN_MEMORY_BYTES = 32 * 2**20
+"""Size up to which a CSV or TSV file is read into memory. A larger one is converted once and memory-mapped."""
 
 
 @SOURCES.register("file")
@@ -64,6 +71,34 @@ class FolderSource(Source):
         return Path(config.source).expanduser().absolute().name
 
 
+def file_digest(file: Path) -> str:
+    """Hash of a file's content, which is read in blocks."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(file.suffix.encode(), digest_size=16)).hexdigest()
+
+
+def _delimited(file: Path) -> Iterator[pa.Table]:
+    """The rows of a CSV or TSV file in blocks; all values are text."""
+    # Quotes in a TSV file are text, as in GLUE. The encoding skips a byte-order mark.
+    dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
+    with warnings.catch_warnings():
+        # A row that is longer than the header is an error, since columns would shift or values would be lost.
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        frames = pd.read_csv(
+            file,
+            dtype=str,
+            index_col=False,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+            chunksize=ROWS_AT_ONCE,
+            **dialect,
+        )
+        with frames:
+            for frame in frames:
+                names = [str(name) for name in frame.columns]
+                yield pa.table([pa.array(frame[name], pa.string()) for name in frame.columns], names=names)
+
+
 def read_file(file: Path) -> Dataset:
     """The rows of one file.
 
@@ -76,15 +111,9 @@ def read_file(file: Path) -> Dataset:
         )
     try:
         if file.suffix in (".csv", ".tsv"):
-            # Quotes in a TSV file are text, as in GLUE. The encoding skips a byte-order mark.
-            dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
-            with warnings.catch_warnings():
-                # A row that is longer than the header is an error, since columns would shift or values would be lost.
-                warnings.simplefilter("error", pd.errors.ParserWarning)
-                frame = pd.read_csv(
-                    file, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig", **dialect
-                )
-            return Dataset.from_pandas(frame, preserve_index=False)
+            if file.stat().st_size > IN_MEMORY_BYTES:
+                return stored(f"rows-{file_digest(file)}", _delimited(file))
+            return Dataset(pa.concat_tables(_delimited(file)))
         if file.suffix == ".parquet":
             return Dataset.from_parquet(str(file))
         if file.suffix == ".arrow":
