@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.data import data_words
 from benchmarks.front.page import front_words
 from benchmarks.llama.page import llama_words
 from benchmarks.plan.page import plan_words
@@ -55,6 +56,7 @@ def _gain_words(rows: list[dict[str, Any]]) -> str:
 
 
 WRITERS = {
+    "data": data_words,
     "front": front_words,
     "precision": precision_words,
     "quickstart": quickstart_words,

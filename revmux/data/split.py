@@ -58,7 +58,15 @@ def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def _hold_out_of_many(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
-    """:func:`hold_out` for more rows than are kept in memory."""
+    """:func:`hold_out` for more rows than are kept in memory. The result is kept for later processes."""
+    key = hashlib.sha256(f"{content_digest(rows)} hold out {size} {seed}".encode()).hexdigest()[:32]
+    held = stored(f"{key}-held", _drawn(rows, size, seed)).with_format("numpy")["row"][:]
+    kept = stored(f"{key}-kept", _blocks_without(rows, np.sort(held)))
+    return kept, rows.select(held)
+
+
+def _drawn(rows: Dataset, size: int, seed: int) -> Iterator[pa.Table]:
+    """The numbers of the rows to hold out, in random order, as one block."""
     generator = np.random.default_rng(seed)
     sample = np.sort(generator.choice(len(rows), min(_SAMPLED * size, len(rows) // 2), replace=False, shuffle=False))
     texts: dict[Words, list[int]] = defaultdict(list)
@@ -66,10 +74,8 @@ def _hold_out_of_many(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dat
         texts[words].append(row)
     inside = _found_in(texts, _others(rows, sample))
     alone = {words: found for words, found in texts.items() if words not in inside}
-    held = np.sort(_draw(alone, size, generator) if alone else generator.permutation(sample)[:size])
-    key = hashlib.sha256(f"{content_digest(rows)} without {hashlib.sha256(held.astype('<i8')).hexdigest()}".encode())
-    kept = stored(key.hexdigest()[:32], _blocks_without(rows, held))
-    return kept, rows.select(generator.permutation(held))
+    held = _draw(alone, size, generator) if alone else generator.permutation(sample)[:size]
+    yield pa.table({"row": generator.permutation(held)})
 
 
 def _words(rows: Dataset) -> Iterator[Words]:

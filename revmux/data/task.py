@@ -194,7 +194,8 @@ def _encoded_blocks(split: Dataset, codes: dict[Any, int], split_name: str) -> I
         given = block["label"].combine_chunks()
         known = pa.array(list(codes), given.type)
         labels = np.array(list(codes.values()))[pc.index_in(given, known).to_numpy()]
-        yield pa.table({**{name: block[name].cast(pa.string()) for name in columns}, "label": labels})
+        texts: dict[str, Any] = {name: block[name].cast(pa.string()) for name in columns}
+        yield pa.table(texts | {"label": labels})
         first += len(block)
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from pyarrow.fs import FileSystem
@@ -23,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from revmux.data.blocks import blocks
 from revmux.data.content import content_digest
 from revmux.data.prompt import Prompt
 from revmux.data.task import TaskData
@@ -85,6 +88,8 @@ class StoredTokens(SplitTokens):
         shards = ShardSet(place.child("tokens"), len(layout), None if own is None else own.child("tokens"))
         shards.names = dict(enumerate(meta["names"]))
         self._columns, self._names = StoredColumns(shards, layout), list(meta["columns"])
+        for values in (self.lengths, self.labels):
+            self._columns.pages.add(pa.foreign_buffer(values.data_ptr(), values.nbytes, values))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StoredTokens, self._arguments
@@ -251,24 +256,25 @@ def _write(
     def named(name: str, kind: str) -> Callable[[str], str]:
         return lambda content: files.setdefault(name, f"{name}.{content}.{kind}")
 
-    length_kind = "int16" if max_length < 2**15 else "int32"
+    length_kind = _smallest(max_length)
+    label_kind = _smallest(max(pc.max(block["label"]).as_py() for block in blocks(split.select_columns("label"))))
     with (
         place.writing("lengths", named("lengths", length_kind)) as lengths,
-        place.writing("labels", named("labels", "int32")) as labels,
+        place.writing("labels", named("labels", label_kind)) as labels,
         tqdm(total=len(split), desc="tokens", unit=" inputs", disable=None) as bar,
         shards,
     ):
-        for blocks in _several(token_blocks(split, tokenizer, max_length, prompt), PART_BLOCKS):
-            own = np.concatenate([block.lengths for block in blocks])
-            columns = {name: np.concatenate([block.columns[name] for block in blocks]) for name in blocks[0].columns}
+        for found in _several(token_blocks(split, tokenizer, max_length, prompt), PART_BLOCKS):
+            own = np.concatenate([block.lengths for block in found])
+            columns = {name: np.concatenate([block.columns[name] for block in found]) for name in found[0].columns}
             digest.add(own, columns)
             lengths.write(own.astype(length_kind))
-            labels.write(np.concatenate([block.labels for block in blocks]).astype("int32"))
+            labels.write(np.concatenate([block.labels for block in found]).astype(label_kind))
             shards.add(own, {name: values.astype(kinds.get(name, np.int32)) for name, values in columns.items()})
             counts["inputs"] += len(own)
             counts["tokens"] += int(own.sum())
             counts["longest"] = max(counts["longest"], int(own.max()))
-            counts["truncated"] += sum(block.truncated for block in blocks)
+            counts["truncated"] += sum(block.truncated for block in found)
             bar.update(len(own))
     return {
         **counts,
@@ -288,6 +294,11 @@ def _complete(place: Place) -> dict[str, Any]:
         return {}
     own, shards = set(place.files()), set(place.child("tokens").files())
     return meta if own.issuperset(meta["files"].values()) and shards.issuperset(meta["names"]) else {}
+
+
+def _smallest(largest: int) -> str:
+    """The type of a file whose numbers go from 0 to ``largest``."""
+    return "int16" if largest < 2**15 else "int32"
 
 
 class _GrowingShards:
