@@ -147,8 +147,8 @@ def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
     results = context.Queue()
     process = context.Process(target=_run, args=(results, function, arguments))
     process.start()
-    found: dict[str, Any] = results.get()
     process.join()
+    found: dict[str, Any] = results.get(timeout=60)
     return found
 
 
