@@ -319,13 +319,13 @@ class StoreBuilder:
         limits = [(self.config.budget_gb, f"budget_gb = {self.config.budget_gb:g}")]
         disk = self._disk() / GIGABYTE
         limits.append((disk, f"the {disk:.3g} GB available on the disk"))
-        if missing and self._fits(
-            f"features at layers {missing}", self._needed(size, missing), limits, "the teacher only"
-        ):
+        has_teacher = self._is_whole(self.teacher)
+        if not has_teacher and not self._fits("the teacher's outputs", self._needed(size, []), limits, "nothing"):
+            return None, {}
+        what = f"features at layers {missing}"
+        if missing and self._fits(what, self._needed(size, missing), limits, "the teacher only"):
             return self.teacher, self.layers
-        if self._fits("the teacher's outputs", self._needed(size, []), limits, "nothing"):
-            return self.teacher, complete
-        return None, {}
+        return self.teacher, complete
 
     def _is_whole(self, shards: ShardSet) -> bool:
         return len(shards.names) == len(self.layout)
