@@ -32,10 +32,11 @@ from revmux.utils.run_info import describe_run
 
 RESULT, KEPT = Path("benchmarks/results/data.json"), Path("runs/data")
 SIZES = (100_000, 200_000, 5_000_000)
+TIMED_SIZE = 200_000
 STORED_SIZES = (20_000, 1_000_000)
 WORDS, SHORTEST, LONGEST, MAX_LENGTH = 20_000, 6, 15, 24
 STEPS, BATCH = 200, 64
-SETTINGS = (SIZES, STORED_SIZES, WORDS, SHORTEST, LONGEST, MAX_LENGTH, STEPS, BATCH)
+SETTINGS = (SIZES, TIMED_SIZE, STORED_SIZES, WORDS, SHORTEST, LONGEST, MAX_LENGTH, STEPS, BATCH)
 
 
 @contextmanager
@@ -159,50 +160,58 @@ def memory_row(name: str, sizes: tuple[int, ...], found: list[dict[str, Any]]) -
     return row | {"bound": "at most", "megabytes": {str(size): round(value) for size, value in zip(sizes, megabytes)}}
 
 
-def measure() -> list[dict[str, Any]]:
-    """Return all rows."""
+def measure_memory() -> list[dict[str, Any]]:
+    """Return the rows of peak memory."""
+    driven, worked, stored = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
-        driven, again, worked = [], [], []
         for size in SIZES:
-            write_sentences(folder / f"{size}.csv", size)
-            recipe = recipe_of(folder, size, budget_gb=0)
-            with cache_in(folder / f"cache-{size}"):
-                driven.append(alone(drive, recipe))
-                again.append(alone(drive, recipe))
-            worked.append(alone(work, recipe, driven[-1]["tokens"], size // BATCH // 2))
-            print(f"{size:,}: {driven[-1]}, {again[-1]}, {worked[-1]}", flush=True)
-        stored = []
+            tokens = driven_on(folder, size, driven)
+            worked.append(alone(work, recipe_of(folder, size, budget_gb=0), tokens, size // BATCH // 2))
+            print(
+                f"{size:,}: driver {driven[-1]['megabytes']:.0f} MB, worker {worked[-1]['megabytes']:.0f} MB",
+                flush=True,
+            )
         for size in STORED_SIZES:
-            write_sentences(folder / f"{size}.csv", size)
             recipe = recipe_of(folder, size, budget_gb=100)
-            with cache_in(folder / f"cache-{size}"):
-                tokens = alone(drive, recipe)["tokens"]
+            tokens = driven_on(folder, size, [])
             alone(fill, recipe, tokens)
             stored.append(alone(work, recipe, tokens, 0))
-            print(f"{size:,} with stored features: {stored[-1]}", flush=True)
-    first, later, opened = driven[-1], again[-1], worked[-1]
-    seconds = {
-        "read, split and check": (first["load_seconds"], later["load_seconds"]),
-        "tokenize": (first["token_seconds"], later["token_seconds"]),
-    }
+            print(f"{size:,}: worker with stored features {stored[-1]['megabytes']:.0f} MB", flush=True)
     return [
         memory_row("peak memory of the driver, which reads, splits and tokenizes", SIZES, driven),
         memory_row("peak memory of a worker on stored tokens", SIZES, worked),
         memory_row("peak memory of a worker on stored tokens and features", STORED_SIZES, stored),
-        *(
-            ratio_row(f"seconds to {name}, first start / restart", [once / later])
-            | {"examples": SIZES[-1], "seconds": {"first": round(once, 1), "restart": round(later, 1)}}
-            for name, (once, later) in seconds.items()
-        ),
-        {
-            "name": "seconds until a worker is ready to train",
-            "target": None,
-            "examples": SIZES[-1],
-            "seconds": {"worker": round(opened["open_seconds"], 1)},
-        },
     ]
+
+
+def driven_on(folder: Path, size: int, found: list[dict[str, Any]]) -> TokenizedTask:
+    """Run the driver's part on new data, append what it measured, and return the tokens."""
+    if not (folder / f"{size}.csv").is_file():
+        write_sentences(folder / f"{size}.csv", size)
+    with cache_in(folder / f"cache-{size}"):
+        found.append(alone(drive, recipe_of(folder, size, budget_gb=0)))
+    tokens: TokenizedTask = found[-1]["tokens"]
+    return tokens
+
+
+def measure_seconds() -> list[dict[str, Any]]:
+    """Return the rows of the first start against a restart."""
+    driven: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model")
+        for _ in range(2):
+            tokens = driven_on(folder, TIMED_SIZE, driven)
+        opened = alone(work, recipe_of(folder, TIMED_SIZE, budget_gb=0), tokens, 0)["open_seconds"]
+    rows = []
+    for name, what in (("load_seconds", "read, split and check"), ("token_seconds", "tokenize")):
+        first, later = (one[name] for one in driven)
+        row = ratio_row(f"seconds to {what}, first start / restart", [first / later])
+        rows.append(row | {"examples": TIMED_SIZE, "seconds": {"first": round(first, 1), "restart": round(later, 1)}})
+    ready = {"name": "seconds until a worker has opened tokens and model", "target": None, "examples": TIMED_SIZE}
+    return [*rows, ready | {"seconds": {"worker": round(opened, 1)}}]
 
 
 def data_words(result: dict[str, Any]) -> dict[str, str]:
@@ -229,7 +238,7 @@ def data_words(result: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     """Measure, then write the result file."""
-    rows = kept_rows(KEPT, "rows", SETTINGS, measure)
+    rows = kept_rows(KEPT, "memory", SETTINGS, measure_memory) + kept_rows(KEPT, "seconds", SETTINGS, measure_seconds)
     data = {"source": "random sentences", "words": [SHORTEST, LONGEST], "steps": STEPS}
     backbone = {"name": "BERT with 2 layers of width 32 and random weights"}
     write_json(RESULT, {"meta": describe_run("python -m benchmarks.data", data, backbone), "rows": rows})

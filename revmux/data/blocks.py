@@ -29,7 +29,7 @@ def blocks(split: Dataset, size: int = ROWS_AT_ONCE) -> Iterator[pa.Table]:
     """
     files = [os.path.realpath(file["filename"]) for file in split.cache_files]
     for number, block in enumerate(split.with_format("arrow").iter(size)):
-        yield block
+        yield block.combine_chunks()  # rows that were selected one by one are views of the file
         if number % _BLOCKS_PER_RELEASE == _BLOCKS_PER_RELEASE - 1:
             release_files(files)
     release_files(files)
@@ -58,4 +58,6 @@ def stored(key: str, rows: Iterator[pa.Table]) -> Dataset:
             raise UserError(
                 f"cannot write {path} ({error}); free some space there, or set XDG_CACHE_HOME to another folder"
             ) from None
-    return Dataset.from_file(str(path))
+    split: Dataset = Dataset.from_file(str(path))
+    release_files([os.path.realpath(path)])  # opening reads the header of every block
+    return split

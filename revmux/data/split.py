@@ -46,7 +46,7 @@ def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
     if len(rows) > IN_MEMORY:
         return _hold_out_of_many(rows, size, seed)
     by_text: dict[Words, list[int]] = defaultdict(list)
-    for row, words in enumerate(_words(rows)):
+    for row, words in enumerate(_words(blocks(rows))):
         by_text[words].append(row)
     generator = np.random.default_rng(seed)
     held = np.zeros(len(rows), dtype=bool)
@@ -61,8 +61,10 @@ def _hold_out_of_many(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dat
     """:func:`hold_out` for more rows than are kept in memory. The result is kept for later processes."""
     key = hashlib.sha256(f"{content_digest(rows)} hold out {size} {seed}".encode()).hexdigest()[:32]
     held = stored(f"{key}-held", _drawn(rows, size, seed)).with_format("numpy")["row"][:]
-    kept = stored(f"{key}-kept", _blocks_without(rows, np.sort(held)))
-    return kept, rows.select(held)
+    ordered = np.sort(held)
+    kept = stored(f"{key}-kept", _filtered(rows, ordered, keep=False))
+    found = pa.concat_tables(_filtered(rows, ordered, keep=True))
+    return kept, Dataset(found.take(np.searchsorted(ordered, held)))
 
 
 def _drawn(rows: Dataset, size: int, seed: int) -> Iterator[pa.Table]:
@@ -70,34 +72,40 @@ def _drawn(rows: Dataset, size: int, seed: int) -> Iterator[pa.Table]:
     generator = np.random.default_rng(seed)
     sample = np.sort(generator.choice(len(rows), min(_SAMPLED * size, len(rows) // 2), replace=False, shuffle=False))
     texts: dict[Words, list[int]] = defaultdict(list)
-    for row, words in zip(sample.tolist(), _words(rows.select(sample))):
+    for row, words in zip(sample.tolist(), _words(_filtered(rows, sample, keep=True))):
         texts[words].append(row)
-    inside = _found_in(texts, _others(rows, sample))
+    inside = _found_in(texts, _words(_filtered(rows, sample, keep=False)))
     alone = {words: found for words, found in texts.items() if words not in inside}
     held = _draw(alone, size, generator) if alone else generator.permutation(sample)[:size]
     yield pa.table({"row": generator.permutation(held)})
 
 
-def _words(rows: Dataset) -> Iterator[Words]:
-    """The words of each row."""
+def _filtered(rows: Dataset, chosen: np.ndarray, keep: bool) -> Iterator[pa.Table]:
+    """Blocks of the chosen rows, or of all others. Blocks are read in turn: single rows would each map many pages.
+
+    Args:
+        rows: all rows.
+        chosen: sorted row numbers.
+        keep: whether the chosen rows are wanted.
+    """
+    start = 0
     for block in blocks(rows):
+        first, last = np.searchsorted(chosen, [start, start + len(block)])
+        mask = np.full(len(block), not keep)
+        mask[chosen[first:last] - start] = keep
+        yield block.filter(pa.array(mask))
+        start += len(block)
+
+
+def _words(found: Iterable[pa.Table]) -> Iterator[Words]:
+    """The words of each row of some blocks."""
+    for block in found:
         texts = block["text"].to_pylist()
-        if "text_pair" not in rows.column_names:
+        if "text_pair" not in block.column_names:
             yield from map(words_of, texts)
             continue
         for text, pair in zip(texts, block["text_pair"].to_pylist()):
             yield (*words_of(text), _BETWEEN, *words_of(pair))
-
-
-def _others(rows: Dataset, sample: np.ndarray) -> Iterator[Words]:
-    """The words of all rows outside of a sorted sample."""
-    left = iter(sample.tolist())
-    following = next(left, None)
-    for row, words in enumerate(_words(rows)):
-        if row == following:
-            following = next(left, None)
-        else:
-            yield words
 
 
 def _found_in(texts: Iterable[Words], others: Iterable[Words]) -> set[Words]:
@@ -115,17 +123,6 @@ def _found_in(texts: Iterable[Words], others: Iterable[Words]) -> set[Words]:
                     if part in known:
                         found.add(part)
     return found
-
-
-def _blocks_without(rows: Dataset, held: np.ndarray) -> Iterator[pa.Table]:
-    """All rows but some, whose sorted numbers are given."""
-    start = 0
-    for block in blocks(rows):
-        first, last = np.searchsorted(held, [start, start + len(block)])
-        kept = np.ones(len(block), dtype=bool)
-        kept[held[first:last] - start] = False
-        yield block.filter(pa.array(kept))
-        start += len(block)
 
 
 def words_of(text: object) -> Words:
