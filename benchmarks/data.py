@@ -162,7 +162,8 @@ def memory_row(name: str, sizes: tuple[int, ...], found: list[dict[str, Any]]) -
 
 def measure_memory() -> list[dict[str, Any]]:
     """Return the rows of peak memory."""
-    driven, worked, stored = [], [], []
+    driven: list[dict[str, Any]] = []
+    worked, stored = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
