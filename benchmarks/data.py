@@ -161,9 +161,9 @@ def memory_row(name: str, sizes: tuple[int, ...], found: list[dict[str, Any]]) -
 
 
 def measure_memory() -> list[dict[str, Any]]:
-    """Return the rows of peak memory."""
+    """Return the rows of the driver and of a worker on stored tokens."""
     driven: list[dict[str, Any]] = []
-    worked, stored = [], []
+    worked = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
@@ -174,17 +174,25 @@ def measure_memory() -> list[dict[str, Any]]:
                 f"{size:,}: driver {driven[-1]['megabytes']:.0f} MB, worker {worked[-1]['megabytes']:.0f} MB",
                 flush=True,
             )
+    return [
+        memory_row("peak memory of the driver, which reads, splits and tokenizes", SIZES, driven),
+        memory_row("peak memory of a worker on stored tokens", SIZES, worked),
+    ]
+
+
+def measure_features() -> list[dict[str, Any]]:
+    """Return the row of a worker on stored features."""
+    worked = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model")
         for size in STORED_SIZES:
             recipe = recipe_of(folder, size, budget_gb=100)
             tokens = driven_on(folder, size, [])
             alone(fill, recipe, tokens)
-            stored.append(alone(work, recipe, tokens, 0))
-            print(f"{size:,}: worker with stored features {stored[-1]['megabytes']:.0f} MB", flush=True)
-    return [
-        memory_row("peak memory of the driver, which reads, splits and tokenizes", SIZES, driven),
-        memory_row("peak memory of a worker on stored tokens", SIZES, worked),
-        memory_row("peak memory of a worker on stored tokens and features", STORED_SIZES, stored),
-    ]
+            worked.append(alone(work, recipe, tokens, 0))
+            print(f"{size:,}: worker with stored features {worked[-1]['megabytes']:.0f} MB", flush=True)
+    return [memory_row("peak memory of a worker on stored tokens and features", STORED_SIZES, worked)]
 
 
 def driven_on(folder: Path, size: int, found: list[dict[str, Any]]) -> TokenizedTask:
@@ -239,7 +247,8 @@ def data_words(result: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     """Measure, then write the result file."""
-    rows = kept_rows(KEPT, "memory", SETTINGS, measure_memory) + kept_rows(KEPT, "seconds", SETTINGS, measure_seconds)
+    stages = {"memory": measure_memory, "features": measure_features, "seconds": measure_seconds}
+    rows = [row for name, stage in stages.items() for row in kept_rows(KEPT, name, SETTINGS, stage)]
     data = {"source": "random sentences", "words": [SHORTEST, LONGEST], "steps": STEPS}
     backbone = {"name": "BERT with 2 layers of width 32 and random weights"}
     write_json(RESULT, {"meta": describe_run("python -m benchmarks.data", data, backbone), "rows": rows})
