@@ -192,9 +192,9 @@ def test_a_worker_copies_only_the_shards_that_it_reads(
     def copied() -> list[str]:
         return sorted(path.name.partition(".")[0] for path in Path(config.copies).rglob("*.*"))
 
-    assert copied() == ["labels", "lengths"]
+    assert copied() == ["labels", "lengths", "meta"]
     stored.batch([0, 1])
-    assert copied() == ["labels", "lengths", "shard-00000"]
+    assert copied() == ["labels", "lengths", "meta", "shard-00000"]
     expect_equal(stored, TokenizedSplit(rows, tiny_pretrained.tokenizer, LENGTH))
 
 
@@ -225,6 +225,25 @@ def test_training_on_stored_tokens_gives_the_same_weights_and_reads_no_texts(
     monkeypatch.setattr(Dataset, "iter", read)
     assert found == expected
     assert {info.contents for info in list_stores(config.root)} == {("tokens",), ("layer-001-float32", "teacher")}
+
+
+def test_a_method_that_tunes_the_backbone_needs_room_for_its_teacher(
+    tiny_csv: Path, tiny_model_folder: Path, config: StoreConfig
+) -> None:
+    data, backbone = DataConfig(source=str(tiny_csv)), BackboneConfig(str(tiny_model_folder), max_length=16)
+    method = MethodConfig("revmux", 2, 1, {"tune_backbone": True})
+    recipe = Recipe(backbone, data, method, OptimConfig(), store=replace(config, budget_gb=0))
+    with pytest.raises(UserError, match="revmux tunes the backbone, so its teacher must be stored"):
+        prepare(recipe, load_task(data))
+    assert train_here(prepare(replace(recipe, method=MethodConfig("revmux", 2, 1)), load_task(data))).accuracies
+
+
+def test_a_task_can_be_sent_without_the_texts_that_train(tiny_csv: Path) -> None:
+    task = load_task(DataConfig(source=str(tiny_csv)))
+    sent = task.with_test_only()
+    assert (len(sent.train), len(sent.selection)) == (0, 0)
+    assert sent.test[:] == task.test[:]
+    assert (sent.is_pair, sent.identity) == (task.is_pair, task.identity)
 
 
 def test_an_empty_split_is_refused(tiny_pretrained: Pretrained, config: StoreConfig) -> None:

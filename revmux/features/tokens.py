@@ -81,6 +81,8 @@ class StoredTokens(SplitTokens):
         own = None if copies is None else copies.child(key)
         if own is not None:
             own.create()
+            if not read_object(own, META):
+                write_object(own, META, meta)  # copies are listed and removed like stores
         self.lengths, self.labels = (
             _mapped(place, own, meta["files"][name], meta["inputs"]) for name in ("lengths", "labels")
         )
