@@ -19,8 +19,8 @@ BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HOST_VARIABLE = "REVMUX_PROXY_HOST"
 """Variable with the interface that HAProxy listens on, if it differs from that of the replicas."""
 
-HEADER_SECONDS = 10
-"""Time that a client has to send the headers of a request."""
+REQUEST_SECONDS = 10
+"""Time that a client has to send the headers of a request, and its body as far as HAProxy's buffer holds it."""
 
 _CLOSED = ("frontend prometheus", "listen stats")
 _OPEN = ("frontend http_frontend", "frontend grpc_frontend")
@@ -28,7 +28,7 @@ _NOBODY = "127.0.0.1:514"  # Serve's default target of the log, with one message
 _SECTION = re.compile(r"(?=^(?:global|defaults|frontend|backend|listen)\b)", re.MULTILINE)
 _ERRORS = {
     400: ("400 Bad Request", "bad_request", "the request is not valid HTTP"),
-    408: ("408 Request Timeout", "timeout", f"the headers did not arrive within {HEADER_SECONDS} s"),
+    408: ("408 Request Timeout", "timeout", f"the request did not arrive within {REQUEST_SECONDS} s"),
     500: ("503 Service Unavailable", "unhealthy", "no replica answered this request; retry it"),
     502: ("503 Service Unavailable", "unhealthy", "no replica answered this request; retry it"),
     503: ("503 Service Unavailable", "unhealthy", "no replica answered this request; retry it"),
@@ -60,8 +60,11 @@ def closed(configuration: str, errors: Path, host: str | None = None) -> str:
             section = section.replace(" mode 666 level admin", " mode 600 level admin")
             section = re.sub(rf"^ *log {re.escape(_NOBODY)} .*\n", "", section, flags=re.MULTILINE)
         elif title == "defaults":
-            section = re.sub(r"^ *(errorfile|timeout http-request) .*\n", "", section, flags=re.MULTILINE)
-            lines = [f"    timeout http-request {HEADER_SECONDS}s"]
+            section = re.sub(
+                r"^ *(errorfile|timeout http-request|option http-buffer-request)\b.*\n", "", section, flags=re.MULTILINE
+            )
+            # A request that is complete before a replica gets it can be repeated if that replica dies.
+            lines = ["    option http-buffer-request", f"    timeout http-request {REQUEST_SECONDS}s"]
             lines += [f"    errorfile {status} {errors / f'{status}.http'}" for status in _ERRORS]
             section = section.rstrip("\n") + "\n" + "\n".join(lines) + "\n"
         elif title == "backend default_backend":
@@ -85,7 +88,7 @@ def _bindable(host: str) -> str:
 def write_errors(folder: Path) -> None:
     """Write HAProxy's own error replies as JSON. A reply with status 503 can be repeated."""
     for number, (status, kind, message) in _ERRORS.items():
-        body = json.dumps({"error": message, "error_type": kind})
+        body = json.dumps({"error": message, "error_type": kind}, separators=(",", ":"))
         head = [f"HTTP/1.1 {status}", "content-type: application/json", f"content-length: {len(body)}"]
         head += ["retry-after: 1"] if status.startswith("503") else ["connection: close"]
         (folder / f"{number}.http").write_text("\r\n".join([*head, "", body]), newline="")
