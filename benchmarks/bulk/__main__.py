@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from benchmarks.bulk import measure
 from benchmarks.bulk.settings import Row, Settings
 from benchmarks.bulk.workloads import workloads
-from benchmarks.rows import kept_rows
+from benchmarks.rows import digest, kept_rows, unmeasured_row
 from benchmarks.serving.settings import Shape
 from benchmarks.serving.workloads import write_shape
 from revmux.errors import UserError
@@ -29,26 +29,37 @@ KEPT = Path("runs/bulk")
 TINY = Shape(32, 2, 2, 64)
 
 
-def measure_all(settings: Settings, folder: Path, keep: Path) -> tuple[list[Row], dict[str, Any]]:
+def measure_all(
+    settings: Settings, folder: Path, keep: Path, measured_only: bool = False
+) -> tuple[list[Row], dict[str, Any]]:
     """Return all rows, kept ones and newly measured ones, and the identity of the texts.
 
     Args:
         settings: settings of the benchmark.
         folder: temporary folder for models and outputs.
         keep: folder in which the rows of each stage are kept.
+        measured_only: whether to name the stages that are not measured yet instead of measuring them.
     """
     rows: list[Row] = []
     texts: dict[str, Any] = {}
+
+    def stage(name: str, about: Any, title: str, measure_rows: Callable[[], list[Row]]) -> None:
+        if measured_only and not (keep / f"{name}-{digest(about)}.json").is_file():
+            rows.append(unmeasured_row(title, "this part of the benchmark has not run yet"))
+        else:
+            rows.extend(kept_rows(keep, name, about, measure_rows))
+
     for make in workloads(settings, folder):
         workload = make()
         texts[workload.name] = workload.about()
         about = settings.about() | texts[workload.name]
-        function = partial(measure.measure_function, workload, settings)
-        rows += kept_rows(keep, f"{workload.key}-function", about | {"infinity": bool(settings.infinity)}, function)
-        rows += kept_rows(keep, f"{workload.key}-ray", about, partial(measure.measure_ray, workload, settings))
-    tiny = write_shape(folder / "tiny", TINY)
-    memory = partial(measure.measure_memory, tiny, settings)
-    return rows + kept_rows(keep, "memory", settings.memory_rows, memory), texts
+        function, job = (partial(each, workload, settings) for each in (measure.measure_function, measure.measure_ray))
+        infinity = about | {"infinity": bool(settings.infinity)}
+        stage(f"{workload.key}-function", infinity, f"{workload.name}: the function", function)
+        stage(f"{workload.key}-ray", about, f"{workload.name}: the job on Ray", job)
+    memory = partial(measure.measure_memory, write_shape(folder / "tiny", TINY), settings)
+    stage("memory", settings.memory_rows, "peak memory of the function", memory)
+    return rows, texts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,14 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep", type=Path, default=KEPT, help="folder in which the rows of each measured stage are kept"
     )
+    parser.add_argument("--measured-only", action="store_true", help="write what is measured so far")
     parsed = parser.parse_args(argv)
     try:
         chosen = parser.instantiate(parsed).as_dict()
-        result, keep = chosen.pop("result"), chosen.pop("keep")
+        result, keep, measured_only = (chosen.pop(name) for name in ("result", "keep", "measured_only"))
         settings = Settings(**chosen)
         torch.set_num_threads(settings.threads)
         with TemporaryDirectory(prefix="revmux-bulk-") as folder:
-            rows, texts = measure_all(settings, Path(folder), keep)
+            rows, texts = measure_all(settings, Path(folder), keep, measured_only)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
