@@ -35,6 +35,22 @@ def rank_labels(
     return rank_many(scores[None], label_names, function, top_k)[0]
 
 
+def activate(scores: Tensor, function: ScoreFunction | None = None) -> Tensor:
+    """Apply a function to the scores of M inputs, (M, C): by default softmax, or sigmoid if there is only one label.
+
+    Raises:
+        UserError: the function is unknown.
+    """
+    function = function or ("sigmoid" if scores.shape[-1] == 1 else "softmax")
+    if function == "softmax":
+        return scores.softmax(-1)
+    if function == "sigmoid":
+        return scores.sigmoid()
+    if function != "none":
+        raise one_of("function", function, get_args(ScoreFunction), "omit it to use the default of the model")
+    return scores
+
+
 def rank_many(
     scores: Tensor, label_names: Sequence[str], function: ScoreFunction | None = None, top_k: int | None = None
 ) -> list[list[tuple[str, float]]]:
@@ -43,14 +59,7 @@ def rank_many(
     Raises:
         UserError: the function is unknown.
     """
-    function = function or ("sigmoid" if len(label_names) == 1 else "softmax")
-    if function == "softmax":
-        scores = scores.softmax(-1)
-    elif function == "sigmoid":
-        scores = scores.sigmoid()
-    elif function != "none":
-        raise one_of("function", function, get_args(ScoreFunction), "omit it to use the default of the model")
-    values, order = torch.sort(scores, dim=-1, descending=True, stable=True)  # (M, C) each
+    values, order = torch.sort(activate(scores, function), dim=-1, descending=True, stable=True)  # (M, C) each
     return [
         [(label_names[index], value) for index, value in zip(indices, row)][:top_k]
         for indices, row in zip(order.tolist(), values.tolist())

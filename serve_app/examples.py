@@ -16,6 +16,10 @@ _PREDICT: dict[str, Any] = {
     "as huggingface_hub sends it": {"inputs": "a gripping film", "parameters": {"top_k": 1}},
     "urgent": {"inputs": "a gripping film", "priority": 5, "timeout_ms": 200},
 }
+_CLASSIFY: dict[str, Any] = {
+    "one text": {"input": "a gripping film"},
+    "a list of texts": {"input": ["a gripping film", "two hours that felt like four"]},
+}
 _INFER: dict[str, Any] = {
     "two texts": {
         "inputs": [{"name": "text", "shape": [2], "datatype": "BYTES", "data": ["a gripping film", "a dull one"]}]
@@ -42,6 +46,34 @@ _RANKING = {
     },
 }
 RANKINGS: dict[str, Any] = {"anyOf": [_RANKING, {"type": "array", "items": _RANKING}]}
+CLASSES: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "object", "created", "model", "data", "usage"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"enum": ["list"]},
+        "created": {"type": "integer"},
+        "model": {"type": "string"},
+        "data": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["index", "label", "probs", "num_classes"],
+                "properties": {
+                    "index": {"type": "integer"},
+                    "label": {"type": "string"},
+                    "probs": {"type": "array", "items": {"type": "number"}},
+                    "num_classes": {"type": "integer"},
+                },
+            },
+        },
+        "usage": {
+            "type": "object",
+            "required": ["prompt_tokens", "total_tokens", "completion_tokens"],
+            "additionalProperties": {"type": "integer"},
+        },
+    },
+}
 TENSORS: dict[str, Any] = {
     "type": "object",
     "required": ["model_name", "outputs"],
@@ -106,7 +138,8 @@ def reply(schema: dict[str, Any], description: str) -> dict[int | str, dict[str,
 
 def body(kind: type[BaseModel]) -> dict[str, Any]:
     """Describe the JSON body of an endpoint, with examples. The endpoints parse it themselves, not through FastAPI."""
-    examples = _PREDICT if "task" in kind.model_fields else _INFER
+    fields = kind.model_fields
+    examples = _PREDICT if "task" in fields else _CLASSIFY if "model" in fields else _INFER
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
     content = {"schema": schema, "examples": {name: {"value": value} for name, value in examples.items()}}

@@ -66,6 +66,8 @@ class FastPath:
         """Return the endpoint, the name of the task, and the pattern of the path."""
         if path in ("/predict", "/"):
             return self.endpoints.predict, None, path
+        if path == "/classify":
+            return self.endpoints.classify, None, path
         match = _WITH_TASK.fullmatch(path)
         if match is None:
             return None

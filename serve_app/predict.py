@@ -1,8 +1,8 @@
-"""Endpoints for classification, as in text-embeddings-inference and in the Open Inference Protocol."""
+"""Endpoints for classification, as in text-embeddings-inference, in vLLM and in the Open Inference Protocol."""
 
 # No postponed annotations in this module: FastAPI reads those of the endpoints.
 from collections.abc import Awaitable, Callable
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import orjson
@@ -14,6 +14,7 @@ from revmux.pretrained.encoder import Text
 from revmux.serving import Answer, Task
 from serve_app import examples
 from serve_app.body import read_body
+from serve_app.classify import ClassifyRequest, model_list
 from serve_app.errors import TooLarge
 from serve_app.headers import reply_headers
 from serve_app.open_inference import InferRequest, model_metadata, server_metadata
@@ -54,6 +55,15 @@ class Endpoints:
         parsed = parse(await self._body(request), InferRequest)
         texts = parsed.inputs[0].texts
         answers = await self._classify(resolved, texts, parsed.parameters)
+        return self._reply(parsed.reply(resolved.name, answers, resolved.label_names), texts, answers, started)
+
+    async def classify(self, request: Request, task: str | None) -> Response:
+        """Answer a request of vLLM's classification API, whose body names the task as its model."""
+        started = perf_counter()
+        parsed = parse(await self._body(request), ClassifyRequest)
+        resolved = self.service.engine.task(task or parsed.model)
+        texts = parsed.texts
+        answers = await self._classify(resolved, texts, parsed)
         return self._reply(parsed.reply(resolved.name, answers, resolved.label_names), texts, answers, started)
 
     async def _classify(self, task: Task, texts: list[Text], options: RequestOptions) -> list[Answer]:
@@ -123,6 +133,28 @@ def predict_routes(endpoints: Endpoints) -> APIRouter:
     async def predict_task(task: str, request: Request) -> Response:
         """Classify one text, one sentence pair, or a batch, with one of several tasks."""
         return await endpoints.predict(request, task)
+
+    return router
+
+
+def classify_routes(endpoints: Endpoints) -> APIRouter:
+    """Return vLLM's routes ``/classify`` and ``/v1/models``. Each task is a model."""
+    router = APIRouter(tags=["vLLM"])
+    started = time()
+
+    @router.post(
+        "/classify",
+        openapi_extra=examples.body(ClassifyRequest),
+        responses={**examples.reply(examples.CLASSES, "label and probabilities per input"), **_FAILURES},
+    )
+    async def classify(request: Request) -> Response:
+        """Classify one text or a list of texts."""
+        return await endpoints.classify(request, None)
+
+    @router.get("/v1/models", responses=examples.failures())
+    async def models() -> JSONResponse:
+        """Return the served tasks."""
+        return JSONResponse(model_list(list(endpoints.service.engine.tasks), started))
 
     return router
 

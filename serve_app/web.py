@@ -14,18 +14,19 @@ import revmux
 from serve_app import errors as failures
 from serve_app import examples
 from serve_app.auth import BearerAuth
+from serve_app.classify import ClassifyRequest
 from serve_app.fast_path import FastPath
 from serve_app.metrics import ReplicaMetrics
 from serve_app.open_inference import InferRequest
 from serve_app.operations import STATIC, operations_routes
-from serve_app.predict import Endpoints, open_inference_routes, predict_routes
+from serve_app.predict import Endpoints, classify_routes, open_inference_routes, predict_routes
 from serve_app.protocol import PredictRequest
 from serve_app.service import Service
 
 DESCRIPTION = """Text classification by frozen models, with several requests per forward pass.
 
-The API is compatible with text-embeddings-inference (`/predict`), `huggingface_hub.InferenceClient`, and the Open
-Inference Protocol (`/v2`). The headers of each reply describe how it was computed: `x-revmux-width`, `x-revmux-method`,
+The API is compatible with text-embeddings-inference (`/predict`), `huggingface_hub.InferenceClient`, vLLM (`/classify`,
+`/v1/models`), and the Open Inference Protocol (`/v2`). The headers of each reply describe how it was computed: `x-revmux-width`, `x-revmux-method`,
 `x-revmux-stage`, `x-revmux-group`, `x-revmux-fallback`, and times in milliseconds. Every error is `{"error", "error_type"}`.
 """
 
@@ -58,8 +59,9 @@ def create_app(service: Service) -> HttpApplication:
         title="RevMUX", version=revmux.__version__, description=DESCRIPTION, redoc_url=None, redirect_slashes=False
     )
     failures.install(api)
-    for router in (predict_routes(endpoints), operations_routes(service), open_inference_routes(endpoints)):
-        api.include_router(router)
+    for make in (predict_routes, classify_routes, open_inference_routes):
+        api.include_router(make(endpoints))
+    api.include_router(operations_routes(service))
     api.mount("/static", StaticFiles(directory=STATIC))
     if service.tokens:
         api.add_middleware(BearerAuth, tokens=service.tokens)
@@ -72,7 +74,7 @@ def _describe(app: FastAPI, needs_token: bool) -> None:
     """Add what the endpoints do not declare to the OpenAPI page: the schemas of request bodies, and the token."""
     schema = app.openapi()
     components = schema.setdefault("components", {})
-    components.setdefault("schemas", {}).update(examples.definitions(PredictRequest, InferRequest))
+    components.setdefault("schemas", {}).update(examples.definitions(PredictRequest, ClassifyRequest, InferRequest))
     if needs_token:
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"bearer": []}]

@@ -298,6 +298,32 @@ def test_open_inference_answers_as_predict_does(url: str) -> None:
     assert tensors["scores"]["data"] == pytest.approx([item["score"] for ranking in expected for item in ranking])
 
 
+def test_vllms_classification_answers_as_predict_does(url: str) -> None:
+    texts = ["w1 w2", "w3", "w4 w5 w6"]
+    reply = post(f"{url}/classify", {"model": "topic", "input": texts, "max_multiplex": 1})
+    assert reply.status_code == 200
+    found = reply.json()
+    assert (found["object"], found["model"], len(found["data"])) == ("list", "topic", 3)
+    expected = post(f"{url}/tasks/topic/predict", {"inputs": [[part] for part in texts], "max_multiplex": 1}).json()
+    for index, (one, ranking) in enumerate(zip(found["data"], expected)):
+        assert (one["index"], one["num_classes"], one["label"]) == (index, 3, ranking[0]["label"])
+        by_label = {item["label"]: item["score"] for item in ranking}
+        assert one["probs"] == pytest.approx([by_label[name] for name in TOPICS])
+    usage = found["usage"]
+    assert usage["prompt_tokens"] == usage["total_tokens"] == int(reply.headers["x-compute-tokens"])
+    alone = post(f"{url}/classify", {"model": "mood", "input": "w1 w2"}).json()
+    assert [item["index"] for item in alone["data"]] == [0]
+
+
+def test_vllms_classification_names_tasks_as_models(url: str) -> None:
+    models = httpx.get(f"{url}/v1/models").json()
+    assert {model["id"] for model in models["data"]} == set(httpx.get(f"{url}/info").json()["tasks"])
+    unknown = post(f"{url}/classify", {"model": "weather", "input": "w1"})
+    assert (unknown.status_code, unknown.json()["error_type"]) == (404, "unknown_task")
+    assert post(f"{url}/classify", {"model": "topic", "input": []}).status_code == 400
+    assert post(f"{url}/classify", {"model": "topic", "input": "w1", "temperature": 0}).status_code == 422
+
+
 def test_open_inference_accepts_pairs_and_returns_the_requested_outputs(url: str) -> None:
     pair = {"name": "text", "shape": [1, 2], "datatype": "BYTES", "data": [["w1 w2", "w3"]]}
     reply = post(
@@ -789,6 +815,8 @@ _CHECKS = [status_code_conformance, content_type_conformance, response_schema_co
 _OPERATIONS = [
     ("/predict", "POST"),
     ("/tasks/{task}/predict", "POST"),
+    ("/classify", "POST"),
+    ("/v1/models", "GET"),
     ("/v2/models/{task}/infer", "POST"),
     ("/v2/models/{task}", "GET"),
     ("/v2/models/{task}/ready", "GET"),
