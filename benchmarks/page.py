@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bulk.page import bulk_words
 from benchmarks.data import data_words
 from benchmarks.front.page import front_words
 from benchmarks.llama.page import llama_words
@@ -56,6 +57,7 @@ def _gain_words(rows: list[dict[str, Any]]) -> str:
 
 
 WRITERS = {
+    "bulk": bulk_words,
     "data": data_words,
     "front": front_words,
     "precision": precision_words,

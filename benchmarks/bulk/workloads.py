@@ -33,7 +33,7 @@ from revmux.utils.files import write_json
 
 LADDER_CUT, LADDER_WIDTH = 3, 4
 _SAMPLE = 256
-_UNITS = 4
+_UNITS = 2
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ def workloads(settings: Settings, folder: Path) -> list[Callable[[], Workload]]:
     """Return for each backbone a function that writes it."""
     return [
         lambda: Workload(
-            "embedded", EMBEDDED_NAME, write_embedded(folder / "embedded")[0], round(4096 * settings.scale)
+            "embedded", EMBEDDED_NAME, write_embedded(folder / "embedded")[0], round(2048 * settings.scale)
         ),
         lambda: Workload(
-            "shape", settings.shape.name, write_shape(folder / "shape", settings.shape), round(512 * settings.scale)
+            "shape", settings.shape.name, write_shape(folder / "shape", settings.shape), round(256 * settings.scale)
         ),
     ]
 
