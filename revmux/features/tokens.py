@@ -104,8 +104,13 @@ class StoredTokens(SplitTokens):
     def ragged(self, rows: Sequence[int] | Tensor) -> dict[str, list[list[int]]]:
         """See :meth:`revmux.data.tokens.SplitTokens.ragged`."""
         picked = as_rows(rows)
-        found = {name: [values.tolist() for values in self._columns.ragged(name, picked)] for name in self._names}
-        self._columns.pages.touch(len(picked) * len(found), 4 * sum(map(len, found["input_ids"])) * len(found))
+        found: dict[str, list[list[int]]] = {name: [] for name in self._names}
+        for name, lists in found.items():
+            for values in self._columns.ragged(name, picked):
+                lists.append(values.tolist())
+                self._columns.pages.touch(
+                    1, values.nbytes
+                )  # so that a large batch keeps no more pages than a small one
         return found
 
 
@@ -300,7 +305,7 @@ def _complete(place: Place) -> dict[str, Any]:
 
 def _smallest(largest: int) -> str:
     """The type of a file whose numbers go from 0 to ``largest``."""
-    return "int16" if largest < 2**15 else "int32"
+    return "int8" if largest < 2**7 else "int16" if largest < 2**15 else "int32"
 
 
 class _GrowingShards:

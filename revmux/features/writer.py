@@ -97,7 +97,7 @@ class FeaturePass:
             if self.teacher is not None and index not in self.teacher.names:
                 teacher = stack.enter_context(self.teacher.writing(index))
             for rows in self.layout.parts_of(index):
-                order = np.argsort(-split.lengths[rows].numpy(), kind="stable")  # like lengths share a batch
+                order = np.argsort(-split.lengths[rows].long().numpy(), kind="stable")  # like lengths share a batch
                 pieces = _Pieces(self.dtype, teacher is not None, layers, order)
                 with evaluating(backbone), torch.inference_mode():
                     for start in range(0, len(rows), self.batch_size):
