@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,46 +154,34 @@ def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
     return found
 
 
-def memory_row(name: str, sizes: tuple[int, ...], found: list[dict[str, Any]]) -> dict[str, Any]:
+def memory_row(name: str, megabytes: dict[int, float]) -> dict[str, Any]:
     """Return the row of the peak memory at the largest size relative to that at the smallest."""
-    megabytes = [one["megabytes"] for one in found]
-    row = ratio_row(f"{name}, {sizes[-1]:,} examples / {sizes[0]:,}", [megabytes[-1] / megabytes[0]], 1.1)
-    return row | {"bound": "at most", "megabytes": {str(size): round(value) for size, value in zip(sizes, megabytes)}}
+    smallest, largest = min(megabytes), max(megabytes)
+    ratio = megabytes[largest] / megabytes[smallest]
+    row = ratio_row(f"{name}, {largest:,} examples / {smallest:,}", [ratio], 1.1)
+    return row | {"bound": "at most", "megabytes": {str(size): round(value) for size, value in megabytes.items()}}
 
 
-def measure_memory() -> list[dict[str, Any]]:
-    """Return the rows of the driver and of a worker on stored tokens."""
+def measure_tokens(size: int) -> dict[str, float]:
+    """Return the peak megabytes of the driver, and of a worker on stored tokens."""
     driven: list[dict[str, Any]] = []
-    worked = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
-        for size in SIZES:
-            tokens = driven_on(folder, size, driven)
-            worked.append(alone(work, recipe_of(folder, size, budget_gb=0), tokens, size // BATCH // 2))
-            print(
-                f"{size:,}: driver {driven[-1]['megabytes']:.0f} MB, worker {worked[-1]['megabytes']:.0f} MB",
-                flush=True,
-            )
-    return [
-        memory_row("peak memory of the driver, which reads, splits and tokenizes", SIZES, driven),
-        memory_row("peak memory of a worker on stored tokens", SIZES, worked),
-    ]
+        tokens = driven_on(folder, size, driven)
+        worked = alone(work, recipe_of(folder, size, budget_gb=0), tokens, size // BATCH // 2)
+    return {"driver": driven[0]["megabytes"], "worker": worked["megabytes"]}
 
 
-def measure_features() -> list[dict[str, Any]]:
-    """Return the row of a worker on stored features."""
-    worked = []
+def measure_features(size: int) -> dict[str, float]:
+    """Return the peak megabytes of a worker on stored features."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
-        for size in STORED_SIZES:
-            recipe = recipe_of(folder, size, budget_gb=100)
-            tokens = driven_on(folder, size, [])
-            alone(fill, recipe, tokens)
-            worked.append(alone(work, recipe, tokens, 0))
-            print(f"{size:,}: worker with stored features {worked[-1]['megabytes']:.0f} MB", flush=True)
-    return [memory_row("peak memory of a worker on stored tokens and features", STORED_SIZES, worked)]
+        recipe = recipe_of(folder, size, budget_gb=100)
+        tokens = driven_on(folder, size, [])
+        alone(fill, recipe, tokens)
+        return {"worker": alone(work, recipe, tokens, 0)["megabytes"]}
 
 
 def driven_on(folder: Path, size: int, found: list[dict[str, Any]]) -> TokenizedTask:
@@ -247,8 +236,24 @@ def data_words(result: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     """Measure, then write the result file."""
-    stages = {"memory": measure_memory, "features": measure_features, "seconds": measure_seconds}
-    rows = [row for name, stage in stages.items() for row in kept_rows(KEPT, name, SETTINGS, stage)]
+    on_tokens = {size: kept_rows(KEPT, f"tokens-{size}", SETTINGS, partial(measure_tokens, size)) for size in SIZES}
+    on_features = {
+        size: kept_rows(KEPT, f"features-{size}", SETTINGS, partial(measure_features, size)) for size in STORED_SIZES
+    }
+    rows = [
+        memory_row(
+            "peak memory of the driver, which reads, splits and tokenizes",
+            {size: found["driver"] for size, found in on_tokens.items()},
+        ),
+        memory_row(
+            "peak memory of a worker on stored tokens", {size: found["worker"] for size, found in on_tokens.items()}
+        ),
+        memory_row(
+            "peak memory of a worker on stored tokens and features",
+            {size: found["worker"] for size, found in on_features.items()},
+        ),
+        *kept_rows(KEPT, "seconds", SETTINGS, measure_seconds),
+    ]
     data = {"source": "random sentences", "words": [SHORTEST, LONGEST], "steps": STEPS}
     backbone = {"name": "BERT with 2 layers of width 32 and random weights"}
     write_json(RESULT, {"meta": describe_run("python -m benchmarks.data", data, backbone), "rows": rows})
