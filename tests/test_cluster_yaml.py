@@ -88,6 +88,9 @@ def test_the_image_installs_the_wheel_with_the_pins_for_the_oldest_python() -> N
     assert oldest is not None
     assert f"ARG BASE=python:{oldest.group(1)}-slim" in text
     assert "\nUSER 1000\n" in text
+    written = re.search(r"python -m serve_app.ray_environment > (\S+)", text)
+    assert written is not None
+    assert f"BASH_ENV={written.group(1)}" in text
 
 
 def test_the_image_passes_hadolint() -> None:

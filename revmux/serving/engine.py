@@ -33,7 +33,7 @@ from revmux.serving.queue import PullQueue, Ticket
 from revmux.serving.replies import Delivery, Request
 from revmux.serving.shared_weights import share_weights
 from revmux.serving.task import Lineup, Task
-from revmux.serving.tokenizing import Job, Tokenizers
+from revmux.serving.tokenizing import TokenizeJob, Tokenizers
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +305,7 @@ class Engine:
         request = Request(self._delivery(), len(texts))
         self._queue.reserve(resolved, len(texts))
         self._metrics.count(resolved.name, "requests")
-        self._tokenizers.put(Job(request, resolved, texts, truncate, max_multiplex, priority, deadline))
+        self._tokenizers.put(TokenizeJob(request, resolved, texts, truncate, max_multiplex, priority, deadline))
         try:
             return await request.future
         except BaseException:

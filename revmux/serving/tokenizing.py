@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TokenizeJob:
     """An admitted request that waits to be tokenized.
 
     Attributes:
@@ -55,7 +55,7 @@ class Tokenizers:
 
     def __init__(self, queue: PullQueue, threads: int = 2) -> None:
         self._queue = queue
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[TokenizeJob | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"revmux-tokenize-{number}", daemon=True)
             for number in range(threads)
@@ -63,7 +63,7 @@ class Tokenizers:
         self._starting = threading.Lock()
         self._is_closed = False
 
-    def put(self, job: Job) -> None:
+    def put(self, job: TokenizeJob) -> None:
         """Tokenize a request and queue its inputs. Errors go to the request."""
         if self._threads[-1].ident is None:
             self._start()
@@ -112,7 +112,7 @@ class Tokenizers:
                     break
                 jobs.append(more)
                 texts += len(more.texts)
-            together: dict[tuple[Task, bool], list[Job]] = {}
+            together: dict[tuple[Task, bool], list[TokenizeJob]] = {}
             for one in jobs:
                 together.setdefault((one.task, one.truncate), []).append(one)
             for same in together.values():
@@ -120,7 +120,7 @@ class Tokenizers:
             if ended:
                 return
 
-    def _tokenize(self, jobs: Sequence[Job]) -> None:
+    def _tokenize(self, jobs: Sequence[TokenizeJob]) -> None:
         """Tokenize requests of one task and queue their inputs. If this fails, find the request that causes it."""
         try:
             self._queue.put(self._encode(jobs))
@@ -134,7 +134,7 @@ class Tokenizers:
             jobs[0].request.fail(error if isinstance(error, Exception) else RuntimeError(str(error)))
         self._queue.release(jobs[0].task, sum(len(job.texts) for job in jobs))
 
-    def _encode(self, jobs: Sequence[Job]) -> list[Ticket]:
+    def _encode(self, jobs: Sequence[TokenizeJob]) -> list[Ticket]:
         task, truncate = jobs[0].task, jobs[0].truncate
         started = perf_counter()
         encoded = task.encoder.encode_many([text for job in jobs for text in job.texts], truncate)
@@ -148,7 +148,7 @@ class Tokenizers:
         return tickets
 
     @staticmethod
-    def _tickets(job: Job, found: Sequence[Encoded | TextError], seconds: float) -> list[Ticket]:
+    def _tickets(job: TokenizeJob, found: Sequence[Encoded | TextError], seconds: float) -> list[Ticket]:
         """The tickets of a request; none if one of its texts has an error, which fails the request."""
         tickets = []
         for slot, one in zip(job.request.slots(), found):
