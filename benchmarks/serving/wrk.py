@@ -70,8 +70,8 @@ def load(url: str, bodies: Sequence[dict[str, Any]], connections: int, seconds: 
     return WrkLeg(
         per_second=float(_find(r"Requests/sec:\s+([\d.]+)", done.stdout)),
         requests=int(_find(r"(\d+) requests in", done.stdout)),
-        p50=_seconds(_find(r"(?m)^ +50% +(\S+)$", done.stdout)),
-        p99=_seconds(_find(r"(?m)^ +99% +(\S+)$", done.stdout)),
+        p50=_seconds(_find(r"(?m)^ +50% +(\S+) *$", done.stdout)),
+        p99=_seconds(_find(r"(?m)^ +99% +(\S+) *$", done.stdout)),
     )
 
 
