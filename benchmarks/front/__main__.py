@@ -18,7 +18,7 @@ from benchmarks.front.plot import plot_front
 from benchmarks.front.rivals import rival_rows
 from benchmarks.front.runs import fill_stores, measure_run
 from benchmarks.front.systems import SEEDS, System, ablations, runs, systems
-from benchmarks.front.tasks import KEPT, TASKS, Ready, ready
+from benchmarks.front.tasks import TASKS, Ready, ready
 from benchmarks.rows import kept_rows
 from benchmarks.trained import Run, siso_row
 from revmux.adapters.config import load_adapter_config
@@ -29,7 +29,7 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import MethodConfig
 from revmux.training.recipe import load_backbone
 from revmux.utils.files import write_json
-from revmux.utils.run_info import describe_run
+from revmux.utils.run_info import describe_run, git_commit
 
 RESULT, PLOT = Path("benchmarks/results/front.json"), Path("docs/images/front.png")
 MIXED = MethodConfig("revmux", 4, 3)
@@ -127,8 +127,25 @@ def measure_task(
     rows += kept_rows(task.folder, "plans", asked, partial(plan_rows, task, compete))
     place = {"family": "bert", "backbone": f"{BackboneConfig().model}, tuned to the task", "task": name}
     siso = siso_row(rows[0]["siso_accuracy"]) | {"table": "front", "recipe": None, "lora_rank": 0, "exit_layer": None}
-    identity = task.task.identity | {"train": len(task.choosing.train), "choosing": len(task.choosing.test)}
+    identity = task.task.identity | {
+        "commit": git_commit(),
+        "train": len(task.choosing.train),
+        "choosing": len(task.choosing.test),
+    }
     return [place | row for row in [siso, *rows]], identity
+
+
+def merged(measured: dict[str, list[dict[str, Any]]], identities: dict[str, Any]) -> dict[str, Any]:
+    """The result file with the rows of the measured tasks; those of other tasks stay as they were committed."""
+    kept = json.loads(RESULT.read_text()) if RESULT.is_file() else {"meta": {"data": {}}, "rows": []}
+    of_commit = {"commit": kept["meta"].get("commit")}
+    data = {name: of_commit | identity for name, identity in kept["meta"]["data"].items()} | identities
+    rows = {name: measured.get(name) or [row for row in kept["rows"] if row["task"] == name] for name in TASKS}
+    meta = describe_run(
+        "python -m benchmarks.front --glue GLUE", {name: data[name] for name in TASKS if name in data}, {}
+    )
+    meta["backbone"] = {"name": BackboneConfig().model, "tuned": "all layers, on each task"}
+    return {"meta": meta, "rows": [row for name in TASKS for row in rows[name]]}
 
 
 def main() -> None:
@@ -140,20 +157,16 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time, with one thread each")
     parser.add_argument("--measured-only", action="store_true", help="train nothing; report the runs that are done")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    measured: dict[str, list[dict[str, Any]]] = {}
     identities: dict[str, Any] = {}
     for name in arguments.tasks:
         if TASKS[name].in_glue and arguments.glue is None:
             continue
-        found, identities[name] = measure_task(
+        measured[name], identities[name] = measure_task(
             name, arguments.glue, arguments.seeds, arguments.processes, not arguments.measured_only
         )
-        rows += found
-        write_json(KEPT / f"{name}.json", {"rows": found, "data": identities[name]})
-    meta = describe_run("python -m benchmarks.front --glue GLUE", identities, {})
-    meta["backbone"] = {"name": BackboneConfig().model, "tuned": "all layers, on each task"}
-    write_json(RESULT, {"meta": meta, "rows": rows})
-    plot_front(rows, PLOT)
+        write_json(RESULT, merged(measured, identities))
+    plot_front(json.loads(RESULT.read_text())["rows"], PLOT)
 
 
 if __name__ == "__main__":

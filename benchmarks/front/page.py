@@ -16,10 +16,13 @@ def front_words(result: Row) -> dict[str, str]:
     sizes = ", ".join(
         f"{name} {data['train']:,} / {data['choosing']:,} / {data['test']:,}" for name, data in meta["data"].items()
     )
+    commits = ", ".join(
+        f"`{(data.get('commit') or meta['commit'] or 'unknown')[:8]}` ({name})" for name, data in meta["data"].items()
+    )
     how = (
         f"Inputs for training / choosing / test: {sizes}. Accuracy is measured on the test split over 10 groupings; ± is the "
         f"spread over seeds, and a row without it has one seed. {meta['machine']['cores']} cores, torch "
-        f"{meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`."
+        f"{meta['versions']['torch']}; measured at commit {commits}."
     )
     return {
         "front": _summary(tables["plan"]) + f"\n\n{how}\n",
