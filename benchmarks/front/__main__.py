@@ -137,10 +137,12 @@ def measure_task(
 
 def merged(measured: dict[str, list[dict[str, Any]]], identities: dict[str, Any]) -> dict[str, Any]:
     """The result file with the rows of the measured tasks; those of other tasks stay as they were committed."""
-    kept = json.loads(RESULT.read_text()) if RESULT.is_file() else {"meta": {"data": {}}, "rows": []}
+    kept: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {"meta": {"data": {}}, "rows": []}
     of_commit = {"commit": kept["meta"].get("commit")}
     data = {name: of_commit | identity for name, identity in kept["meta"]["data"].items()} | identities
-    rows = {name: measured.get(name) or [row for row in kept["rows"] if row["task"] == name] for name in TASKS}
+    rows: dict[str, list[dict[str, Any]]] = {
+        name: measured.get(name) or [row for row in kept["rows"] if row["task"] == name] for name in TASKS
+    }
     meta = describe_run(
         "python -m benchmarks.front --glue GLUE", {name: data[name] for name in TASKS if name in data}, {}
     )
