@@ -670,6 +670,21 @@ def test_a_lease_is_renewed_while_its_holder_works() -> None:
     assert lease._read() is None
 
 
+def test_a_folder_that_disappears_while_it_is_listed_has_no_files(
+    tmp_path: Path,
+) -> None:
+    class Vanishing:
+        def get_file_info(self, selector: object) -> None:
+            raise FileNotFoundError("cannot list the folder")
+
+    place = Place.open(str(tmp_path))
+    assert place.files() == []
+    (tmp_path / "shard").write_bytes(b"12")
+    assert (place.files(), place.size()) == (["shard"], 2)
+    place = Place(Vanishing(), str(tmp_path))  # type: ignore[arg-type]
+    assert (place.files(), place.folders(), place.size()) == ([], [], 0)
+
+
 def test_stores_are_listed_and_removed(
     config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,8 @@ def printed_error(capsys: pytest.CaptureFixture[str]) -> str:
             ["--method.name", "datamux", "--method.options", "{demultiplexer: index}", "--backbone.max_length", "38"],
             ["max_length is 38", "datamux adds 3 tokens", "at most 40", "max_length 37"],
         ),
-        (["--optim.batch_size", "10"], ["10", "2 × 2 = 4"]),
+        (["--optim.batch_size", "9"], ["batch_size (9)", "choose 8"]),
+        (["--optim.batch_size", "2"], ["2 × 2 = 4", "every worker needs a group"]),
         (["--data.source", "nowhere.csv"], ["nowhere.csv"]),
     ],
 )

@@ -222,8 +222,8 @@ def test_accumulated_steps_train_the_same_weights_as_whole_steps(tiny_pretrained
     whole, parts = weights(1), weights(4)
     for name, value in whole.items():
         assert_close(parts[name], value, layers=100)  # two epochs of steps
-    with pytest.raises(UserError, match=r"num_inputs × workers × accumulate \(2 × 1 × 3 = 6\); choose 18"):
-        trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=16, accumulate=3))
+    with pytest.raises(UserError, match=r"num_inputs × workers × accumulate \(2 × 1 × 3 = 6\).* choose 6"):
+        trainer(tiny_pretrained, tiny_rows, OptimConfig(batch_size=4, accumulate=3))
 
 
 def test_each_part_of_a_step_uses_the_teachers_of_the_whole_step(
@@ -379,7 +379,7 @@ def test_a_recipe_is_checked_from_shapes_without_weights(tiny_pretrained: Pretra
     with pytest.raises(UserError, match=r"hidden_size \(32\) must be divisible by num_inputs \(3\)"):
         check(Recipe(method=MethodConfig("revmux", 3, 1)), shape)
     with pytest.raises(UserError, match="choose 36"):
-        check(Recipe(method=MethodConfig("revmux", 4, 1)), shape, workers=3)
+        check(Recipe(method=MethodConfig("revmux", 4, 1)), shape, workers=9)
     with pytest.raises(UserError, match="shuffles is 0"):
         check(Recipe(shuffles=0), shape)
     check(Recipe(), shape, workers=4)

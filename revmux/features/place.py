@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 from filelock import FileLock, Timeout
-from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from revmux.errors import UserError
 from revmux.features.lease import Lease
@@ -124,13 +124,20 @@ class Place:
         return self._names(FileType.Directory)
 
     def _names(self, kind: FileType) -> list[str]:
-        infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in infos if info.type == kind)
+        return sorted(info.base_name for info in self._infos() if info.type == kind)
 
     def size(self) -> int:
         """Total size in bytes of all files in the folder and its subfolders."""
-        infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True, recursive=True))
-        return sum(info.size for info in infos if info.type == FileType.File)
+        return sum(info.size for info in self._infos(recursive=True) if info.type == FileType.File)
+
+    def _infos(self, recursive: bool = False) -> list[FileInfo]:
+        try:
+            found: list[FileInfo] = self.filesystem.get_file_info(
+                FileSelector(self.path, allow_not_found=True, recursive=recursive)
+            )
+        except FileNotFoundError:  # another process removed the folder while it was listed
+            return []
+        return found
 
     def free(self) -> int:
         """Free bytes on the local disk of the folder, which must exist."""
