@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import re
-from time import perf_counter
 
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from serve_app.auth import MISSING_TOKEN, is_authorized, path_in_app
 from serve_app.errors import Unauthorized, refusal
@@ -46,20 +45,9 @@ class FastPath:
         if found is None:
             return False
         endpoint, task, route = found
-        started = perf_counter()
-        status = 0
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
+        with self.metrics.measured(send, lambda: route) as measured_send:
             reply = await self._reply(endpoint, Request(scope, receive), task)
-            await reply(scope, receive, watch)
-        finally:
-            self.metrics.replied(route, str(status or "dropped"), perf_counter() - started)
+            await reply(scope, receive, measured_send)
         return True
 
     def _find(self, path: str) -> tuple[Endpoint, str | None, str] | None:

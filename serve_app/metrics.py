@@ -6,12 +6,15 @@ Serve routes a scrape to one replica, which collects the metrics of all others.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from starlette.types import Message, Send
 
 from revmux.serving import Engine
 from revmux.serving.metrics import PassReport
@@ -56,6 +59,27 @@ class ReplicaMetrics:
         self._steps: dict[tuple[str, str], _Seconds] = {}
         self._replies: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self.registry.register(self)
+
+    @contextmanager
+    def measured(self, send: Send, route: Callable[[], str]) -> Iterator[Send]:
+        """Count and time the reply that is sent inside the context with the function that it yields.
+
+        Args:
+            send: sends the messages of the reply.
+            route: returns the pattern of the path, once the reply is complete.
+        """
+        started, status = perf_counter(), 0
+
+        async def measured_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            yield measured_send
+        finally:
+            self.replied(route(), str(status or "dropped"), perf_counter() - started)
 
     def replied(self, route: str, status: str, seconds: float) -> None:
         """Record a reply.
