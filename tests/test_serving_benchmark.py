@@ -70,8 +70,8 @@ def url(seen: Seen) -> Iterator[str]:
 
 def test_a_closed_loop_keeps_its_connections_busy_after_a_lead(seen: Seen, url: str) -> None:
     leg = send(Load(url, [{"n": n} for n in range(20)], connections=4, lead=(url, {"n": -1})))
-    assert seen.numbers[0] == -1
-    assert sorted(seen.numbers[1:]) == list(range(20))
+    assert -1 in seen.numbers[:5]  # the four connections may overtake it inside the server, their replies may not
+    assert sorted(seen.numbers) == list(range(-1, 20))
     assert sorted(int(reply.headers["x-n"]) for reply in leg.replies) == list(range(20))
     assert leg.per_second > 0
 

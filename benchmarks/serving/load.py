@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-HEAD_START = 0.05
+HEAD_START = 0.05  # seconds from sending the lead until the closed loop begins; the model has begun it by then
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,20 @@ def send(load: Load) -> Leg:
     return Leg([Reply(**reply) for reply in json.loads(ended.stdout)])
 
 
-async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], sent: float | None = None) -> dict[str, Any]:
+async def _ask(
+    client: httpx.AsyncClient,
+    url: str,
+    body: dict[str, Any],
+    sent: float | None = None,
+    on_its_way: asyncio.Event | None = None,
+) -> dict[str, Any]:
     sent = time.perf_counter() if sent is None else sent
-    reply = await client.post(url, json=body)
+
+    async def trace(event: str, _: dict[str, Any]) -> None:
+        if on_its_way is not None and event.endswith(".send_request_body.complete"):
+            on_its_way.set()
+
+    reply = await client.post(url, json=body, extensions={"trace": trace} if on_its_way else {})
     ended = time.perf_counter()
     if reply.status_code != 200:
         raise RuntimeError(f"{url} answered {reply.status_code}: {reply.text[:500]}")
@@ -114,8 +125,13 @@ async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], sent: 
 
 async def _closed(client: httpx.AsyncClient, load: Load) -> list[dict[str, Any]]:
     bodies = iter(load.bodies)
-    lead = asyncio.create_task(_ask(client, *load.lead)) if load.lead else None
-    if lead:
+    lead = None
+    if load.lead:
+        on_its_way = asyncio.Event()
+        lead = asyncio.create_task(_ask(client, *load.lead, on_its_way=on_its_way))
+        sent = asyncio.create_task(on_its_way.wait())
+        await asyncio.wait([lead, sent], return_when=asyncio.FIRST_COMPLETED)
+        sent.cancel()
         await asyncio.sleep(HEAD_START)
 
     async def connection(mine: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
