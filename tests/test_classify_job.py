@@ -144,6 +144,7 @@ def test_a_killed_worker_costs_no_row(
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_a_unit_that_kills_its_worker_is_left_out_and_its_neighbours_are_not(
     job: ClassifyJob, ray_here: None, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

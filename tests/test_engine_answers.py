@@ -597,12 +597,15 @@ def test_requests_that_wait_are_tokenized_together_and_one_bad_request_fails_alo
     monkeypatch.setattr(encoder, "encode_many", encode_many)
 
     async def ask() -> list[Any]:
-        first = [asyncio.create_task(engine.answer(["w1"])) for _ in range(2)]  # these occupy both threads
-        while len(calls) < 2:
-            await asyncio.sleep(0.01)
+        first = []
+        for occupied in (1, 2):  # each occupies a thread
+            first.append(asyncio.create_task(engine.answer(["w1"])))
+            while len(calls) < occupied:
+                await asyncio.sleep(0.01)
         texts = [["w2"], ["panic"], ["w3", ""], ["w4", "w5"]]
         waiting = [asyncio.create_task(engine.answer(request)) for request in texts]
-        await asyncio.sleep(0.05)
+        while engine._tokenizers._jobs.qsize() < len(texts):
+            await asyncio.sleep(0.01)
         hold.set()
         return await asyncio.gather(*first, *waiting, return_exceptions=True)
 

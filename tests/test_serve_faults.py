@@ -399,7 +399,13 @@ def _ranking(reply: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"label": label, "score": score} for label, score in zip(tensors["labels"], tensors["scores"])]
 
 
-@pytest.mark.parametrize("mistake", [{"num_replicas": 1000}, {"token_env": "REVMUX_NO_SUCH_TOKEN", "num_cpus": 0.1}])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"num_replicas": 1000},
+        pytest.param({"token_env": "REVMUX_NO_SUCH_TOKEN", "num_cpus": 0.1}, marks=pytest.mark.long),
+    ],
+)
 def test_a_failed_deployment_leaves_other_applications_alone(cluster: Cluster, mistake: dict[str, Any]) -> None:
     from ray import serve
 

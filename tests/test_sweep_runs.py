@@ -108,6 +108,7 @@ def table_of(runs: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.long
 def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_continues(
     job: Callable[..., TuneJob], tmp_path: Path
 ) -> None:

@@ -164,8 +164,9 @@ def test_a_user_error_in_one_worker_ends_all_workers_at_once(
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("failures", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("failures", [0, 1])
 def test_other_errors_of_one_worker_are_retried_and_reported(
     failures: int, start: Start, capfd: pytest.CaptureFixture[str]
 ) -> None:
