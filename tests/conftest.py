@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # set before any Hugging Face import, so tha
 
 import json
 import multiprocessing
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,23 @@ torch.set_num_threads(THREADS)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Divide the tests among processes.
 
-    Each file's tests stay in one process, so that shared fixtures are created once. One process runs all files that
-    start Ray clusters, and runs them first, so that only one cluster uses the machine while the others run the rest.
+    Each file's tests stay in one process, so that shared fixtures are created once. Files that start Ray come first,
+    because they wait most. Files that start Ray Serve stay in one process, because their proxies would compete for ports.
     """
-    clusters = {item.path for item in items if item.get_closest_marker("cluster")}
+    clusters = {item.path: marker.args for item in items if (marker := item.get_closest_marker("cluster"))}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if item.path in clusters else item.path.stem))
-    items.sort(key=lambda item: item.path not in clusters)
+        item.add_marker(pytest.mark.xdist_group(*clusters.get(item.path) or (item.path.stem,)))
+    items.sort(key=lambda item: (item.path not in clusters, not clusters.get(item.path)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_ray_folder() -> Iterator[None]:
+    """Give the clusters of this process a folder of their own, so that they and other clusters do not see each other."""
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+    ) as folder:  # sockets need short paths
+        os.environ["RAY_TMPDIR"] = folder
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -66,7 +66,7 @@ def ray_here(job: PlanJob) -> Iterator[None]:
             yield
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("serve")
 @pytest.mark.timeout(600)
 def test_a_plan_can_be_deployed_with_the_promised_widths(job: PlanJob, ray_here: None) -> None:
     found = plan.main(job)
@@ -114,7 +114,7 @@ def test_a_plan_can_be_deployed_with_the_promised_widths(job: PlanJob, ray_here:
         shutdown()
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("serve")
 @pytest.mark.timeout(600)
 def test_an_unreachable_goal_is_reported_and_ships_nothing(
     job: PlanJob, ray_here: None, capsys: pytest.CaptureFixture[str]
@@ -137,7 +137,7 @@ def test_an_unreachable_goal_is_reported_and_ships_nothing(
     assert "champion" not in model.aliases
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("serve")
 @pytest.mark.timeout(600)
 def test_an_unreachable_registry_keeps_the_plan_files(
     job: PlanJob, ray_here: None, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ from serve_app.ray_environment import ProxyKind
 from serve_app.run import APPLICATION
 from serve_app.run import deploy as deploy_alone
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.cluster("serve")
 ROOT = Path(revmux.__file__).parents[1]
 MAX_QUEUE = 160
 TOLERANCE = 1e-3

@@ -141,7 +141,7 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step(
 
 
 @pytest.mark.long
-@pytest.mark.cluster
+@pytest.mark.cluster("serve")
 def test_the_whole_tour_on_a_tiny_model(
     tiny_model_folder: Path, tiny_rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
