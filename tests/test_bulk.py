@@ -27,6 +27,7 @@ from revmux.bulk.config import BulkConfig
 from revmux.bulk.formats.base import Range, divide_blocks
 from revmux.bulk.job import list_and_prepare
 from revmux.bulk.output import META, OutputFolder
+from revmux.bulk.progress import Progress
 from revmux.bulk.score import classify_tokens
 from revmux.bulk.summary import write_summary
 from revmux.bulk.texts import Tokenizer
@@ -326,6 +327,40 @@ def test_reading_the_device_and_writing_overlap(config: BulkConfig, monkeypatch:
     assert 0 < figures["device_busy"] < 1
 
 
+def test_a_job_has_the_price_of_the_time_of_all_its_starts(config: BulkConfig) -> None:
+    config = replace(config, price=3600.0, audit=0.5)  # 1 per second
+    first = classify_files(config)
+    assert first.price is not None
+    output = OutputFolder(config.output)
+    assert first.price.so_far == pytest.approx(output.worker_seconds())
+    assert first.price.per_million == pytest.approx(1e6 / 200 * first.price.so_far)
+    # The plain model has no audit, so its price is compared with all that ran.
+    totals = first.totals
+    assert totals.cost + totals.audit_cost > totals.cost + 0.3 * 200
+    assert first.price.plain == pytest.approx(first.price.so_far * 200 / (totals.cost + totals.audit_cost))
+    assert classify_files(config).price == first.price  # nothing ran
+    (Path(config.output) / list(parts(config))[1]).unlink()
+    lines: list[str] = []
+    second = classify_files(config, on_progress=lambda progress: lines.append(progress.line(1)))
+    assert second.price is not None
+    assert second.price.so_far > first.price.so_far
+    assert f"price {second.price.so_far:,.2f}, a million rows {second.price.per_million:,.2f}" in lines[-1]
+    job, _ = list_and_prepare(config)
+    write_summary(output, second, job)
+    page = (Path(config.output) / META / "summary.html").read_text()
+    assert f"by counted cost</td><td>{second.price.plain:,.2f}</td>" in page
+    assert classify_files(replace(config, price=None)).price is None
+
+
+def test_the_time_of_a_job_is_that_of_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 10.0, 15.0])
+    monkeypatch.setattr("revmux.bulk.progress.perf_counter", lambda: next(clock))
+    progress = Progress([], {}, 1, worker_seconds=100.0)
+    progress.charge(0)  # no machine yet
+    progress.charge(3)
+    assert progress.worker_seconds == 115.0
+
+
 def test_the_interval_of_an_agreement_is_wilsons() -> None:
     low, high = Agreement(10, 10).interval()
     assert (low, high) == (pytest.approx(0.7225, abs=1e-4), 1.0)
@@ -394,6 +429,7 @@ def _with_file(name: str, content: bytes) -> Mistake:
         (_with_file("open.csv", b'text\n"never closed' + b"x" * (1 << 24) + b"\n"), "a quote may not be closed"),
         (_with_file("labelled.csv", b"text,label\nw1,2\n"), "choose --column_prefix"),
         (lambda config, folder: replace(config, adapter=str(folder)), "not an adapter folder"),
+        (lambda config, folder: replace(config, price=0.0), "price is 0.0; choose more than 0"),
     ],
 )
 def test_mistakes_in_the_input_are_found_before_a_model_is_loaded(

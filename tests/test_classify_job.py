@@ -106,7 +106,7 @@ def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_the_job_writes_what_the_library_writes_and_records_it(
     job: ClassifyJob, ray_here: None, undisturbed: dict[str, bytes]
 ) -> None:
-    classify.main(job)
+    classify.main(replace(job, price=2.5))
     assert parts(job.output) == undisturbed
     assert ids(job.output) == list(range(ROWS))
     client = MlflowClient(f"sqlite:///{job.storage}/mlflow.db")
@@ -119,6 +119,10 @@ def test_the_job_writes_what_the_library_writes_and_records_it(
     assert 0 < run.data.metrics["device_busy"] <= 1
     assert run.data.metrics["cost"] < 1
     assert run.data.metrics["agreement"] == 1
+    assert run.data.metrics["price"] == pytest.approx(2.5 * run.data.metrics["worker_hours"])
+    assert run.data.metrics["price_per_million"] == pytest.approx(run.data.metrics["price"] * 1e6 / ROWS)
+    assert run.data.metrics["price"] > 0
+    assert run.data.metrics["plain_price"] > 0
     names = {item.path for item in client.list_artifacts(run.info.run_id, "summary")}
     assert names == {"summary/summary.html", "summary/summary.png"}
     classify.main(job)  # nothing is left to do, and the run is the same one

@@ -120,6 +120,7 @@ class ActorPool:
             while not self.progress.is_done:
                 self._assign()
                 done, _ = ray.wait(list(self._calls), num_returns=1, timeout=WAIT_SECONDS)
+                self.progress.charge(sum(slot.placed for slot in self._slots))
                 for reference in done:
                     self._collect(reference)
                 if not any(slot.placed for slot in self._slots):

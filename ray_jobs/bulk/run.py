@@ -14,7 +14,7 @@ from ray_jobs.cli import Unfinished
 from ray_jobs.cluster import connected
 from ray_jobs.paths import absolute_storage
 from ray_jobs.tracking.tracker import Tracker
-from revmux.bulk.classify import Report, finish, must_stop, warn_agreement
+from revmux.bulk.classify import Report, finish, must_stop, start_progress, warn_agreement
 from revmux.bulk.config import BulkConfig
 from revmux.bulk.job import Job, prepare_job
 from revmux.bulk.output import OutputFolder
@@ -51,7 +51,7 @@ def run_classify(job: ClassifyJob, work: Work) -> Report:
         print(f"classify: {path} is no data file and is ignored ({len(work.ignored)} in all)", flush=True)
     output = OutputFolder(prepared.output)
     with output.opened(prepared.settings):
-        progress = Progress(work.units, output.finished(work.units, prepared.key), job.attempts)
+        progress = start_progress(job, prepared, work, output)
         print(
             f"classify: {work.rows:,} rows in {work.files:,} files, {len(work.units):,} units, of which {progress.resumed:,} are "
             f"finished: {prepared.output}",
@@ -59,7 +59,7 @@ def run_classify(job: ClassifyJob, work: Work) -> Report:
         )
         with tracker.run(job.name, _params(job), resume=_former_run(output, tracker)) as run_id:
             output.meta.write(RUN_NAME, json.dumps({"run_id": run_id}).encode())
-            stopped = _run_units(job, prepared, progress, storage, tracker, run_id)
+            stopped = _run_units(job, prepared, output, progress, storage, tracker, run_id)
             report = finish(prepared, output, progress, stopped)
             write_summary(output, report, prepared)
             _log_summary(tracker, run_id, output)
@@ -79,7 +79,13 @@ def _fetch_adapters(job: ClassifyJob, tracker: Tracker, downloads: Path) -> list
 
 
 def _run_units(
-    job: ClassifyJob, prepared: Job, progress: Progress, storage: Path, tracker: Tracker, run_id: str
+    job: ClassifyJob,
+    prepared: Job,
+    output: OutputFolder,
+    progress: Progress,
+    storage: Path,
+    tracker: Tracker,
+    run_id: str,
 ) -> bool:
     """Run all pending units; returns whether the audit stopped the job."""
     if not progress.pending or must_stop(progress, job.audit_floor):
@@ -90,6 +96,7 @@ def _run_units(
         def record(state: Progress) -> None:
             print(f"classify: {state.line(pool.workers)}", flush=True)
             tracker.log_metrics(run_id, state.metrics(pool.workers), step=len(state.records))
+            output.write_worker_seconds(state.worker_seconds)
 
         report = Reporter(record, job.progress_seconds)
         stopped = False
@@ -130,6 +137,8 @@ def _print_report(report: Report, prepared: Job) -> None:
         f"classify: {totals.rows:,} rows, {totals.errors:,} bad, {totals.truncated:,} truncated; counted cost "
         f"{totals.relative_cost:.2f} of the plain model"
     )
+    if report.price is not None:
+        print(f"classify: {report.price}")
     if totals.agreement.rows:
         print(f"classify: the answers agree with the plain model in {totals.agreement}")
     if warning := warn_agreement(totals.agreement, prepared.system.promised_agreement):

@@ -13,9 +13,10 @@ from revmux.bulk.audit import Agreement
 from revmux.bulk.config import BulkConfig
 from revmux.bulk.job import Job, list_and_prepare
 from revmux.bulk.output import OutputError, OutputFolder
+from revmux.bulk.price import JobPrice
 from revmux.bulk.progress import FailedUnit, Progress, Reporter, Totals
 from revmux.bulk.system import unused_adapters
-from revmux.bulk.units import Unit
+from revmux.bulk.units import Unit, Work
 from revmux.bulk.worker import UNITS_IN_FLIGHT, Finished, Worker
 from revmux.errors import UserError
 from revmux.utils.redact import error_line
@@ -34,6 +35,7 @@ class Report:
         units: number of all units.
         stopped: whether the audit stopped the job.
         output: the output folder.
+        price: price of the rows; None without the price of an hour.
     """
 
     totals: Totals
@@ -42,6 +44,7 @@ class Report:
     units: int
     stopped: bool
     output: str
+    price: JobPrice | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -66,9 +69,15 @@ def classify_files(
     """
     job, work = list_and_prepare(config, str(device))
     output = OutputFolder(job.output)
-    report = Reporter(on_progress or (lambda _: None))
+
+    def record(progress: Progress) -> None:
+        output.write_worker_seconds(progress.worker_seconds)
+        if on_progress is not None:
+            on_progress(progress)
+
+    report = Reporter(record)
     with output.opened(job.settings):
-        progress = Progress(work.units, output.finished(work.units, job.key), config.attempts)
+        progress = start_progress(config, job, work, output)
         stopped = must_stop(progress, config.audit_floor)
         if progress.pending and not stopped:
             worker = Worker(job, str(device))
@@ -83,9 +92,16 @@ def classify_files(
                         running[pool.submit(worker.run, unit)] = unit
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         _collect(progress, running.pop(future), future)
+                    progress.charge(1)
                     report(progress)
                     stopped = must_stop(progress, config.audit_floor)
         return finish(job, output, progress, stopped)
+
+
+def start_progress(config: BulkConfig, job: Job, work: Work, output: OutputFolder) -> Progress:
+    """The progress of a job, with the units that earlier starts finished and the time of their workers."""
+    finished = output.finished(work.units, job.key)
+    return Progress(work.units, finished, config.attempts, config.price, output.worker_seconds())
 
 
 def _collect(progress: Progress, unit: Unit, future: Future[Finished]) -> None:
@@ -110,12 +126,15 @@ def must_stop(progress: Progress, floor: float | None) -> bool:
 
 
 def finish(job: Job, output: OutputFolder, progress: Progress, stopped: bool) -> Report:
-    """Write the manifest if all units are finished, and return the report.
+    """Write the workers' time, and the manifest if all units are finished; returns the report.
 
     Raises:
         UserError: the parts do not have exactly the rows of the input.
     """
-    report = Report(progress.totals, progress.failed, progress.resumed, len(progress.units), stopped, job.output)
+    output.write_worker_seconds(progress.worker_seconds)
+    report = Report(
+        progress.totals, progress.failed, progress.resumed, len(progress.units), stopped, job.output, progress.price
+    )
     if report.is_complete:
         output.write_manifest(progress.units, progress.records, job.settings)
     else:

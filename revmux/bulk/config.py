@@ -46,6 +46,8 @@ class BulkConfig:
         audit: Share of the rows to run through the plain model too, to measure how often the answers agree. 0..1.
         audit_floor: Stop the job if the agreement is below this share, with 99.9 % confidence. 0..1. Default: only warn.
         sample_rows: Number of rows with their texts on the summary page. 0 or more.
+        price: Price of an hour of a worker's hardware, in any currency, such as that of its GPU: progress and summary then
+            show the price of the job and of a million rows. Above 0. Default: no prices.
     """
 
     input: str
@@ -70,6 +72,7 @@ class BulkConfig:
     audit: float = 0.0
     audit_floor: float | None = None
     sample_rows: int = 20
+    price: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, str):
@@ -92,3 +95,5 @@ class BulkConfig:
             raise UserError(f"audit_floor is {self.audit_floor}, but audit is 0; set audit too, such as --audit 0.01")
         if self.sample_rows < 0:
             raise UserError(f"sample_rows is {self.sample_rows}; choose 0 or more")
+        if self.price is not None and not self.price > 0:
+            raise UserError(f"price is {self.price}; choose more than 0, such as 2.5 per hour")

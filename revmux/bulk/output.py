@@ -1,8 +1,9 @@
 """The output folder: parts, one record per finished unit, and the manifest of a finished job.
 
 ``part-NUMBER-HASH.parquet`` are the answers. Everything else is in the folder ``_revmux``, which readers of Parquet
-folders skip: ``job.json`` (the settings), ``units/HASH.json`` (one per finished unit), and at the end ``manifest.json``
-(all parts in the order of the input) and the summary. A part is complete once its record exists.
+folders skip: ``job.json`` (the settings), ``units/HASH.json`` (one per finished unit), ``time.json`` (the time of all workers),
+and at the end ``manifest.json`` (all parts in the order of the input) and the summary. A part is complete once its
+record exists.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from revmux.errors import UserError
 from revmux.features.place import Place
 
 META = "_revmux"
-JOB_NAME, MANIFEST_NAME = "job.json", "manifest.json"
+JOB_NAME, MANIFEST_NAME, TIME_NAME = "job.json", "manifest.json", "time.json"
 _READING_THREADS = 16
 
 
@@ -45,6 +46,7 @@ class UnitRecord:
         audited: number of audited rows.
         agreed: number of audited rows with the plain model's label.
         sample: rows for the summary page: their hash, text, label, score and error.
+        audit_cost: counted cost of the audit's passes through the plain model; 1 is one input.
     """
 
     part: str
@@ -60,6 +62,7 @@ class UnitRecord:
     audited: int
     agreed: int
     sample: list[dict[str, Any]]
+    audit_cost: float = 0.0
 
 
 class OutputError(UserError):
@@ -134,6 +137,15 @@ class OutputFolder:
     def write_record(self, unit: Unit, key: str, record: UnitRecord) -> None:
         """Record that a unit is finished."""
         self._write(self.records, f"{unit_hash(unit, key)}.json", _json(asdict(record)))
+
+    def worker_seconds(self) -> float:
+        """The time that the workers of all starts of this job have spent."""
+        content = self._read(self.meta, TIME_NAME)
+        return 0.0 if content is None else float(content["worker_seconds"])
+
+    def write_worker_seconds(self, seconds: float) -> None:
+        """Record the time that the workers of all starts of this job have spent."""
+        self._write(self.meta, TIME_NAME, _json({"worker_seconds": seconds}))
 
     def write_manifest(self, units: Sequence[Unit], records: dict[int, UnitRecord], settings: dict[str, Any]) -> None:
         """Write the list of all parts, after which the output is complete.

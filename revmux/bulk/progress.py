@@ -10,7 +10,9 @@ from typing import Any
 
 from revmux.bulk.audit import Agreement
 from revmux.bulk.output import UnitRecord
+from revmux.bulk.price import JobPrice, job_price
 from revmux.bulk.units import Unit
+from revmux.estimate.price import SECONDS_PER_HOUR
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Totals:
         rows: rows.
         errors: bad rows.
         truncated: truncated inputs.
-        cost: counted cost; 1 is one input in the plain model.
+        cost: counted cost of the answers; 1 is one input in the plain model.
+        audit_cost: counted cost of the audit.
         labels: rows by label.
         confidence: rows by confidence.
         answered_by: rows by stage, method and width.
@@ -46,6 +49,7 @@ class Totals:
     errors: int = 0
     truncated: int = 0
     cost: float = 0.0
+    audit_cost: float = 0.0
     labels: Counter[str] = field(default_factory=Counter)
     confidence: list[int] = field(default_factory=list)
     answered_by: Counter[str] = field(default_factory=Counter)
@@ -58,6 +62,7 @@ class Totals:
         self.errors += record.errors
         self.truncated += record.truncated
         self.cost += record.cost
+        self.audit_cost += record.audit_cost
         self.labels.update(record.labels)
         before = self.confidence or [0] * len(record.confidence)
         self.confidence = [sum(pair) for pair in zip(before, record.confidence)]
@@ -68,8 +73,16 @@ class Totals:
     @property
     def relative_cost(self) -> float:
         """Counted cost per answered row, relative to the plain model; 1 if no row was answered."""
+        return self._relative(self.cost)
+
+    @property
+    def relative_cost_with_audit(self) -> float:
+        """As :attr:`relative_cost`, with the cost of the audit."""
+        return self._relative(self.cost + self.audit_cost)
+
+    def _relative(self, cost: float) -> float:
         answered = self.rows - self.errors
-        return self.cost / answered if answered else 1.0
+        return cost / answered if answered else 1.0
 
 
 class Progress:
@@ -79,21 +92,34 @@ class Progress:
         units: all units.
         finished: records of units that an earlier run finished.
         attempts: how often a unit may fail.
+        price_per_hour: price of an hour of a worker's hardware, in any currency; None computes no prices.
+        worker_seconds: time of the workers of earlier runs.
 
     Attributes:
         records: records of the finished units, by number.
         pending: units that no worker has.
         failed: units that were left out.
         resumed: number of units that an earlier run finished.
+        worker_seconds: time of all workers, those of earlier runs included.
     """
 
-    def __init__(self, units: Sequence[Unit], finished: Mapping[int, UnitRecord], attempts: int) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        finished: Mapping[int, UnitRecord],
+        attempts: int,
+        price_per_hour: float | None = None,
+        worker_seconds: float = 0.0,
+    ) -> None:
         self.units = units
         self.records = dict(finished)
         self.pending = deque(unit for unit in units if unit.number not in finished)
         self.failed: list[FailedUnit] = []
         self.resumed = len(finished)
         self.totals = Totals()
+        self.worker_seconds = worker_seconds
+        self._price_per_hour = price_per_hour
+        self._charged = perf_counter()
         self._attempts = attempts
         self._failures: Counter[int] = Counter()
         self._rows = sum(unit.rows for unit in units)
@@ -107,6 +133,25 @@ class Progress:
     def start(self) -> None:
         """Start the clock by which rates are computed, once a model is loaded."""
         self._started = perf_counter()
+
+    def charge(self, workers: int) -> None:
+        """Add the time since the last call to that of the workers.
+
+        Args:
+            workers: number of workers that have had their hardware since then.
+        """
+        now = perf_counter()
+        self.worker_seconds += workers * (now - self._charged)
+        self._charged = now
+
+    @property
+    def price(self) -> JobPrice | None:
+        """The price of the rows so far; None without the price of an hour, or before the first row."""
+        if self._price_per_hour is None or not self.totals.rows or not self.worker_seconds:
+            return None
+        return job_price(
+            self.totals.rows, self.worker_seconds, self._price_per_hour, self.totals.relative_cost_with_audit
+        )
 
     @property
     def is_done(self) -> bool:
@@ -148,7 +193,10 @@ class Progress:
             "device_busy": min(1.0, self._device_seconds / (seconds * max(1, workers))),
             "bad_rows": float(self.totals.errors),
             "failed_units": float(len(self.failed)),
+            "worker_hours": self.worker_seconds / SECONDS_PER_HOUR,
         }
+        if price := self.price:
+            figures |= {"price": price.so_far, "price_per_million": price.per_million, "plain_price": price.plain}
         if self.totals.agreement.rows:
             low, high = self.totals.agreement.interval()
             figures |= {"agreement": self.totals.agreement.share, "agreement_low": low, "agreement_high": high}
@@ -164,6 +212,8 @@ class Progress:
             f"cost {figures['cost']:.2f} of the plain model",
             f"device busy {figures['device_busy']:.0%}",
         ]
+        if price := self.price:
+            parts.append(str(price))
         if self.totals.errors:
             parts.append(f"{self.totals.errors:,} bad rows")
         if self.failed:

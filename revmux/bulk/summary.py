@@ -38,6 +38,7 @@ def summarize(report: Report, job: Job) -> dict[str, Any]:
         "output": report.output,
         "input": job.input,
         "totals": totals,
+        "price": report.price,
         "answered": totals.rows - totals.errors,
         "labels": totals.labels.most_common(_MOST_LABELS),
         "more_labels": max(0, len(totals.labels) - _MOST_LABELS),

@@ -193,6 +193,7 @@ class Worker:
             audited=len(audited),
             agreed=_agreed(answers, audited, plain),
             sample=self._sample(prepared, problems, answered, labels, chosen),
+            audit_cost=0.0 if plain is None else plain.cost,
         )
         self._output.write_record(unit, self.job.key, record)
         return record
