@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_jobs.ray_internals import is_head
 from ray_jobs.ray_log import redirect_ray_messages
 from revmux.errors import UserError
 from revmux.utils.environment import compute_environment
@@ -200,6 +201,8 @@ def connected(config: ClusterConfig, storage: Path | None = None) -> Iterator[No
         stack.callback(ray.shutdown)
         _connect(config)
         check_resources(config)
+        if warning := warn_about_head(ray.nodes(), ray.get_runtime_context().get_node_id()):
+            print(f"warning: {warning}", flush=True)
         yield
 
 
@@ -220,6 +223,24 @@ def _connect(config: ClusterConfig) -> None:
         raise UserError(
             f"no Ray cluster at {address!r} ({error}); start one with 'ray start --head', or choose --cluster.address local"
         ) from None
+
+
+def warn_about_head(nodes: Sequence[Mapping[str, Any]], driver: str) -> str | None:
+    """A warning if the driver runs on the head of a cluster whose other nodes do the work.
+
+    Args:
+        nodes: the cluster's nodes, from ``ray.nodes()``.
+        driver: id of the driver's node.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    for node in alive:
+        if node["NodeID"] == driver and is_head(node) and (len(alive) > 1 or not node["Resources"].get("CPU")):
+            return (
+                "the driver of this job runs on the cluster's head, where it loads the model and reads the data; if it is "
+                "too large for the head, submit the job with --entrypoint-resources, and Ray starts the driver on a node "
+                "that offers them (docs/jobs.md, On many GPUs)"
+            )
+    return None
 
 
 def check_resources(config: ClusterConfig) -> None:

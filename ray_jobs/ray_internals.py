@@ -22,6 +22,7 @@ _TOO_SMALL_ERROR = "InsufficientClusterResourcesError"
 _FAILURE_MARK = "Failure #"
 _MEMORY_MONITOR_TEXT = "node running low on memory"
 _DEAD_ACTOR_TEXT = "The actor died"
+_HEAD_RESOURCE = "node:__internal_head__"
 
 
 def __getattr__(name: str) -> Any:
@@ -42,6 +43,15 @@ def in_submitted_job() -> bool:
     A flag would not help: a user who forgets to give an absolute path would also forget the flag.
     """
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def is_head(node: Mapping[str, Any]) -> bool:
+    """Whether a node is the head of its cluster.
+
+    Args:
+        node: as ``ray.nodes()`` describes it.
+    """
+    return _HEAD_RESOURCE in node["Resources"]
 
 
 def workers_are_running(state: object) -> bool:

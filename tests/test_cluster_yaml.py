@@ -52,10 +52,16 @@ def test_the_head_offers_no_gpu_and_workers_start_on_demand(cluster: dict[str, A
     head = types.pop(cluster["head_node_type"])
     assert head["resources"]["GPU"] == 0
     assert head["resources"]["CPU"] == 0
+    assert sum(kind["max_workers"] for kind in types.values()) == cluster["max_workers"]
+    driver = types.pop("driver")
+    assert driver["resources"] == {"CPU": 0, "GPU": 0, "driver": 1}
+    assert not {"InstanceMarketOptions", "scheduling"} & driver["node_config"].keys()  # no spot machine
     assert types
+    for kind in [driver, *types.values()]:
+        assert kind["min_workers"] == 0 < kind["max_workers"]
     for kind in types.values():
-        assert kind["min_workers"] == 0 < kind["max_workers"] <= cluster["max_workers"]
         assert kind["resources"]["GPU"] >= 1
+        assert "driver" not in kind["resources"]
 
 
 def test_all_nodes_are_in_one_zone_and_may_use_the_buckets(cluster: dict[str, Any]) -> None:

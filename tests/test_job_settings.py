@@ -12,7 +12,7 @@ import torch
 from tiny_models import write_tiny_model
 
 from ray_jobs import cli, evaluate, finetune, train, tune
-from ray_jobs.cluster import ClusterConfig
+from ray_jobs.cluster import ClusterConfig, warn_about_head
 from ray_jobs.paths import store_in
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.run import base_recipe
@@ -88,6 +88,18 @@ def test_workers_that_would_share_a_gpu_are_refused(
     config = {train: TrainJob, finetune: FinetuneJob, tune: TuneJob}[job]
     assert cli.run(job.main, config, None, [*argv, "--cluster.gpus_per_worker", "0.5"]) == 2
     assert "gpus_per_worker is 0.5 with 2 workers" in printed_error(capsys)
+
+
+def test_a_driver_on_the_head_of_a_cluster_is_warned() -> None:
+    head = {"NodeID": "a", "Alive": True, "Resources": {"node:__internal_head__": 1.0, "CPU": 2.0}}
+    other = {"NodeID": "b", "Alive": True, "Resources": {"CPU": 2.0}}
+    assert warn_about_head([head], "a") is None  # a single machine
+    assert warn_about_head([head, other], "b") is None
+    assert warn_about_head([head, other | {"Alive": False}], "a") is None
+    busy = warn_about_head([head, other], "a")
+    assert busy is not None
+    assert "--entrypoint-resources" in busy
+    assert warn_about_head([head | {"Resources": {"node:__internal_head__": 1.0}}], "a") == busy  # workers will start
 
 
 def test_one_worker_may_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,21 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from polling import wait_until
+from ray_machines import kill_all, processes_named
+from tiny_models import write_tiny_model
 
 from ray_jobs.paths import absolute_path
 from revmux import UserError
@@ -42,14 +46,18 @@ class Head:
     address: str
     environment: dict[str, str]
     folder: Path
+    gcs: str
+    process: int
 
     @property
     def storage(self) -> Path:
         return self.folder / "storage"
 
-    def submit(self, job: str, *flags: str | Path, authenticated: bool = True) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, job: str, *flags: str | Path, authenticated: bool = True, entrypoint: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
         environment = {key: value for key, value in self.environment.items() if authenticated or key != "RAY_AUTH_MODE"}
-        command = [RAY, "job", "submit", "--address", self.address, "--working-dir", str(ROOT), "--"]
+        command = [RAY, "job", "submit", "--address", self.address, "--working-dir", str(ROOT), *entrypoint, "--"]
         command += ["python", "-m", f"ray_jobs.{job}", *map(str, flags)]
         return subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -123,7 +131,7 @@ def head() -> Iterator[Head]:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.2)
                 pytest.fail(f"the head ended: {log.read_text()}")
-        yield Head(address, environment, folder)
+        yield Head(address, environment, folder, f"127.0.0.1:{port}", process.pid)
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -211,6 +219,68 @@ def test_finetune_train_and_evaluate_write_results_and_record_runs(
     assert runs["task-model"].data.params.keys() - runs["revmux-n2-l1"].data.params.keys() == {
         "recipe.method.options.tune_backbone"
     }
+
+
+@contextmanager
+def driver_machine(head: Head) -> Iterator[int]:
+    """A second machine for drivers and one worker; yields the id of the process whose descendants are its processes."""
+    (agent,) = free_ports(1)
+    command = [
+        RAY,
+        "start",
+        "--block",
+        f"--address={head.gcs}",
+        "--num-cpus=1",
+        f"--dashboard-agent-listen-port={agent}",
+    ]
+    command += ["--min-worker-port=0", "--max-worker-port=0", '--resources={"driver": 1, "worker": 1}']
+    with (head.folder / "driver.log").open("w") as output:
+        process = subprocess.Popen(
+            command, env=head.environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_until(lambda: listens(agent), failure=lambda: "the machine ended" if process.poll() is not None else None)
+        yield process.pid
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        psutil.wait_procs(kill_all(family))
+        process.wait()
+
+
+def peak_memory(process: psutil.Process) -> int:
+    """The most bytes that a running process has ever held."""
+    (line,) = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line[:6] == "VmHWM:"]
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_large_model_needs_no_memory_on_the_head(head: Head, tiny_csv: Path, tmp_path: Path) -> None:
+    """The driver runs on the machine that offers what it was submitted with, and only there a process holds the model."""
+    model = write_tiny_model(tmp_path / "large", vocab_size=700_000, hidden_size=256)
+    size = (model / "model.safetensors").stat().st_size
+    peaks: dict[str, dict[int, int]] = {"head": {}, "driver": {}}
+
+    def measure(machine: int) -> None:
+        trees = {"driver": processes_named("ray_jobs.features", machine), "head": processes_named("", head.process)}
+        for name, processes in trees.items():
+            for process in processes:
+                with suppress(OSError, ValueError, psutil.NoSuchProcess):
+                    peaks[name][process.pid] = peak_memory(process)
+
+    flags = ["--backbone.model", model, "--backbone.max_length", "16", "--data.source", tiny_csv, "--layers", "[1]"]
+    flags += ["--storage", head.storage, "--cluster.workers", "1", "--cluster.resources_per_worker", "{worker: 1}"]
+    with driver_machine(head) as machine, ThreadPoolExecutor(1) as pool:
+        submitted = pool.submit(head.submit, "features", *flags, entrypoint=["--entrypoint-resources", '{"driver": 1}'])
+        wait_until(lambda: measure(machine) or submitted.done(), 600)
+        done = submitted.result()
+        warned = head.submit("features", *flags)
+    assert done.returncode == warned.returncode == 0, done.stdout
+    assert max(peaks["driver"].values()) > size > max(peaks["head"].values()), (peaks, size)
+    assert "runs on the cluster's head" in warned.stdout
+    assert "runs on the cluster's head" not in done.stdout
 
 
 @pytest.mark.cluster

@@ -56,6 +56,19 @@ def test_jobs_know_their_options(command: list[str], tmp_path: Path) -> None:
     assert cli.parse(settings, None, arguments).cluster.use_gpu
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_drivers_of_submitted_jobs_run_off_the_head(page: Path) -> None:
+    """Every command that submits a job to a cluster of several machines asks for the resource of the drivers' machines."""
+    text = page.read_text().replace("\\\n", "")
+    if page.name == "jobs.md":  # its first commands are for a single machine
+        (_, text) = text.split("## On many GPUs")
+    for command in re.findall(r"ray job submit .*ray_jobs\..*", text):
+        assert "--entrypoint-resources '{\"driver\": 1}' -- " in re.sub(r"\s+", " ", command), command
+    for file in ("cluster.yaml", "deploy/cluster-gcp.yaml"):
+        types = yaml.safe_load((ROOT / file).read_text())["available_node_types"]
+        assert [name for name, kind in types.items() if kind["resources"].get("driver")] == ["driver"]
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\((\.\./[^)#]+)\)", PAGE))
 def test_linked_files_exist(link: str) -> None:
     assert (ROOT / "docs" / link).exists()

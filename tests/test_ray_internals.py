@@ -72,6 +72,13 @@ def test_the_name_of_the_submitted_job_variable(monkeypatch: pytest.MonkeyPatch)
     assert ray_internals.in_submitted_job()
 
 
+def test_the_head_of_a_cluster_has_a_resource_of_its_own() -> None:
+    from ray._common.constants import HEAD_NODE_RESOURCE_NAME as NAME
+
+    assert ray_internals.is_head({"Resources": {NAME: 1.0}})
+    assert not ray_internals.is_head({"Resources": {"CPU": 1.0, "node:10.0.0.2": 1.0}})
+
+
 def test_a_job_supervisor_sets_that_variable() -> None:
     from ray.dashboard.modules.job import job_supervisor
 

@@ -90,12 +90,18 @@ def word_tokenizer(names: Sequence[str], unknown: str = "[UNK]") -> Tokenizer:
     return core
 
 
-def write_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """A random BERT classifier (d = 32, L = 3) and a tokenizer of 40 words, as save_pretrained writes them."""
+def write_tiny_model(folder: Path, seed: int = 0, **sizes: int) -> Path:
+    """A random BERT classifier (d = 32, L = 3) and a tokenizer of 40 words, as save_pretrained writes them.
+
+    Args:
+        folder: where to write.
+        seed: seed of the weights.
+        sizes: other sizes of the model.
+    """
     torch.manual_seed(seed)
     config = tiny_config(
         "bert",
-        vocab_size=len(WORDS) + 4,
+        **{"vocab_size": len(WORDS) + 4, **sizes},
         initializer_range=0.2,  # so that a random model gives different inputs different scores
         id2label=dict(enumerate(LABELS)),
         label2id={name: index for index, name in enumerate(LABELS)},

@@ -31,10 +31,18 @@ def trains_in_process(cluster: ClusterConfig) -> bool:
 
 
 def trial_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """The resources that Tune reserves for a trial's process, by Ray's names."""
-    if not trains_in_process(cluster):
-        return {"memory": 1.0}  # it only waits for its workers; Tune requires some resource, so reserve one byte
-    return cluster.worker_resources
+    """The resources that Tune reserves for a trial's process, by Ray's names.
+
+    A process that only waits for its workers gets a small part of the resource that only this driver's node has. The
+    processes of all trials are then beside the driver, and not on the head.
+    """
+    if trains_in_process(cluster):
+        return cluster.worker_resources
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (address,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here]
+    return {f"node:{address}": 0.001}
 
 
 def fitting_trials(cluster: ClusterConfig, present: dict[str, float]) -> int:
