@@ -33,7 +33,7 @@ def main(job: ClassifyJob) -> None:
     work = list_work(job)
     if job.model is not None:
         check_model(BackboneConfig(job.model), needs_answers=False)  # the adapter may record the prompt
-    if job.adapter is not None and not job.adapter.startswith(("models:/", "runs:/")) and "://" not in job.adapter:
+    if job.adapter is not None and not job.adapter.startswith(("models:/", "runs:/")):
         load_adapter_config(job.adapter)
     from ray_jobs.bulk.run import run_classify
 

@@ -25,7 +25,8 @@ def absolute_path(path: str, setting: str) -> Path:
     """
     if "://" in path:
         raise UserError(
-            f"{setting} {path!r} is a URI; mount the storage that it names and choose a folder of it, such as /mnt/revmux"
+            f"{setting} {path!r} is a URI, but results need a file system with locks and renames; choose a folder, which all "
+            "nodes of a cluster reach, such as /mnt/revmux"
         )
     expanded = Path(path).expanduser()
     if not expanded.is_absolute() and in_submitted_job():

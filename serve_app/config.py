@@ -74,14 +74,14 @@ class TaskConfig(_TaskSettings):
     """One task: a frozen task model with its adapters.
 
     Args:
-        model: Task model: a local folder with a trained classification head, or a Hugging Face id.
+        model: Task model: a folder with a trained classification head or its URI, or a Hugging Face id.
         revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
         dtype: Data type of the frozen weights. Adapters stay in float32. Default: the type that the adapters were trained
             with, otherwise float32.
         prompt: Prompt by which a language model answers: the name of a shipped prompt, or a YAML file. Default: the prompt
             that the task model or the adapters were trained with.
-        adapters: Adapters, one for each N, and one for each later stage of a ladder: folders, models:/NAME@ALIAS or
-            runs:/ID/PATH. On a command line they are separated by commas. Without adapters every input runs alone.
+        adapters: Adapters, one for each N, and one for each later stage of a ladder: folders or their URIs,
+            models:/NAME@ALIAS or runs:/ID/PATH. On a command line they are separated by commas. Without adapters every input runs alone.
         max_length: Maximum number of tokens per input. Default: the length that all adapters were trained with.
         threshold: Confidence below which an input goes on to the next stage of a ladder, or to the plain model. 0 makes all
             answers final. Default: each adapter's own threshold.
@@ -123,15 +123,15 @@ class AppConfig(_TaskSettings):
     """Settings of the application. The address that it listens on is a setting of the Serve instance.
 
     Args:
-        model: Frozen task model, if there is one task: a local folder with a trained classification head, or a Hugging Face
+        model: Frozen task model, if there is one task: a folder with a trained classification head or its URI, or a Hugging Face
             id.
         revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
         dtype: Data type of the frozen weights. Adapters stay in float32. Default: the type that the adapters were trained
             with, otherwise float32.
         prompt: Prompt by which a language model answers: the name of a shipped prompt, or a YAML file. Default: the prompt
             that the task model or the adapters were trained with.
-        adapters: Adapters, one for each N, and one for each later stage of a ladder: folders, models:/NAME@ALIAS or
-            runs:/ID/PATH. On a command line they are separated by commas. Without adapters every input runs alone.
+        adapters: Adapters, one for each N, and one for each later stage of a ladder: folders or their URIs,
+            models:/NAME@ALIAS or runs:/ID/PATH. On a command line they are separated by commas. Without adapters every input runs alone.
         max_length: Maximum number of tokens per input. Default: the length that all adapters were trained with.
         threshold: Confidence below which an input goes on to the next stage of a ladder, or to the plain model. 0 makes all
             answers final. Default: each adapter's own threshold.

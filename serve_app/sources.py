@@ -6,8 +6,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from revmux.adapters.config import CONFIG_NAME
-from revmux.adapters.uri import download_adapter
+from revmux.adapters.config import CONFIG_NAME, local_adapter_folder
 from revmux.errors import UserError
 from revmux.utils.extras import require
 from revmux.utils.redact import error_line, without_passwords
@@ -21,19 +20,19 @@ def is_mlflow(adapter: str) -> bool:
 def fetch_adapter(adapter: str, downloads: Path) -> Path:
     """Return the local folder of an adapter. Adapters from elsewhere are downloaded.
 
-    Downloads from the hub go to the hub's cache. MLflow and object stores have no cache, so the caller provides a folder
-    for their downloads and removes it after loading the adapter.
+    Downloads from the hub and from object stores go to a cache. MLflow has none, so the caller provides a folder for its
+    downloads and removes it after loading the adapter.
 
     Args:
         adapter: a folder, ``user/name`` or ``user/name@revision`` on the hub, a URI such as ``s3://bucket/folder``,
             ``models:/name@alias``, ``models:/name/version`` or ``runs:/id/path``.
-        downloads: an existing folder for downloads.
+        downloads: an existing folder for downloads from MLflow.
 
     Raises:
         UserError: the adapter cannot be found or downloaded, or the result does not contain exactly one adapter.
     """
     if not is_mlflow(adapter):
-        return download_adapter(adapter, downloads)
+        return local_adapter_folder(adapter)
     mlflow = require("mlflow", "mlflow")
     try:
         target = tempfile.mkdtemp(dir=downloads)

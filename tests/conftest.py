@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from pyarrow.fs import FileSystem, S3FileSystem
 from tiny_models import LABELS, WORDS, write_tiny_model
 
 from revmux.pretrained.config import BackboneConfig
@@ -107,6 +108,27 @@ def tiny_files(tiny_rows: list[dict[str, str]], tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="session")
 def tiny_csv(tiny_files: dict[str, Path]) -> Path:
     return tiny_files["csv"]
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3FileSystem]:
+    """An empty bucket named ``bucket``. Every S3 client of this process and its children finds the server."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        filesystem, _ = FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
+        filesystem.create_dir("bucket")
+        yield filesystem
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from moto.server import ThreadedMotoServer
 from polling import wait_until
 from pyarrow import parquet
-from pyarrow.fs import FileSelector, FileSystem, S3FileSystem, copy_files
+from pyarrow.fs import FileSelector, S3FileSystem, copy_files
 from serving_models import load, text, write_adapter, write_model, write_stage
 
 from revmux import UserError
@@ -27,43 +25,25 @@ ROWS, UNIT = 120, 25
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[S3FileSystem]:
-    """An empty bucket named ``bucket``. Every S3 client of this process and its children finds the server."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        filesystem, _ = FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
-        filesystem.create_dir("bucket")
-        yield filesystem
-        server.stop()
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def config(s3: S3FileSystem, model: Path, tmp_path: Path) -> BulkConfig:
-    """120 rows in two files on S3, in five units, with an adapter on S3."""
+    """120 rows in two files on S3, in five units, with a model and an adapter on S3."""
     frame = pd.DataFrame({"id": range(ROWS), "text": [text(index) for index in range(ROWS)]})
     (tmp_path / "in").mkdir()
     frame[:75].to_parquet(tmp_path / "in" / "a.parquet", index=False)
     frame[75:].to_parquet(tmp_path / "in" / "b.parquet", index=False)
     adapter = write_adapter(tmp_path, load(model), 4)
     place = f"bucket/{tmp_path.name}"
-    for name, folder in {"in": tmp_path / "in", "adapters/n4": adapter}.items():
+    for name, folder in {"in": tmp_path / "in", "adapters/n4": adapter, "model": model}.items():
         copy_files(str(folder), f"{place}/{name}", destination_filesystem=s3)
     return BulkConfig(
         input=f"s3://{place}/in/*.parquet",
         output=f"s3://{place}/out",
-        model=str(model),
+        model=f"s3://{place}/model",
         adapter=f"s3://{place}/adapters/n4",
         unit_rows=UNIT,
         audit=0.5,
@@ -77,10 +57,10 @@ def parts(s3: S3FileSystem, config: BulkConfig) -> dict[str, bytes]:
 
 
 def test_s3_gives_the_same_answers_as_the_disk_and_continues(
-    s3: S3FileSystem, config: BulkConfig, tmp_path: Path
+    s3: S3FileSystem, config: BulkConfig, model: Path, tmp_path: Path
 ) -> None:
     adapter = str(tmp_path / "token-split-4")
-    here = replace(config, input=str(tmp_path / "in"), output=str(tmp_path / "out"), adapter=adapter)
+    here = replace(config, input=str(tmp_path / "in"), output=str(tmp_path / "out"), adapter=adapter, model=str(model))
     assert classify_files(here).is_complete
     assert classify_files(config).is_complete
     output = config.output.removeprefix("s3://")
@@ -120,7 +100,8 @@ def test_a_plan_on_s3_is_used_with_its_adapters(
     [
         ({"input": "s3://bucket/nothing/*.parquet"}, "cannot find a file for input"),
         ({"input": "s3://nowhere/rows.parquet"}, "nowhere"),
-        ({"adapter": "s3://bucket/nothing"}, "cannot download adapter"),
+        ({"adapter": "s3://bucket/nothing"}, "cannot read 's3://bucket/nothing'"),
+        ({"model": "s3://bucket/nothing"}, "cannot read 's3://bucket/nothing'"),
         ({"plan": "s3://bucket/nothing", "adapter": None}, "cannot read plan"),
         ({"output": "s3://nowhere/out"}, "nowhere"),
     ],

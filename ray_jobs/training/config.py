@@ -153,7 +153,7 @@ class EvaluateJob:
     """Settings of the job.
 
     Args:
-        adapter: Adapter folder, on a disk that the worker reaches, or an id on the Hugging Face hub.
+        adapter: Adapter folder, on a disk that the worker reaches, its URI, or an id on the Hugging Face hub.
         backbone: Task model that the adapter was trained on.
         data: Labelled text. The test split is evaluated.
         store: Feature store for the task model's states of the test split. Each input then passes the lower layers

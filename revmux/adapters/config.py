@@ -12,6 +12,7 @@ from revmux.data.prompt import Prompt
 from revmux.errors import UserError
 from revmux.pretrained import hub
 from revmux.pretrained.config import EMBEDDED_MODELS, BackboneConfig, Dtype
+from revmux.utils.copies import local_path
 from revmux.utils.files import recover_folder
 from revmux.utils.type_check import check_types
 from revmux.version import __version__
@@ -96,16 +97,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def local_adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an adapter. An adapter on the hub is downloaded if it is not cached.
+    """The local folder of an adapter. An adapter on the hub or on an object store is downloaded if it is not cached.
 
     Args:
-        adapter: a folder, or ``user/name`` or ``user/name@revision`` on the hub.
+        adapter: a folder, its URI, or ``user/name`` or ``user/name@revision`` on the hub.
         revision: branch, tag or commit on the hub. Ignored for folders.
 
     Raises:
         UserError: there is no such folder, and the adapter cannot be downloaded from the hub.
     """
-    folder = Path(adapter).expanduser()
+    folder = local_path(str(adapter))
     recover_folder(folder)
     name, _, inline = str(adapter).partition("@")
     if folder.exists() or not hub.is_repository(name):
@@ -120,7 +121,7 @@ def load_adapter_config(adapter: str | Path, revision: str | None = None) -> Ada
     """Read and check ``adapter_config.json``.
 
     Args:
-        adapter: a folder or an id on the hub, see :func:`local_adapter_folder`.
+        adapter: a folder, its URI or an id on the hub, see :func:`local_adapter_folder`.
         revision: branch, tag or commit on the hub.
 
     Raises:

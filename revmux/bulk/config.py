@@ -20,7 +20,7 @@ class BulkConfig:
         input: Rows to classify: a file, a folder, a glob or a URI (s3://, gs://, file://) of Parquet, CSV, TSV, JSON lines
             or Arrow files. All of them must have the same columns.
         output: Folder or URI for the answers. The same command continues an interrupted job there.
-        model: Frozen task model: a local folder or a Hugging Face id. Default: the model that the adapter or the plan
+        model: Frozen task model: a folder or its URI, or a Hugging Face id. Default: the model that the adapter or the plan
             records.
         revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
         dtype: Data type of the frozen weights. Default: the type that the adapter was trained with, otherwise float32.

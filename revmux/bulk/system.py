@@ -18,10 +18,10 @@ from revmux.adapters.config import (
     WEIGHTS_NAME,
     AdapterConfig,
     load_adapter_config,
+    local_adapter_folder,
     recorded_backbone,
     recorded_dtype,
 )
-from revmux.adapters.uri import download_adapter
 from revmux.bulk.config import BulkConfig
 from revmux.bulk.location import absolute_location, join_location
 from revmux.errors import UserError
@@ -159,9 +159,7 @@ def find_system(config: BulkConfig, adapters: Sequence[tuple[Path, str]] | None 
         UserError: a part cannot be found or does not fit another.
     """
     if adapters is None:
-        with tempfile.TemporaryDirectory() as downloads:
-            found = [(download_adapter(source, Path(downloads)), source) for source in adapter_sources(config)]
-            return find_system(config, found, device)
+        adapters = [(local_adapter_folder(source), source) for source in adapter_sources(config)]
     packed = tuple(PackedAdapter.pack(folder, source) for folder, source in adapters)
     configs = [load_adapter_config(folder) for folder, _ in adapters]
     max_length = config.max_length or min((own.max_length for own in configs), default=None)

@@ -27,7 +27,8 @@ class DataConfig:
         source: Where the text comes from: sentiment (20,651 sentences that people rated as negative or positive; the first
             use downloads 2.5 MB with pip), sentiment-source (the same sentences: movie, product, editorial or tweet?),
             docstrings (which installed library does a sentence document?), a CSV, TSV, JSON lines, Parquet or Arrow file, a
-            folder with such files named train and dev or test (GLUE layout), or the id of a data set on the Hugging Face hub.
+            folder with such files named train and dev or test (GLUE layout), the URI of a file or folder such as
+            s3://bucket/reviews.parquet, or the id of a data set on the Hugging Face hub.
             The default, embedded, is sentiment, or docstrings if the download fails.
         subset: Configuration of a hub data set, such as sst2 of nyu-mll/glue. Default: none.
         text_column: Column of the text. Default: found by its usual names, such as text or sentence.

@@ -10,11 +10,12 @@ from pathlib import Path
 from revmux.data.columns import find_columns
 from revmux.data.config import BUILT_IN, SENTIMENT, SUFFIXES, DataConfig
 from revmux.errors import UserError
+from revmux.utils.copies import local_path
 from revmux.utils.plugins import has_plugins
 
 
 def check_source(config: DataConfig) -> None:
-    """Check the path of a task's data and the columns in its header.
+    """Check the path of a task's data and the columns in its header. Data on an object store is copied for it.
 
     The built-in tasks, hub data sets and files without a readable header are not checked.
 
@@ -24,9 +25,9 @@ def check_source(config: DataConfig) -> None:
     Raises:
         UserError: the file or folder cannot be found, or the header does not have the columns.
     """
-    path = Path(config.source).expanduser()
     if config.source in BUILT_IN:
         return
+    path = local_path(config.source)
     if path.is_dir():
         path = next((file for file in sorted(path.iterdir()) if file.stem == "train" and file.suffix in SUFFIXES), path)
     elif not path.exists() and _is_path(path) and not has_plugins("revmux.data_sources"):

@@ -1,4 +1,4 @@
-"""The location of a model: an embedded model, a local folder or GGUF file, or a hub id. No large library is imported."""
+"""The location of a model: an embedded model, a folder or GGUF file, or a hub id. No large library is imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from revmux.errors import UserError
 from revmux.pretrained.config import EMBEDDED_MODELS, EMBEDDED_NAME, EMBEDDED_PACKAGE, SMOLLM2_NAME, BackboneConfig
 from revmux.pretrained.gguf import SMOLLM2, SUFFIX, converted_model, packaged_model
+from revmux.utils.copies import local_path
 from revmux.utils.files import recover_folder
 
 CONFIG_NAME = "config.json"
@@ -18,14 +19,14 @@ PROMPT_NAME = "prompt.json"
 
 
 def locate(model: str) -> str:
-    """The folder or hub id that a model name stands for. Weights are not read, except once to convert a GGUF file.
+    """The folder or hub id that a model name stands for. Weights are not read, except once to copy or convert them.
 
     Args:
         model: see :class:`BackboneConfig`.
 
     Raises:
-        UserError: an embedded model is not installed and cannot be downloaded, a folder is missing or contains no model, or
-            a GGUF file cannot be converted.
+        UserError: an embedded model is not installed and cannot be downloaded, a folder is missing or contains no model, a
+            URI cannot be copied, or a GGUF file cannot be converted.
     """
     if model == SMOLLM2_NAME:
         return str(packaged_model(SMOLLM2))
@@ -34,7 +35,7 @@ def locate(model: str) -> str:
         if spec is None or spec.origin is None:
             raise UserError(f"the embedded backbone {model} is not installed; run: pip install 'revmux[minilm]'")
         return str(Path(spec.origin).parent / "model")
-    path = Path(model).expanduser()
+    path = local_path(model)
     if path.suffix == SUFFIX:
         if not path.is_file():
             raise UserError(f"cannot find GGUF file {model!r}; name an existing file")

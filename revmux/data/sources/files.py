@@ -17,6 +17,7 @@ from revmux.data.blocks import ROWS_AT_ONCE, stored
 from revmux.data.config import SENTIMENT, SUFFIXES, DataConfig
 from revmux.data.sources.base import SOURCES, Source
 from revmux.errors import UserError
+from revmux.utils.copies import is_uri, local_path, path_form
 from revmux.utils.redact import error_line
 
 IN_MEMORY_BYTES = 32 * 2**20
@@ -28,14 +29,14 @@ class FileSource(Source):
     """One file, to be split into train, selection and test."""
 
     def claims(self, source: str) -> bool:
-        """Whether ``source`` is a file, or has the form of a path and is not a folder."""
-        path = Path(source).expanduser()
+        """Whether ``source`` is a file, or has the form of a path or URI and is not a folder."""
+        path = path_form(source)
         named_as_path = path.suffix in SUFFIXES or path.is_absolute() or source.startswith((".", "~"))
         return path.is_file() or (named_as_path and not path.is_dir())
 
     def read(self, config: DataConfig) -> dict[str, Dataset]:
         """All rows as the split ``all``."""
-        path = Path(config.source).expanduser()
+        path = local_path(config.source)
         if not path.is_file():
             raise UserError(
                 f"cannot find file or folder {config.source!r}; name an existing one, '{SENTIMENT}', or a hub data set"
@@ -44,7 +45,7 @@ class FileSource(Source):
 
     def name(self, config: DataConfig) -> str:
         """The file name without its folders, since folders differ between machines."""
-        return Path(config.source).expanduser().absolute().name
+        return path_form(config.source).absolute().name
 
 
 @SOURCES.register("folder")
@@ -52,23 +53,23 @@ class FolderSource(Source):
     """A folder with the files train and dev, validation or test."""
 
     def claims(self, source: str) -> bool:
-        """Whether ``source`` is an existing folder."""
-        return Path(source).expanduser().is_dir()
+        """Whether ``source`` is an existing folder, or a URI without the suffix of a file."""
+        return path_form(source).suffix not in SUFFIXES if is_uri(source) else Path(source).expanduser().is_dir()
 
     def read(self, config: DataConfig) -> dict[str, Dataset]:
         """The splits, named after their files."""
-        folder = Path(config.source).expanduser()
+        folder = local_path(config.source)
         found = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES}
         if "train" not in found or not {"dev", "validation", "test"} & set(found):
             raise UserError(
-                f"folder {str(folder)!r} contains {sorted(found) or 'no data files'}; add files named train and dev (or "
+                f"folder {config.source!r} contains {sorted(found) or 'no data files'}; add files named train and dev (or "
                 f"test), with one of the suffixes {', '.join(SUFFIXES)}"
             )
         return {name: read_file(found[name]) for name in ("train", "dev", "validation", "test") if name in found}
 
     def name(self, config: DataConfig) -> str:
         """The folder name without its parents, since parents differ between machines."""
-        return Path(config.source).expanduser().absolute().name
+        return path_form(config.source).absolute().name
 
 
 def file_digest(file: Path) -> str:
