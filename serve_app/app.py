@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve import Application
 
 from revmux.errors import UserError
-from revmux.utils.environment import compute_environment
+from revmux.utils.environment import replica_environment
 from serve_app.config import AppConfig, LiveConfig, live_tasks
 from serve_app.errors import RETRY_AFTER_SECONDS
 from serve_app.service import Service
@@ -113,4 +113,4 @@ def build(args: AppConfig) -> Application:
 def _runtime_env() -> dict[str, Any]:
     """Return the deploying job's runtime environment, with the variables for computation added if they are not set."""
     job: dict[str, Any] = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
-    return job | {"env_vars": compute_environment() | job.get("env_vars", {})}
+    return job | {"env_vars": replica_environment() | job.get("env_vars", {})}

@@ -361,7 +361,9 @@ def test_autoscaling_waits_until_replicas_answer_in_groups() -> None:
     assert server_config(model="m", plain_load=31, autoscaling={}).ongoing_requests == 512 + 128
 
 
-def test_replicas_have_the_environment_variables_of_compute_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_have_the_environment_variables_of_a_model_that_shares_its_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from serve_app.app import build
 
     def variables() -> dict[str, str]:

@@ -149,7 +149,7 @@ def workloads(settings: Settings, folder: Path) -> list[Callable[[], Workload]]:
             "embedded", EMBEDDED_NAME, write_embedded(folder / "embedded")[0], round(2048 * settings.scale)
         ),
         lambda: Workload(
-            "shape", settings.shape.name, write_shape(folder / "shape", settings.shape), round(256 * settings.scale)
+            "shape", settings.shape.name, write_shape(folder / "shape", settings.shape), round(384 * settings.scale)
         ),
     ]
 

@@ -31,7 +31,7 @@ from benchmarks.serving.settings import Row, Settings, Shape
 from benchmarks.serving.workloads import Workload, embedded_workload
 from benchmarks.serving.wrk import WrkLeg, check_wrk, load
 from revmux.errors import UserError
-from revmux.utils.environment import compute_environment
+from revmux.utils.environment import replica_environment
 from revmux.utils.files import write_json
 from revmux.utils.run_info import describe_run
 
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(settings: PathSettings, folder: Path, keep: Path) -> tuple[list[Row], dict[str, Any]]:
-    os.environ |= compute_environment()
+    os.environ |= replica_environment()
     about = {"legs": settings.legs, "seconds": settings.seconds, "commit": _commit(ROOT)}
     model = tiny_model(folder / "tiny")
     forms = [] if settings.before is None else [Form("before", settings.before.resolve())]

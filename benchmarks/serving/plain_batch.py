@@ -9,7 +9,7 @@ from ray.serve import Application
 from starlette.requests import Request
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from revmux.utils.environment import compute_environment
+from revmux.utils.environment import replica_environment
 
 Ranking = list[dict[str, Any]]
 
@@ -53,7 +53,7 @@ class PlainClassifier:
 
 def build(model: str, max_length: int, max_batch: int, threads: int, max_ongoing: int) -> Application:
     """Return the application with our environment; Serve's default of five concurrent requests is raised."""
-    actor = {"num_cpus": 1, "runtime_env": {"env_vars": compute_environment()}}
+    actor = {"num_cpus": 1, "runtime_env": {"env_vars": replica_environment()}}
     options = {"ray_actor_options": actor, "max_ongoing_requests": max_ongoing}
     deployment = PlainClassifier.options(**options, logging_config={"enable_access_log": False})  # type: ignore[attr-defined]
     application: Application = deployment.bind(model, max_length, max_batch, threads)

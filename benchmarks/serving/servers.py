@@ -18,7 +18,7 @@ import httpx
 from benchmarks.serving.load import Leg, Load, send
 from benchmarks.serving.settings import CUTS, Settings
 from benchmarks.serving.workloads import LENGTH, Workload
-from revmux.utils.environment import compute_environment
+from revmux.utils.environment import replica_environment
 
 PLAIN_PREFIX = "/plain"
 START_SECONDS = 180.0
@@ -184,7 +184,7 @@ def infinity_server(executable: Path, model: Path, max_batch: int, threads: int)
     command += ["--host", "127.0.0.1", "--port", str(port), "--no-model-warmup"]
     environment = (
         os.environ
-        | compute_environment()
+        | replica_environment()
         | {
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
