@@ -33,7 +33,7 @@ class Settings:
     """
 
     shape: Shape = field(default_factory=Shape)
-    pairs: int = 5
+    pairs: int = 3
     scale: float = 1.0
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     memory_rows: tuple[int, int] = (10_000, 1_000_000)

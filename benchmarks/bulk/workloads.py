@@ -33,7 +33,8 @@ from revmux.utils.files import write_json
 
 LADDER_CUT, LADDER_WIDTH = 3, 4
 _SAMPLE = 256
-_UNITS = 2
+_UNIT_ROWS = 2048
+"""Rows per unit. In much smaller units, few inputs have similar lengths, and passes are small."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Workload:
         }
 
     def config(self, output: Path, adapter: Path | None = None, plan: Path | None = None) -> BulkConfig:
-        """Return the settings of one leg, which has several units, so that reading and writing overlap."""
+        """Return the settings of one leg."""
         return BulkConfig(
             input=str(self.file),
             output=str(output),
@@ -93,7 +94,7 @@ class Workload:
             adapter=None if adapter is None else str(adapter),
             plan=None if plan is None else str(plan),
             max_length=LENGTH,
-            unit_rows=-(-self.rows // _UNITS),
+            unit_rows=_UNIT_ROWS,
         )
 
     def systems(self) -> dict[str, dict[str, Path]]:
@@ -146,10 +147,10 @@ def workloads(settings: Settings, folder: Path) -> list[Callable[[], Workload]]:
     """Return for each backbone a function that writes it."""
     return [
         lambda: Workload(
-            "embedded", EMBEDDED_NAME, write_embedded(folder / "embedded")[0], round(2048 * settings.scale)
+            "embedded", EMBEDDED_NAME, write_embedded(folder / "embedded")[0], round(4096 * settings.scale)
         ),
         lambda: Workload(
-            "shape", settings.shape.name, write_shape(folder / "shape", settings.shape), round(384 * settings.scale)
+            "shape", settings.shape.name, write_shape(folder / "shape", settings.shape), round(768 * settings.scale)
         ),
     ]
 
