@@ -147,7 +147,7 @@ def workloads(settings: Settings, folder: Path) -> list[Callable[[], Workload]]:
     """Return for each backbone a function that writes it."""
     return [
         lambda: Workload(
-            "embedded", EMBEDDED_NAME, write_embedded(folder / "embedded")[0], round(4096 * settings.scale)
+            "embedded", EMBEDDED_NAME, write_embedded(folder / "embedded")[0], round(2048 * settings.scale)
         ),
         lambda: Workload(
             "shape", settings.shape.name, write_shape(folder / "shape", settings.shape), round(768 * settings.scale)
