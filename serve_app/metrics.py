@@ -14,6 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.samples import Sample
 from starlette.types import Message, Send
 
 from revmux.serving import Engine
@@ -201,6 +202,11 @@ class _Merged:
         return self._families
 
 
+def samples(family: Metric) -> Iterator[Sample]:
+    """Yield the samples of a metric without the start times of its series, which would double their number."""
+    return (sample for sample in family.samples if not sample.name.endswith("_created"))
+
+
 def page(by_replica: dict[str, list[Metric]]) -> bytes:
     """Return the metrics of all replicas in Prometheus's text format.
 
@@ -211,9 +217,7 @@ def page(by_replica: dict[str, list[Metric]]) -> bytes:
     for replica, families in sorted(by_replica.items()):
         for family in families:
             combined = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            for sample in family.samples:
-                if sample.name.endswith("_created"):  # start times of the series; they would double the page
-                    continue
+            for sample in samples(family):
                 labels: dict[str, Any] = {**sample.labels, "replica": replica}
                 combined.add_sample(sample.name, labels, sample.value)
     return generate_latest(_Merged(merged.values()))

@@ -65,7 +65,7 @@ def everything(render: Render) -> Objects:
     """All objects that the chart can make."""
     return render(
         **commented_examples(),
-        monitoring={"enabled": True, "labels": {"release": "prometheus"}},
+        monitoring={"enabled": True, "labels": {"release": "prometheus"}, "dashboard": {"enabled": True}},
         envSecret="revmux-env",
     )
 
@@ -248,6 +248,13 @@ def test_parts_that_the_user_brings_are_not_made(render: Render) -> None:
     text = yaml.safe_dump(objects)
     assert "claimName: mine" in text
     assert "HF_HOME" not in text
+
+
+def test_grafana_finds_the_dashboard_by_its_label(render: Render, everything: Objects) -> None:
+    assert not of_kind(render(), "ConfigMap")
+    (found,) = of_kind(everything, "ConfigMap")
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert found["data"]["revmux.json"] == (CHART / "dashboards/revmux.json").read_text()
 
 
 @pytest.mark.parametrize(

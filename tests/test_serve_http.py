@@ -18,6 +18,7 @@ import httpx
 import pytest
 import schemathesis
 import torch
+from dashboard_queries import needed
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from polling import wait_until
@@ -599,6 +600,17 @@ def test_metrics_count_requests_groups_and_stages(url: str) -> None:
     assert gained["revmux_stage_seconds_count", "upper", "mood"] >= 1
     assert gained["revmux_queue_inputs", "mood"] == 0
     assert after["revmux_queue_limit",] == 512
+
+
+def test_every_metric_and_label_of_the_dashboard_is_exported(url: str) -> None:
+    post(f"{url}/tasks/mood/predict", {"inputs": [[text(index)] for index in range(8)]})
+    shown = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=60).text)
+    exported = {sample.name: set(sample.labels) for family in shown for sample in family.samples}
+    wanted = needed()
+    assert len(wanted) > 15
+    missing = {name: labels - exported.get(name, set()) for name, labels in wanted.items()}
+    assert wanted.keys() <= exported.keys()
+    assert not any(missing.values()), missing
 
 
 def test_the_metrics_of_several_replicas_are_merged_into_one_page(service: Service) -> None:
