@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 from serve_app.auth import MISSING_TOKEN, is_authorized, path_in_app
 from serve_app.errors import Unauthorized, refusal
 from serve_app.metrics import ReplicaMetrics
-from serve_app.predict import Endpoint, Endpoints
+from serve_app.predict import Endpoint, Endpoints, JsonReply
+from serve_app.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,20 @@ class FastPath:
         endpoints: the endpoints.
         tokens: accepted bearer tokens. If there are none, requests need no token.
         metrics: counts the replies.
+        tracing: traces the requests; None if it is off.
     """
 
-    def __init__(self, endpoints: Endpoints, tokens: tuple[bytes, ...], metrics: ReplicaMetrics) -> None:
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        tokens: tuple[bytes, ...],
+        metrics: ReplicaMetrics,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.endpoints = endpoints
         self.tokens = tokens
         self.metrics = metrics
+        self.tracing = tracing
 
     async def answers(self, scope: Scope, receive: Receive, send: Send) -> bool:
         """Answer a request for a classification. Return False, and do nothing, if it is another one."""
@@ -46,8 +55,14 @@ class FastPath:
             return False
         endpoint, task, route = found
         with self.metrics.measured(send, lambda: route) as measured_send:
-            reply = await self._reply(endpoint, Request(scope, receive), task)
-            await reply(scope, receive, measured_send)
+            if self.tracing is None:
+                reply = await self._reply(endpoint, Request(scope, receive), task)
+                await reply(scope, receive, measured_send)
+                return True
+            with self.tracing.request(scope, route) as traced:
+                reply = await self._reply(endpoint, Request(scope, receive), task)
+                traced.replied(reply, reply.answers if isinstance(reply, JsonReply) else ())
+                await reply(scope, receive, measured_send)
         return True
 
     def _find(self, path: str) -> tuple[Endpoint, str | None, str] | None:

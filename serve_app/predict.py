@@ -1,7 +1,7 @@
 """Endpoints for classification, as in text-embeddings-inference, in vLLM and in the Open Inference Protocol."""
 
 # No postponed annotations in this module: FastAPI reads those of the endpoints.
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter, time
 from typing import Any
 
@@ -91,7 +91,8 @@ class Endpoints:
 
     def _reply(self, content: object, texts: list[Text], answers: list[Answer], started: float) -> Response:
         device = "gpu" if self.service.config.num_gpus else "cpu"
-        return JsonReply(orjson.dumps(content), reply_headers(texts, answers, perf_counter() - started, device))
+        headers = reply_headers(texts, answers, perf_counter() - started, device)
+        return JsonReply(orjson.dumps(content), headers, answers)
 
 
 class JsonReply(Response):
@@ -100,11 +101,13 @@ class JsonReply(Response):
     Args:
         body: JSON.
         headers: names in lower case, and values in latin-1.
+        answers: the answers in the body, for traces.
     """
 
     media_type = "application/json"
 
-    def __init__(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, body: bytes, headers: list[tuple[bytes, bytes]], answers: Sequence[Answer]) -> None:
+        self.answers = answers
         self.status_code = 200
         self.background = None
         self.body = body

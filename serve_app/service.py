@@ -32,6 +32,7 @@ from serve_app.errors import Unhealthy
 from serve_app.measured_loss import log_loss
 from serve_app.metrics import ReplicaMetrics
 from serve_app.sources import fetch_adapter
+from serve_app.tracing import tracing_from_environment
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +60,18 @@ class Service:
     Attributes:
         peers: collects the metrics of all replicas, by name; None if this is the only replica.
         tokens: accepted bearer tokens. If there are none, requests need no token.
+        tracing: traces requests; None if the environment does not configure it.
         update_error: error of the last change of tasks, or None if it succeeded.
 
     Raises:
-        UserError: the tokens cannot be read.
+        UserError: the tokens cannot be read, or an exporter of traces is not installed.
     """
 
     def __init__(self, config: AppConfig, replica: str = "0") -> None:
         self.config = config
         self.replica = replica
         self.tokens = read_tokens(config.token_file, config.token_env)
+        self.tracing = tracing_from_environment(replica)
         self.metrics = ReplicaMetrics(config.max_queue)
         self.engine = Engine(
             limits=config.limits(),
@@ -203,8 +206,10 @@ class Service:
             raise Unhealthy(f"the model does not answer: {error}") from error
 
     def close(self) -> None:
-        """Answer the waiting requests and stop the engine."""
+        """Answer the waiting requests, stop the engine, and export the last traces."""
         self.engine.close()
+        if self.tracing is not None:
+            self.tracing.close()
 
     def info(self) -> dict[str, Any]:
         """Return the served tasks, their adapters, all limits, and the replica's counts."""

@@ -66,7 +66,7 @@ def create_app(service: Service) -> HttpApplication:
         api.add_middleware(BearerAuth, tokens=service.tokens)
     api.add_middleware(Measured, metrics=service.metrics)
     _describe(api, bool(service.tokens))
-    return HttpApplication(FastPath(endpoints, service.tokens, service.metrics), api)
+    return HttpApplication(FastPath(endpoints, service.tokens, service.metrics, service.tracing), api)
 
 
 def _describe(app: FastAPI, needs_token: bool) -> None:

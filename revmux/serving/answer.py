@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -25,6 +27,8 @@ class Answer(NamedTuple):
         tokenize_seconds: time of tokenization.
         tokens: number of tokens of the input.
         group: number of the last group that the input was in, unique within the engine.
+        started: start of the forward pass, on the clock of :func:`time.perf_counter`.
+        steps: seconds of the pass per step, see :mod:`revmux.serving.forward`.
     """
 
     scores: Tensor
@@ -38,6 +42,8 @@ class Answer(NamedTuple):
     tokenize_seconds: float = 0.0
     tokens: int = 0
     group: int = 0
+    started: float = 0.0
+    steps: Mapping[str, float] = MappingProxyType({})
 
 
 class Slot(Protocol):

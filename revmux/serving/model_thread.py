@@ -198,6 +198,8 @@ class ModelThread:
                     tokenize_seconds=ticket.tokenize_seconds,
                     tokens=ticket.length,
                     group=numbers[outcome.groups[row]],
+                    started=started,
+                    steps=outcome.steps,
                 )
             )
         self._report(report)
