@@ -14,6 +14,7 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.location import check_model
 from revmux.utils.extras import check_extras
 from revmux.utils.parser import Parser
+from revmux.utils.redact import without_passwords
 from serve_app.config import ServerConfig, server_config
 from serve_app.sources import is_mlflow
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m serve_app") -
 
         url = deploy(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         return 2
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

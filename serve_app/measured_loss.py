@@ -6,6 +6,7 @@ import logging
 
 from revmux.adapters.config import AdapterConfig
 from revmux.serving.adapters import describe_loss
+from revmux.utils.redact import without_passwords
 from serve_app.config import AppConfig
 
 logger = logging.getLogger(__name__)
@@ -21,5 +22,5 @@ def log_loss(adapter: AdapterConfig, source: str, threshold: float | None, confi
         config: the application's configuration.
     """
     effective = adapter.fallback_threshold if threshold is None else threshold
-    line, is_warning = describe_loss(adapter, source, effective or 0.0, config.max_points_lost)
+    line, is_warning = describe_loss(adapter, without_passwords(source), effective or 0.0, config.max_points_lost)
     logger.log(logging.WARNING if is_warning else logging.INFO, "%s", line)

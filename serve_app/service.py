@@ -258,7 +258,9 @@ class Service:
             "group_widths": sorted({route.width for route in lineup.routes}),
             "adapters": [
                 {
-                    "source": sources[adapter.place].source if adapter.place in sources else adapter.folder,
+                    "source": without_passwords(
+                        sources[adapter.place].source if adapter.place in sources else str(adapter.folder)
+                    ),
                     "stage": adapter.config.stage,
                     "method": adapter.config.method,
                     "num_inputs": adapter.config.num_inputs,

@@ -39,7 +39,7 @@ def fetch_adapter(adapter: str, downloads: Path) -> Path:
         downloaded = Path(mlflow.artifacts.download_artifacts(_without_backbone(mlflow, adapter), dst_path=target))
     except Exception as error:  # from MLflow, its database, or the library of an object store
         raise UserError(
-            f"cannot download {adapter!r} from MLflow at {without_passwords(mlflow.get_tracking_uri())} "
+            f"cannot download {without_passwords(adapter)!r} from MLflow at {without_passwords(mlflow.get_tracking_uri())} "
             f"({error_line(error)}); check the name, and MLFLOW_TRACKING_URI"
         ) from None
     found = sorted(path.parent for path in downloaded.rglob(CONFIG_NAME))

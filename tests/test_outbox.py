@@ -9,10 +9,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from polling import wait_until
 
 from ray_jobs.tracking import outbox as outbox_module
 from ray_jobs.tracking.config import TrackingConfig
-from ray_jobs.tracking.outbox import LOCAL, Outbox, is_refusal
+from ray_jobs.tracking.outbox import LOCAL, BufferedClient, Outbox, is_refusal
 from ray_jobs.tracking.tracker import Tracker
 from revmux import UserError
 
@@ -318,6 +320,45 @@ def test_a_worker_with_a_slow_clock_records_nothing_before_its_run_is_created(
     assert case.outbox.flush() == 0
     assert case.losses(case.outbox.resolve(run_id)) == [float(step) for step in range(12)]
     assert not (case.outbox.folder / "quarantine").exists()
+
+
+def test_records_of_a_worker_with_an_old_listing_wait_for_their_run(case: Case) -> None:
+    case.faulty.fault = away
+    run_id = f"{LOCAL}1"
+    case.outbox.send("create", run_id, experiment_id=case.experiment, start_time=0, tags={}, name="one")
+    (creation,) = case.outbox.folder.glob("[0-9]*.json")
+    for step in range(3):
+        case.log(run_id, float(step), step)
+    creation.rename(creation.with_name(creation.name.replace("1-", "9-", 1)))
+    case.faulty.fault = lambda call, *_: None
+    assert case.outbox.flush() == 0
+    assert case.losses(case.outbox.resolve(run_id)) == [0.0, 1.0, 2.0]
+    assert not (case.outbox.folder / "quarantine").exists()
+
+
+@pytest.mark.parametrize("status", [400, 404, 502])
+def test_an_error_page_of_a_proxy_is_not_a_refusal(status: int, tmp_path: Path) -> None:
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>the service is not here</html>")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever)
+        thread.start()
+        client = BufferedClient(f"http://127.0.0.1:{proxy.server_port}", tmp_path / "outbox")
+        client.log_batch("0" * 32, params=[Param("rate", "2")])
+        proxy.shutdown()
+        thread.join()
+    assert len(client.outbox) == 1
 
 
 def test_the_records_of_an_earlier_version_are_sent_first(case: Case) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from serving_models import load, write_adapter, write_model
 
 from ray_jobs import cli
 from ray_jobs.sweep.trials import reason_of
@@ -24,6 +25,8 @@ from ray_jobs.training.worker_errors import describe_error
 from revmux import UserError
 from revmux.training.trainer import TrainerState
 from revmux.utils.redact import error_line, redact_logs, without_passwords
+from serve_app.config import AppConfig
+from serve_app.service import Service
 from serve_app.sources import fetch_adapter
 
 SECRET = "s3cret"
@@ -160,6 +163,30 @@ def test_logs_of_mlflow_show_no_password(capfd: pytest.CaptureFixture[str]) -> N
     shown = capfd.readouterr().err
     assert shown.count("me:***@host") >= 3
     assert SECRET not in shown
+
+
+def test_the_parameters_of_a_run_show_no_password(tmp_path: Path) -> None:
+    tracker = Tracker(TrackingConfig(), tmp_path)
+    with tracker.run("one", {"data": {"source": f"s3://me:{SECRET}@bucket/reviews"}}) as run_id:
+        assert tracker.client.get_run(run_id).data.params == {"data.source": "s3://me:***@bucket/reviews"}
+
+
+def test_a_served_adapter_whose_uri_has_a_password_shows_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_model(tmp_path)
+    folder = write_adapter(tmp_path, load(model), 2)
+    uri = f"s3://me:{SECRET}@bucket/adapter"
+    monkeypatch.setattr("serve_app.service.fetch_adapter", lambda adapter, downloads: folder)
+    service = Service(AppConfig(model=str(model), adapters=[uri]))
+    service.serve(service.config.served)
+    (shown,) = service.info()["adapters"]
+    assert shown["source"] == "s3://me:***@bucket/adapter"
+    monkeypatch.setattr("serve_app.service.fetch_adapter", fetch_adapter)
+    service.update({"tasks": {"default": {"model": str(model), "adapters": [f"hdfs://me:{SECRET}@host/adapter"]}}})
+    assert "hdfs://me:***@host/adapter" in service.info()["update_error"]
+    service.close()
+    clean(caplog, r"s3://me:\*\*\*@bucket")
 
 
 def test_settings_on_the_ray_dashboard_show_no_password(uri: str) -> None:

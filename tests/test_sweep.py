@@ -242,6 +242,19 @@ def test_rows_are_read_back_and_give_a_front(tmp_path: Path) -> None:
     assert (compared["siso"].accuracy, compared["siso"].test_accuracy) == (0.9, 0.88)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"trial": ', b"[]", b"\xff", b'{"trial": "mine"}'])
+def test_a_trial_whose_row_is_damaged_is_tried_again(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, mine, other = SweepFolder(tmp_path, {"data": "a"}), trial("mine", 0.5), trial("other", 0.6)
+    for one in (mine, other):
+        folder.write(row_of(one, "done", metrics={"accuracy_mean": 0.8}))
+    (file,) = tmp_path.glob("rows/mine.json")
+    file.write_bytes(content)
+    assert folder.read([mine, other]).keys() == {"other"}
+    assert "mine.json is damaged" in caplog.text
+
+
 def test_a_trial_that_wrote_its_row_is_not_repeated_when_its_process_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

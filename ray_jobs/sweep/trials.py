@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -27,6 +28,7 @@ from revmux.training.config import Recipe
 from revmux.utils.files import write_durably, write_json
 from revmux.utils.redact import without_passwords
 
+_log = logging.getLogger(__name__)
 ROWS, IDENTITY = "rows", "sweep-identity.json"
 FAILED = "failed"
 """Key that a trial reports after it has failed for good and has written its row."""
@@ -167,9 +169,17 @@ class SweepFolder:
         (self.path / ROWS / f"{row.trial}.json").unlink(missing_ok=True)
 
     def read(self, trials: Sequence[Trial]) -> dict[str, TrialRow]:
-        """The rows of the given trials that have ended, by name."""
-        files = {trial.name: self.path / ROWS / f"{trial.name}.json" for trial in trials}
-        return {name: TrialRow(**json.loads(file.read_text())) for name, file in files.items() if file.is_file()}
+        """The rows of the given trials that have ended, by name. A trial whose row is damaged is tried again."""
+        found: dict[str, TrialRow] = {}
+        for trial in trials:
+            file = self.path / ROWS / f"{trial.name}.json"
+            if not file.is_file():
+                continue
+            try:
+                found[trial.name] = TrialRow(**json.loads(file.read_bytes()))
+            except (ValueError, TypeError) as error:
+                _log.warning("%s is damaged (%s); its trial is tried again", file, error)
+        return found
 
     def remove_checkpoints(self, trial: Trial) -> None:
         """Delete the checkpoints of a trial that will not continue."""

@@ -15,6 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ REFUSALS = frozenset(
     }
 )
 """MLflow's error codes for requests that it will never accept. Other errors, such as ``UNAUTHENTICATED``, may pass."""
+_NOT_JSON = "API request to endpoint"
+"""How MLflow's client begins its message about a reply that is not JSON."""
 _MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError, UserError)
 
 
@@ -141,21 +144,24 @@ class Outbox:
             return 0
         try:
             with FileLock(str(self.folder / "lock"), timeout=0):
-                self._send_waiting()
+                while self._send_waiting():
+                    pass
         except Timeout:  # another process is sending them
             pass
         except OSError as error:
             _log.warning("cannot send the records in %s (%s)", self.folder, error_line(error))
         return len(self)
 
-    def _send_waiting(self) -> None:
+    def _send_waiting(self) -> bool:
+        """Try each waiting record once. Return whether a run was created after one of its records had its turn."""
         held: set[str] = set()  # runs with an earlier record that could not be sent
+        early: set[str] = set()  # runs with a record before the one that creates them
         failures = 0
         for file in self._waiting():
             record: dict[str, Any] = {}
             try:
                 record = _read(file)
-                if self._is_held(record, held):
+                if self._is_held(record, held, early):
                     continue
                 self._deliver(record)
             except Exception as error:
@@ -163,7 +169,7 @@ class Outbox:
                     self._quarantine(file, error)
                 elif not self._server_answers():
                     self.went_away(error)
-                    return
+                    return False
                 elif self._is_given_up(file, record):
                     self._quarantine(file, error)
                 else:
@@ -176,9 +182,13 @@ class Outbox:
                 self._remove(file)
         self.is_away = False
         self._retry_at = time.monotonic() + RETRY_SECONDS if failures else 0.0
+        return any(not self.resolve(run_id).startswith(LOCAL) for run_id in early)
 
-    def _is_held(self, record: dict[str, Any], held: set[str]) -> bool:
+    def _is_held(self, record: dict[str, Any], held: set[str], early: set[str]) -> bool:
         """Whether a record must wait for an earlier record of its run, or its run for the sweep's run.
+
+        A network file system can show a worker an old listing of the folder. The number of its record may then not be
+        above that of the record that creates the run.
 
         Raises:
             _Unsendable: its run was never created.
@@ -189,10 +199,20 @@ class Outbox:
         else:
             waits = record["run_id"] in held
             if not waits and self.resolve(record["run_id"]).startswith(LOCAL):
-                raise _Unsendable("the record that creates its run is missing")
+                if not self._creation_waits(record["run_id"]):
+                    raise _Unsendable("the record that creates its run is missing")
+                early.add(record["run_id"])
+                waits = True
         if waits:
             held.add(record["run_id"])
         return waits
+
+    def _creation_waits(self, run_id: str) -> bool:
+        for file in self._waiting():
+            with suppress(_Unsendable):
+                if _run_of(file) == run_id and _read(file)["call"] == "create":
+                    return True
+        return False
 
     def _server_answers(self) -> bool:
         try:
@@ -387,6 +407,8 @@ def is_refusal(error: Exception) -> bool:
     """
     from mlflow.exceptions import MlflowException
 
+    if type(error) is MlflowException and str(error).startswith(_NOT_JSON):
+        return False  # MLflow answers in JSON, so this page is from a proxy in front of it
     if isinstance(error, MlflowException):
         return error.error_code in REFUSALS
     return isinstance(error, _MISTAKES)

@@ -129,7 +129,7 @@ class Tracker:
             except Exception as error:
                 if is_refusal(error):
                     raise
-        texts = {key: str(value)[:500] for key, value in params.items()}
+        texts = {key: without_passwords(str(value))[:500] for key, value in params.items()}
         changed = [f"{key}: {logged[key]} → {text}" for key, text in texts.items() if logged.get(key, text) != text]
         if changed:  # MLflow's parameters cannot be changed
             self.client.set_tag(run_id, "revmux.changed", "; ".join(changed)[:5000])

@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 
 from revmux.errors import UserError
 from revmux.utils.files import atomic_file, atomic_folder, make_folder, user_cache
-from revmux.utils.redact import error_line
+from revmux.utils.redact import error_line, without_passwords
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "hf", "file")
 """Schemes that pyarrow opens; ``fsspec+PROTOCOL`` are others."""
@@ -60,7 +60,9 @@ def local_copy(uri: str) -> Path:
         if not files:
             raise FileNotFoundError(f"there is nothing at {path}")
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {uri!r} ({error_line(error)}); name an existing file or folder") from None
+        raise UserError(
+            f"cannot read {without_passwords(uri)!r} ({error_line(error)}); name an existing file or folder"
+        ) from None
     if isinstance(filesystem, LocalFileSystem):
         return Path(path)
     key = hashlib.sha256(repr((uri, files)).encode()).hexdigest()[:16]
@@ -80,7 +82,7 @@ def local_copy(uri: str) -> Path:
                     )
     except (OSError, pa.ArrowException, Timeout) as error:
         raise UserError(
-            f"cannot copy {uri!r} to {copy} ({error_line(error)}); free some space there, or name a writable folder in "
+            f"cannot copy {without_passwords(uri)!r} to {copy} ({error_line(error)}); free some space there, or name a writable folder in "
             "XDG_CACHE_HOME"
         ) from None
     return copy
