@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from serving_http import listening, write_tasks
 from serving_models import load, plain_scores
@@ -140,6 +141,7 @@ def test_the_page_shows_labels_and_groups_of_typed_texts(browser: Browser, url: 
     assert all(len(row[2].splitlines()) == 3 for row in found)
     assert [row[3] for row in found] == ["2"] * 4
     assert sorted(row[4] for row in found) == ["1", "1", "2", "2"]
+    assert [row[5] for row in found] == ["token-split"] * 4
     assert "4 answered in" in browser.run("document.getElementById('status').textContent")
     browser.wait("Number(document.getElementById('replicas').textContent) === 1")
     assert browser.complaints == []
@@ -154,6 +156,38 @@ def test_the_page_shows_throughput_and_width_while_there_is_load(browser: Browse
     browser.wait("Number(document.getElementById('throughput').textContent) > 1")
     browser.wait("document.getElementById('throughput-line').points.length > 1")
     browser.run("clearInterval(window.load)")
+
+
+def test_the_page_shows_the_plain_models_answer_below_each_other_one(
+    browser: Browser, url: str, tasks: dict[str, Any]
+) -> None:
+    texts = ["w1 w2", "w3"]
+    browser.run(f"document.getElementById('texts').value = {json.dumps(chr(10).join(texts))}")
+    browser.run("document.getElementById('compare').click()")
+    browser.run("document.querySelector('#ask button[type=submit]').click()")
+    browser.wait("document.querySelectorAll('#answers tbody tr.exact').length === 2")
+    found = _answers(browser)
+    assert [row[0] for row in found] == [texts[0], "", texts[1], ""]
+    assert [row[3] for row in found] == ["2", "1", "2", "1"]
+    assert [row[5] for row in found] == ["token-split", "plain model, exact"] * 2
+    pretrained = load(Path(tasks["topic"]["model"]))
+    best = plain_scores(pretrained, texts).argmax(-1).tolist()
+    assert [row[1] for row in found[1::2]] == [pretrained.backbone.label_names[index] for index in best]
+    assert browser.run("document.querySelectorAll('#answers td.differs').length") == 0  # these adapters agree
+    browser.run("document.getElementById('compare').click()")
+
+
+def test_the_page_shows_which_stages_answer_and_their_cost(browser: Browser, url: str) -> None:
+    rows = "[...document.querySelectorAll('#stages tbody tr')].map(row => [...row.cells].map(cell => cell.innerText))"
+    browser.wait(f"{rows}.length === 4 && Number({rows}[1][4]) > 0")
+    found = browser.run(rows)
+    assert [row[:2] for row in found] == [["mood", "0"], ["", "1"], ["topic", "0"], ["", "1"]]
+    info = httpx.get(f"{url}/info", headers={"Authorization": "Bearer let-me-in"}, timeout=60).json()
+    costs = [f"{adapter['relative_cost']:.2f}" for adapter in info["tasks"]["mood"]["adapters"]]
+    assert found[1][2] == "token-split, N = 2 / token-split, N = 4"
+    assert found[1][3] == " / ".join(costs)
+    assert found[0][2:4] == ["plain model", "1.00"]
+    assert int(found[0][5].rstrip("% ")) + int(found[1][5].rstrip("% ")) in (99, 100, 101)
 
 
 def test_a_refusal_is_shown_as_text(browser: Browser, url: str) -> None:

@@ -1,7 +1,8 @@
 "use strict";
 // The web page of a server. It calls /predict like any client, and reads /metrics once per second while the page is visible.
 const at = (id) => document.getElementById(id);
-const history = [];  // one entry per second of the last minute: {time, inputs, groups}
+const history = [];  // one entry per second of the last minute: {time, inputs, groups, stages}
+let served = {};  // the tasks of /info by name
 const SECONDS = 60;
 const BEST = 3;  // scores that are shown before "more"
 const SAMPLES = [
@@ -44,7 +45,14 @@ function scoreLines(ranking) {
   return [...lines.slice(0, BEST), others];
 }
 
-function show(texts, rankings, headers) {
+function answeredBy(method, stage, fellBack) {
+  if (fellBack) return "fell back to the plain model";
+  if (method === "siso") return "plain model";
+  return Number(stage) > 1 ? `${method}, stage ${stage}` : method;
+}
+
+// exact: the rankings of the plain model alone, or null.
+function show(texts, rankings, headers, exact) {
   const widths = headers.get("x-revmux-width").split(",");
   const methods = headers.get("x-revmux-method").split(",");
   const groups = headers.get("x-revmux-group").split(",");
@@ -57,10 +65,18 @@ function show(texts, rankings, headers) {
     cell(row, text);
     cell(row, rankings[index][0].label);
     cell(row, "").append(...scoreLines(rankings[index]));
-    const head = widths[index] === "1" && methods[index] !== "siso" ? ` (${methods[index]})` : "";
-    const later = Number(stages[index]) > 1 ? `, stage ${stages[index]}` : "";
-    cell(row, widths[index] + head + later + (alone[index] === "true" ? ", fell back" : ""));
+    cell(row, widths[index]);
     cell(row, groups[index]);
+    cell(row, answeredBy(methods[index], stages[index], alone[index] === "true"));
+    if (!exact) return;
+    const other = body.insertRow();
+    other.className = "exact";
+    cell(other, "");
+    cell(other, exact[index][0].label).classList.toggle("differs", exact[index][0].label !== rankings[index][0].label);
+    cell(other, "").append(...scoreLines(exact[index]));
+    cell(other, "1");
+    cell(other, "");
+    cell(other, "plain model, exact");
   });
   at("answers").hidden = false;
   const time = (name) => `${headers.get(`x-${name}-time`)} ms`;
@@ -79,7 +95,9 @@ async function classify(event) {
     if (at("task").value) body.task = at("task").value;
     if (at("width").value) body.max_multiplex = Number(at("width").value);
     const reply = await ask("predict", body);
-    show(texts, await reply.json(), reply.headers);
+    const exact = at("compare").checked ? await ask("predict", { ...body, max_multiplex: 1 }) : null;
+    show(texts, await reply.json(), reply.headers, exact && await exact.json());
+    if (exact) at("status").textContent += `; the plain model alone needed ${exact.headers.get("x-inference-time")} ms in the model`;
   } catch (failure) {
     at("status").className = "error";
     at("status").textContent = failure.message;
@@ -100,6 +118,38 @@ function total(page, name) {
   return { sum, lines };
 }
 
+// The answers of all replicas by task and stage, as {"task\nstage": number}.
+function answersByStage(page) {
+  const found = {};
+  for (const [, labels, value] of page.matchAll(/^revmux_ladder_inputs_total\{(.*)\} (\S+)$/gm)) {
+    const named = Object.fromEntries([...labels.matchAll(/(\w+)="([^"]*)"/g)].map(([, name, text]) => [name, text]));
+    const key = `${named.task}\n${named.stage}`;
+    found[key] = (found[key] || 0) + Number(value);
+  }
+  return found;
+}
+
+function showStages(then, now) {
+  const body = at("stages").tBodies[0];
+  body.replaceChildren();
+  for (const [name, task] of Object.entries(served)) {
+    const stages = [0, ...new Set(task.adapters.filter((adapter) => adapter.used).map((adapter) => adapter.stage))].sort((a, b) => a - b);
+    const gained = stages.map((stage) => Math.max(0, (now[`${name}\n${stage}`] || 0) - (then[`${name}\n${stage}`] || 0)));
+    const all = gained.reduce((sum, one) => sum + one, 0);
+    stages.forEach((stage, index) => {
+      const systems = task.adapters.filter((adapter) => adapter.used && adapter.stage === stage);
+      const row = body.insertRow();
+      cell(row, index ? "" : name);
+      cell(row, stage);
+      cell(row, stage ? systems.map((system) => `${system.method}, N = ${system.num_inputs}`).join(" / ") : "plain model");
+      cell(row, stage ? systems.map((system) => system.relative_cost.toFixed(2)).join(" / ") : "1.00");
+      cell(row, gained[index]);
+      cell(row, all ? `${Math.round(100 * gained[index] / all)} %` : "–");
+    });
+  }
+  at("stages").hidden = !body.rows.length;
+}
+
 function draw(id, values, top) {
   const points = values.map((value, index) => `${600 - 600 * (values.length - 1 - index) / SECONDS},${115 - 110 * value / top}`);
   at(id).setAttribute("points", points.join(" "));
@@ -113,6 +163,7 @@ async function watch() {
         time: performance.now(),
         inputs: total(page, "revmux_inputs_total").sum,
         groups: total(page, "revmux_groups_total").sum,
+        stages: answersByStage(page),
       });
       while (history.length > SECONDS + 1) history.shift();
       const steps = history.slice(1).map((now, index) => {
@@ -120,6 +171,7 @@ async function watch() {
         const inputs = Math.max(0, now.inputs - then.inputs), groups = now.groups - then.groups;
         return { rate: 1000 * inputs / (now.time - then.time), width: groups > 0 ? inputs / groups : 0 };
       });
+      showStages(history[0].stages, history[history.length - 1].stages);
       at("waiting").textContent = total(page, "revmux_queue_inputs").sum;
       at("replicas").textContent = total(page, "revmux_queue_limit").lines;
       if (steps.length) {
@@ -143,12 +195,13 @@ async function watch() {
 async function describe() {
   try {
     const info = await (await ask("info")).json();
-    const tasks = Object.keys(info.tasks);
+    served = info.tasks;
+    const tasks = Object.keys(served);
     at("model").textContent = `${info.model_id}, ${info.model_dtype} on ${info.device}`;
     const chosen = at("task").value;
     at("task").replaceChildren(...tasks.map((name) => new Option(name, name, false, name === chosen)));
     at("task-choice").hidden = tasks.length < 2;
-    const widths = new Set(Object.values(info.tasks).flatMap((task) => task.group_widths));
+    const widths = new Set(Object.values(served).flatMap((task) => task.group_widths));
     at("width").replaceChildren(new Option("automatic", ""), ...[...widths].sort((a, b) => a - b).map((width) => new Option(width, width)));
   } catch (failure) {
     at("status").textContent = failure.message;
