@@ -178,6 +178,7 @@ def test_a_served_adapter_whose_uri_has_a_password_shows_none(
     folder = write_adapter(tmp_path, load(model), 2)
     uri = f"s3://me:{SECRET}@bucket/adapter"
     monkeypatch.setattr("serve_app.service.fetch_adapter", lambda adapter, downloads: folder)
+    caplog.set_level(logging.INFO, "serve_app")
     service = Service(AppConfig(model=str(model), adapters=[uri]))
     service.serve(service.config.served)
     (shown,) = service.info()["adapters"]

@@ -53,11 +53,9 @@ function answeredBy(method, stage, fellBack) {
 
 // exact: the rankings of the plain model alone, or null.
 function show(texts, rankings, headers, exact) {
-  const widths = headers.get("x-revmux-width").split(",");
-  const methods = headers.get("x-revmux-method").split(",");
-  const groups = headers.get("x-revmux-group").split(",");
-  const stages = headers.get("x-revmux-stage").split(",");
-  const alone = headers.get("x-revmux-fallback").split(",");
+  const [widths, methods, groups, stages, alone] = ["width", "method", "group", "stage", "fallback"].map(
+    (name) => headers.get(`x-revmux-${name}`)?.split(",") ?? texts.map(() => "–"),  // large replies do not have them
+  );
   const body = at("answers").tBodies[0];
   body.replaceChildren();
   texts.forEach((text, index) => {
