@@ -10,8 +10,8 @@ from revmux.utils.mapped_files import release_pages
 
 RESIDENT_BYTES = 8 * 2**20
 """Approximate number of bytes of one shard set that stay resident in a process."""
-READ_AHEAD = 64 * 2**10
-"""Bytes that the kernel maps around each read."""
+READ_AHEAD = 512 * 2**10
+"""Bytes that the kernel maps around each read. It maps whole folios, which it makes larger for large files."""
 
 
 class MappedPages:

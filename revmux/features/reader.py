@@ -85,7 +85,7 @@ class StoredColumns:
             else:
                 target[:count] = source
                 target[count:] = 0
-        self.pages.touch(len(rows), view.nbytes)
+            self.pages.touch(1, source.nbytes)  # so that a large batch keeps no more pages than a small one
         return batch, counts
 
     def _part(self, part: int) -> dict[str, Any]:
