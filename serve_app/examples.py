@@ -16,6 +16,7 @@ _PREDICT: dict[str, Any] = {
     "as huggingface_hub sends it": {"inputs": "a gripping film", "parameters": {"top_k": 1}},
     "urgent": {"inputs": "a gripping film", "priority": 5, "timeout_ms": 200},
 }
+SEVERAL_TASKS: dict[str, Any] = {"all tasks": {"inputs": "a gripping film", "tasks": "*"}}
 _CLASSIFY: dict[str, Any] = {
     "one text": {"input": "a gripping film"},
     "a list of texts": {"input": ["a gripping film", "two hours that felt like four"]},
@@ -46,6 +47,7 @@ _RANKING = {
     },
 }
 RANKINGS: dict[str, Any] = {"anyOf": [_RANKING, {"type": "array", "items": _RANKING}]}
+RANKINGS_BY_TASK: dict[str, Any] = {"anyOf": [*RANKINGS["anyOf"], {"type": "object", "additionalProperties": RANKINGS}]}
 CLASSES: dict[str, Any] = {
     "type": "object",
     "required": ["id", "object", "created", "model", "data", "usage"],
@@ -136,10 +138,15 @@ def reply(schema: dict[str, Any], description: str) -> dict[int | str, dict[str,
     return {200: {"description": description, "content": {"application/json": {"schema": schema}}}}
 
 
-def body(kind: type[BaseModel]) -> dict[str, Any]:
-    """Describe the JSON body of an endpoint, with examples. The endpoints parse it themselves, not through FastAPI."""
+def body(kind: type[BaseModel], more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Describe the JSON body of an endpoint, with examples. The endpoints parse it themselves, not through FastAPI.
+
+    Args:
+        kind: the body.
+        more: examples of this endpoint alone.
+    """
     fields = kind.model_fields
-    examples = _PREDICT if "task" in fields else _CLASSIFY if "model" in fields else _INFER
+    examples = (_PREDICT if "task" in fields else _CLASSIFY if "model" in fields else _INFER) | (more or {})
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
     content = {"schema": schema, "examples": {name: {"value": value} for name, value in examples.items()}}

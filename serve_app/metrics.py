@@ -24,6 +24,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 _COUNTERS = {
     "requests": "admitted requests",
     "fell_back": "inputs that fell back to the plain model because the confidence was below the threshold",
+    "shared_prefill": "inputs whose lower layers ran for another task of the same pass",
     "failed": "inputs whose forward pass failed",
     "rejected": "inputs refused because the queue was full",
     "expired": "inputs whose deadline passed in the queue",

@@ -24,7 +24,7 @@ def operations_routes(service: Service) -> APIRouter:
 
     @router.get("/health", responses=examples.failures())
     async def health() -> JSONResponse:
-        """Check that every model answers a test input. Return 200 if all do, otherwise 503."""
+        """Check that the model of one task answers a test input, each time another task. Otherwise return 503."""
         await service.probe()
         return JSONResponse({"status": "ok"})
 

@@ -3,7 +3,6 @@
 # No postponed annotations in this module: FastAPI reads those of the endpoints.
 from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter, time
-from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request
@@ -11,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from revmux.errors import TextError
 from revmux.pretrained.encoder import Text
-from revmux.serving import Answer, Task
+from revmux.serving import Answer, Task, UnknownTask
 from serve_app import examples
 from serve_app.body import read_body
 from serve_app.classify import ClassifyRequest, model_list
@@ -43,10 +42,36 @@ class Endpoints:
         if task is not None and parsed.task not in (None, task):
             raise TextError(f"the path names task {task!r} and the body names {parsed.task!r}; name only one of them")
         # Looked up once, because tasks can be added, removed and replaced before the answer is ready.
+        if parsed.tasks is not None:
+            return await self._predict_several(self._several(parsed, task), parsed, started)
         resolved = self.service.engine.task(task or parsed.task)
         texts = parsed.texts
-        answers = await self._classify(resolved, texts, parsed)
+        [answers] = await self._classify([resolved], texts, parsed)
         return self._reply(parsed.reply(answers, resolved.label_names), texts, answers, started)
+
+    def _several(self, parsed: PredictRequest, task: str | None) -> list[Task]:
+        """The tasks of a request that names several.
+
+        Args:
+            parsed: the request.
+            task: the task that the path names.
+        """
+        if (named := task or parsed.task) is not None:
+            raise TextError(
+                f"the request names the task {named!r} and also tasks; send tasks to /predict, without a task"
+            )
+        engine = self.service.engine
+        if parsed.tasks == "*":
+            if not (found := list(engine.tasks.values())):
+                raise UnknownTask(None, ())
+            return found
+        return [engine.task(name) for name in parsed.tasks or ()]
+
+    async def _predict_several(self, tasks: list[Task], parsed: PredictRequest, started: float) -> Response:
+        texts = parsed.texts
+        found = await self._classify(tasks, texts, parsed)
+        content = {task.name: parsed.reply(answers, task.label_names) for task, answers in zip(tasks, found)}
+        return self._reply(content, texts, [answer for answers in found for answer in answers], started)
 
     async def infer(self, request: Request, task: str | None) -> Response:
         """Answer a request of the Open Inference Protocol."""
@@ -54,7 +79,7 @@ class Endpoints:
         resolved = self.service.engine.task(task)
         parsed = parse(await self._body(request), InferRequest)
         texts = parsed.inputs[0].texts
-        answers = await self._classify(resolved, texts, parsed.parameters)
+        [answers] = await self._classify([resolved], texts, parsed.parameters)
         return self._reply(parsed.reply(resolved.name, answers, resolved.label_names), texts, answers, started)
 
     async def classify(self, request: Request, task: str | None) -> Response:
@@ -63,25 +88,26 @@ class Endpoints:
         parsed = parse(await self._body(request), ClassifyRequest)
         resolved = self.service.engine.task(task or parsed.model)
         texts = parsed.texts
-        answers = await self._classify(resolved, texts, parsed)
+        [answers] = await self._classify([resolved], texts, parsed)
         return self._reply(parsed.reply(resolved.name, answers, resolved.label_names), texts, answers, started)
 
-    async def _classify(self, task: Task, texts: list[Text], options: RequestOptions) -> list[Answer]:
-        """Classify all texts of a request with one task.
+    async def _classify(self, tasks: list[Task], texts: list[Text], options: RequestOptions) -> list[list[Answer]]:
+        """Classify all texts of a request with each task.
 
         Raises:
-            TooLarge: the request has more texts than allowed. Other errors: see :meth:`revmux.serving.Engine.answer`.
+            TooLarge: the request has more texts than allowed. Other errors: see
+                :meth:`revmux.serving.Engine.answer_tasks`.
         """
         limit = self.service.config.max_texts
         if len(texts) > limit:
             raise TooLarge(
                 f"the request has {len(texts)} texts, at most {limit} are allowed; send fewer texts per request"
             )
-        return await self.service.engine.answer(
+        return await self.service.engine.answer_tasks(
             texts,
+            tasks,
             bool(options.truncate),
             options.max_multiplex,
-            task=task,
             priority=options.priority or 0,
             timeout=None if options.timeout_ms is None else options.timeout_ms / 1000,
         )
@@ -118,21 +144,26 @@ class JsonReply(Response):
 def predict_routes(endpoints: Endpoints) -> APIRouter:
     """Return the routes ``/predict``, ``POST /`` and ``/tasks/{task}/predict``."""
     router = APIRouter(tags=["classification"])
-    described: dict[str, Any] = {
-        "openapi_extra": examples.body(PredictRequest),
-        "responses": {**examples.reply(examples.RANKINGS, "labels and scores, best first"), **_FAILURES},
-    }
+    description = "labels and scores, best first"
 
-    @router.post("/predict", **described)
+    @router.post(
+        "/predict",
+        openapi_extra=examples.body(PredictRequest, examples.SEVERAL_TASKS),
+        responses={**examples.reply(examples.RANKINGS_BY_TASK, description), **_FAILURES},
+    )
     async def predict(request: Request) -> Response:
-        """Classify one text, one sentence pair, or a batch."""
+        """Classify one text, one sentence pair, or a batch, with one task or several."""
         return await endpoints.predict(request, None)
 
     @router.post("/", include_in_schema=False)
     async def predict_at_root(request: Request) -> Response:
         return await endpoints.predict(request, None)
 
-    @router.post("/tasks/{task}/predict", **described)
+    @router.post(
+        "/tasks/{task}/predict",
+        openapi_extra=examples.body(PredictRequest),
+        responses={**examples.reply(examples.RANKINGS, description), **_FAILURES},
+    )
     async def predict_task(task: str, request: Request) -> Response:
         """Classify one text, one sentence pair, or a batch, with one of several tasks."""
         return await endpoints.predict(request, task)
@@ -179,7 +210,7 @@ def open_inference_routes(endpoints: Endpoints) -> APIRouter:
 
     @router.get("/health/ready", responses=examples.failures())
     async def ready() -> JSONResponse:
-        """Check that every model answers a test input. Return 200 if all do, otherwise 503."""
+        """Check that the model of one task answers a test input, each time another task. Otherwise return 503."""
         await service.probe()
         return JSONResponse({"ready": True})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -56,7 +56,14 @@ class PredictRequest(RequestOptions):
     inputs: Annotated[Any, WithJsonSchema(INPUTS_SCHEMA)] = Field(
         description='one text "a", one sentence pair ["a", "b"], or a batch of a text and a pair [["a"], ["b", "c"]]'
     )
-    task: str | None = Field(default=None, description="name of the task; required if the server has several")
+    task: str | None = Field(
+        default=None, description="name of the task; required, or tasks, if the server has several"
+    )
+    tasks: Annotated[list[str], Field(min_length=1)] | Literal["*"] | None = Field(
+        default=None,
+        description='names of tasks that all answer the inputs, or "*" for all tasks; the reply is then an object with '
+        "one member per task",
+    )
     parameters: Parameters | None = Field(default=None, description="if present, the reply is nested even for one text")
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import math
 import threading
@@ -84,6 +85,7 @@ class Service:
         self._served: dict[str, TaskConfig] = {}
         self._adapters: dict[str, dict[LineupPlace, _Fetched]] = {}  # by task and place; the folders may be gone
         self._changing = threading.Lock()
+        self._health_checks = itertools.count()
         self.engine.start()
 
     def serve(self, tasks: Mapping[str, TaskConfig]) -> None:
@@ -181,29 +183,34 @@ class Service:
             self.update_error = None
 
     async def probe(self, task: str | None = None) -> None:
-        """Check that the models of all tasks, or of one task, answer a short text.
+        """Check that the model of one task answers a short text. Without a name, each call asks the next task.
 
-        The answer has to wait for the pass that is already running. If it does not arrive in time, the model still
-        counts as healthy while passes begin or end.
+        All tasks run on one device and in one thread, so the answer of any task shows that these work. It has to wait
+        for the pass that is already running. If it does not arrive in time, the model still counts as healthy while
+        passes begin or end.
 
         Raises:
             Unhealthy: no task is loaded, a model failed, the model's thread has ended, or no pass has begun or ended
                 for ``stuck_seconds``.
         """
-        names = list(self.engine.tasks) if task is None else [task]
-        if not names:
-            raise Unhealthy("no task is loaded yet; retry later")
+        name = self._next_task() if task is None else task
         if not self.engine.alive:
             raise Unhealthy("the model's thread has ended")
         try:
-            answers = [asyncio.wrap_future(self.engine.probe(name)) for name in names]
-            # Shielded, because other health checks may wait for the same answers.
-            await asyncio.wait_for(asyncio.shield(asyncio.gather(*answers)), PROBE_SECONDS)
+            # Shielded, because other health checks may wait for the same answer.
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self.engine.probe(name))), PROBE_SECONDS)
         except TimeoutError:
             if (silent := self.engine.silent_seconds) > self.config.stuck_seconds:
                 raise Unhealthy(f"the model has neither begun nor ended a pass for {silent:.0f} s") from None
         except Exception as error:
-            raise Unhealthy(f"the model does not answer: {error}") from error
+            raise Unhealthy(f"the model of task {name!r} does not answer: {error}") from error
+
+    def _next_task(self) -> str:
+        """The task after the one that the last health check asked."""
+        names = list(self.engine.tasks)
+        if not names:
+            raise Unhealthy("no task is loaded yet; retry later")
+        return names[next(self._health_checks) % len(names)]
 
     def close(self) -> None:
         """Answer the waiting requests, stop the engine, and export the last traces."""

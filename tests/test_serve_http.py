@@ -32,10 +32,13 @@ from schemathesis.specs.openapi.checks import (
 from serving_http import HOSTILE, TOPICS, listening, talk, write_tasks
 from serving_models import load, plain_scores, text, write_adapter, write_identifying_model, write_stage
 
+import serve_app.examples
 from revmux.errors import UserError
+from revmux.serving import Answer
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, LiveConfig, TaskConfig
 from serve_app.errors import Unhealthy
+from serve_app.headers import MOST_LISTED, reply_headers
 from serve_app.metrics import page
 from serve_app.service import Service
 from serve_app.web import HttpApplication, create_app
@@ -102,6 +105,47 @@ def test_a_path_and_a_field_must_not_contradict_each_other(url: str) -> None:
     assert "topic" in reply.json()["error"]
 
 
+def test_one_request_can_ask_several_tasks(url: str) -> None:
+    for inputs in ("w1 w2", [["w1 w2"], ["w3", "w4"]]):
+        body = {"inputs": inputs, "max_multiplex": 1}
+        found = post(f"{url}/predict", {**body, "tasks": ["topic", "mood"]})
+        assert list(found.json()) == ["topic", "mood"]
+        for task, answer in found.json().items():
+            assert answer == post(f"{url}/predict", {**body, "task": task}).json()
+        assert post(f"{url}/predict", {**body, "tasks": "*"}).json() == found.json()
+        texts = 1 if isinstance(inputs, str) else len(inputs)
+        assert found.headers["x-revmux-method"] == ",".join(["siso"] * 2 * texts)
+    shared = (
+        _figures(url)["revmux_shared_prefill_total", "mood"] + _figures(url)["revmux_shared_prefill_total", "topic"]
+    )
+    assert shared >= 6  # of each of the four requests, one task ran the layers of both
+
+
+@pytest.mark.parametrize(
+    ("path", "names", "status", "message"),
+    [
+        ("/predict", {"tasks": ["mood", "weather"]}, 404, "unknown task 'weather'; known tasks: mood, topic"),
+        ("/predict", {"tasks": ["mood", "mood"]}, 422, "task 'mood' is named twice"),
+        ("/predict", {"tasks": []}, 422, "tasks"),
+        ("/predict", {"tasks": "mood"}, 422, "tasks"),
+        ("/predict", {"tasks": "*", "task": "mood"}, 422, "names the task 'mood' and also tasks"),
+        ("/tasks/mood/predict", {"tasks": "*"}, 422, "names the task 'mood' and also tasks"),
+    ],
+)
+def test_a_request_that_asks_several_tasks_names_them_clearly(
+    url: str, path: str, names: dict[str, Any], status: int, message: str
+) -> None:
+    reply = post(url + path, {"inputs": "w1", **names})
+    assert reply.status_code == status
+    assert message in reply.json()["error"]
+
+
+def test_headers_of_a_long_reply_do_not_list_its_answers() -> None:
+    answers = [Answer(torch.zeros(2), 1, 0.0, 0.0)] * (MOST_LISTED + 1)
+    names = [{name for name, _ in reply_headers(["w1"], found, 0.0, "cpu")} for found in (answers[1:], answers)]
+    assert names[0] - names[1] == {name for name in names[0] if name.startswith(b"x-revmux-")} != set()
+
+
 def test_headers_report_how_each_input_was_computed(url: str) -> None:
     batch = {"inputs": [["w1"], ["w2 w3"], ["w4"], ["w5 w6 w7"]], "task": "topic"}
     grouped = post(f"{url}/predict", batch).headers
@@ -134,6 +178,28 @@ def test_an_answer_below_the_threshold_falls_back_and_the_reply_reports_it(tasks
             assert figures["revmux_fell_back_total", "default"] == 2
     finally:
         service.close()
+
+
+def test_each_health_check_asks_the_next_task(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+    original = service.engine.probe
+    monkeypatch.setattr(service.engine, "probe", lambda task: asked.append(task) or original(task))
+    for _ in range(4):
+        asyncio.run(service.probe())
+    assert asked[:2] == asked[2:]
+    assert set(asked) == {"mood", "topic"}
+    monkeypatch.setattr(service.engine.task("topic").backbone, "embed", lambda _: 1 / 0)
+    states = [asyncio.run(_is_healthy(service)) for _ in range(2)]
+    assert sorted(states) == [False, True]
+
+
+async def _is_healthy(service: Service) -> bool:
+    try:
+        await service.probe()
+    except Unhealthy as error:
+        assert "the model of task 'topic' does not answer" in str(error)
+        return False
+    return True
 
 
 @pytest.fixture
@@ -745,6 +811,7 @@ def test_the_api_page_loads_nothing_from_other_servers(url: str) -> None:
 
 def test_the_examples_on_the_api_page_work(url: str) -> None:
     paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+    assert post(f"{url}/predict", serve_app.examples.SEVERAL_TASKS["all tasks"]).status_code == 200
     for path in ("/tasks/{task}/predict", "/v2/models/{task}/infer"):
         content = paths[path]["post"]["requestBody"]["content"]["application/json"]
         for name, example in content["examples"].items():

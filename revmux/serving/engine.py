@@ -6,7 +6,8 @@ with all inputs that can share this pass::
 
     texts ─ encode ─ queue ─ window ─ groups ─ pass ─ (plain | prefill ─ multiplex ─ upper ─ answer) ─ futures
 
-Inputs whose answer is unsure go on in the same pass, see :mod:`revmux.ladder`.
+Inputs whose answer is unsure go on in the same pass, see :mod:`revmux.ladder`. A text that several tasks answer passes the
+lowest layers that they have in common once, see :mod:`revmux.serving.trunk`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,7 +34,6 @@ from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.model_thread import ModelThread
 from revmux.serving.queue import PullQueue, Ticket
 from revmux.serving.replies import Delivery, Request
-from revmux.serving.shared_weights import share_weights
 from revmux.serving.task import Lineup, Task
 from revmux.serving.tokenizing import TokenizeJob, Tokenizers
 
@@ -140,7 +142,8 @@ class Engine:
     ) -> Task:
         """Add a task. Other tasks are served meanwhile.
 
-        Weights that equal those of an existing task are kept in memory once, see :mod:`revmux.serving.shared_weights`.
+        What equals that of an existing task is kept in memory once: weights, see
+        :mod:`revmux.serving.shared_weights`, and the tokenizer.
 
         Args:
             name: name of the task in requests.
@@ -181,14 +184,14 @@ class Engine:
         with self._changing:
             removed = [self.task(name) for name in remove]
             changed = [(self.task(name), lineup) for name, lineup in (lineups or {}).items()]
-            others = [other.backbone for other in self._tasks.values()]
+            others = list(self._tasks.values())
             kept = {name: task for name, task in self._tasks.items() if name not in remove}
             for task in add:
                 self._check_free(task.name, kept)
                 kept[task.name] = task
             for task in add:
-                share_weights(task.backbone, others)
-                others.append(task.backbone)
+                task.join(others)
+                others.append(task)
             for task, lineup in changed:
                 task.lineup = lineup
             for task in add:
@@ -265,7 +268,8 @@ class Engine:
             Overloaded: the queue has no room for all texts.
             Draining: :meth:`close` was called.
         """
-        resolved, deadline = self._check_request(max_multiplex, task, priority, timeout)
+        resolved = task if isinstance(task, Task) else self.task(task)
+        deadline = self._check_request(max_multiplex, priority, timeout)
         futures: list[Future[Answer]] = [Future() for _ in texts]
         with self._queue.room(resolved, len(texts)):
             self._metrics.count(resolved.name, "requests")
@@ -299,19 +303,64 @@ class Engine:
             InferenceFailed: the model failed on one of the texts.
             UnknownTask, TextError, UserError, Overloaded, Draining: as in :meth:`submit`.
         """
-        resolved, deadline = self._check_request(max_multiplex, task, priority, timeout)
-        if not texts:
-            return []
-        request = Request(self._delivery(), len(texts))
-        self._queue.reserve(resolved, len(texts))
-        self._metrics.count(resolved.name, "requests")
+        resolved = task if isinstance(task, Task) else self.task(task)
+        [answers] = await self.answer_tasks(
+            texts, [resolved], truncate, max_multiplex, priority=priority, timeout=timeout
+        )
+        return answers
+
+    async def answer_tasks(
+        self,
+        texts: Sequence[Text],
+        tasks: Sequence[Task | str],
+        truncate: bool = False,
+        max_multiplex: int | None = None,
+        *,
+        priority: float = 0,
+        timeout: float | None = None,
+    ) -> list[list[Answer]]:
+        """Answer the same texts with several tasks.
+
+        The texts are tokenized once for all tasks with equal tokenizers. Tasks whose models have their lowest layers in
+        common run these layers once per text.
+
+        Args:
+            texts: as for :meth:`answer`, and so are the other arguments.
+            tasks: different tasks or their names.
+
+        Returns:
+            The answers of each task, in the order of ``tasks``.
+
+        Raises:
+            UserError: a task is named twice. Other errors are those of :meth:`answer`; an error of one task fails the
+                whole call.
+        """
+        resolved = tuple(task if isinstance(task, Task) else self.task(task) for task in tasks)
+        if twice := [name for name, number in Counter(task.name for task in resolved).items() if number > 1]:
+            raise UserError(f"task {twice[0]!r} is named twice; name each task once")
+        deadline = self._check_request(max_multiplex, priority, timeout)
+        if not texts or not resolved:
+            return [[] for _ in resolved]
+        request = Request(self._delivery(), len(resolved) * len(texts))
+        self._reserve(resolved, len(texts))
+        for task in resolved:
+            self._metrics.count(task.name, "requests")
         self._tokenizers.put(TokenizeJob(request, resolved, texts, truncate, max_multiplex, priority, deadline))
         try:
-            return await request.future
+            answers = await request.future
         except BaseException:
             request.cancelled = True
-            self._queue.withdraw(resolved, request.tickets)
+            self._queue.withdraw(request.tickets)
             raise
+        return [answers[start : start + len(texts)] for start in range(0, len(answers), len(texts))]
+
+    def _reserve(self, tasks: Sequence[Task], inputs: int) -> None:
+        """Reserve room for inputs in the queue of every task, or of none."""
+        with ExitStack() as reserved:
+            for task in tasks:
+                self._queue.reserve(task, inputs)
+                reserved.callback(self._queue.release, task, inputs)
+            reserved.pop_all()
 
     def _delivery(self) -> Delivery:
         """The delivery to the running event loop."""
@@ -320,18 +369,15 @@ class Engine:
             self._last_delivery = Delivery(loop)
         return self._last_delivery
 
-    def _check_request(
-        self, max_multiplex: int | None, requested: Task | str | None, priority: float, timeout: float | None
-    ) -> tuple[Task, float | None]:
-        """Check a request, and return its task and its deadline on the queue's clock."""
-        task = requested if isinstance(requested, Task) else self.task(requested)
+    def _check_request(self, max_multiplex: int | None, priority: float, timeout: float | None) -> float | None:
+        """Check the options of a request, and return its deadline on the queue's clock."""
         if max_multiplex is not None and max_multiplex < 1:
             raise UserError(f"max_multiplex is {max_multiplex}; choose 1 (the plain model) or more")
         if not abs(priority) <= HIGHEST_PRIORITY:  # true for NaN too, which cannot be ordered
             raise UserError(f"priority is {priority}; choose -{HIGHEST_PRIORITY}..{HIGHEST_PRIORITY}, the default is 0")
         if timeout is not None and not timeout > 0:
             raise UserError(f"the timeout is {timeout} s; choose a value above 0, or omit it")
-        return task, None if timeout is None else self._queue.clock() + timeout
+        return None if timeout is None else self._queue.clock() + timeout
 
     def probe(self, task: str | None = None) -> Future[Answer]:
         """Classify one short text ahead of the queue, as a health check. Concurrent probes of a task share one answer.

@@ -1,8 +1,8 @@
 """Run one forward pass of a batch of groups, and time its steps.
 
-Steps: ``pad`` (tokens to the device), ``plain`` (the whole plain model), ``prefill``, ``multiplex``, ``upper``,
-``head`` (demultiplexer and classifier), ``resume`` (inputs that fall back) and ``reply`` (scores to the CPU). The later
-stages of a ladder add to the same steps.
+Steps: ``pad`` (tokens to the device), ``plain`` (the whole plain model, or what remains of it after a prefill that
+several tasks share), ``prefill``, ``multiplex``, ``upper``, ``head`` (demultiplexer and classifier), ``resume`` (inputs
+that fall back) and ``reply`` (scores to the CPU). The later stages of a ladder add to the same steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
-from revmux.fallback import confidence
+from revmux.fallback import confidence, resume
 from revmux.grouping import gather_rows
 from revmux.ladder import LadderAnswers, Stage, climb
 from revmux.serving.scheduling import PLAIN, Group
@@ -95,6 +95,7 @@ def run_pass(
     padded: Callable[[], TokenBatch],
     groups: Sequence[Group],
     caps: Sequence[int | None],
+    prefilled: Callable[[], HiddenState] | None = None,
 ) -> Outcome:
     """Compute the answers of groups that share one prefill, and of all stages that their inputs reach.
 
@@ -106,16 +107,24 @@ def run_pass(
         groups: groups with the same stem, see :class:`revmux.serving.scheduling.Route`. Groups of the plain model have
             one member each.
         caps: (R) the widest group that each input allows; None allows any.
+        prefilled: returns the plain states of the R inputs, for groups of the plain model at any depth and for others at
+            that of their prefill. None computes them.
     """
     clock = StepClock(backbone.device)
     tokens = {name: tensor.to(backbone.device) for name, tensor in padded().items()}  # (R, S) each
     clock.mark("pad")
     if groups[0].route == PLAIN:
         nothing = torch.zeros(len(caps), dtype=torch.long)
-        answers = LadderAnswers(backbone(tokens).float(), nothing, torch.arange(len(caps)), nothing.bool())
+        if prefilled is None:
+            plain = backbone(tokens).float()  # (R, C)
+        else:
+            state = prefilled()
+            clock.mark("prefill")
+            plain = resume(backbone, state)
+        answers = LadderAnswers(plain, nothing, torch.arange(len(caps)), nothing.bool())
         clock.mark("plain")
     else:
-        answers = _multiplexed(backbone, first, later, tokens, groups, caps, clock)
+        answers = _multiplexed(backbone, first, later, tokens, groups, caps, clock, prefilled)
     scores = answers.scores.cpu()  # (R, C)
     clock.mark("reply")
     finite = scores.isfinite().all(dim=1)  # (R,)
@@ -147,6 +156,7 @@ def _multiplexed(
     groups: Sequence[Group],
     caps: Sequence[int | None],
     clock: StepClock,
+    prefilled_before: Callable[[], HiddenState] | None,
 ) -> LadderAnswers:
     """Return the answers to R inputs of groups with adapters."""
     rows = len(caps)
@@ -161,7 +171,9 @@ def _multiplexed(
         if model.method.prepares_tokens:
             prefilled = model.prefill(own_tokens)
         else:
-            prefilled = shared = model.prefill(tokens) if shared is None else shared
+            if shared is None:
+                shared = model.prefill(tokens) if prefilled_before is None else prefilled_before()
+            prefilled = shared
         clock.mark("prefill")
         output = model.run_groups(prefilled, own_slots, clock.mark)
         # Rows of other widths are zero. A row that fills several slots gets the mean of their scores.

@@ -11,6 +11,7 @@ COUNTED = (
     "requests",  # admitted calls, each with one or more inputs
     "passes",
     "fell_back",
+    "shared_prefill",  # inputs whose lower layers ran once, for another task too
     "tokens",
     "padded_tokens",
     "failed",
@@ -24,7 +25,7 @@ COUNTED = (
 
 @dataclass(frozen=True)
 class PassReport:
-    """Report on a finished forward pass. Sequences have one entry per answered input, unless noted.
+    """Report on what a task ran in a finished forward pass. Sequences have one entry per answered input, unless noted.
 
     Attributes:
         task: name of the task.
@@ -33,6 +34,7 @@ class PassReport:
         methods: method of the last group that the input was in; ``siso`` is the plain model.
         answered_by: the stage of the ladder that answered; 0 is the plain model.
         fell_back: whether the input fell back to the plain model.
+        shared_prefill: number of computed inputs whose lower layers another task of the same pass ran.
         tokens: total tokens of all computed inputs, without padding.
         padded_tokens: total tokens of all computed inputs, including padding.
         tokenize_seconds: time of tokenization.
@@ -47,6 +49,7 @@ class PassReport:
     methods: tuple[str, ...]
     answered_by: tuple[int, ...]
     fell_back: tuple[bool, ...]
+    shared_prefill: int
     tokens: int
     padded_tokens: int
     tokenize_seconds: tuple[float, ...]
@@ -113,7 +116,11 @@ class Metrics:
             own.methods.update(report.methods)
             own.ladder.update(report.answered_by)
             own.counts.update(
-                passes=1, fell_back=sum(report.fell_back), tokens=report.tokens, padded_tokens=report.padded_tokens
+                passes=1,
+                fell_back=sum(report.fell_back),
+                shared_prefill=report.shared_prefill,
+                tokens=report.tokens,
+                padded_tokens=report.padded_tokens,
             )
             waits = {"tokenize": sum(report.tokenize_seconds), "queue": sum(report.queue_seconds)}
             for step, seconds in {**waits, **report.steps}.items():

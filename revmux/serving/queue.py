@@ -45,6 +45,8 @@ class Ticket:
         truncated: whether the text was cut.
         tokenize_seconds: time of tokenization.
         future: receives the answer: a future, or the input's slot in a :class:`revmux.serving.replies.Request`.
+        joint: all tickets of a text that several tasks answer, one per task, all with the same ``tokens``; empty if no
+            other task does.
         queued: time of queueing, on the queue's clock.
         order: sort key within the line of its task.
     """
@@ -57,6 +59,7 @@ class Ticket:
     truncated: bool = False
     tokenize_seconds: float = 0.0
     future: Future[Answer] | Slot = field(default_factory=Future)
+    joint: Sequence[Ticket] = ()
     queued: float = 0.0
     order: tuple[float, int] = (0.0, 0)
 
@@ -158,14 +161,15 @@ class PullQueue:
         if waiting + tickets > self.limit:
             self.metrics.count(task.name, "rejected", tickets)
             raise Overloaded(
-                f"{waiting} inputs are waiting and at most {self.limit} may: no room for {tickets} more; retry later"
+                f"{waiting} inputs are waiting and at most {self.limit} may: no room for {tickets} more in task "
+                f"{task.name!r}; retry later"
             )
 
     def put(self, tickets: Sequence[Ticket], ahead: bool = False) -> None:
-        """Queue all tickets except cancelled ones. After an error none is queued. Reserved room suffices.
+        """Queue all tickets except cancelled ones, in one step. After an error none is queued. Reserved room suffices.
 
         Args:
-            tickets: tickets of one task.
+            tickets: tickets of any tasks.
             ahead: put them before all others and ignore the limit, for health checks.
 
         Raises:
@@ -174,29 +178,38 @@ class PullQueue:
         """
         if not tickets:
             return
-        task = tickets[0].task
+        by_task: dict[Task, list[Ticket]] = {}
+        for ticket in tickets:
+            by_task.setdefault(ticket.task, []).append(ticket)
         with self._changed:
-            self._check(task, 0 if ahead else len(tickets))
-            if task not in self._lines:
-                self._lines[task] = []
-                self._served[task] = max(self._served.get(task, 0.0), self._virtual)
-            line, queued = self._lines[task], self.clock()
-            for ticket in tickets:
-                ticket.queued = queued
-                ticket.priority = _AHEAD if ahead else ticket.priority
-                ticket.order = (queued - ticket.priority * self.priority_seconds, next(self._numbers))
-                if ticket.future.cancelled():
-                    self.metrics.count(task.name, "cancelled")
-                elif not line or line[-1].order < ticket.order:
-                    line.append(ticket)
-                else:
-                    insort(line, ticket, key=_order)
-            if not line:
-                del self._lines[task]
+            for task, own in by_task.items():
+                self._check(task, 0 if ahead else len(own))
+            queued = self.clock()
+            for task, own in by_task.items():
+                self._insert(task, own, queued, ahead)
             self._changed.notify_all()
         for ticket in tickets:
             if isinstance(ticket.future, Future):
                 ticket.future.add_done_callback(partial(self._forget, ticket))
+
+    def _insert(self, task: Task, tickets: Sequence[Ticket], queued: float, ahead: bool) -> None:
+        """Put the tickets of a task into its line."""
+        if task not in self._lines:
+            self._lines[task] = []
+            self._served[task] = max(self._served.get(task, 0.0), self._virtual)
+        line = self._lines[task]
+        for ticket in tickets:
+            ticket.queued = queued
+            ticket.priority = _AHEAD if ahead else ticket.priority
+            ticket.order = (queued - ticket.priority * self.priority_seconds, next(self._numbers))
+            if ticket.future.cancelled():
+                self.metrics.count(task.name, "cancelled")
+            elif not line or line[-1].order < ticket.order:
+                line.append(ticket)
+            else:
+                insort(line, ticket, key=_order)
+        if not line:
+            del self._lines[task]
 
     def _forget(self, ticket: Ticket, future: Future[Answer]) -> None:
         if future.cancelled():
@@ -204,19 +217,30 @@ class PullQueue:
                 self.metrics.count(ticket.task.name, "cancelled")
                 self._remove(ticket)
 
-    def withdraw(self, task: Task, tickets: Sequence[Ticket]) -> None:
+    def withdraw(self, tickets: Sequence[Ticket]) -> None:
         """Remove the waiting tickets of a request that was cancelled."""
         with self._changed:
-            removed = sum(self._remove(ticket) for ticket in tickets)
-            if removed:
-                self.metrics.count(task.name, "cancelled", removed)
+            removed = Counter(ticket.task.name for ticket in tickets if self._remove(ticket))
+            for name, number in removed.items():
+                self.metrics.count(name, "cancelled", number)
+
+    def waiting(self, tickets: Sequence[Ticket]) -> list[Ticket]:
+        """Return those of the tickets that still wait."""
+        with self._changed:
+            return [ticket for ticket in tickets if self._place(ticket) is not None]
+
+    def _place(self, ticket: Ticket) -> int | None:
+        """The place of a ticket in the line of its task; None if it does not wait."""
+        line = self._lines.get(ticket.task, [])
+        index = bisect_left(line, ticket.order, key=_order)
+        return index if index < len(line) and line[index] is ticket else None
 
     def _remove(self, ticket: Ticket) -> bool:
         """Remove a ticket from its line, and return whether it was still there."""
-        line = self._lines.get(ticket.task, [])
-        index = bisect_left(line, ticket.order, key=_order)
-        if index == len(line) or line[index] is not ticket:
+        index = self._place(ticket)
+        if index is None:
             return False
+        line = self._lines[ticket.task]
         del line[index]
         if not line:
             del self._lines[ticket.task]
@@ -270,7 +294,7 @@ class PullQueue:
         """Remove tickets from the queue to run them.
 
         Args:
-            tickets: tickets of a window.
+            tickets: tickets of a window, or of other tasks.
 
         Returns:
             The tickets that were still waiting. They can no longer be cancelled.

@@ -11,12 +11,16 @@ from pathlib import Path
 from revmux.adapters.config import load_adapter_config
 from revmux.backbone import Backbone
 from revmux.errors import UserError
+from revmux.features.tokens import tokenizer_digest
 from revmux.ladder import Stage, check_ladder
 from revmux.pretrained.encoder import Encoder
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving.adapters import LineupPlace, LoadedAdapter, admitted, check_stages, load_adapters
+from revmux.serving.forward import pad
 from revmux.serving.limits import Limits
+from revmux.serving.lower_layers import LowerLayers
 from revmux.serving.scheduling import PLAIN, Group, Route, admits, useful_routes
+from revmux.serving.shared_weights import share_weights
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Task:
     Attributes:
         lineup: the adapters that requests currently use.
         label_names: names of the classes, in the order of the scores.
-        encoder: converts texts to tokens.
+        encoder: converts texts to tokens. Tasks of an engine whose tokenizers and limits are equal have the same one.
         probe_tokens: tokens of the text for health checks.
         padder: a tokenizer for use by the model's thread only.
 
@@ -153,9 +157,36 @@ class Task:
         self.max_length = max_length
         self._check(lineup)
         self.lineup = lineup
-        self.encoder = Encoder(pretrained, max_length, _pairs(lineup))
+        pairs = _pairs(lineup)
+        self.encoder = Encoder(pretrained, max_length, pairs)
+        self._tokenization = (
+            tokenizer_digest(pretrained.tokenizer),
+            max_length,
+            pretrained.pairs if pairs is None else pairs,
+            pretrained.prompt,
+        )
         self.probe_tokens = self.encoder.example.tokens
         self.padder = copy.deepcopy(pretrained.tokenizer)
+        self._lower: LowerLayers | None = None
+
+    def join(self, others: Sequence[Task]) -> None:
+        """Share with other tasks of the engine what is equal: weights, the tokenizer, and the run of the lowest layers.
+
+        Args:
+            others: the other tasks, which have joined before.
+        """
+        share_weights(self.backbone, [other.backbone for other in others])
+        same = next((other for other in others if other._tokenization == self._tokenization), None)
+        if same is not None:
+            self.encoder, self.padder = same.encoder, same.padder
+        if self.pretrained.prompt is None:  # the states of a kept prefix depend on all layers
+            tokens = pad([self.probe_tokens], self.padder)
+            on_device = {name: tensor.to(self.backbone.device) for name, tensor in tokens.items()}
+            self._lower = LowerLayers(self.backbone, on_device)
+
+    def layers_in_common(self, other: Task) -> int:
+        """The number of lowest layers that give every input the same states in both tasks."""
+        return 0 if self._lower is None or other._lower is None else self._lower.in_common(other._lower)
 
     def load(self, folder: str | Path) -> LoadedAdapter:
         """Add an adapter to the line-up, or replace the one in its place: the one with the same N, or of its stage.

@@ -27,9 +27,9 @@ class TokenizeJob:
     """An admitted request that waits to be tokenized.
 
     Attributes:
-        request: receives the answers, or the error of a text.
-        task: task that answers it.
-        texts: its texts, for which the queue has reserved places.
+        request: receives the answers, task by task, or the error of a text.
+        tasks: the tasks that answer each text.
+        texts: its texts, for which the queue of each task has reserved places.
         truncate: whether long texts are truncated.
         cap: widest group that the inputs allow; None allows any.
         priority: priority of the inputs.
@@ -37,7 +37,7 @@ class TokenizeJob:
     """
 
     request: Request
-    task: Task
+    tasks: tuple[Task, ...]
     texts: Sequence[Text]
     truncate: bool
     cap: int | None
@@ -97,7 +97,11 @@ class Tokenizers:
                 job.request.fail(
                     Draining("the server is shutting down and accepts no more requests; use another server")
                 )
-                self._queue.release(job.task, len(job.texts))
+                self._release(job)
+
+    def _release(self, job: TokenizeJob) -> None:
+        for task in job.tasks:
+            self._queue.release(task, len(job.texts))
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -112,16 +116,16 @@ class Tokenizers:
                     break
                 jobs.append(more)
                 texts += len(more.texts)
-            together: dict[tuple[Task, bool], list[TokenizeJob]] = {}
+            together: dict[tuple[tuple[Task, ...], bool], list[TokenizeJob]] = {}
             for one in jobs:
-                together.setdefault((one.task, one.truncate), []).append(one)
+                together.setdefault((one.tasks, one.truncate), []).append(one)
             for same in together.values():
                 self._tokenize(same)
             if ended:
                 return
 
     def _tokenize(self, jobs: Sequence[TokenizeJob]) -> None:
-        """Tokenize requests of one task and queue their inputs. If this fails, find the request that causes it."""
+        """Tokenize requests of the same tasks and queue their inputs. If this fails, find the request that causes it."""
         try:
             self._queue.put(self._encode(jobs))
         except BaseException as error:  # a panic of a tokenizer is no Exception
@@ -132,31 +136,60 @@ class Tokenizers:
             if not isinstance(error, Draining):
                 logger.exception("a request failed before it was queued")
             jobs[0].request.fail(error if isinstance(error, Exception) else RuntimeError(str(error)))
-        self._queue.release(jobs[0].task, sum(len(job.texts) for job in jobs))
+        for job in jobs:
+            self._release(job)
 
     def _encode(self, jobs: Sequence[TokenizeJob]) -> list[Ticket]:
-        task, truncate = jobs[0].task, jobs[0].truncate
+        texts = [text for job in jobs for text in job.texts]
         started = perf_counter()
-        encoded = task.encoder.encode_many([text for job in jobs for text in job.texts], truncate)
-        seconds = (perf_counter() - started) / len(encoded)
+        encoders = {task.encoder for task in jobs[0].tasks}  # tasks with equal tokenizers have the same one
+        encoded = {encoder: encoder.encode_many(texts, jobs[0].truncate) for encoder in encoders}
+        seconds = (perf_counter() - started) / len(texts)
         tickets: list[Ticket] = []
         first = 0
         for job in jobs:
-            found = encoded[first : first + len(job.texts)]
-            first += len(found)
-            tickets += self._tickets(job, found, seconds)
+            last = first + len(job.texts)
+            tickets += self._tickets(job, [encoded[task.encoder][first:last] for task in job.tasks], seconds)
+            first = last
         return tickets
 
     @staticmethod
-    def _tickets(job: TokenizeJob, found: Sequence[Encoded | TextError], seconds: float) -> list[Ticket]:
-        """The tickets of a request; none if one of its texts has an error, which fails the request."""
-        tickets = []
-        for slot, one in zip(job.request.slots(), found):
-            if isinstance(one, TextError):
-                job.request.fail(one)
-                return []
-            tickets.append(
-                Ticket(job.task, one.tokens, job.cap, job.priority, job.deadline, one.truncated, seconds, slot)
-            )
+    def _tickets(job: TokenizeJob, found: Sequence[Sequence[Encoded | TextError]], seconds: float) -> list[Ticket]:
+        """The tickets of a request, task by task; none if one of its texts has an error, which fails the request.
+
+        Args:
+            job: the request.
+            found: for each of its tasks, the result for each text.
+            seconds: time of tokenization per text.
+        """
+        tickets: list[Ticket] = []
+        slots = iter(job.request.slots())
+        for task, results in zip(job.tasks, found):
+            for one in results:
+                if isinstance(one, TextError):
+                    job.request.fail(one if len(job.tasks) == 1 else type(one)(f"task {task.name!r}: {one}"))
+                    return []
+                tickets.append(
+                    Ticket(task, one.tokens, job.cap, job.priority, job.deadline, one.truncated, seconds, next(slots))
+                )
+        if len(job.tasks) > 1:
+            for text in range(len(job.texts)):
+                _join(tickets[text :: len(job.texts)])
         job.request.tickets = tickets
         return tickets
+
+
+def _join(tickets: Sequence[Ticket]) -> None:
+    """Let the tickets of one text know those of other tasks with the same tokens."""
+    known: list[list[Ticket]] = []
+    for ticket in tickets:
+        same = next((others for others in known if others[0].tokens == ticket.tokens), None)
+        if same is None:
+            known.append([ticket])
+        else:
+            ticket.tokens = same[0].tokens
+            same.append(ticket)
+    for same in known:
+        if len(same) > 1:
+            for ticket in same:
+                ticket.joint = same
