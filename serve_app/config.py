@@ -74,7 +74,8 @@ class TaskConfig(_TaskSettings):
     """One task: a frozen task model with its adapters.
 
     Args:
-        model: Task model: a folder with a trained classification head or its URI, or a Hugging Face id.
+        model: Task model: a folder with a trained classification head or its URI, or a Hugging Face id. A folder or id may
+            contain a PEFT adapter with a classification head.
         revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
         dtype: Data type of the frozen weights. Adapters stay in float32. Default: the type that the adapters were trained
             with, otherwise float32.

@@ -14,6 +14,7 @@ import torch
 from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
 from numeric import assert_close
+from peft_adapters import write_peft
 from tiny_models import write_tiny_model
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
@@ -266,3 +267,16 @@ def test_an_adapter_pushed_on_one_machine_gives_the_same_scores_on_another(
     assert reported == f"pushed: me/adapter at {hub.repositories['me/adapter'].branches['main']}"
     found = torch.tensor(json.loads(python("another", "-c", OTHER_MACHINE, "me/adapter", json.dumps(TEXTS))))
     assert_close(found, scores(folder, backbone=tiny_pretrained))
+
+
+def test_a_peft_adapter_on_the_hub_is_a_task_model(hub: Hub, tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base")
+    commit = hub.add("org/base", base)
+    folder, expected = write_peft(tmp_path / "adapter", base, base_model_name_or_path="org/base", revision=commit)
+    commit = hub.add("me/mood", folder)
+    pretrained = load_from_hub("me/mood")
+    assert (pretrained.identity["name"], pretrained.identity["revision"]) == ("me/mood", commit)
+    assert pretrained.identity["sha256"] == load_from_hub(str(folder)).identity["sha256"]
+    pretrained.backbone.freeze()
+    with torch.no_grad():
+        assert_close(pretrained.backbone(pretrained.encode(TEXTS)), expected(TEXTS))

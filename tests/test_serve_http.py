@@ -189,17 +189,15 @@ def test_each_health_check_asks_the_next_task(service: Service, monkeypatch: pyt
     assert asked[:2] == asked[2:]
     assert set(asked) == {"mood", "topic"}
     monkeypatch.setattr(service.engine.task("topic").backbone, "embed", lambda _: 1 / 0)
-    states = [asyncio.run(_is_healthy(service)) for _ in range(2)]
-    assert sorted(states) == [False, True]
-
-
-async def _is_healthy(service: Service) -> bool:
-    try:
-        await service.probe()
-    except Unhealthy as error:
-        assert "the model of task 'topic' does not answer" in str(error)
-        return False
-    return True
+    failures = 0
+    for _ in range(2):
+        try:
+            asyncio.run(service.probe())
+        except Unhealthy:
+            failures += 1
+    assert failures == 1
+    with pytest.raises(Unhealthy, match="the model of task 'topic' does not answer"):
+        asyncio.run(service.probe("topic"))
 
 
 @pytest.fixture

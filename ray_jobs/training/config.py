@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.tracking.config import TrackingConfig
@@ -31,6 +32,8 @@ class FinetuneJob:
         name: Name of the run. A run of the same name and the same settings resumes from its last checkpoint.
         soft_prompt: Number of trainable vectors to put before every input of a language model, such as 20. They are
             tuned instead of the model's weights. Requires --backbone.prompt. 0 tunes the weights.
+        lora_rank: Rank of LoRA, such as 16. The result is then a PEFT adapter on the unchanged model: low-rank updates of
+            the layers above frozen_layers, and a classification head. Needs revmux[peft]. 0 tunes the weights.
         checkpoint: When to save checkpoints.
     """
 
@@ -44,16 +47,26 @@ class FinetuneJob:
     output: str | None = None
     name: str = "task-model"
     soft_prompt: int = 0
+    lora_rank: int = 0
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        for name in ("frozen_layers", "soft_prompt"):
+        for name in ("frozen_layers", "soft_prompt", "lora_rank"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 0 or more")
+        if self.lora_rank and (self.soft_prompt or self.backbone.prompt is not None):
+            raise UserError(
+                f"lora_rank is {self.lora_rank}, which trains a classification head, but "
+                f"{'soft_prompt' if self.soft_prompt else 'backbone.prompt'} is set, too; set one of them"
+            )
 
     def recipe(self) -> Recipe:
-        """The job's recipe: SISO with its backbone or a soft prompt tuned."""
-        tuned = {"soft_prompt": self.soft_prompt} if self.soft_prompt else {"tune_backbone": True}
+        """The job's recipe: SISO with its backbone, LoRA or a soft prompt tuned."""
+        tuned: dict[str, Any] = {"tune_backbone": True}
+        if self.soft_prompt:
+            tuned = {"soft_prompt": self.soft_prompt}
+        elif self.lora_rank:
+            tuned = {"peft_rank": self.lora_rank}
         method = MethodConfig(PLAIN_METHOD, 1, self.frozen_layers, tuned)
         return Recipe(self.backbone, self.data, method, self.optim, LossConfig(infonce_weight=0.0), shuffles=1)
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from revmux.backbone import Backbone, HiddenState
+from revmux.backbone.peft_lora import add_peft_lora
 from revmux.errors import UserError
 from revmux.methods.base import BackboneShape, Method
 from revmux.methods.registry import register_method
@@ -20,10 +21,13 @@ class SisoOptions:
     Args:
         tune_backbone: whether to train the layers above ``prefill_layers`` and the head. This creates a task model.
         soft_prompt: number of trained vectors that precede each input, with the model itself frozen. 0 means none.
+        peft_rank: rank of PEFT's LoRA in the layers above ``prefill_layers``, which is trained with the head while the
+            model itself stays frozen. 0 means none.
     """
 
     tune_backbone: bool = False
     soft_prompt: int = 0
+    peft_rank: int = 0
 
 
 @register_method
@@ -43,11 +47,12 @@ class Siso(Method):
             raise UserError(
                 f"siso: soft_prompt is {self.options.soft_prompt}; choose 0 (none) or more vectors, such as 20"
             )
-        if self.options.tune_backbone and self.options.soft_prompt:
-            raise UserError(
-                "siso: soft_prompt needs a frozen model, but tune_backbone is true; set soft_prompt or tune_backbone, not both"
-            )
-        self.tunes_backbone = self.options.tune_backbone or self.options.soft_prompt > 0
+        if self.options.peft_rank < 0:
+            raise UserError(f"siso: peft_rank is {self.options.peft_rank}; choose 0 (none) or more, such as 16")
+        chosen = [name for name in ("tune_backbone", "soft_prompt", "peft_rank") if getattr(self.options, name)]
+        if len(chosen) > 1:
+            raise UserError(f"siso: {' and '.join(chosen)} are set, which tune different weights; set one of them")
+        self.tunes_backbone = bool(chosen)
 
     @classmethod
     def point_name(cls, num_inputs: int, prefill_layers: int) -> str:
@@ -71,12 +76,19 @@ class Siso(Method):
             raise UserError(
                 f"siso: prefill_layers is {prefill_layers}, but a soft prompt is trained through all layers; choose 0"
             )
+        if self.options.peft_rank and prefill_layers >= self.shape.num_layers:
+            raise UserError(
+                f"siso: prefill_layers is {prefill_layers}, so that LoRA has no layer of {self.shape.num_layers}; choose "
+                "fewer, or peft_rank 0"
+            )
 
     def unfreeze(self, backbone: Backbone, prefill_layers: int) -> None:
-        if not self.options.soft_prompt:
+        if self.options.soft_prompt:
+            backbone.add_soft_prompt(self.options.soft_prompt)
+        elif self.options.peft_rank:
+            add_peft_lora(backbone, prefill_layers, self.options.peft_rank)
+        else:
             super().unfreeze(backbone, prefill_layers)
-            return
-        backbone.add_soft_prompt(self.options.soft_prompt)
 
     def multiplex(self, states: HiddenState) -> HiddenState:
         return states.map(lambda tensor: tensor[:, 0])

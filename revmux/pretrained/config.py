@@ -29,7 +29,7 @@ class BackboneConfig:
 
     Args:
         model: all-MiniLM-L6-v2 or smollm2-135m (embedded, no hub needed), a folder or GGUF file or the URI of one, such as
-            s3://bucket/task-model, or a Hugging Face id.
+            s3://bucket/task-model, or a Hugging Face id. A folder or id may contain a PEFT adapter with a classification head.
         revision: Branch, tag or commit on the hub. Ignored for folders. Default: the default branch.
         max_length: Maximum number of tokens per input. Longer inputs are truncated. At least 2.
         dtype: Data type of the frozen weights. Adapters stay in float32.

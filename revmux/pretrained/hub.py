@@ -7,7 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError comes from its HTTP library
     EntryNotFoundError,
     HfHubHTTPError,
@@ -40,6 +47,14 @@ def cached_folder(repository: str, revision: str | None = None, file: str = "con
     """
     found = try_to_load_from_cache(repository, file, revision=revision)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def optional_file(repository: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a repository, from the cache or the hub; None if it does not exist or cannot be reached."""
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except _FAILURES:
+        return None
 
 
 def fetch(repository: str, revision: str | None, files: Sequence[str]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from revmux.pretrained import hub
 from revmux.pretrained.config import EMBEDDED_MODELS, EMBEDDED_NAME, EMBEDDED_SHA256, BackboneConfig
 from revmux.pretrained.gguf import SUFFIX, source_digests
 from revmux.pretrained.location import locate
+from revmux.pretrained.peft_adapter import merged_config, read_peft_adapter
 from revmux.utils.redact import error_line
 
 _identities: dict[tuple[str, int, float], str] = {}
@@ -78,13 +80,18 @@ def identify(name: str, location: str, revision: str | None) -> dict[str, str | 
         UserError: the weights are not cached, and the hub cannot be reached.
     """
     folder = Path(location)
+    if (adapter := read_peft_adapter(location, revision)) is not None:
+        base = identify(adapter.base, resolve(adapter.base), adapter.base_revision)["sha256"]
+        digests = [*([] if base is None else [base]), weights_sha256(adapter.folder)]
+        own_name, commit = (folder.absolute().name, None) if folder.is_dir() else (name, adapter.folder.name)
+        return {"name": own_name, "revision": commit, "sha256": hub.combined_sha256(digests)}
     if folder.is_dir():
         if name in EMBEDDED_MODELS:
             own_name = name
         else:
             own_name = Path(name).name if name.endswith(SUFFIX) else folder.absolute().name
-        digests = source_digests(folder)  # the GGUF file's, since conversions may differ in form
-        return {"name": own_name, "revision": None, "sha256": digests[0] if digests else weights_sha256(folder)}
+        source = source_digests(folder)  # the GGUF file's, since conversions may differ in form
+        return {"name": own_name, "revision": None, "sha256": source[0] if source else weights_sha256(folder)}
     cached = hub.cached_folder(location, revision)
     if cached is not None and any(cached.glob("*.safetensors")):
         return {"name": name, "revision": cached.name, "sha256": weights_sha256(cached)}
@@ -95,9 +102,14 @@ def identify(name: str, location: str, revision: str | None) -> dict[str, str | 
 def load_model_config(location: str, config: BackboneConfig) -> Any:
     """The configuration of a model folder or hub id. Code in the repository is never run.
 
+    That of a PEFT adapter is the configuration of its base model with the adapter's classes.
+
     Raises:
         UserError: the model is unknown, or no backbone family supports its architecture.
     """
+    if (adapter := read_peft_adapter(location, config.revision)) is not None:
+        base = replace(config, model=adapter.base, revision=adapter.base_revision)
+        return merged_config(adapter, load_model_config(resolve(adapter.base), base))
     try:
         settings, _ = PretrainedConfig.get_config_dict(location, revision=config.revision)
         # Checked before AutoConfig, which may not support the type, or only through code in the repository.

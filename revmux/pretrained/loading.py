@@ -25,6 +25,7 @@ from revmux.pretrained import hub
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.identity import identify, load_model_config, resolve, weights_sha256
 from revmux.pretrained.location import has_head, no_answers
+from revmux.pretrained.peft_adapter import load_merged, read_peft_adapter
 from revmux.pretrained.pretrained import Pretrained
 from revmux.pretrained.task_model import read_pairs, read_prompt, read_soft_prompt
 
@@ -154,6 +155,12 @@ def _load_classifier(
 ) -> Any:
     """Load a model with the checkpoint's head, or with a newly initialized head for these classes."""
     arguments: dict[str, Any] = {}
+    if (adapter := read_peft_adapter(location, config.revision)) is not None:
+        if model_config.pad_token_id is None:
+            model_config.pad_token_id = tokenizer.pad_token_id
+        base = {**_weights(config), "revision": adapter.base_revision}
+        with _quiet():
+            return load_merged(adapter, resolve(adapter.base), model_config, **base)
     if not _has_head(model_config):
         names = label_names or []
         arguments = {
@@ -234,6 +241,9 @@ def _load_tokenizer(config: BackboneConfig, location: str) -> PreTrainedTokenize
     Raises:
         UserError: there is no tokenizer, or it has no token that can be used for padding.
     """
+    adapter = read_peft_adapter(location, config.revision)
+    if adapter is not None and not _has_tokenizer(adapter.folder):
+        return _load_tokenizer(replace(config, revision=adapter.base_revision), resolve(adapter.base))
     _check_tokenizer(config.model, location)
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision, trust_remote_code=False)
@@ -250,11 +260,15 @@ def _load_tokenizer(config: BackboneConfig, location: str) -> PreTrainedTokenize
 def _check_tokenizer(name: str, location: str) -> None:
     """Check that a folder contains a tokenizer. Without one, transformers would create a tokenizer with no vocabulary."""
     folder = Path(location)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if folder.is_dir() and not _has_tokenizer(folder):
         raise UserError(
             f"folder {name!r} contains no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it there with "
             "tokenizer.save_pretrained(folder)"
         )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def _has_head(model_config: Any) -> bool:

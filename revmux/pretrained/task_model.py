@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from revmux.backbone.soft_prompt import SoftPrompt
 from revmux.data.prompt import Prompt
 from revmux.errors import UserError
+from revmux.pretrained.config import EMBEDDED_MODELS
 from revmux.pretrained.location import PROMPT_NAME
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ TASK_NAME = "task.json"
 def save_task_model(pretrained: Pretrained, folder: str | Path, pairs: bool | None = None) -> Path:
     """Save a backbone, which :func:`revmux.pretrained.loading.load_pretrained` can load again.
 
+    A backbone that was tuned by PEFT's LoRA is saved as PEFT's adapter, with the configuration of the whole model.
+
     Args:
         pretrained: the backbone, with or without a prompt.
         folder: the target folder, created if it is missing.
@@ -34,7 +37,13 @@ def save_task_model(pretrained: Pretrained, folder: str | Path, pairs: bool | No
         The target folder.
     """
     folder = Path(folder)
-    pretrained.backbone.model.save_pretrained(folder)
+    model = pretrained.backbone.model
+    if getattr(model, "_hf_peft_config_loaded", False):
+        for adapter in model.peft_config.values():
+            adapter.base_model_name_or_path, adapter.revision = _base_of(pretrained)
+        folder.mkdir(parents=True, exist_ok=True)
+        model.config.save_pretrained(folder)
+    model.save_pretrained(folder)
     pretrained.tokenizer.save_pretrained(folder)
     if pretrained.prompt is not None:
         text = json.dumps(pretrained.prompt.to_dict(), indent=2, ensure_ascii=False)
@@ -45,6 +54,14 @@ def save_task_model(pretrained: Pretrained, folder: str | Path, pairs: bool | No
     if soft_prompt is not None:
         save_file({"vectors": soft_prompt.vectors.detach().cpu()}, folder / SOFT_PROMPT_NAME)
     return folder
+
+
+def _base_of(pretrained: Pretrained) -> tuple[str, str | None]:
+    """The name and revision by which an adapter finds the model that it was tuned on."""
+    name, location = pretrained.identity["name"], Path(pretrained.backbone.model.name_or_path)
+    if name in EMBEDDED_MODELS:
+        return name, None
+    return (str(location.absolute()), None) if location.is_dir() else (str(name), pretrained.identity["revision"])
 
 
 def read_prompt(location: str, revision: str | None = None) -> Prompt | None:

@@ -222,7 +222,8 @@ def load_backbone(recipe: Recipe, label_names: list[str]) -> Pretrained:
 
 def makes_head(recipe: Recipe) -> bool:
     """Whether a backbone without a head gets a new one, which is the case if a task model is tuned."""
-    return method_class(recipe.method.name).is_plain and bool(recipe.method.options.get("tune_backbone"))
+    options = recipe.method.options
+    return method_class(recipe.method.name).is_plain and bool(options.get("tune_backbone") or options.get("peft_rank"))
 
 
 def check_labels(pretrained: Pretrained, task: TaskData | TokenizedTask) -> None:

@@ -17,6 +17,7 @@ EXTRAS = {
     "plan": ("scipy",),
     "tour": ("requests", "rich"),
     "gguf": ("gguf", "accelerate"),
+    "peft": ("peft",),
 }
 """The modules that each extra of revmux brings, as far as its absence is noticed by them."""
 
