@@ -47,5 +47,9 @@ def add_peft_lora(backbone: Backbone, first: int, rank: int) -> None:
 def _head_modules(model: Any) -> list[str]:
     """The names of the modules that run after the layers."""
     body = model.base_model
-    heads = [name for name, child in model.named_children() if child is not body and any(child.parameters())]
+    heads = [
+        name
+        for name, child in model.named_children()
+        if child is not body and next(child.parameters(), None) is not None
+    ]
     return heads + (["pooler"] if getattr(body, "pooler", None) is not None else [])

@@ -131,7 +131,7 @@ def merged_config(adapter: PeftAdapter, base: PretrainedConfig) -> PretrainedCon
                 "it with modules_to_save, or with task_type SEQ_CLS"
             )
         return base
-    classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(base)]
+    classifier: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(base)]
     base.architectures = [classifier.__name__]
     base.id2label = dict(enumerate(names))
     base.label2id = {name: index for index, name in enumerate(names)}
