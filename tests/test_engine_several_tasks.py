@@ -188,9 +188,9 @@ def test_a_task_with_another_limit_has_its_own_tokens_and_errors(engine: Engine,
         ask(engine, ["plain", "short"])
     found = asyncio.run(engine.answer_tasks(TEXTS[:1], ["plain", "short"], truncate=True))
     assert [answers[0].truncated for answers in found] == [False, True]
-    assert engine.stats()["tasks"]["short"]["shared_prefill"] == 0
+    assert engine.stats()["shared_prefill"] == 0
     found = asyncio.run(engine.answer_tasks(["w1"], ["plain", "short"], max_multiplex=1))
-    assert engine.stats()["tasks"]["short"]["shared_prefill"] == 1  # a text with the same tokens in both tasks
+    assert engine.stats()["shared_prefill"] == 1  # a text with the same tokens in both tasks
     assert torch.equal(found[0][0].scores, found[1][0].scores)
 
 
