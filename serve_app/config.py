@@ -147,6 +147,9 @@ class AppConfig(_TaskSettings):
         priority_seconds: Seconds of waiting that one point of a request's priority is worth.
         audit: Share of the inputs that adapters answered to run through the plain model too. /metrics shows how often the
             labels agree.
+        memory_gb: Gigabytes (10^9 bytes) that the weights of all tasks may take in a replica. Tasks beyond it are loaded when a
+            request first names them, and the tasks that were not used for longest are removed. While a task is loaded, its
+            whole model comes on top. Default: all tasks are loaded at the start.
         max_points_lost: Points of accuracy that an adapter may have lost in its own evaluation. One that lost more, and has
             no threshold, is logged with a warning when it is loaded.
         max_texts: Maximum number of inputs per request.
@@ -173,6 +176,7 @@ class AppConfig(_TaskSettings):
     plain_load: float = Field(default=4.0, ge=0)
     priority_seconds: float = Field(default=1.0, gt=0)
     audit: float = Field(default=0.0, ge=0, le=1)
+    memory_gb: float | None = Field(default=None, gt=0)
     max_points_lost: float = Field(default=2.0, ge=0)
     max_texts: int = Field(default=32, ge=1)
     max_body_bytes: int = Field(default=2_000_000, ge=1)

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,8 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
 from revmux.serving.adapters import LineupPlace, admitted, check_stages, place_of
+from revmux.serving.errors import UnknownTask
+from revmux.serving.shared_weights import weights_bytes
 from revmux.serving.task import Lineup, Task
 from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
@@ -86,6 +88,9 @@ class Service:
         self._adapters: dict[str, dict[LineupPlace, _Fetched]] = {}  # by task and place; the folders may be gone
         self._changing = threading.Lock()
         self._health_checks = itertools.count()
+        self._loading: dict[str, asyncio.Future[Task | None]] = {}
+        self._uses = itertools.count()
+        self._last_use: dict[str, int] = {}  # by task
         self.engine.start()
 
     def serve(self, tasks: Mapping[str, TaskConfig]) -> None:
@@ -100,14 +105,16 @@ class Service:
             UserError: a model or adapter does not fit, or a served task has another model or other fixed settings.
         """
         with self._changing, TemporaryDirectory(prefix="revmux-adapters-") as downloads:
-            requested = {name: self._by_place(task, Path(downloads)) for name, task in tasks.items()}
-            for name, task in tasks.items():
-                if name in self._served:
-                    self._check_same(name, task)
+            loaded = self.engine.tasks
+            now = {name: task for name, task in tasks.items() if name in loaded or self.config.memory_gb is None}
+            requested = {name: self._by_place(task, Path(downloads)) for name, task in now.items()}
+            for name in now:
+                if name in loaded:
+                    self._check_same(name, tasks[name])
             added: list[Task] = []
             lineups: dict[str, Lineup] = {}
             for name, adapters in requested.items():
-                if name not in self._served:
+                if name not in loaded:
                     added.append(self._loaded(name, tasks[name], adapters))
                     continue
                 served = self._adapters[name]
@@ -120,7 +127,7 @@ class Service:
                 removed = served.keys() - adapters.keys()
                 if new or removed:
                     lineups[name] = self.engine.task(name).lineup_with(new, removed)
-            self.engine.change(added, lineups, self._served.keys() - tasks.keys())
+            self.engine.change(added, lineups, loaded.keys() - tasks.keys())
             before = self._adapters
             self._served = dict(tasks)
             self._adapters = requested
@@ -129,6 +136,116 @@ class Service:
                     known = before.get(name, {}).get(place)
                     if known is None or known.digest != adapter.digest:
                         self._log_loss(name, place, adapter.source)
+        if self.config.memory_gb is not None:
+            self._last_use = {name: use for name, use in self._last_use.items() if name in tasks}
+            self._fill_memory()
+
+    def _fill_memory(self) -> None:
+        """Load tasks in their order until the next one does not fit, so that most first requests need not wait.
+
+        Raises:
+            UserError: not a single task can be loaded.
+        """
+        for name in self.task_names:
+            if name in self.engine.tasks:
+                continue
+            try:
+                if self._load(name, evict=False) is None:
+                    return
+            except UserError as error:
+                if not self.engine.tasks:
+                    raise
+                logger.error("task %r cannot be loaded: %s", name, without_passwords(str(error)))
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names of all tasks, also of those that are not loaded."""
+        return list(self._served)
+
+    async def task(self, name: str | None = None) -> Task:
+        """Return a task, after loading it if necessary; None is the only task.
+
+        Raises:
+            UnknownTask: there is no such task, or there are several and no name is given.
+            Unhealthy: the task cannot be loaded.
+        """
+        if self.config.memory_gb is None:
+            return self.engine.task(name)
+        known = self._served
+        if name is None and len(known) == 1:
+            name = next(iter(known))
+        if name is None or name not in known:
+            raise UnknownTask(name, known)
+        self._last_use[name] = next(self._uses)
+        if (task := self.engine.tasks.get(name)) is not None:
+            return task
+        if name not in self._loading:
+            self._loading[name] = asyncio.ensure_future(asyncio.to_thread(self._load, name))
+            self._loading[name].add_done_callback(lambda _: self._loading.pop(name))
+        try:
+            # Shielded, because other requests may wait for the same task.
+            found = await asyncio.shield(self._loading[name])
+        except UnknownTask:  # it was removed meanwhile
+            raise
+        except Exception as error:
+            message = without_passwords(f"task {name!r} cannot be loaded: {error}")
+            logger.error(message)
+            raise Unhealthy(message) from error
+        assert found is not None
+        return found
+
+    async def several(self, names: Sequence[str]) -> list[Task]:
+        """Return several tasks, after loading those that are not loaded.
+
+        Raises:
+            UserError: they do not fit into memory together. Other errors are those of :meth:`task`.
+        """
+        known = self.engine.tasks if self.config.memory_gb is None else self._served
+        for name in names:
+            if name not in known:
+                raise UnknownTask(name, known)
+        found = [await self.task(name) for name in names]
+        gone = [name for name in names if name not in self.engine.tasks]
+        if gone and self.config.memory_gb is not None:
+            raise UserError(
+                f"the {len(names)} tasks do not fit into memory_gb ({self.config.memory_gb:g}) together: {gone[0]!r} was "
+                "removed for the others; name fewer tasks per request, or raise memory_gb"
+            )
+        return found
+
+    def _load(self, name: str, evict: bool = True) -> Task | None:
+        """Load a task, and remove those that were not used for longest until the weights of all fit into ``memory_gb``.
+
+        Args:
+            name: the task.
+            evict: whether other tasks may be removed. Otherwise the task itself is, if it does not fit.
+
+        Returns:
+            The task, or None if it does not fit.
+        """
+        assert self.config.memory_gb is not None
+        with self._changing, TemporaryDirectory(prefix="revmux-adapters-") as downloads:
+            if (task := self.engine.tasks.get(name)) is not None:
+                return task
+            if (config := self._served.get(name)) is None:
+                raise UnknownTask(name, self._served)
+            adapters = self._by_place(config, Path(downloads))
+            task = self._loaded(name, config, adapters)
+            self.engine.change([task])
+            self._adapters[name] = adapters
+            budget = round(self.config.memory_gb * 1e9)
+            tasks = self.engine.tasks
+            while len(tasks) > 1 and weights_bytes(part for one in tasks.values() for part in one.modules) > budget:
+                others = [other for other in tasks if other != name]
+                removed = min(others, key=lambda other: self._last_use.get(other, -1)) if evict else name
+                del tasks[removed]
+                self.engine.change(remove=[removed])
+                self._adapters.pop(removed, None)
+                if removed == name:
+                    return None
+            for place, adapter in adapters.items():
+                self._log_loss(name, place, adapter.source)
+            return task
 
     def _by_place(self, task: TaskConfig, downloads: Path) -> dict[LineupPlace, _Fetched]:
         """Fetch the adapters, and return those that ``max_multiplex`` allows by their place in the line-up."""
@@ -228,6 +345,7 @@ class Service:
             # text-embeddings-inference has one model. Its keys describe the first task.
             **(described[first.name] if first else {}),
             "tasks": described,
+            "not_loaded": [name for name in self._served if name not in tasks],
             "update_error": self.update_error,
             "max_multiplex": max((task.lineup.widest for task in tasks.values()), default=1),
             "max_concurrent_requests": config.max_queue,
@@ -240,6 +358,7 @@ class Service:
             "max_body_bytes": config.max_body_bytes,
             "body_seconds": config.body_seconds,
             "stuck_seconds": config.stuck_seconds,
+            "memory_gb": config.memory_gb,
             "needs_token": bool(self.tokens),
             "num_replicas": config.num_replicas,
             "autoscaling": config.autoscaling.model_dump() if config.autoscaling else None,

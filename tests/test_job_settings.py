@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft_adapters import write_peft
 from tiny_models import write_tiny_model
 
 from ray_jobs import cli, evaluate, finetune, train, tune
@@ -226,3 +227,20 @@ def test_a_submitted_feature_job_needs_a_storage_folder_only_for_the_default_sto
     assert storage_of(FeaturesJob(storage=str(tmp_path / "runs"))) == tmp_path / "runs"
     with pytest.raises(UserError, match="storage 'runs' is relative"):
         storage_of(FeaturesJob())
+
+
+def test_lora_tunes_an_adapter_on_a_whole_model_only(
+    tmp_path: Path, tiny_csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = FinetuneJob(frozen_layers=2, lora_rank=4).recipe()
+    assert (recipe.method.prefill_layers, recipe.method.options) == (2, {"peft_rank": 4})
+    with pytest.raises(UserError, match="lora_rank is 4, which trains a classification head, but soft_prompt is set"):
+        FinetuneJob(lora_rank=4, soft_prompt=2)
+    base = write_tiny_model(tmp_path / "base")
+    adapter, _ = write_peft(tmp_path / "adapter", base)
+    flags = ["--backbone.model", str(adapter), "--data.source", str(tiny_csv), "--lora_rank", "4"]
+    assert finetune.command(flags) != 0
+    assert "is a PEFT adapter" in printed_error(capsys)
+    whole = replace(recipe, backbone=BackboneConfig(str(base)), method=replace(recipe.method, prefill_layers=3))
+    with pytest.raises(UserError, match="prefill_layers is 3, so that LoRA has no layer of 3"):
+        check(whole, inspect(whole.backbone)[0])

@@ -1,0 +1,136 @@
+"""Tasks that are loaded on first use and removed, least recently used first, when memory is limited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from serving_http import listening
+from serving_models import plain_scores
+from tiny_models import write_tiny_model
+
+import serve_app.service
+from revmux.errors import UserError
+from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.pretrained import Pretrained
+from revmux.serving.shared_weights import weights_bytes
+from serve_app.config import AppConfig, LiveConfig, TaskConfig
+from serve_app.errors import Unhealthy
+from serve_app.service import Service
+from serve_app.web import create_app
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three models that have nothing in common."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_tiny_model(root / name, seed) for seed, name in enumerate(NAMES)}
+
+
+def configured(folders: dict[str, Path], tasks: float) -> AppConfig:
+    """A configuration whose memory has room for this many of the models."""
+    one = weights_bytes([load_short(folders["a"]).backbone])
+    served = {name: {"model": str(folder), "max_length": 16} for name, folder in folders.items()}
+    return AppConfig.model_validate({"tasks": served, "memory_gb": tasks * one / 1e9})
+
+
+def load_short(folder: Path) -> Pretrained:
+    return load_pretrained(BackboneConfig(model=str(folder), max_length=16))
+
+
+@pytest.fixture
+def service(folders: dict[str, Path]) -> Iterator[Service]:
+    config = configured(folders, 2.5)
+    made = Service(config)
+    made.serve(config.served)
+    yield made
+    made.close()
+
+
+def test_the_task_that_was_not_used_for_longest_makes_room(service: Service, folders: dict[str, Path]) -> None:
+    assert list(service.engine.tasks) == ["a", "b"]
+    with listening(create_app(service)) as url:
+
+        def ask(names: Any, key: str = "task") -> httpx.Response:
+            body = {"inputs": "w1 w2", key: names, "raw_scores": True}
+            return httpx.post(f"{url}/predict", json=body, timeout=60)
+
+        for name, left in (("a", {"a", "b"}), ("c", {"a", "c"}), ("a", {"a", "c"}), ("b", {"a", "b"})):
+            found = {item["label"]: item["score"] for item in ask(name).json()}
+            expected = plain_scores(load_short(folders[name]), ["w1 w2"])[0]
+            assert [found["bad"], found["good"]] == pytest.approx(expected.tolist(), abs=1e-5)
+            assert set(service.engine.tasks) == left
+        info = httpx.get(f"{url}/info").json()
+        assert (set(info["tasks"]), info["not_loaded"]) == ({"a", "b"}, ["c"])
+        assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == list(NAMES)
+        assert httpx.get(f"{url}/v2/models/c/ready", timeout=60).status_code == 200
+        refused = ask("d")
+        assert (refused.status_code, refused.json()["error"]) == (404, "unknown task 'd'; known tasks: a, b, c")
+        before = set(service.engine.tasks)
+        assert ask([*NAMES, "d"], "tasks").status_code == 404
+        assert set(service.engine.tasks) == before  # refused before anything is loaded
+        assert set(ask(["b", "c"], "tasks").json()) == {"b", "c"}
+        refused = ask("*", "tasks")
+        assert refused.status_code == 422
+        assert "the 3 tasks do not fit into memory_gb" in refused.json()["error"]
+
+
+def test_requests_for_one_task_wait_for_the_same_load(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, loads = serve_app.service.load_pretrained, []
+    monkeypatch.setattr(serve_app.service, "load_pretrained", lambda config: loads.append(config) or original(config))
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(service.task("c") for _ in range(8)))
+
+    assert len(set(asyncio.run(ask()))) == 1
+    assert len(loads) == 1
+
+
+def test_a_task_that_was_removed_for_another_answers_the_request_that_holds_it(service: Service) -> None:
+    held = asyncio.run(service.task("b"))
+    asyncio.run(service.task("a"))
+    asyncio.run(service.task("c"))
+    assert "b" not in service.engine.tasks
+    answers = asyncio.run(service.engine.answer(["w1"], task=held))
+    assert torch.isfinite(answers[0].scores).all()
+
+
+def test_a_task_that_cannot_be_loaded_harms_no_other(
+    service: Service, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tasks = service.config.served | {"broken": TaskConfig(model=str(tmp_path))}
+    del tasks["c"]
+    service.update(LiveConfig(tasks=tasks).model_dump())
+    assert service.update_error is None
+    with pytest.raises(Unhealthy, match=r"task 'broken' cannot be loaded: folder .* contains no config\.json"):
+        asyncio.run(service.task("broken"))
+    assert asyncio.run(service.task("a")) is service.engine.task("a")
+    assert asyncio.run(service.task("b")) is service.engine.task("b")
+    only = Service(service.config)
+    with pytest.raises(UserError, match=r"contains no config\.json"):
+        only.serve({"broken": tasks["broken"]})
+    only.close()
+
+
+def test_without_a_limit_all_tasks_are_loaded_at_the_start(folders: dict[str, Path]) -> None:
+    config = configured(folders, 1).model_copy(update={"memory_gb": None})
+    made = Service(config)
+    made.serve(config.served)
+    assert list(made.engine.tasks) == list(NAMES)
+    made.close()
+
+
+def test_weights_that_are_shared_count_once(folders: dict[str, Path]) -> None:
+    one, other = load_short(folders["a"]).backbone, load_short(folders["b"]).backbone
+    alone = weights_bytes([one])
+    assert alone == sum(tensor.numel() * tensor.element_size() for tensor in (*one.parameters(), *one.buffers()))
+    assert weights_bytes([one, one]) == alone
+    assert weights_bytes([one, other]) == 2 * alone
