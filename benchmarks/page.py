@@ -17,6 +17,7 @@ from benchmarks.llama.page import llama_words
 from benchmarks.plan.page import plan_words
 from benchmarks.precision import precision_words
 from benchmarks.serving.page import path_words, serving_words
+from benchmarks.size import size_words
 from benchmarks.systems.page import systems_words
 from benchmarks.training.page import training_words
 from revmux.methods import method_class
@@ -66,6 +67,7 @@ WRITERS = {
     "training": training_words,
     "llama": llama_words,
     "plan": plan_words,
+    "size": size_words,
     "serving": serving_words,
     "serving-path": path_words,
 }

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-from revmux.adapters.config import load_adapter_config
+from revmux.adapters.config import MERGE_LIMIT, load_adapter_config
 from revmux.data.config import DataConfig
 from revmux.errors import UserError
-from revmux.estimate.presets import check_shape_name
+from revmux.estimate.presets import StageShape, check_shape_name
 from revmux.pretrained.config import BackboneConfig, Dtype
 from revmux.training.config import check_method_name
 from revmux.utils.parser import Parser
@@ -76,27 +76,46 @@ def memory(
     prompt: str | None = None,
     soft_prompt: int = 0,
     options: dict[str, Any] | None = None,
+    constant_tokens: int = 0,
+    stages: list[StageShape] | None = None,
+    max_batch: int = 128,
+    merge_limit_mib: int = MERGE_LIMIT // 2**20,
 ) -> str:
-    """Estimate the memory of one training process: backbone, adapters in float32 with AdamW, activations.
+    """Estimate the memory of one training process (backbone, adapters in float32 with AdamW, activations), and of one
+    replica that serves the adapters. Both hold the whole backbone on one device.
 
     Args:
-        model: bert-base, bert-large, t5-small, t5-base, t5-large, llama-3-8b, an embedded model, or a local model folder.
+        model: bert-base, bert-large, t5-small, t5-base, t5-large, llama-3-8b, llama-3-70b, an embedded model, or a local
+            model folder.
         method: Name of a method. ``revmux methods`` lists them.
         num_inputs: Width N. Default: 2, or the only N that the method supports.
         prefill_layers: Number of prefill layers l. Default: half of the layers.
         batch_size: Inputs per step, as a list of multiples of N. Default: 16 N.
-        length: Tokens of the longest input, as a list. Default: 128.
+        length: Tokens of the longest input, with those of the prompt's template, as a list. Default: 128.
         dtype: Type of the frozen backbone's weights.
         prompt: Prompt of the language model in a folder: the name of a shipped prompt, or a YAML file.
         soft_prompt: Number of soft prompt vectors before every input of a language model.
-        options: Options of the method by name, as a mapping such as {own_state: mlp}. ``revmux methods`` lists them.
+        options: Options of the method by name, as a mapping such as {own_state: mlp, lora_rank: 16}. ``revmux methods`` lists
+            them.
+        constant_tokens: Number of first tokens that are the same in every input of a decoder, if no prompt says it.
+        stages: The adapters of a ladder, each with the four settings of the method above, which are then not used:
+            [{method: exit-head, options: {layer: 8}, prefill_layers: 8}, {num_inputs: 2, prefill_layers: 16}].
+        max_batch: Inputs per pass of the server.
+        merge_limit_mib: Maximum size, in MiB, of an adapter's copy of the weights into which its LoRA is merged in serving.
     """
     check_shape_name(model)
-    check_method_name(method)
+    chosen = stages or [StageShape(method, num_inputs, prefill_layers, options or {})]
+    for stage in chosen:
+        check_method_name(stage.method)
+    if max_batch < 1:
+        raise UserError(f"max_batch is {max_batch}; choose 1 or more inputs, such as 128")
+    if merge_limit_mib < 0:
+        raise UserError(f"merge_limit_mib is {merge_limit_mib}; choose 0 (LoRA's updates stay apart) or more")
     from revmux.estimate.tables import memory_table
 
+    limit = merge_limit_mib * 2**20
     return memory_table(
-        model, method, num_inputs, prefill_layers, batch_size, length, dtype, prompt, soft_prompt, options
+        model, chosen, batch_size, length, dtype, prompt, soft_prompt, constant_tokens, max_batch, limit
     )
 
 

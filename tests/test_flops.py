@@ -342,6 +342,7 @@ def test_the_estimate_refuses_a_batch_that_is_not_a_whole_number_of_groups(bert_
         ("t5-base", 223),
         ("t5-large", 738),
         ("llama-3-8b", 8030),
+        ("llama-3-70b", 70554),
     ],
 )
 def test_presets_have_the_size_of_the_published_models(model, millions):
@@ -407,7 +408,7 @@ def test_command_line_prints_speedups_and_memory(command, tmp_path):
     assert cost.splitlines()[-1].split()[:3] == ["2", "1", "1.50×"]
     status, memory, _ = command("memory", "--model", model, "--batch_size", "[4]", "--length", "[16]")
     assert status == 0
-    assert [line.split()[2] for line in memory.splitlines()[2:]] == ["no", "yes"]
+    assert [line.split()[2] for line in memory.splitlines()[5:7]] == ["no", "yes"]
 
 
 def test_the_command_line_accepts_the_options_of_a_method(command):
@@ -427,8 +428,9 @@ def test_the_command_line_accepts_the_options_of_a_method(command):
     status, frozen, _ = command("memory", "--model", "t5-small", "--length", "[16]", "--dtype", "float32")
     tuned = command("memory", "--model", "t5-small", "--length", "[16]", "--options", "{tune_backbone: true}")
     assert status == tuned[0] == 0
-    adam = [float(text.splitlines()[2].split()[6]) for text in (frozen, tuned[1])]
+    adam = [float(text.splitlines()[5].split()[7]) for text in (frozen, tuned[1])]
     assert adam[1] > 4 * adam[0]
+    assert tuned[1].splitlines()[-1] == "Servers load no adapters that tune the backbone."
     status, _, errors = command("memory", "--options", "{own_stat: mlp}")
     assert status == 2
     assert "own_state" in errors

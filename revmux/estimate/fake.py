@@ -22,8 +22,8 @@ VALUE_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.
 """Operations that read values, by which models check for padding or for positions that are out of order."""
 
 
-class _AssumeTrue(TorchDispatchMode):
-    """Answers every check of values with True, as for inputs without padding."""
+class AssumeTrue(TorchDispatchMode):
+    """Answers every check of values with True, as for inputs without padding, where tensors have no values."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -36,7 +36,7 @@ class _AssumeTrue(TorchDispatchMode):
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Create all tensors as fake tensors, with a shape and a type but no values."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _AssumeTrue():  # type: ignore[no-untyped-call]  # unannotated in torch
+    with FakeTensorMode(allow_non_fake_inputs=True), AssumeTrue():  # type: ignore[no-untyped-call]  # unannotated in torch
         yield
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from revmux.backbone import Backbone, TokenBatch
 from revmux.backbone.encoder_decoder import EncoderDecoderBackbone
 from revmux.errors import UserError
 from revmux.estimate.fake import call_with_fake_weights, fake_tensors, meta_copy
+from revmux.estimate.serving_memory import check_length, kept_memory
 from revmux.methods import Method
 from revmux.model import MultiplexedClassifier
 
@@ -28,7 +29,8 @@ class MemoryEstimate:
 
     Attributes:
         backbone: the backbone's weights.
-        adapters: the method's weights, in fp32.
+        adapters: the method's weights, in fp32, LoRA's factors among them.
+        prefix: states, keys and values of a constant prefix in the plain model.
         gradients: gradients of all trained weights, in fp32.
         optimizer: AdamW's two moments, in fp32.
         activations: tensors kept for the backward pass.
@@ -37,6 +39,7 @@ class MemoryEstimate:
 
     backbone: int
     adapters: int
+    prefix: int
     gradients: int
     optimizer: int
     activations: int
@@ -45,7 +48,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """The sum of all parts, in bytes."""
-        return self.backbone + self.adapters + self.gradients + self.optimizer + self.activations + self.working
+        return sum(astuple(self))
 
 
 def estimate_memory(
@@ -69,8 +72,10 @@ def estimate_memory(
         gradient_checkpointing: keep only the input of each layer, decoder layers included, and recompute the layer.
 
     Raises:
-        UserError: l is out of range, or the batch cannot be divided into groups.
+        UserError: l is out of range, the batch cannot be divided into groups, or the inputs consist of the constant
+            prefix alone.
     """
+    check_length(backbone, length)
     model = meta_copy(
         MultiplexedClassifier(backbone, method, prefill_layers)
     )  # a copy, since it is frozen and unfrozen
@@ -80,6 +85,7 @@ def estimate_memory(
     if method.tunes_backbone:
         model.method.unfreeze(model.backbone, prefill_layers)
     stored = torch.float32 if method.tunes_backbone else dtype
+    model.backbone.to(stored)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     saved = _SavedForBackward(model, batch_size, length, stored)
     model.backbone.gradient_checkpointing = False
@@ -92,6 +98,7 @@ def estimate_memory(
     return MemoryEstimate(
         backbone=sum(parameter.numel() for parameter in model.backbone.parameters()) * stored.itemsize,
         adapters=4 * sum(parameter.numel() for parameter in model.method.parameters()),
+        prefix=kept_memory(model.backbone, []).prefix,
         gradients=4 * trained,
         optimizer=8 * trained,
         activations=activations,

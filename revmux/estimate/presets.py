@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,35 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "max_position_embeddings": 8192,
     },
+    "llama-3-70b": {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
 }
-"""Settings of the paper's backbones, as in ``config.json``; missing ones have the defaults of the model type."""
+"""Settings of the paper's backbones and of a larger LLaMA, as in ``config.json``; missing ones have the defaults of the model type."""
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """An adapter whose memory is estimated.
+
+    Args:
+        method: Name of the method.
+        num_inputs: Width N. Default: 2, or the only N that the method supports.
+        prefill_layers: Number of prefill layers l. Default: half of the layers.
+        options: Options of the method by name.
+    """
+
+    method: str = "revmux"
+    num_inputs: int | None = None
+    prefill_layers: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def check_shape_name(model: str) -> None:

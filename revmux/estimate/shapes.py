@@ -36,7 +36,11 @@ def config_of(model: str) -> Any:
 
 
 def meta_backbone(
-    model: str, dtype: torch.dtype = torch.float32, prompt: str | Prompt | None = None, soft_prompt: int = 0
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    prompt: str | Prompt | None = None,
+    soft_prompt: int = 0,
+    constant_tokens: int = 0,
 ) -> Backbone:
     """The cut backbone on the meta device, frozen.
 
@@ -47,10 +51,18 @@ def meta_backbone(
         dtype: type of the weights.
         prompt: prompt of a folder's language model; without one, it classifies by two words of one token each.
         soft_prompt: vectors before every input, in addition to those of a task model's own soft prompt.
+        constant_tokens: number of first tokens that are the same in every input. 0 takes those of the prompt.
 
     Raises:
-        UserError: an unknown model, a prompt for a preset, or a prompt or soft prompt that does not fit the model.
+        UserError: an unknown model, a prompt for a preset, a prompt, soft prompt or constant tokens that do not fit the
+            model, or constant tokens together with a prompt, which has its own.
     """
+    if constant_tokens < 0:
+        raise UserError(f"constant_tokens is {constant_tokens}; choose 0 or more")
+    if constant_tokens and prompt is not None:
+        raise UserError(
+            f"constant_tokens is {constant_tokens}, but the tokens of the prompt are known; omit constant_tokens or prompt"
+        )
     config = config_of(model)
     if model in PRESETS and prompt is not None:
         raise UserError(
@@ -62,6 +74,8 @@ def meta_backbone(
         backbone = _from_config(config, dtype)
     if soft_prompt:
         backbone.add_soft_prompt(soft_prompt)
+    if constant_tokens:
+        backbone.keep_prefix([0] * constant_tokens)  # which tokens they are makes no difference
     return backbone.freeze()
 
 
