@@ -169,8 +169,13 @@ class MultiplexedClassifier(nn.Module):
         Call it again after the updates have changed. Without LoRA it does nothing.
 
         Args:
-            limit: most bytes of the copy; a larger one is not made.
+            limit: most bytes of the copy; a larger one is not made. 0 makes none.
+
+        Raises:
+            UserError: the limit is negative.
         """
+        if limit < 0:
+            raise UserError(f"merge_limit is {limit}; choose 0 (LoRA's updates stay apart) or more bytes")
         lora = self.method.lora
         if lora is not None and lora.merged_bytes(self.backbone) <= limit:
             self._merged = (lora.merged_into(self.backbone),)

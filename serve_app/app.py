@@ -40,6 +40,9 @@ class Classifier:
     def __init__(self, config: AppConfig) -> None:
         if config.num_gpus and not torch.cuda.is_available():
             raise UserError(f"num_gpus is {config.num_gpus}, but torch sees no GPU on this node; choose 0")
+        # Ray forwards what a replica writes to the terminal of revmux serve.
+        logging.basicConfig(format="%(levelname)s: %(message)s")
+        logging.getLogger("serve_app.service").setLevel(logging.INFO)
         self.service = Service(config, serve.get_replica_context().replica_tag)
         self.service.peers = self._peers
         self._ready = False

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from revmux.adapters.config import MERGE_LIMIT
 from revmux.data.prompt import load_prompt
 from revmux.errors import UserError
 from revmux.serving import Limits
@@ -150,6 +151,8 @@ class AppConfig(_TaskSettings):
         memory_gb: Gigabytes (10^9 bytes) that the weights of all tasks may take in a replica. Tasks beyond it are loaded when a
             request first names them, and the tasks that were not used for longest are removed. While a task is loaded, its
             whole model comes on top. Default: all tasks are loaded at the start.
+        merge_limit_mib: Maximum size, in MiB, of an adapter's copy of the weights into which its LoRA is merged. Merged LoRA costs
+            no time. 0 keeps it apart.
         max_points_lost: Points of accuracy that an adapter may have lost in its own evaluation. One that lost more, and has
             no threshold, is logged with a warning when it is loaded.
         max_texts: Maximum number of inputs per request.
@@ -177,6 +180,7 @@ class AppConfig(_TaskSettings):
     priority_seconds: float = Field(default=1.0, gt=0)
     audit: float = Field(default=0.0, ge=0, le=1)
     memory_gb: float | None = Field(default=None, gt=0)
+    merge_limit_mib: int = Field(default=MERGE_LIMIT // 2**20, ge=0)
     max_points_lost: float = Field(default=2.0, ge=0)
     max_texts: int = Field(default=32, ge=1)
     max_body_bytes: int = Field(default=2_000_000, ge=1)
@@ -280,6 +284,7 @@ class AppConfig(_TaskSettings):
             self.plain_load,
             self.priority_seconds,
             self.audit,
+            self.merge_limit_mib * 2**20,
         )
 
 

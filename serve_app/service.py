@@ -21,6 +21,8 @@ from prometheus_client.core import Metric
 import revmux
 from revmux.adapters.config import CONFIG_NAME, WEIGHTS_NAME, load_adapter_config, recorded_dtype, recorded_prompt
 from revmux.errors import UserError
+from revmux.estimate.peak import StorageCounter
+from revmux.estimate.serving_memory import KeptMemory, kept_memory
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
@@ -32,6 +34,7 @@ from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
 from serve_app.config import AppConfig, TaskConfig, live_tasks
 from serve_app.errors import Unhealthy
+from serve_app.kept_memory import describe_memory, memory_info
 from serve_app.measured_loss import log_loss
 from serve_app.metrics import ReplicaMetrics
 from serve_app.sources import fetch_adapter
@@ -85,6 +88,7 @@ class Service:
         self.peers: Callable[[], Awaitable[dict[str, list[Metric]]]] | None = None
         self.update_error: str | None = None
         self._served: dict[str, TaskConfig] = {}
+        self._memory: dict[str, KeptMemory] = {}
         self._adapters: dict[str, dict[LineupPlace, _Fetched]] = {}  # by task and place; the folders may be gone
         self._changing = threading.Lock()
         self._health_checks = itertools.count()
@@ -131,6 +135,7 @@ class Service:
             before = self._adapters
             self._served = dict(tasks)
             self._adapters = requested
+            self._count_memory()
             for name, adapters in requested.items():
                 for place, adapter in adapters.items():
                     known = before.get(name, {}).get(place)
@@ -247,6 +252,17 @@ class Service:
                 self._log_loss(name, place, adapter.source)
             return task
 
+    def _count_memory(self) -> None:
+        """Count what the tasks keep in memory, and log those that changed. Weights that tasks share count for the first one."""
+        counter, before = StorageCounter(), self._memory
+        self._memory = {
+            name: kept_memory(task.backbone, [adapter.model for adapter in task.lineup.adapters], counter)
+            for name, task in self.engine.tasks.items()
+        }
+        for name, kept in self._memory.items():
+            if kept != before.get(name):
+                logger.info("%s", describe_memory(name, kept, self.config.merge_limit_mib))
+
     def _by_place(self, task: TaskConfig, downloads: Path) -> dict[LineupPlace, _Fetched]:
         """Fetch the adapters, and return those that ``max_multiplex`` allows by their place in the line-up."""
         folders = {source: fetch_adapter(source, downloads) for source in task.adapters}
@@ -353,6 +369,7 @@ class Service:
             "max_batch": config.max_batch,
             "max_batch_tokens": config.max_batch_tokens,
             "plain_load": config.plain_load,
+            "merge_limit_mib": config.merge_limit_mib,
             "priority_seconds": config.priority_seconds,
             "max_client_batch_size": config.max_texts,
             "max_body_bytes": config.max_body_bytes,
@@ -382,6 +399,7 @@ class Service:
             "num_layers": task.backbone.num_layers,
             "max_input_length": task.max_length,
             "group_widths": sorted({route.width for route in lineup.routes}),
+            "memory": memory_info(self._memory[task.name]) if task.name in self._memory else None,
             "adapters": [
                 {
                     "source": without_passwords(

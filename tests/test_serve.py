@@ -230,6 +230,18 @@ def test_info_names_the_model_its_adapters_and_every_limit(server: Server) -> No
 
 
 @pytest.mark.cluster("serve")
+def test_the_log_of_a_replica_states_what_it_keeps_in_memory(server: Server) -> None:
+    kept = httpx.get(server.url + "/info", timeout=60).json()["memory"]
+    backbone = server.pretrained.backbone
+    assert kept["backbone"] == sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
+    assert [adapter["merged"] for adapter in kept["adapters"]] == [0, 0]
+    processes = psutil.Process().children(recursive=True)
+    (replica,) = (process for process in processes if "ServeReplica" in " ".join(process.cmdline()))
+    log = Path(f"/proc/{replica.pid}/fd/2").read_text()
+    assert f"INFO: task 'default' keeps {kept['total'] / 2**20:,.1f} MiB in memory: " in log
+
+
+@pytest.mark.cluster("serve")
 def test_serves_processes_answer_http_on_loopback_only(server: Server) -> None:
     """Serve's proxies and replicas also have Ray's own gRPC ports, which need Ray's token."""
     port = int(server.url.rpartition(":")[2])

@@ -32,6 +32,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 
 
+MERGE_LIMIT = 512 * 2**20
+"""Most bytes of an adapter's copy of the weights into which LoRA's updates are merged, by default."""
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """All that is needed to load an adapter onto its backbone, and its origin.

@@ -17,6 +17,7 @@ from revmux.adapters.compatibility import check_base
 from revmux.adapters.config import (
     CARD_NAME,
     CONFIG_NAME,
+    MERGE_LIMIT,
     WEIGHTS_NAME,
     AdapterConfig,
     dtype_name,
@@ -30,9 +31,6 @@ from revmux.model import MultiplexedClassifier
 from revmux.pretrained.pretrained import Pretrained
 from revmux.utils.files import atomic_folder
 from revmux.version import __version__
-
-MERGE_LIMIT = 512 * 2**20
-"""Most bytes of an adapter's copy of the weights into which LoRA's updates are merged, by default."""
 
 
 def describe_adapter(

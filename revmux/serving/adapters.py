@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from revmux.adapters.config import WEIGHTS_NAME, AdapterConfig, load_adapter_config, local_adapter_folder
+from revmux.adapters.config import MERGE_LIMIT, WEIGHTS_NAME, AdapterConfig, load_adapter_config, local_adapter_folder
 from revmux.adapters.folder import load_adapter
 from revmux.errors import UserError
 from revmux.estimate.flops import count_flops, plain_cost
@@ -141,7 +141,10 @@ def admitted(
 
 
 def load_adapters(
-    folders: Sequence[str | Path], pretrained: Pretrained, threshold: float | None = None
+    folders: Sequence[str | Path],
+    pretrained: Pretrained,
+    threshold: float | None = None,
+    merge_limit: int = MERGE_LIMIT,
 ) -> list[LoadedAdapter]:
     """Load every adapter onto the backbone and count its cost.
 
@@ -149,6 +152,7 @@ def load_adapters(
         folders: adapter folders, or ids on the hub, trained on this backbone.
         pretrained: the backbone.
         threshold: the operator's threshold for all adapters; None uses each adapter's own.
+        merge_limit: see :func:`revmux.adapters.folder.load_adapter`.
 
     Raises:
         UserError: a folder does not contain an adapter of this backbone, or the adapter changes the backbone's weights
@@ -159,7 +163,7 @@ def load_adapters(
         folder = local_adapter_folder(source)
         config = load_adapter_config(folder)
         _check_frozen(folder, config)
-        model = load_adapter(folder, pretrained)
+        model = load_adapter(folder, pretrained, merge_limit=merge_limit)
         effective = (config.fallback_threshold if threshold is None else threshold) or 0.0
         check_threshold(effective, model.method, str(source))
         adapters.append(LoadedAdapter(str(source), config, model, _route(model), effective))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from revmux.adapters.config import MERGE_LIMIT
 from revmux.errors import UserError
 
 HIGHEST_PRIORITY = 10
@@ -27,9 +28,11 @@ class Limits:
             time between tasks.
         audit: share of the inputs that adapters answered to run through the plain model too, to measure how often the labels
             agree.
+        merge_limit: most bytes of memory of an adapter's copy of the weights into which LoRA's updates are merged; 0 keeps
+            them apart.
 
     Raises:
-        UserError: a limit is below 1, ``plain_load`` is negative, ``priority_seconds`` is not above 0, or ``audit`` is
+        UserError: a limit is below 1, ``plain_load`` or ``merge_limit`` is negative, ``priority_seconds`` is not above 0, or ``audit`` is
             outside 0..1.
     """
 
@@ -40,6 +43,7 @@ class Limits:
     plain_load: float = 4.0
     priority_seconds: float = 1.0
     audit: float = 0.0
+    merge_limit: int = MERGE_LIMIT
 
     def __post_init__(self) -> None:
         for name in ("max_multiplex", "max_queue", "max_batch", "max_batch_tokens"):
@@ -48,6 +52,8 @@ class Limits:
                 raise UserError(f"{name} is {value}; choose 1 or more")
         if self.plain_load < 0:
             raise UserError(f"plain_load is {self.plain_load}; choose 0 (group whenever it is cheaper) or more")
+        if self.merge_limit < 0:
+            raise UserError(f"merge_limit is {self.merge_limit}; choose 0 (LoRA's updates stay apart) or more bytes")
         if not self.priority_seconds > 0:
             raise UserError(f"priority_seconds is {self.priority_seconds}; choose a value above 0, such as 1")
         if not 0 <= self.audit <= 1:

@@ -152,7 +152,7 @@ class Task:
         described = [(str(folder), load_adapter_config(folder)) for folder in adapters]
         check_stages(described, threshold)
         used = [folder for folder, _ in admitted(described, limits.max_multiplex)]
-        lineup = self._lineup(load_adapters(used, pretrained, threshold))
+        lineup = self._lineup(load_adapters(used, pretrained, threshold, limits.merge_limit))
         if max_length is None:
             trained = [adapter.config.max_length for adapter in lineup.adapters]
             max_length = min([*trained, self._longest(lineup)])
@@ -220,7 +220,7 @@ class Task:
         Raises:
             UserError: an adapter does not fit the task model, the limits, the task's maximum length or the ladder.
         """
-        loaded = load_adapters(load, self.pretrained, self.threshold)
+        loaded = load_adapters(load, self.pretrained, self.threshold, self.limits.merge_limit)
         limit = self.limits.max_multiplex
         for adapter in loaded:
             if not admits(limit, adapter.route.width):
