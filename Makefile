@@ -7,7 +7,7 @@ WORKERS ?= 2
 PORT ?= 5000
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-numeric test-processors test-all check lint docs dist ui clean
+.PHONY: help quickstart llama test test-numeric test-processors test-all check lint docs dist ui clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -22,6 +22,14 @@ $(READY): pyproject.toml constraints.txt
 
 quickstart: $(READY)  ## a guided tour: train, compare, plan, serve, report (minutes on two cores)
 	$(BIN)/python -m ray_jobs.quickstart --storage $(STORAGE) $(ARGS)
+
+llama: STORAGE = runs/llama-tour
+llama: $(READY)  ## the same tour on a LLaMA that answers by label words (at most 15 minutes on two cores)
+	$(BIN)/python -m revmux fetch --name smollm2-135m
+	test -f $(STORAGE)/calibrated.yaml || $(BIN)/python -m revmux calibrate smollm2-135m sst2-chat $(STORAGE)/calibrated.yaml \
+	  --data.source sentiment --data.selection_share 0.004 --data.test_share 0.01
+	$(BIN)/python -m ray_jobs.quickstart --config ray_jobs/tour/llama.yaml --backbone.prompt $(STORAGE)/calibrated.yaml \
+	  --storage $(STORAGE) $(ARGS)
 
 test: $(READY)  ## run the tests in WORKERS processes and measure coverage
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --cov --cov-report=term

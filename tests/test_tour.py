@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from decoder_ladder import MAX_LENGTH, write_decoder_ladder
 from polling import wait_until
 from serving_http import free_port
 
+import ray_jobs
+from ray_jobs.cli import parse
 from ray_jobs.tour.config import QuickstartJob
 from ray_jobs.tour.live import LiveAnswer, answered_by, examples
-from ray_jobs.tour.run import exit_layers, run_tour
+from ray_jobs.tour.run import exit_layers, folder_name, run_tour, system_name
 from ray_jobs.tour.screen import Screen, quiet
+from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.training.progress_board import Progress
-from revmux import UserError
+from revmux import BackboneShape, UserError
 from revmux.data.config import DataConfig
 from revmux.plan.config import Goal, MeasureConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import OptimConfig
+from revmux.training.recipe import check
 
 
 class Terminal(io.StringIO):
@@ -109,7 +115,28 @@ def test_exit_heads_are_on_a_third_half_and_two_thirds_of_the_layers() -> None:
     assert exit_layers(2) == [1]
 
 
-@pytest.mark.parametrize("settings", [{"port": 0}, {"prefill_layers": -1}, {"requests": 0}, {"shuffles": 0}], ids=str)
+def test_the_settings_of_make_llama_fit_the_model() -> None:
+    """Parsed as make llama does, and checked against the shape of smollm2-135m, whose weights are not needed."""
+    root = Path(ray_jobs.__file__).parents[1]
+    recipe = (root / "Makefile").read_text().partition("\nllama: $(READY)")[2].partition("\n\n")[0]
+    (config,) = re.findall(r"ray_jobs.quickstart --config (\S+)", recipe)
+    job = parse(QuickstartJob, "", ["--config", str(root / config), "--backbone.prompt", "sst2-chat"], "quickstart")
+    assert (job.data.test_share, job.data.selection_share) == tuple(
+        float(re.findall(rf"--data.{name} (\S+)", recipe)[0]) for name in ("test_share", "selection_share")
+    ), "the prompt is calibrated on the tour's own selection set"
+    shape = BackboneShape(576, 30, 2, readout_size=576, shared_answer=False, vocab_size=49152)
+    recipes = job.recipes(job.plan_job("smollm2-135m", TrackingConfig(), Path("runs")), job.exit_layers or [], 15)
+    for one in recipes:
+        check(one, shape)
+    mixer, head = (one.method for one in recipes)
+    assert (mixer.name, mixer.num_inputs, mixer.prefill_layers) == ("revmux", 2, 15)
+    assert (head.name, head.prefill_layers, head.options["layer"], head.options["lora_rank"]) == ("exit-head", 8, 12, 8)
+    assert (system_name(head), folder_name(head)) == ("exit head at layer 12", "exit-head-n1-l12")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"port": 0}, {"prefill_layers": -1}, {"requests": 0}, {"shuffles": 0}, {"exit_adapted": -1}], ids=str
+)
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
         QuickstartJob(**settings)
@@ -183,3 +210,35 @@ def test_the_whole_tour_on_a_tiny_model(
         "logs/quickstart.log",
     ):
         assert (tmp_path / "tour" / name).is_file(), name
+
+
+@pytest.mark.long
+@pytest.mark.cluster("serve")
+def test_a_tour_on_a_decoder_serves_the_plain_model_with_its_prompt(
+    tiny_rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """The throughput that is wanted cannot be reached, so no adapter records the prompt for the server."""
+    ladder = write_decoder_ladder(tmp_path)
+    data = tmp_path / "tiny.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in tiny_rows * 3))
+    written = io.StringIO()
+    job = QuickstartJob(
+        backbone=BackboneConfig(str(ladder.model), max_length=MAX_LENGTH, prompt=str(ladder.prompt)),
+        data=DataConfig(source=str(data)),
+        num_inputs=[2],
+        prefill_layers=1,
+        exit_layers=[2],
+        exit_adapted=1,
+        optim=OptimConfig(epochs=1, batch_size=16),
+        goal=Goal(throughput=1000.0),
+        measure=MeasureConfig(shuffles=1, throughput_inputs=8, throughput_pairs=1),
+        requests=6,
+        port=free_port(),
+        storage=str(tmp_path / "tour"),
+    )
+    run_tour(job, Screen(written))
+    text = written.getvalue()
+    assert "The plain model is served" in text
+    assert "6 by plain model alone" in text
+    assert f"--model {ladder.model} --prompt {tmp_path / 'tour' / 'prompt.yaml'}" in text
+    assert (tmp_path / "tour" / "adapters" / "exit-head-n1-l2" / "adapter_config.json").is_file()

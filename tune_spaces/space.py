@@ -100,7 +100,12 @@ class SearchSpace:
             exit_option = method_class(name).exit_option
             if exit_option is not None:
                 grid = [
-                    (1, max(0, layer - adapted), 0.0, {**options, exit_option: layer} | _adapted(options, adapted))
+                    (
+                        1,
+                        max(0, layer - adapted),
+                        0.0,
+                        {**options, exit_option: layer} | adapted_options(options, adapted),
+                    )
                     for layer, adapted in itertools.product(exits, self.exit_adapted)
                 ]
             else:
@@ -115,8 +120,8 @@ class SearchSpace:
                 yield replace(recipe, method=method, loss=replace(recipe.loss, infonce_weight=weight), optim=optim)
 
 
-def _adapted(options: Mapping[str, Any], adapted: int) -> dict[str, Any]:
-    """The option of an exit head that adapts the layers below it."""
+def adapted_options(options: Mapping[str, Any], adapted: int) -> dict[str, Any]:
+    """The option of an exit head that adapts the layers below it, or none if their number is 0."""
     return {"lora_rank": options.get("lora_rank", LORA_RANK)} if adapted else {}
 
 

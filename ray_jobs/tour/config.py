@@ -17,6 +17,7 @@ from revmux.plan.config import Goal, MeasureConfig, SplitConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
 from revmux.training.recipes import DEFAULT_RECIPE, named_recipe
+from tune_spaces.space import adapted_options
 
 NAME = "quickstart"
 """Name of the quickstart's plan, of its comparison, and of its registered model."""
@@ -33,6 +34,8 @@ class QuickstartJob:
         frozen_layers: Number of lowest layers that tuning leaves unchanged. 0 tunes the whole model.
         num_inputs: Widths N to train adapters for, as a list such as [2,4].
         prefill_layers: Number of prefill layers l, which each input passes alone. Default: half of the layers.
+        exit_layers: Layers of the exit heads, as a list such as [2,4]. Default: a third, a half and two thirds of the way up.
+        exit_adapted: Number of layers below each exit that LoRA adapts to it. 0 keeps all layers frozen.
         recipe: Named recipe: strong, paper, or a YAML file. It supplies the loss, the optimizer and the options of the methods.
         optim: Optimizer and schedule for training the adapters and exit heads.
         loss: Training loss of the adapters. Exit heads are trained without InfoNCE.
@@ -54,6 +57,8 @@ class QuickstartJob:
     frozen_layers: int = 0
     num_inputs: list[int] = field(default_factory=lambda: [2, 4])
     prefill_layers: int | None = None
+    exit_layers: list[int] | None = None
+    exit_adapted: int = 0
     recipe: str = DEFAULT_RECIPE
     optim: OptimConfig = field(default_factory=lambda: named_recipe().optim_config(epochs=4, batch_size=32))
     loss: LossConfig = field(default_factory=lambda: named_recipe().loss_config())
@@ -72,7 +77,13 @@ class QuickstartJob:
 
     def __post_init__(self) -> None:
         check_port_number(self.port)
-        for name, least in (("frozen_layers", 0), ("prefill_layers", 0), ("shuffles", 1), ("requests", 1)):
+        for name, least in (
+            ("frozen_layers", 0),
+            ("prefill_layers", 0),
+            ("exit_adapted", 0),
+            ("shuffles", 1),
+            ("requests", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}; choose {least} or more")
@@ -121,9 +132,13 @@ class QuickstartJob:
             for n in sorted(self.num_inputs)
         ]
         without_infonce = replace(base, loss=replace(self.loss, infonce_weight=0.0))
+        options = named.options_of("exit-head")
+        options |= adapted_options(options, self.exit_adapted)
         heads = [
-            replace(without_infonce, method=MethodConfig("exit-head", 1, layer, options))
+            replace(
+                without_infonce,
+                method=MethodConfig("exit-head", 1, max(0, layer - self.exit_adapted), options | {"layer": layer}),
+            )
             for layer in exit_layers
-            for options in (named.options_of("exit-head", {"layer": layer}),)
         ]
         return [*mixers, *heads]

@@ -53,7 +53,8 @@ class Reporter:
         split = self.pretrained.tokenize(self.task.test, self.job.backbone.max_length)
         layers = sorted({row.prefill_layers for row in trained})
         store = open_features(self.pretrained, split, layers, self.plan_job.store)
-        batches = like_length_batches(split, TIMED_INPUTS, TIMED_BATCH)
+        inputs = min(self.job.measure.throughput_inputs or TIMED_INPUTS, TIMED_INPUTS)
+        batches = like_length_batches(split, inputs, TIMED_BATCH)
         plain = plain_classifier(self.pretrained.backbone)
         for trial in trained:
             model = load_adapter(str(trial.adapter), self.pretrained)
@@ -62,7 +63,9 @@ class Reporter:
             figures |= {"cost_counted": relative_cost_at(model, features)}
             figures |= {"tunable_params": trial.metrics["tunable_params"]}
             ratio = paired_throughput(plain, model, batches)
-            method = MethodConfig(trial.method, trial.num_inputs, trial.prefill_layers)
+            option = type(model.method).exit_option
+            depth = trial.prefill_layers if option is None else model.method.exit_layer()
+            method = MethodConfig(trial.method, trial.num_inputs, depth)
             timed = {"throughput_ratio": round(ratio.median, 3), "throughput_pairs": asdict(ratio)}
             self.rows.append(self._row(method, figures) | timed)
         if self.rows:

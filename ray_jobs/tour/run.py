@@ -31,6 +31,7 @@ from ray_jobs.training.progress_board import Progress, board
 from ray_jobs.training.task_model import tune_model
 from revmux.backbone import Backbone
 from revmux.data.config import DOCSTRINGS, EMBEDDED_TASK
+from revmux.data.prompt import write_prompt
 from revmux.data.task import TaskData, load_task
 from revmux.features.tokens import tokenize_task
 from revmux.methods import BackboneShape, method_class
@@ -116,7 +117,7 @@ class Tour:
         self.report(plan, rows)
         screen.text(f"Results  {self.results}\nPlot     {self.plot}\nPlan     {plan.folder / 'plan.md'}")
         screen.text(f"Total    {(time.perf_counter() - self.started) / 60:.1f} minutes\n")
-        screen.text(next_commands(job, self.storage, model, plan.adapters, self.task))
+        screen.text(next_commands(job, self.storage, model, plan.adapters, self.task, self.prompt_file()))
 
     def show_data(self) -> None:
         """Show the sizes of the splits and some examples."""
@@ -150,7 +151,7 @@ class Tour:
         """The settings of the runs on the task model, checked against the shape of the backbone."""
         layers = backbone.num_layers
         prefill = layers // 2 if self.job.prefill_layers is None else self.job.prefill_layers
-        recipes = self.job.recipes(plan_job, exit_layers(layers), prefill)
+        recipes = self.job.recipes(plan_job, self.job.exit_layers or exit_layers(layers), prefill)
         for recipe in recipes:
             check(recipe, BackboneShape.of(backbone))
         return recipes
@@ -182,7 +183,8 @@ class Tour:
     def train(self, sweep: Sweep) -> tuple[list[TrialRow], str]:
         """Train the adapters and exit heads; returns their rows and the MLflow run of the comparison."""
         widths = ", ".join(map(str, sorted(self.job.num_inputs)))
-        names = {trial.name: system_name(trial.recipe.method) for trial in sweep.trials}
+        methods = {trial.name: trial.recipe.method for trial in sweep.trials}
+        names = {name: system_name(method) for name, method in methods.items()}
         with self.screen.step(
             "Adapters and exit heads",
             f"Ray Tune trains RevMUX for N = {widths} and its rivals of equal cost, exit heads on early layers, in "
@@ -192,7 +194,7 @@ class Tour:
                 rows, parent = run_sweep(sweep, self.tracker)
                 for row in rows:
                     if row.adapter is not None:
-                        copy_adapter(Path(row.adapter), self.storage / "adapters" / folder_name(row))
+                        copy_adapter(Path(row.adapter), self.storage / "adapters" / folder_name(methods[row.trial]))
             self.screen.table(
                 ["system", "accuracy", "cost", "seconds"],
                 [
@@ -240,13 +242,18 @@ class Tour:
         """Start the server, ask it, and stop it."""
         count, port = self.job.requests, self.job.port
         adapters = plan.adapters if plan.is_met else []
+        prompt = None if adapters else self.prompt_file()
         with self.screen.step(
             "Server", f"Ray Serve answers on port {port}. {count} test sentences are sent at the same time."
         ):
             try:
                 with self.working("Starting the server", {}):
                     config = server_config(
-                        model=model, adapters=adapters, port=port, max_length=self.job.backbone.max_length
+                        model=model,
+                        prompt=prompt,
+                        adapters=adapters,
+                        port=port,
+                        max_length=self.job.backbone.max_length,
                     )
                     self.live = ask(deploy(config), self.task, count)
             finally:
@@ -268,6 +275,16 @@ class Tour:
             )
             right = sum(one.is_right for one in self.live)
             self.screen.line(f"{right} of {count} answers are right ({right / count:.0%}): {answered_by(self.live)}.")
+
+    def prompt_file(self) -> str | None:
+        """A file with the prompt, for a server without adapters, which would record it; None without a prompt."""
+        prompt = self.job.backbone.prompt
+        if prompt is None:
+            return None
+        assert not isinstance(prompt, str)  # the settings read it
+        file = self.storage / "prompt.yaml"
+        write_prompt(prompt, file)
+        return str(file)
 
     def report(self, plan: Plan, rows: list[TrialRow]) -> None:
         """Evaluate all systems on the test split, measure their throughput, and write the results and the plot."""
@@ -316,12 +333,18 @@ def exit_layers(num_layers: int) -> list[int]:
 
 def system_name(method: MethodConfig) -> str:
     """The name of a system in the output."""
-    return method_class(method.name).system_name(method.num_inputs, method.prefill_layers)
+    return method_class(method.name).system_name(method.num_inputs, depth(method))
 
 
-def folder_name(row: TrialRow) -> str:
+def folder_name(method: MethodConfig) -> str:
     """The name of a system's folder, such as ``revmux-n2-l3``."""
-    return f"{row.method}-n{row.num_inputs}-l{row.prefill_layers}"
+    return f"{method.name}-n{method.num_inputs}-l{depth(method)}"
+
+
+def depth(method: MethodConfig) -> int:
+    """The layer in the name of a system: the exit layer of an exit head, which may adapt layers below it, otherwise l."""
+    option = method_class(method.name).exit_option
+    return int(method.prefill_layers if option is None else method.options[option])
 
 
 def copy_adapter(source: Path, target: Path) -> None:
@@ -330,10 +353,14 @@ def copy_adapter(source: Path, target: Path) -> None:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
-def next_commands(job: QuickstartJob, storage: Path, model: str, adapters: list[str], task: TaskData) -> str:
+def next_commands(
+    job: QuickstartJob, storage: Path, model: str, adapters: list[str], task: TaskData, prompt: str | None = None
+) -> str:
     """Commands to try after the quickstart."""
     text = json.dumps({"inputs": EXAMPLE if task.identity["source"] != DOCSTRINGS else task.test["text"][0]})
     serve = f"revmux serve --model {model}" + (f" --adapters {','.join(adapters)}" if adapters else "")
+    serve += f" --prompt {prompt}" if prompt is not None and not adapters else ""
+    answers_by = "" if prompt is None else f" --backbone.prompt {prompt}"
     return "\n".join(
         [
             "Next (activate the environment first: . .venv/bin/activate):",
@@ -341,7 +368,7 @@ def next_commands(job: QuickstartJob, storage: Path, model: str, adapters: list[
             f"  ask it              curl -s http://127.0.0.1:8000/predict -d '{text}'",
             "  in a browser        http://127.0.0.1:8000",
             f"  compare the runs    make ui STORAGE={storage}",
-            f"  plan more widely    revmux plan --goal.allowance 1 --backbone.model {model} --space wide",
+            f"  plan more widely    revmux plan --goal.allowance 1 --backbone.model {model}{answers_by} --space wide",
             "  your own model      revmux quickstart --backbone.model YOUR_CLASSIFIER --data.source your.csv",
         ]
     )

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from revmux.errors import UserError, one_of
+from revmux.utils.files import write_durably
 
 if TYPE_CHECKING:  # a prompt is a setting too, and settings are read before torch and transformers are imported
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -304,6 +305,12 @@ def load_prompt(name: str) -> Prompt:
         reason = " ".join(str(error).split())
         raise UserError(f"prompt file {name!r} is not YAML ({reason}); {_FOLDER / 'sst2.yaml'} is an example") from None
     return replace(_read(name, content), name=path.stem)
+
+
+def write_prompt(prompt: Prompt, file: Path) -> None:
+    """Write a prompt as a YAML file, which has everything but its name."""
+    content = {key: value for key, value in prompt.to_dict().items() if key != "name"}
+    write_durably(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def _read(name: str, content: Any) -> Prompt:

@@ -11,20 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
 from revmux.backbone.base import evaluating
 from revmux.data.config import DataConfig
-from revmux.data.prompt import Prompt
+from revmux.data.prompt import Prompt, write_prompt
 from revmux.data.task import load_task
 from revmux.errors import UserError
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
-from revmux.utils.files import write_durably
 
 BATCH = 32
 
@@ -100,7 +98,6 @@ def calibrate_file(config: BackboneConfig, data: DataConfig, output: str, inputs
     scores, labels = label_scores(pretrained, selection, config.max_length), torch.tensor(selection["label"])
     bias = fit_bias(scores, labels)
     prompt = calibrated(pretrained.prompt, pretrained.backbone.label_names, bias)
-    content = {key: value for key, value in prompt.to_dict().items() if key != "name"}
-    write_durably(Path(output), yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_prompt(prompt, Path(output))
     before, after = (float((each.argmax(1) == labels).float().mean()) for each in (scores, scores + torch.tensor(bias)))
     return f"{output}: accuracy on {len(labels)} inputs of the selection set {before:.1%} before, {after:.1%} after"
