@@ -117,7 +117,8 @@ class Tour:
         self.report(plan, rows)
         screen.text(f"Results  {self.results}\nPlot     {self.plot}\nPlan     {plan.folder / 'plan.md'}")
         screen.text(f"Total    {(time.perf_counter() - self.started) / 60:.1f} minutes\n")
-        screen.text(next_commands(job, self.storage, model, plan.adapters, self.task, self.prompt_file()))
+        served = plan.adapters if plan.is_met else []
+        screen.text(next_commands(job, self.storage, model, served, self.task, self.prompt_file()))
 
     def show_data(self) -> None:
         """Show the sizes of the splits and some examples."""
