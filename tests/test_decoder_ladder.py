@@ -36,7 +36,7 @@ from revmux.model import MultiplexedClassifier
 from revmux.pretrained.loading import outline
 from revmux.serving import Limits
 from serve_app.__main__ import parse
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, server_config
 from serve_app.service import Service
 from serve_app.web import create_app
 
@@ -244,9 +244,10 @@ def test_the_server_states_its_memory_in_the_log_and_in_info(
     assert line.startswith(f"task 'default' keeps {mib['total']} MiB in memory: {mib['model']} model, ")
     assert "0.0 merged LoRA (2 not merged: a copy takes up to 0.0 MiB, the limit is 0), " in line
     assert line.endswith(" constant prefix")
-    for size in ("-1", "much"):
+    assert parse(["--model", str(ladder.model), "--merge_limit_mib", "0"]).limits().merge_limit == 0
+    for size in (-1, "much"):
         with pytest.raises(UserError, match="merge_limit_mib"):
-            parse(["--model", str(ladder.model), "--merge_limit_mib", size])
+            server_config(model=str(ladder.model), merge_limit_mib=size)
 
 
 @pytest.fixture
