@@ -157,7 +157,7 @@ class MultiplexedClassifier(nn.Module):
             return self.backbone
         if self._merged is not None and not self.training:
             return self._merged[0]
-        if self._updated is None or not lora.is_applied_in(self._updated[0]):
+        if self._updated is None or not lora.is_applied_in(self._updated[0], self.backbone):
             self._updated = (lora.applied_to(self.backbone),)
         updated = self._updated[0]
         updated.gradient_checkpointing = self.backbone.gradient_checkpointing

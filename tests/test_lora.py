@@ -128,6 +128,10 @@ def test_the_updates_are_counted():
     needed = [estimate_memory(backbone, model.method, 1, 4, 7, torch.float32) for model in (without, updated)]
     assert needed[1].adapters - needed[0].adapters == 4 * factors
     assert needed[1].activations > needed[0].activations
+    again = estimate_memory(backbone, updated.method, 1, 4, 7, torch.float32, gradient_checkpointing=True)
+    assert again.activations < needed[1].activations, (
+        "the layers' frozen weights are no activations in the second count"
+    )
 
 
 def test_an_exit_head_updates_the_layers_between_the_cut_and_the_exit():

@@ -129,11 +129,12 @@ class LoRA(nn.Module):
                 assert isinstance(update, LowRankUpdate)
                 yield layer, name, linear, update
 
-    def is_applied_in(self, updated: Backbone) -> bool:
-        """Whether a copy from :meth:`applied_to` still uses the current tensors, which a functional call replaces."""
-        linear = next(module for module in updated.layer(self.first).modules() if isinstance(module, UpdatedLinear))
-        own = next(module for module in self.layers.modules() if isinstance(module, LowRankUpdate))
-        return linear.update.down is own.down
+    def is_applied_in(self, updated: Backbone, backbone: Backbone) -> bool:
+        """Whether a copy from :meth:`applied_to` still uses the backbone's current tensors, which a functional call replaces."""
+        name, own = next(_linear_maps(backbone.layer(self.first)))
+        linear = updated.layer(self.first).get_submodule(name)
+        assert isinstance(linear, UpdatedLinear)
+        return linear.base.weight is own.weight
 
 
 def _sharing_copy(backbone: Backbone) -> Backbone:
