@@ -40,7 +40,7 @@ class Classifier:
     def __init__(self, config: AppConfig) -> None:
         if config.num_gpus and not torch.cuda.is_available():
             raise UserError(f"num_gpus is {config.num_gpus}, but torch sees no GPU on this node; choose 0")
-        # Ray forwards what a replica writes to the terminal of revmux serve.
+        # Serve drops this output if RAY_SERVE_LOG_TO_STDERR is 0, so the program that starts Ray with it asks memory_lines.
         logging.basicConfig(format="%(levelname)s: %(message)s")
         logging.getLogger("serve_app.service").setLevel(logging.INFO)
         self.service = Service(config, serve.get_replica_context().replica_tag)
@@ -69,6 +69,10 @@ class Classifier:
     async def check_health(self) -> None:
         """Raise if the model does not answer. Serve calls this, and replaces the replica if it raises."""
         await self.service.probe()
+
+    def memory_lines(self) -> list[str]:
+        """Return a line per task about what this replica keeps in memory."""
+        return self.service.memory_lines()
 
     def metric_families(self) -> tuple[str, list[Metric]]:
         """Return this replica's name and metrics. The replica that was scraped calls this on all others."""

@@ -29,6 +29,8 @@ from serve_app.measured_loss import log_loss
 from serve_app.ray_environment import ENABLE_VARIABLE, proxy_kind, ray_environment
 from serve_app.sources import is_mlflow
 
+logger = logging.getLogger(__name__)
+
 APPLICATION = "revmux"
 _started: set[str] = set()
 """Which of ``ray``, ``serve`` and ``application`` this process started. Only these are stopped by :func:`shutdown`."""
@@ -85,6 +87,9 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
         serve.run(build(application), name=APPLICATION, route_prefix="/")
         url = base_url(config.host, config.port)
         _wait_healthy(url, timeout_seconds)
+        if "ray" in _started:  # on another cluster, replicas write these lines themselves
+            for line in serve.get_app_handle(APPLICATION).memory_lines.remote().result(timeout_s=timeout_seconds):
+                logger.info("%s", line)
     except BaseException as error:
         shutdown()
         if isinstance(error, RuntimeError) and (found := re.findall(r"UserError: (.+)", str(error))):

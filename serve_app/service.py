@@ -259,9 +259,20 @@ class Service:
             name: kept_memory(task.backbone, [adapter.model for adapter in task.lineup.adapters], counter)
             for name, task in self.engine.tasks.items()
         }
-        for name, kept in self._memory.items():
-            if kept != before.get(name):
-                logger.info("%s", describe_memory(name, kept, self.config.merge_limit_mib))
+        for line in self.memory_lines(before):
+            logger.info("%s", line)
+
+    def memory_lines(self, before: Mapping[str, KeptMemory] | None = None) -> list[str]:
+        """Return a line per task about what it keeps in memory, without those that have not changed.
+
+        Args:
+            before: what the tasks kept at an earlier time.
+        """
+        return [
+            describe_memory(name, kept, self.config.merge_limit_mib)
+            for name, kept in self._memory.items()
+            if kept != (before or {}).get(name)
+        ]
 
     def _by_place(self, task: TaskConfig, downloads: Path) -> dict[LineupPlace, _Fetched]:
         """Fetch the adapters, and return those that ``max_multiplex`` allows by their place in the line-up."""
