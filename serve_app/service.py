@@ -248,6 +248,7 @@ class Service:
                 self._adapters.pop(removed, None)
                 if removed == name:
                     return None
+            self._count_memory()
             for place, adapter in adapters.items():
                 self._log_loss(name, place, adapter.source)
             return task
