@@ -7,7 +7,7 @@ WORKERS ?= 2
 PORT ?= 5000
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart llama test test-numeric test-processors test-all check lint docs dist ui clean
+.PHONY: help quickstart llama test test-numeric test-processors test-ray test-all check lint docs dist ui clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -39,6 +39,13 @@ test-numeric: $(READY)  ## run the tests that compute with models, without Ray
 
 test-processors: $(READY)  ## run the numeric tests as other processors would compute (nightly)
 	PYTHON=$(BIN)/python .ci/processors
+
+# Only Ray is exchanged. All other packages keep the versions of constraints.txt.
+test-ray: $(READY)  ## run the tests that use Ray on another version of it: make test-ray RAY=2.59.0 (nightly)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target build/ray-$(RAY) ray==$(RAY)
+	PYTHONPATH=$(abspath build/ray-$(RAY)) $(BIN)/python -c 'import ray; assert ray.__version__ == "$(RAY)", ray.__file__'
+	PYTHONPATH=$(abspath build/ray-$(RAY)) $(BIN)/python -m pytest -m 'not long' tests/test_ray_internals.py tests/test_ray_log.py
+	PYTHONPATH=$(abspath build/ray-$(RAY)) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'cluster and not long'
 
 test-all: $(READY)  ## run the tests, the long ones too
 	$(BIN)/python -m pytest -m ''

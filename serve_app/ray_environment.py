@@ -67,6 +67,8 @@ def ray_environment(kind: ProxyKind, folder: Path | None = None, host: str | Non
         ENABLE_VARIABLE: "1",
         BINARY_VARIABLE: str(_program()),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # one message per request to a process that counts them
+        # The default before Ray 2.60 needs more file descriptors than many systems allow.
+        "RAY_SERVE_HAPROXY_MAXCONN": "4096",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # Classification has no side effects, so HAProxy repeats a request that was lost with its replica.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",

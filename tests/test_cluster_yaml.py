@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import ray.autoscaler
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import revmux
 from ray_jobs import cli
@@ -97,6 +99,23 @@ def test_the_image_installs_the_wheel_with_the_pins_for_the_oldest_python() -> N
     written = re.search(r"python -m serve_app.ray_environment > (\S+)", text)
     assert written is not None
     assert f"BASH_ENV={written.group(1)}" in text
+
+
+def test_ray_is_tested_in_all_versions_that_may_be_installed() -> None:
+    """The nightly workflow has the newest of each minor version in the range, beside the one that all other tests use."""
+    extras = PROJECT["optional-dependencies"]
+    ranges = {
+        Requirement(text).specifier for text in itertools.chain(*extras.values()) if Requirement(text).name == "ray"
+    }
+    (allowed,) = ranges
+    (pinned,) = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    nightly = yaml.safe_load((ROOT / ".github/workflows/nightly.yml").read_text())
+    tested = [Version(text) for text in (*nightly["jobs"]["test-ray"]["strategy"]["matrix"]["ray"], pinned)]
+    assert all(version in allowed for version in tested)
+    minors = [version.minor for version in tested]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    assert f"2.{minors[0] - 1}.99" not in allowed
+    assert f"2.{minors[-1] + 1}.0" not in allowed
 
 
 def test_the_image_passes_hadolint() -> None:
