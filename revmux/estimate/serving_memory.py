@@ -143,7 +143,8 @@ def pass_memory(
 
     def measured() -> int:
         _run_pass(own, stages, batch_size, length)  # computes the constant prefixes, which are kept
-        with PeakMemory() as memory:
+        memory = PeakMemory()
+        with memory:
             _run_pass(own, stages, batch_size, length)
         return memory.peak
 
