@@ -17,7 +17,7 @@ from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableOptio
 from grafana_foundation_sdk.models.prometheus import QueryEditorMode
 
 FILE = Path(__file__).parent / "helm/revmux/dashboards/revmux.json"
-SOURCES = {"/metrics of the server": "revmux"}
+SOURCES = {"/metrics of the server": "revmux", "Ray's metrics agents": "ray_revmux"}
 """Where Prometheus can get the metrics, with the first part of their names there."""
 
 _DATA = DataSourceRef(type_val="prometheus", uid="${datasource}")

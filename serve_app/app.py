@@ -19,6 +19,7 @@ from revmux.errors import UserError
 from revmux.utils.environment import replica_environment
 from serve_app.config import AppConfig, LiveConfig, live_tasks
 from serve_app.errors import RETRY_AFTER_SECONDS
+from serve_app.ray_metrics import RayMetrics
 from serve_app.service import Service
 from serve_app.web import HttpApplication, create_app
 
@@ -45,6 +46,8 @@ class Classifier:
         logging.getLogger("serve_app.service").setLevel(logging.INFO)
         self.service = Service(config, serve.get_replica_context().replica_tag)
         self.service.peers = self._peers
+        self._ray_metrics = RayMetrics(self.service.metrics.families)
+        self._ray_metrics.start()
         self._ready = False
 
     def __serve_build_asgi_app__(self) -> HttpApplication:
@@ -53,6 +56,8 @@ class Classifier:
 
     def __del__(self) -> None:
         # Serve calls this when a stopping replica has answered its requests.
+        if hasattr(self, "_ray_metrics"):
+            self._ray_metrics.close()
         if hasattr(self, "service"):
             self.service.close()
 

@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 import httpx
 import psutil
 import pytest
+import ray
 import torch
 import yaml
+from dashboard_queries import needed
 from fastapi import FastAPI
 from numeric import approx
+from polling import wait_until
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 from serving_http import free_port, talk
 from serving_models import WORDS, load, plain_scores, text, write_adapter, write_identifying_model, write_model
@@ -71,11 +75,13 @@ def server(folders: tuple[Path, list[Path]]) -> Any:
     logger = logging.getLogger("serve_app.run")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    try:
-        yield Server(deploy(config), load(model), log)
-    finally:
-        logger.removeHandler(handler)
-        shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "3000")
+        try:
+            yield Server(deploy(config), load(model), log)
+        finally:
+            logger.removeHandler(handler)
+            shutdown()
 
 
 def post(server: Server, body: Any, path: str = "/predict") -> httpx.Response:
@@ -246,6 +252,39 @@ def test_the_log_states_at_the_start_what_a_replica_keeps_in_memory(server: Serv
     assert [adapter["merged"] for adapter in kept["adapters"]] == [0, 0]
     (line,) = (line for line in server.log if "in memory" in line)
     assert line.startswith(f"task 'default' keeps {kept['total'] / 2**20:,.1f} MiB in memory: ")
+
+
+@pytest.mark.cluster("serve")
+def test_rays_metrics_agent_has_every_metric_of_the_server(server: Server) -> None:
+    batch = [[text(index)] for index in range(16)]
+    assert post(server, {"inputs": batch, "max_multiplex": 4}).status_code == 200
+    assert post(server, {"inputs": ""}).status_code == 400
+    own = _series(f"{server.url}/metrics")
+    assert own["revmux_inputs_total", ("default", "4")] >= 16
+    port = ray.nodes()[0]["MetricsExportPort"]
+    found: dict[tuple[str, tuple[str, ...]], float] = {}
+
+    def missing() -> list[Any]:
+        found.update(_series(f"http://127.0.0.1:{port}/metrics"))
+        return [key for key, value in own.items() if found.get((f"ray_{key[0]}", key[1]), -1) < value]
+
+    wait_until(lambda: not missing(), 60, every=0.5)
+    # Health checks and requests for metrics change other series meanwhile, but they run no upper layers.
+    exact = {key: value for key, value in own.items() if "upper" in key[1]}
+    assert {name for name, _ in exact} == {f"revmux_stage_seconds_{part}" for part in ("bucket", "count", "sum")}
+    assert {key: found[f"ray_{key[0]}", key[1]] for key in exact} == exact
+    assert needed("ray_revmux").keys() <= {name for name, _ in found}
+
+
+def _series(url: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Values of our series by name and the server's own labels, sorted by label name. Serve and Ray add others."""
+    own = ("le", "method", "route", "stage", "status", "task", "width")
+    return {
+        (sample.name, tuple(sample.labels[label] for label in own if label in sample.labels)): sample.value
+        for family in text_string_to_metric_families(httpx.get(url, timeout=30).text)
+        for sample in family.samples
+        if "revmux_" in sample.name
+    }
 
 
 @pytest.mark.cluster("serve")
