@@ -199,11 +199,11 @@ def test_the_audit_stops_the_job_with_its_own_status(job: ClassifyJob, ray_here:
 
 
 def test_the_documented_commands_have_legal_settings() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "classify.md").read_text()
-    found = re.findall(r"^(?:revmux classify|ray job submit .* ray_jobs\.classify) ((?:.*\\\n)*.*)", page, re.M)
+    page = (Path(__file__).parents[1] / "docs" / "classify.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"^(?:revmux classify|ray job submit .* ray_jobs\.classify) (.*)", page, re.M)
     assert len(found) == 2
     for flags in found:
-        job = cli.parse(ClassifyJob, None, shlex.split(flags.replace("\\\n", " ")))
+        job = cli.parse(ClassifyJob, None, shlex.split(flags))
         assert job.input.startswith(("reviews/", "s3://bucket/"))
 
 
