@@ -25,7 +25,7 @@ from revmux.bulk.audit import Agreement
 from revmux.bulk.classify import classify_files, warn_agreement
 from revmux.bulk.config import BulkConfig
 from revmux.bulk.formats.base import Range, divide_blocks
-from revmux.bulk.job import list_and_prepare
+from revmux.bulk.job import list_and_prepare, prepare_job
 from revmux.bulk.output import META, OutputFolder
 from revmux.bulk.progress import Progress
 from revmux.bulk.score import classify_tokens
@@ -530,3 +530,10 @@ def test_padding_is_that_of_the_tokenizer(side: str, model: Path) -> None:
     found = tokens.padded([3, 5, 0], padder)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_settings_of_an_output_contain_no_password(config: BulkConfig) -> None:
+    secret = replace(config, input="s3://key:secret@bucket/rows")
+    settings = prepare_job(secret, list_work(config)).settings
+    assert settings["input"]["source"] == "s3://key:***@bucket/rows"
+    assert "secret" not in json.dumps(settings)

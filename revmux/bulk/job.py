@@ -13,6 +13,7 @@ from revmux.bulk.location import with_absolute_paths
 from revmux.bulk.output import settings_key
 from revmux.bulk.system import System, find_system
 from revmux.bulk.units import Work, list_work
+from revmux.utils.redact import without_passwords
 
 FORMAT_VERSION = 1
 """Version of the files in the output folder."""
@@ -71,7 +72,12 @@ def prepare_job(
     system = find_system(config, adapters, device)
     settings = {
         "format": FORMAT_VERSION,
-        "input": {"source": config.input, "files": work.files, "rows": work.rows, "sha256": work.digest},
+        "input": {
+            "source": without_passwords(config.input),
+            "files": work.files,
+            "rows": work.rows,
+            "sha256": work.digest,
+        },
         "columns": asdict(work.columns),
         "system": system.describe(),
         "column_prefix": config.column_prefix,
