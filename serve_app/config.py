@@ -148,7 +148,7 @@ class AppConfig(_TaskSettings):
         priority_seconds: Seconds of waiting that one point of a request's priority is worth.
         audit: Share of the inputs that adapters answered to run through the plain model too. /metrics shows how often the
             labels agree.
-        memory_gb: Gigabytes (10^9 bytes) that the weights of all tasks may take in a replica. Tasks beyond it are loaded when a
+        memory_gb: Gigabytes (10^9 bytes) that all tasks together may take in a replica. Tasks beyond it are loaded when a
             request first names them, and the tasks that were not used for longest are removed. While a task is loaded, its
             whole model comes on top. Default: all tasks are loaded at the start.
         merge_limit_mib: Maximum size, in MiB, of an adapter's copy of the weights into which its LoRA is merged. Merged LoRA costs

@@ -28,7 +28,6 @@ from revmux.pretrained.loading import load_pretrained
 from revmux.serving import Engine
 from revmux.serving.adapters import LineupPlace, admitted, check_stages, place_of
 from revmux.serving.errors import UnknownTask
-from revmux.serving.shared_weights import weights_bytes
 from revmux.serving.task import Lineup, Task
 from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
@@ -219,7 +218,7 @@ class Service:
         return found
 
     def _load(self, name: str, evict: bool = True) -> Task | None:
-        """Load a task, and remove those that were not used for longest until the weights of all fit into ``memory_gb``.
+        """Load a task, and remove those that were not used for longest until all fit into ``memory_gb``.
 
         Args:
             name: the task.
@@ -238,12 +237,17 @@ class Service:
             task = self._loaded(name, config, adapters)
             self.engine.change([task])
             self._adapters[name] = adapters
-            budget = round(self.config.memory_gb * 1e9)
-            tasks = self.engine.tasks
-            while len(tasks) > 1 and weights_bytes(part for one in tasks.values() for part in one.modules) > budget:
-                others = [other for other in tasks if other != name]
+            while (size := sum(kept.total for kept in self._kept().values()) / 1e9) > self.config.memory_gb:
+                others = [other for other in self.engine.tasks if other != name]
+                if not others:
+                    logger.warning(
+                        "task %r alone takes %.3g GB, more than memory_gb (%g); raise memory_gb",
+                        name,
+                        size,
+                        self.config.memory_gb,
+                    )
+                    break
                 removed = min(others, key=lambda other: self._last_use.get(other, -1)) if evict else name
-                del tasks[removed]
                 self.engine.change(remove=[removed])
                 self._adapters.pop(removed, None)
                 if removed == name:
@@ -254,14 +258,18 @@ class Service:
             return task
 
     def _count_memory(self) -> None:
-        """Count what the tasks keep in memory, and log those that changed. Weights that tasks share count for the first one."""
-        counter, before = StorageCounter(), self._memory
-        self._memory = {
+        """Count what the tasks keep in memory, and log those that changed."""
+        before, self._memory = self._memory, self._kept()
+        for line in self.memory_lines(before):
+            logger.info("%s", line)
+
+    def _kept(self) -> dict[str, KeptMemory]:
+        """What each loaded task keeps in memory. Weights that tasks share count for the first one."""
+        counter = StorageCounter()
+        return {
             name: kept_memory(task.backbone, [adapter.model for adapter in task.lineup.adapters], counter)
             for name, task in self.engine.tasks.items()
         }
-        for line in self.memory_lines(before):
-            logger.info("%s", line)
 
     def memory_lines(self, before: Mapping[str, KeptMemory] | None = None) -> list[str]:
         """Return a line per task about what it keeps in memory, without those that have not changed.

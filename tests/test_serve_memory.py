@@ -16,10 +16,11 @@ from tiny_models import write_tiny_model
 
 import serve_app.service
 from revmux.errors import UserError
+from revmux.estimate.peak import StorageCounter
+from revmux.estimate.serving_memory import kept_memory
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
-from revmux.serving.shared_weights import weights_bytes
 from serve_app.config import AppConfig, LiveConfig, TaskConfig
 from serve_app.errors import Unhealthy
 from serve_app.service import Service
@@ -37,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def configured(folders: dict[str, Path], tasks: float) -> AppConfig:
     """A configuration whose memory has room for this many of the models."""
-    one = weights_bytes([load_short(folders["a"]).backbone])
+    one = kept_memory(load_short(folders["a"]).backbone, []).total
     served = {name: {"model": str(folder), "max_length": 16} for name, folder in folders.items()}
     return AppConfig.model_validate({"tasks": served, "memory_gb": tasks * one / 1e9})
 
@@ -128,9 +129,21 @@ def test_without_a_limit_all_tasks_are_loaded_at_the_start(folders: dict[str, Pa
     made.close()
 
 
+def test_a_task_that_is_larger_than_the_limit_is_served_alone_with_a_warning(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configured(folders, 0.5)
+    made = Service(config)
+    made.serve(config.served)
+    assert list(made.engine.tasks) == ["a"]
+    assert "task 'a' alone takes" in caplog.text
+    made.close()
+
+
 def test_weights_that_are_shared_count_once(folders: dict[str, Path]) -> None:
     one, other = load_short(folders["a"]).backbone, load_short(folders["b"]).backbone
-    alone = weights_bytes([one])
+    counter = StorageCounter()
+    alone = kept_memory(one, [], counter).total
     assert alone == sum(tensor.numel() * tensor.element_size() for tensor in (*one.parameters(), *one.buffers()))
-    assert weights_bytes([one, one]) == alone
-    assert weights_bytes([one, other]) == 2 * alone
+    assert kept_memory(one, [], counter).total == 0
+    assert kept_memory(other, [], counter).total == alone

@@ -167,28 +167,37 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step(
     assert "Step" not in written.getvalue()
 
 
+def tiny_tour(rows: list[dict[str, str]], folder: Path, **settings: Any) -> str:
+    """Run a small tour, and return what it writes."""
+    data = folder / "tiny.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows * 3))
+    written = io.StringIO()
+    job = QuickstartJob(
+        data=DataConfig(source=str(data)),
+        num_inputs=[2],
+        optim=OptimConfig(epochs=1, batch_size=16),
+        measure=MeasureConfig(shuffles=1, throughput_inputs=8, throughput_pairs=1),
+        requests=6,
+        port=free_port(),
+        storage=str(folder / "tour"),
+        **settings,
+    )
+    run_tour(job, Screen(written))
+    return written.getvalue()
+
+
 @pytest.mark.long
 @pytest.mark.cluster("serve")
 def test_the_whole_tour_on_a_tiny_model(
     tiny_model_folder: Path, tiny_rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     """The tiny model has a head, so that it is not tuned."""
-    data = tmp_path / "tiny.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in tiny_rows * 3))
-    written = io.StringIO()
-    job = QuickstartJob(
+    text = tiny_tour(
+        tiny_rows,
+        tmp_path,
         backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16),
-        data=DataConfig(source=str(data)),
-        num_inputs=[2],
-        optim=OptimConfig(epochs=1, batch_size=16),
         goal=Goal(allowance=100.0),
-        measure=MeasureConfig(shuffles=1, throughput_inputs=8, throughput_pairs=1),
-        requests=6,
-        port=free_port(),
-        storage=str(tmp_path / "tour"),
     )
-    run_tour(job, Screen(written))
-    text = written.getvalue()
     assert [line for line in text.splitlines() if line.startswith("Step")] == [
         f"Step {number} of 6  {title}"
         for number, title in enumerate(
@@ -219,25 +228,15 @@ def test_a_tour_on_a_decoder_serves_the_plain_model_with_its_prompt(
 ) -> None:
     """The throughput that is wanted cannot be reached, so no adapter records the prompt for the server."""
     ladder = write_decoder_ladder(tmp_path)
-    data = tmp_path / "tiny.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in tiny_rows * 3))
-    written = io.StringIO()
-    job = QuickstartJob(
+    text = tiny_tour(
+        tiny_rows,
+        tmp_path,
         backbone=BackboneConfig(str(ladder.model), max_length=MAX_LENGTH, prompt=str(ladder.prompt)),
-        data=DataConfig(source=str(data)),
-        num_inputs=[2],
         prefill_layers=1,
         exit_layers=[2],
         exit_adapted=1,
-        optim=OptimConfig(epochs=1, batch_size=16),
         goal=Goal(throughput=1000.0),
-        measure=MeasureConfig(shuffles=1, throughput_inputs=8, throughput_pairs=1),
-        requests=6,
-        port=free_port(),
-        storage=str(tmp_path / "tour"),
     )
-    run_tour(job, Screen(written))
-    text = written.getvalue()
     assert "The plain model is served" in text
     assert "6 by plain model alone" in text
     assert f"--model {ladder.model} --prompt {tmp_path / 'tour' / 'prompt.yaml'}" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -35,16 +34,6 @@ def share_weights(backbone: Backbone, others: Iterable[Backbone]) -> int:
             if tensor is not candidate:
                 setattr(owner, key, candidate)
     return shared
-
-
-def weights_bytes(modules: Iterable[nn.Module]) -> int:
-    """The memory that the weights and buffers of some modules take together. What they share counts once."""
-    storages: dict[int, int] = {}
-    for module in modules:
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:

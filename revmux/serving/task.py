@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from torch import nn
-
 from revmux.adapters.config import load_adapter_config
 from revmux.backbone import Backbone
 from revmux.errors import UserError
@@ -189,12 +187,6 @@ class Task:
     def layers_in_common(self, other: Task) -> int:
         """The number of lowest layers that give every input the same states in both tasks."""
         return 0 if self._lower is None or other._lower is None else self._lower.in_common(other._lower)
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The model and the adapters, with all copies of weights."""
-        models = [adapter.model for adapter in self.lineup.adapters]
-        return [self.backbone, *models, *(model.upper_backbone for model in models)]
 
     def load(self, folder: str | Path) -> LoadedAdapter:
         """Add an adapter to the line-up, or replace the one in its place: the one with the same N, or of its stage.
