@@ -53,12 +53,18 @@ def measure_all(
         workload = make()
         texts[workload.name] = workload.about()
         about = settings.about() | texts[workload.name]
-        function, job = (partial(each, workload, settings) for each in (measure.measure_function, measure.measure_ray))
         infinity = about | {"infinity": bool(settings.infinity)}
-        stage(f"{workload.key}-function", infinity, f"{workload.name}: the function", function)
+        rivals = partial(measure.measure_rivals, workload, settings)
+        stage(f"{workload.key}-function", infinity, f"{workload.name}: the function", rivals)
+        groups = partial(measure.measure_groups, workload, settings)
+        stage(f"{workload.key}-groups", about, f"{workload.name}: groups", groups)
+        job = partial(measure.measure_ray, workload, settings)
         stage(f"{workload.key}-ray", about, f"{workload.name}: the job on Ray", job)
-    memory = partial(measure.measure_memory, write_shape(folder / "tiny", TINY), settings)
+    tiny = write_shape(folder / "tiny", TINY)
+    memory = partial(measure.measure_memory, tiny, settings)
     stage("memory", settings.memory_rows, "peak memory of the function", memory)
+    large = partial(measure.measure_large, tiny, settings)
+    stage("large", settings.about(), "a large file: the job on Ray", large)
     return rows, texts
 
 

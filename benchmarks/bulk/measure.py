@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from mlflow import MlflowClient
 
+from benchmarks.bulk.peak import write_rows
 from benchmarks.bulk.rivals import Pipeline, infinity, ray_data
 from benchmarks.bulk.settings import Row, Settings
 from benchmarks.bulk.workloads import Workload
@@ -43,27 +44,35 @@ def function_leg(config: BulkConfig) -> dict[str, float]:
     return figures
 
 
-def measure_function(workload: Workload, settings: Settings) -> list[Row]:
-    """Return the rows of the library function: at N = 1 against other programs, and in groups against N = 1."""
+def measure_rivals(workload: Workload, settings: Settings) -> list[Row]:
+    """Return the rows of the library function at N = 1 against other programs."""
     output = workload.folder.with_name(f"{workload.key}-out")
     pipeline = Pipeline(workload)
-    systems = workload.systems()
     plain: list[float] = []
     rivals: dict[str, list[float]] = {"transformers.pipeline": [], "infinity-emb's engine": []}
-    grouped: dict[str, list[dict[str, float]]] = {title: [] for title in systems}
     failed = "no environment with infinity-emb was named: --infinity ENVIRONMENT/bin/python"
     for _ in range(settings.pairs):
         plain.append(function_leg(workload.config(output))["rows_per_second"])
         rivals["transformers.pipeline"].append(pipeline.rows_per_second(output.with_suffix(".parquet")))
-        for title, system in systems.items():
-            grouped[title].append(function_leg(workload.config(output, **system)))
         if settings.infinity is not None:
             try:
                 rivals["infinity-emb's engine"].append(infinity(workload, settings))
             except subprocess.CalledProcessError as error:
                 failed = f"it ended with status {error.returncode}"
-    rows = [_rival_row(workload, "the function", name, plain, theirs, failed) for name, theirs in rivals.items()]
-    return rows + [_grouped_row(workload, title, plain, legs) for title, legs in grouped.items()]
+    return [_rival_row(workload, "the function", name, plain, theirs, failed) for name, theirs in rivals.items()]
+
+
+def measure_groups(workload: Workload, settings: Settings) -> list[Row]:
+    """Return the rows of the library function in groups against N = 1; legs of a round follow each other at once."""
+    output = workload.folder.with_name(f"{workload.key}-out")
+    systems = workload.systems()
+    plain: list[float] = []
+    grouped: dict[str, list[dict[str, float]]] = {title: [] for title in systems}
+    for _ in range(settings.group_pairs):
+        plain.append(function_leg(workload.config(output))["rows_per_second"])
+        for title, system in systems.items():
+            grouped[title].append(function_leg(workload.config(output, **system)))
+    return [_grouped_row(workload, title, plain, legs) for title, legs in grouped.items()]
 
 
 def _rival_row(
@@ -98,7 +107,7 @@ def measure_ray(workload: Workload, settings: Settings) -> list[Row]:
     with local_cluster(settings):
         for _ in range(settings.pairs):
             function.append(function_leg(workload.config(output))["rows_per_second"])
-            job.append(job_leg(workload, settings, output))
+            job.append(job_leg(workload.config(output), settings))
             data.append(ray_data(workload, settings, output))
             shutil.rmtree(output)
     overhead = ratio_row(
@@ -125,11 +134,12 @@ def local_cluster(settings: Settings) -> Iterator[None]:
         ray.shutdown()
 
 
-def job_leg(workload: Workload, settings: Settings, output: Path) -> float:
+def job_leg(config: BulkConfig, settings: Settings) -> float:
     """Return the rows per second that the job reports to MLflow at its end."""
-    storage = workload.folder.with_name("runs")
+    output = Path(config.output)
+    storage = output.with_name("runs")
     job = ClassifyJob(
-        **vars(workload.config(output)),
+        **vars(config),
         storage=str(storage),
         cluster=ClusterConfig(address="local", workers=1, cpus_per_worker=settings.threads),
     )
@@ -138,6 +148,21 @@ def job_leg(workload: Workload, settings: Settings, output: Path) -> float:
     found = MlflowClient(f"sqlite:///{storage}/mlflow.db").get_run(run_id).data.metrics["rows_per_second"]
     shutil.rmtree(output)
     return float(found)
+
+
+def measure_large(model: Path, settings: Settings) -> list[Row]:
+    """Return a row with the speed of the job on a large file, divided by that of the function."""
+    rows = settings.memory_rows[1]
+    with TemporaryDirectory(prefix="revmux-large-") as folder, local_cluster(settings):
+        file = Path(folder) / "rows.parquet"
+        write_rows(file, rows)
+        config = BulkConfig(input=str(file), output=str(Path(folder) / "out"), model=str(model))
+        pairs = [
+            (job_leg(config, settings), function_leg(config)["rows_per_second"]) for _ in range(settings.large_pairs)
+        ]
+    name = f"{rows:,} rows, a tiny model: the job on Ray at N = 1 / the function"
+    figures = {"job_per_second": [job for job, _ in pairs], "function_per_second": [alone for _, alone in pairs]}
+    return [ratio_row(name, [job / alone for job, alone in pairs], RAY_TARGET) | figures]
 
 
 def measure_memory(model: Path, settings: Settings) -> list[Row]:

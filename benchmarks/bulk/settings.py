@@ -22,10 +22,12 @@ class Settings:
 
     Args:
         shape: shape of the second backbone, which has random weights.
-        pairs: rounds, each with one leg per system.
+        pairs: rounds, each with one leg per program.
+        group_pairs: rounds, each with one leg per width and one for the ladder.
         scale: factor for the rows of every leg.
         threads: CPU threads of every model.
         memory_rows: rows of the small and of the large file whose peak memory is compared.
+        large_pairs: rounds in which the job and the function classify the large file.
         infinity: a Python whose environment has infinity-emb; without it, Infinity is not measured.
 
     Raises:
@@ -34,13 +36,15 @@ class Settings:
 
     shape: Shape = field(default_factory=Shape)
     pairs: int = 3
+    group_pairs: int = 5
     scale: float = 1.0
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     memory_rows: tuple[int, int] = (10_000, 1_000_000)
+    large_pairs: int = 2
     infinity: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "threads"):
+        for name in ("pairs", "group_pairs", "large_pairs", "threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
         if self.scale <= 0:
