@@ -43,7 +43,7 @@ class Classifier:
             raise UserError(f"num_gpus is {config.num_gpus}, but torch sees no GPU on this node; choose 0")
         # Serve drops this output if RAY_SERVE_LOG_TO_STDERR is 0, so the program that starts Ray with it asks memory_lines.
         logging.basicConfig(format="%(levelname)s: %(message)s")
-        logging.getLogger("serve_app.service").setLevel(logging.INFO)
+        logging.getLogger("serve_app.tasks").setLevel(logging.INFO)
         self.service = Service(config, serve.get_replica_context().replica_tag)
         self.service.peers = self._peers
         self._ray_metrics = RayMetrics(self.service.metrics.families)
@@ -77,7 +77,7 @@ class Classifier:
 
     def memory_lines(self) -> list[str]:
         """Return a line per task about what this replica keeps in memory."""
-        return self.service.memory_lines()
+        return self.service.tasks.memory_lines()
 
     def metric_families(self) -> tuple[str, list[Metric]]:
         """Return this replica's name and metrics. The replica that was scraped calls this on all others."""

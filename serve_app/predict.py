@@ -44,7 +44,7 @@ class Endpoints:
         # Looked up once, because tasks can be added, removed and replaced before the answer is ready.
         if parsed.tasks is not None:
             return await self._predict_several(await self._several(parsed, task), parsed, started)
-        resolved = await self.service.task(task or parsed.task)
+        resolved = await self.service.tasks.get(task or parsed.task)
         texts = parsed.texts
         [answers] = await self._classify([resolved], texts, parsed)
         return self._reply(parsed.reply(answers, resolved.label_names), texts, answers, started)
@@ -60,10 +60,10 @@ class Endpoints:
             raise TextError(
                 f"the request names the task {named!r} and also tasks; send tasks to /predict, without a task"
             )
-        names = self.service.task_names if parsed.tasks == "*" else parsed.tasks
+        names = self.service.tasks.names if parsed.tasks == "*" else parsed.tasks
         if not names:
             raise UnknownTask(None, ())
-        return await self.service.several(names)
+        return await self.service.tasks.several(names)
 
     async def _predict_several(self, tasks: list[Task], parsed: PredictRequest, started: float) -> Response:
         texts = parsed.texts
@@ -74,7 +74,7 @@ class Endpoints:
     async def infer(self, request: Request, task: str | None) -> Response:
         """Answer a request of the Open Inference Protocol."""
         started = perf_counter()
-        resolved = await self.service.task(task)
+        resolved = await self.service.tasks.get(task)
         parsed = parse(await self._body(request), InferRequest)
         texts = parsed.inputs[0].texts
         [answers] = await self._classify([resolved], texts, parsed.parameters)
@@ -84,7 +84,7 @@ class Endpoints:
         """Answer a request of vLLM's classification API, whose body names the task as its model."""
         started = perf_counter()
         parsed = parse(await self._body(request), ClassifyRequest)
-        resolved = await self.service.task(task or parsed.model)
+        resolved = await self.service.tasks.get(task or parsed.model)
         texts = parsed.texts
         [answers] = await self._classify([resolved], texts, parsed)
         return self._reply(parsed.reply(resolved.name, answers, resolved.label_names), texts, answers, started)
@@ -186,7 +186,7 @@ def classify_routes(endpoints: Endpoints) -> APIRouter:
     @router.get("/v1/models", responses=examples.failures())
     async def models() -> JSONResponse:
         """Return the served tasks."""
-        return JSONResponse(model_list(endpoints.service.task_names, started))
+        return JSONResponse(model_list(endpoints.service.tasks.names, started))
 
     return router
 
@@ -215,12 +215,12 @@ def open_inference_routes(endpoints: Endpoints) -> APIRouter:
     @router.get("/models/{task}", responses=examples.failures(404))
     async def model(task: str) -> JSONResponse:
         """Return the input and output tensors of a task."""
-        return JSONResponse(model_metadata(task, len((await service.task(task)).label_names)))
+        return JSONResponse(model_metadata(task, len((await service.tasks.get(task)).label_names)))
 
     @router.get("/models/{task}/ready", responses=examples.failures(404))
     async def model_ready(task: str) -> JSONResponse:
         """Check that the model of this task answers a test input. Return 200 if it does, otherwise 503."""
-        await service.task(task)
+        await service.tasks.get(task)
         await service.probe(task)
         return JSONResponse({"name": task, "ready": True})
 

@@ -229,7 +229,7 @@ def test_the_server_states_its_memory_in_the_log_and_in_info(
 ) -> None:
     config = AppConfig(model=str(ladder.model), adapters=ladder.adapters, merge_limit_mib=0)
     other = Service(config)
-    with caplog.at_level(logging.INFO, "serve_app.service"):
+    with caplog.at_level(logging.INFO, "serve_app.tasks"):
         try:
             other.serve(config.served)
         finally:

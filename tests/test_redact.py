@@ -177,13 +177,13 @@ def test_a_served_adapter_whose_uri_has_a_password_shows_none(
     model = write_model(tmp_path)
     folder = write_adapter(tmp_path, load(model), 2)
     uri = f"s3://me:{SECRET}@bucket/adapter"
-    monkeypatch.setattr("serve_app.service.fetch_adapter", lambda adapter, downloads: folder)
+    monkeypatch.setattr("serve_app.task_loading.fetch_adapter", lambda adapter, downloads: folder)
     caplog.set_level(logging.INFO, "serve_app")
     service = Service(AppConfig(model=str(model), adapters=[uri]))
     service.serve(service.config.served)
     (shown,) = service.info()["adapters"]
     assert shown["source"] == "s3://me:***@bucket/adapter"
-    monkeypatch.setattr("serve_app.service.fetch_adapter", fetch_adapter)
+    monkeypatch.setattr("serve_app.task_loading.fetch_adapter", fetch_adapter)
     service.update({"tasks": {"default": {"model": str(model), "adapters": [f"hdfs://me:{SECRET}@host/adapter"]}}})
     assert "hdfs://me:***@host/adapter" in service.info()["update_error"]
     service.close()

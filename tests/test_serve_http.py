@@ -325,7 +325,7 @@ def test_info_and_logs_show_no_password_of_the_registry(
         def fail(*_: object) -> Path:
             raise MemoryError(f"{registry} sent too much")
 
-        monkeypatch.setattr("serve_app.service.fetch_adapter", fail)
+        monkeypatch.setattr("serve_app.task_loading.fetch_adapter", fail)
     config = AppConfig.model_validate(tasks["topic"])
     service = Service(config)
     try:
@@ -476,7 +476,7 @@ def test_a_failing_update_is_reported_and_the_server_keeps_running(
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("serve_app.service.load_pretrained", fail)
+            patch.setattr("serve_app.task_loading.load_pretrained", fail)
             service.update(_live({"default": mood, "second": topic}))
         assert type(error).__name__ in str(service.info()["update_error"])
         assert list(service.engine.tasks) == ["default"]

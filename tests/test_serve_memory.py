@@ -14,7 +14,7 @@ from serving_http import listening
 from serving_models import plain_scores
 from tiny_models import write_tiny_model
 
-import serve_app.service
+import serve_app.task_loading
 from revmux.errors import UserError
 from revmux.estimate.peak import StorageCounter
 from revmux.estimate.serving_memory import kept_memory
@@ -85,20 +85,22 @@ def test_the_task_that_was_not_used_for_longest_makes_room(service: Service, fol
 
 
 def test_requests_for_one_task_wait_for_the_same_load(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, loads = serve_app.service.load_pretrained, []
-    monkeypatch.setattr(serve_app.service, "load_pretrained", lambda config: loads.append(config) or original(config))
+    original, loads = serve_app.task_loading.load_pretrained, []
+    monkeypatch.setattr(
+        serve_app.task_loading, "load_pretrained", lambda config: loads.append(config) or original(config)
+    )
 
     async def ask() -> list[Any]:
-        return await asyncio.gather(*(service.task("c") for _ in range(8)))
+        return await asyncio.gather(*(service.tasks.get("c") for _ in range(8)))
 
     assert len(set(asyncio.run(ask()))) == 1
     assert len(loads) == 1
 
 
 def test_a_task_that_was_removed_for_another_answers_the_request_that_holds_it(service: Service) -> None:
-    held = asyncio.run(service.task("b"))
-    asyncio.run(service.task("a"))
-    asyncio.run(service.task("c"))
+    held = asyncio.run(service.tasks.get("b"))
+    asyncio.run(service.tasks.get("a"))
+    asyncio.run(service.tasks.get("c"))
     assert "b" not in service.engine.tasks
     answers = asyncio.run(service.engine.answer(["w1"], task=held))
     assert torch.isfinite(answers[0].scores).all()
@@ -112,9 +114,9 @@ def test_a_task_that_cannot_be_loaded_harms_no_other(
     service.update(LiveConfig(tasks=tasks).model_dump())
     assert service.update_error is None
     with pytest.raises(Unhealthy, match=r"task 'broken' cannot be loaded: folder .* contains no config\.json"):
-        asyncio.run(service.task("broken"))
-    assert asyncio.run(service.task("a")) is service.engine.task("a")
-    assert asyncio.run(service.task("b")) is service.engine.task("b")
+        asyncio.run(service.tasks.get("broken"))
+    assert asyncio.run(service.tasks.get("a")) is service.engine.task("a")
+    assert asyncio.run(service.tasks.get("b")) is service.engine.task("b")
     only = Service(service.config)
     with pytest.raises(UserError, match=r"contains no config\.json"):
         only.serve({"broken": tasks["broken"]})
