@@ -110,6 +110,22 @@ def tiny_csv(tiny_files: dict[str, Path]) -> Path:
     return tiny_files["csv"]
 
 
+@pytest.fixture(scope="session")
+def serving_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a task model for engines; see ``write_model``."""
+    from serving_models import write_model
+
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def serving_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of two small tasks; tests copy the adapters that they change."""
+    from serving_http import write_tasks
+
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3FileSystem]:
     """An empty bucket named ``bucket``. Every S3 client of this process and its children finds the server."""

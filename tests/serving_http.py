@@ -6,16 +6,21 @@ import json
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 from serving_models import load, write_adapter, write_model
 from starlette.types import ASGIApp
 
+from serve_app.config import AppConfig
 from serve_app.ray_environment import ProxyKind, ray_environment
+from serve_app.service import Service
 
 TOPICS = ["sport", "art", "science"]
 
@@ -92,6 +97,56 @@ def ray_with_proxy(kind: ProxyKind) -> Iterator[None]:
         for name, value in ray_environment(kind, Path(folder)).items():
             patch.setenv(name, value)
         yield
+
+
+USUAL = {"plain_load": 1, "max_texts": 64, "max_body_bytes": 100_000, "body_seconds": 0.4}
+"""Settings of a server with the tasks of :func:`write_tasks`."""
+
+
+def post(url: str, body: Any, **more: Any) -> httpx.Response:
+    return httpx.post(url, json=body, timeout=60, **more)
+
+
+def figures(url: str, **headers: str) -> dict[tuple[str, ...], float]:
+    """Return the samples of /metrics by name and label values (sorted by label name, without the replica's)."""
+    text = httpx.get(f"{url}/metrics", headers=headers, timeout=60).text
+    return {
+        (sample.name, *(value for key, value in sorted(sample.labels.items()) if key != "replica")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@contextmanager
+def serving(settings: Mapping[str, Any], replica: str = "0") -> Iterator[Service]:
+    """A replica that serves what the settings of :class:`AppConfig` name."""
+    config = AppConfig.model_validate(settings)
+    service = Service(config, replica)
+    try:
+        service.serve(config.served)
+        yield service
+    finally:
+        service.close()
+
+
+@contextmanager
+def held_in_a_pass(settings: Mapping[str, Any]) -> Iterator[tuple[Service, threading.Event]]:
+    """A service in a forward pass that continues once the event is set."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    with serving(settings) as service:
+        service.engine.task().backbone.layer(0).register_forward_pre_hook(wait)
+        future = service.engine.submit(["w1"])[0]
+        assert inside.wait(60)
+        try:
+            yield service, go_on
+        finally:
+            go_on.set()
+            assert future.result(60)
 
 
 def connected(url: str) -> socket.socket:

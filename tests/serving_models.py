@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from revmux.model import MultiplexedClassifier
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
+from revmux.serving import Engine, Limits
 
 WORDS = [f"w{index}" for index in range(60)]
 CUT = 1
@@ -134,3 +136,23 @@ def write_stage(
     config |= {"stage": stage, "fallback_threshold": threshold, "metrics": metrics or {}}
     (written / "adapter_config.json").write_text(json.dumps(config))
     return written
+
+
+@contextmanager
+def engines_not_started(pretrained: Pretrained, folder: Path) -> Iterator[Callable[..., Engine]]:
+    """Build engines that are not started, so that a test can fill the queue first; all are closed at the end.
+
+    Their adapters are for N = 2 and 4, unless a test passes others.
+    """
+    adapters = [write_adapter(folder, pretrained, num_inputs) for num_inputs in (2, 4)]
+    made: list[Engine] = []
+
+    def make(folders: list[Path] | None = None, **limits: Any) -> Engine:
+        made.append(Engine(pretrained, adapters if folders is None else folders, Limits(**limits)))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for engine in made:
+            engine.close()
