@@ -210,15 +210,14 @@ def _connect(config: ClusterConfig) -> None:
     import ray
 
     address = config.resolved_address
-    environment = None
     if address == "local":
-        variables = compute_environment() | LOCAL_ENVIRONMENT
-        os.environ.update(variables)
-        environment = {"env_vars": variables}
+        # The new cluster's processes inherit these variables. With a runtime environment, Ray would not use the workers
+        # that it starts with the cluster, and would start each further one in two steps.
+        os.environ.update(compute_environment() | LOCAL_ENVIRONMENT)
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     try:
-        ray.init(address=address, runtime_env=environment, logging_level=logging.WARNING)
+        ray.init(address=address, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise UserError(
             f"no Ray cluster at {address!r} ({error}); start one with 'ray start --head', or choose --cluster.address local"

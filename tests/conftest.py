@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
+gc.disable()  # until the tests are collected: imports make many objects and few cycles
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before any Hugging Face import, so that no test waits for a network
 
 import json
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +38,60 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Divide the tests among processes.
 
     Each file's tests stay in one process, so that shared fixtures are created once. Files that start Ray come first,
-    because they wait most. Files that start Ray Serve stay in one process, because their proxies would compete for ports.
+    because they wait most. Files that start Ray Serve stay in one process, because their proxies would compete for ports,
+    and so do files that share a cluster.
     """
     clusters = {item.path: marker.args for item in items if (marker := item.get_closest_marker("cluster"))}
     for item in items:
         item.add_marker(pytest.mark.xdist_group(*clusters.get(item.path) or (item.path.stem,)))
-    items.sort(key=lambda item: (item.path not in clusters, not clusters.get(item.path)))
+    items.sort(key=lambda item: (item.path not in clusters, not clusters.get(item.path), clusters.get(item.path) or ()))
+
+
+def pytest_collection_finish() -> None:
+    """Search only objects that the tests make, and not those of the imported libraries, for cycles."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_ray_folder() -> Iterator[None]:
     """Give the clusters of this process a folder of their own, so that they and other clusters do not see each other."""
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        os.environ.pop(name, None)
+    os.environ |= {"RAY_worker_niceness": "0"}  # on a busy machine, workers of a lower priority would not start in time
     with tempfile.TemporaryDirectory(
         prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
     ) as folder:  # sockets need short paths
         os.environ["RAY_TMPDIR"] = folder
         yield
+
+
+_shared_cluster = ExitStack()
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> None:
+    """The Ray cluster that the files of the group ``shared`` use one after the other. This process is its driver."""
+    import ray
+
+    from ray_jobs.cluster import ClusterConfig, connected
+
+    if not ray.is_initialized():
+        _shared_cluster.enter_context(connected(ClusterConfig(workers=1)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Stop the shared cluster after the last test of its group."""
+    if nextitem is None or group_of(nextitem) != group_of(item):
+        _shared_cluster.close()
+
+
+def group_of(item: pytest.Item) -> str:
+    """The group that :func:`pytest_collection_modifyitems` assigned."""
+    marker = item.get_closest_marker("xdist_group")
+    assert marker is not None
+    return str(marker.args[0])
 
 
 @pytest.fixture(scope="session", autouse=True)

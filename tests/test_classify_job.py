@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+import ray
 from mlflow import MlflowClient
 from polling import wait_until
 from pyarrow import parquet
@@ -27,7 +27,7 @@ from ray_jobs import classify, cli
 from ray_jobs.bulk import pool
 from ray_jobs.bulk.config import ClassifyJob
 from ray_jobs.cli import Unfinished
-from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.cluster import ClusterConfig
 from revmux.bulk.classify import classify_files
 from revmux.bulk.config import BulkConfig
 from revmux.bulk.output import META
@@ -50,17 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def ray_here(folder: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_ADDRESS", "RAY_JOB_ID", "MLFLOW_TRACKING_URI"):
-            patch.delenv(name, raising=False)
-        with connected(ClusterConfig(workers=2, cpus_per_worker=0.5), folder / "ray"):
-            yield
-
-
 @pytest.fixture
-def job(folder: Path, tmp_path: Path, mlflow_database: Path) -> ClassifyJob:
+def job(folder: Path, tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> ClassifyJob:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mlflow.db").write_bytes(mlflow_database.read_bytes())
     return ClassifyJob(
@@ -102,7 +94,7 @@ def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return parts(output)
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 def test_the_job_writes_what_the_library_writes_and_records_it(
     job: ClassifyJob, ray_here: None, undisturbed: dict[str, bytes]
 ) -> None:
@@ -129,7 +121,7 @@ def test_the_job_writes_what_the_library_writes_and_records_it(
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 def test_a_killed_worker_costs_no_row(
     job: ClassifyJob, ray_here: None, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -147,7 +139,7 @@ def test_a_killed_worker_costs_no_row(
     assert parts(job.output) == undisturbed
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.long
 def test_a_unit_that_kills_its_worker_is_left_out_and_its_neighbours_are_not(
     job: ClassifyJob, ray_here: None, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -174,7 +166,7 @@ def test_a_unit_that_kills_its_worker_is_left_out_and_its_neighbours_are_not(
     assert parts(job.output) == undisturbed
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 def test_a_damaged_file_fails_its_units_only(job: ClassifyJob, ray_here: None, folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     rows.mkdir()
@@ -190,7 +182,7 @@ def test_a_damaged_file_fails_its_units_only(job: ClassifyJob, ray_here: None, f
     assert len(found) < ROWS
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 def test_the_audit_stops_the_job_with_its_own_status(job: ClassifyJob, ray_here: None, folder: Path) -> None:
     random = write_adapter(folder, load(folder / "model"), 4, method="revmux")
     with pytest.raises(Unfinished, match=r"below audit_floor 0\.9") as unfinished:
@@ -207,7 +199,7 @@ def test_the_documented_commands_have_legal_settings() -> None:
         assert job.input.startswith(("reviews/", "s3://bucket/"))
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 def test_the_documented_command_and_function_run_as_written(
     job: ClassifyJob, ray_here: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +219,7 @@ def test_the_documented_command_and_function_run_as_written(
     assert sum(names["report"].totals.labels.values()) == 200
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 def test_a_csv_with_five_classes_of_ones_own_is_classified(
     job: ClassifyJob, ray_here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,7 +247,7 @@ def test_a_csv_with_five_classes_of_ones_own_is_classified(
     assert "40 rows, 1 bad" in capsys.readouterr().out
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 def test_a_model_that_does_not_fit_is_one_line(
     job: ClassifyJob, ray_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,9 +258,11 @@ def test_a_model_that_does_not_fit_is_one_line(
     assert "max_length is 500" in line
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.timeout(600)
-def test_a_killed_driver_continues_with_the_same_command(job: ClassifyJob, folder: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_continues_with_the_same_command(
+    job: ClassifyJob, ray_here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = 2400
     table = pa.table({"id": range(rows), "text": [text(index) for index in range(rows)]})
     parquet.write_table(table, tmp_path / "many.parquet")
@@ -282,11 +276,13 @@ def test_a_killed_driver_continues_with_the_same_command(job: ClassifyJob, folde
         "cluster.workers": 1,
         "cluster.cpus_per_worker": 1,
     }
-    command = [sys.executable, "-m", "ray_jobs.classify", *(f"--{name}={value}" for name, value in flags.items())]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     log = tmp_path / "log.txt"
     with log.open("w") as stream:
-        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray_jobs.classify", *argv], env=environment, stdout=stream, stderr=stream
+        )
         records = Path(job.output) / META / "units"
         wait_until(
             lambda: len(list(records.glob("*.json"))) > 10,
@@ -294,14 +290,14 @@ def test_a_killed_driver_continues_with_the_same_command(job: ClassifyJob, folde
         )
         process.kill()
         process.wait()
-        done = len(list(records.glob("*.json")))
-        assert 10 < done < 300
-        before = parts(job.output)
-        subprocess.run(command, env=environment, stdout=stream, stderr=stream, check=True)
+    done = len(list(records.glob("*.json")))
+    assert 10 < done < 300
+    before = parts(job.output)
+    assert "300 units, of which 0 are finished" in log.read_text()
+    assert classify.command(argv) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "300 units, of which" in line]
+    assert "of which 0 are finished" not in line
     assert ids(job.output) == list(range(rows))
     assert before.items() <= parts(job.output).items()
-    words = [line for line in log.read_text().splitlines() if "300 units, of which" in line]
-    assert "of which 0 are finished" in words[0]
-    assert "of which 0 are finished" not in words[1]
     manifest = json.loads((Path(job.output) / META / "manifest.json").read_text())
     assert (manifest["rows"], len(manifest["parts"])) == (rows, 300)

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from numeric import assert_close
@@ -56,8 +57,9 @@ def recipe(model: Path, data: Path, store: Path, epochs: int = EPOCHS, dropout: 
 
 @dataclass
 class Ended:
-    """The result of an undisturbed run."""
+    """The result of an undisturbed run, and the store of its features."""
 
+    store: Path
     weights: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     steps: int = 0
@@ -83,7 +85,7 @@ def undisturbed(
     folder = tmp_path_factory.mktemp("undisturbed")
     ended = run_workers(run_undisturbed, 2, str(tiny_model_folder), str(tiny_csv), str(folder))[0]
     assert ended["steps_per_epoch"] % EVERY, "a checkpoint must fall within an epoch"
-    return Ended(load_file(folder / "adapter-0" / WEIGHTS_NAME), **ended)
+    return Ended(folder / "store", load_file(folder / "adapter-0" / WEIGHTS_NAME), **ended)
 
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Path) -> Any:
@@ -97,12 +99,16 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Pat
 
 @dataclass
 class TrainJob:
-    """``python -m ray_jobs.train`` in a separate process, with its own storage and HOME."""
+    """``python -m ray_jobs.train`` in a separate process, with its own storage.
+
+    Without the address of a cluster, it also has its own HOME and starts its own cluster.
+    """
 
     folder: Path
     model: Path
     data: Path
     flags: list[str] = field(default_factory=list)
+    address: str | None = None
 
     @property
     def storage(self) -> Path:
@@ -114,6 +120,8 @@ class TrainJob:
 
     @property
     def environment(self) -> dict[str, str]:
+        if self.address is not None:
+            return os.environ | {"RAY_ADDRESS": self.address}
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         return environment | {
             "HOME": str(self.folder),
@@ -121,7 +129,7 @@ class TrainJob:
             "HF_HUB_OFFLINE": "1",
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",  # on a busy machine, workers of a lower priority would not start in time
+            "RAY_worker_niceness": "0",
         }
 
     @contextmanager
@@ -196,12 +204,16 @@ def job(tiny_model_folder: Path, tiny_csv: Path) -> Iterator[TrainJob]:
         yield TrainJob(Path(folder), tiny_model_folder, tiny_csv)
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.timeout(600)
-def test_training_resumes_after_a_worker_is_killed_within_an_epoch(job: TrainJob, undisturbed: Ended) -> None:
+def test_training_resumes_after_a_worker_is_killed_within_an_epoch(
+    job: TrainJob, undisturbed: Ended, ray_here: None
+) -> None:
+    job.address = ray.get_runtime_context().gcs_address
+    job.flags += ["--store.root", str(undisturbed.store)]
     with job.started() as process:
         step = wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
-        workers = processes_named(TRAIN_WORKER, process.pid)
+        workers = processes_named(TRAIN_WORKER, os.getpid())
         assert len(workers) == 2
         workers[1].kill()
         assert process.wait() == 0, job.log.read_text()
@@ -212,7 +224,7 @@ def test_training_resumes_after_a_worker_is_killed_within_an_epoch(job: TrainJob
     job.finished_like(undisturbed)
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_same_command_resumes_after_its_driver_was_killed(job: TrainJob, undisturbed: Ended) -> None:
@@ -236,7 +248,7 @@ def machines(job: TrainJob) -> Iterator[Machines]:
         yield machines
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_training_resumes_after_a_node_is_lost_and_replaced(
@@ -255,7 +267,7 @@ def test_training_resumes_after_a_node_is_lost_and_replaced(
     job.finished_like(undisturbed)
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_training_shrinks_and_grows_with_the_cluster(
@@ -359,7 +371,7 @@ def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(
     assert all(torch.equal(value, expected[name]) for name, value in again.trained_weights().items())
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_job_on_a_full_disk_ends_with_one_line_and_resumes_when_there_is_space(

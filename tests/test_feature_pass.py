@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from polling import wait_until
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.cluster import ClusterConfig
 from ray_jobs.features import main
 from ray_jobs.training.config import FeaturesJob
 from ray_jobs.training.feature_pass import ShardWorker, fill_stores, fill_stores_for
@@ -30,15 +29,9 @@ from revmux.pretrained.loading import load_pretrained
 from revmux.training.config import MethodConfig, Recipe
 from revmux.training.recipe import prepare, tokens_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster("shared"), pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
 LAYERS = [1, 2]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[ClusterConfig]:
-    config = ClusterConfig(address="local", workers=2)
-    with connected(config):
-        yield config
+CLUSTER = ClusterConfig(address="local", workers=2)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +94,6 @@ def test_a_feature_pass_completes_although_a_worker_is_killed(
     recipe: Recipe,
     data: DataConfig,
     task: TaskData,
-    cluster: ClusterConfig,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -116,7 +108,7 @@ def test_a_feature_pass_completes_although_a_worker_is_killed(
     total = 3 * sum(map(len, splits))
 
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(fill_stores, recipe, LAYERS, tokens, cluster) for _ in range(2)]
+        jobs = [pool.submit(fill_stores, recipe, LAYERS, tokens, CLUSTER) for _ in range(2)]
         assert kill_a_worker(recipe, len(before), jobs) < total
     for job in jobs:
         job.result()
@@ -125,7 +117,7 @@ def test_a_feature_pass_completes_although_a_worker_is_killed(
     assert {path: filled[path] for path in before} == before
     assert capsys.readouterr().out.count("layer 2 in bfloat16: states lose") == 1, "only one of the jobs did the work"
 
-    main(FeaturesJob(recipe.backbone, data, LAYERS, recipe.store, cluster, str(tmp_path)))
+    main(FeaturesJob(recipe.backbone, data, LAYERS, recipe.store, CLUSTER, str(tmp_path)))
     assert "features: complete in" in capsys.readouterr().out
     prepared = prepare(replace(recipe, method=MethodConfig(prefill_layers=2)), tokens)
     assert shards(recipe) == filled, "another job or a run that only reads must not write"
@@ -141,11 +133,9 @@ def test_a_feature_pass_completes_although_a_worker_is_killed(
         torch.testing.assert_close(batch.teacher_vectors, expected.teacher_vectors, atol=1e-5, rtol=1e-5)
 
 
-def test_a_feature_pass_reports_missing_machines_and_ends_after_the_limit(
-    recipe: Recipe, task: TaskData, cluster: ClusterConfig
-) -> None:
+def test_a_feature_pass_reports_missing_machines_and_ends_after_the_limit(recipe: Recipe, task: TaskData) -> None:
     cores = ray.cluster_resources()["CPU"]
-    large = replace(cluster, cpus_per_worker=cores + 1, wait_minutes=0.02)
+    large = replace(CLUSTER, cpus_per_worker=cores + 1, wait_minutes=0.02)
     words = (
         rf"few resources for the workers of the feature pass .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
     )
@@ -153,9 +143,7 @@ def test_a_feature_pass_reports_missing_machines_and_ends_after_the_limit(
         fill_stores(recipe, LAYERS, tokenize_task(task, recipe.backbone, recipe.store), large)
 
 
-def test_a_user_error_in_a_worker_is_printed_on_one_line(
-    recipe: Recipe, task: TaskData, cluster: ClusterConfig, tmp_path: Path
-) -> None:
+def test_a_user_error_in_a_worker_is_printed_on_one_line(recipe: Recipe, task: TaskData, tmp_path: Path) -> None:
     model = BertForSequenceClassification.from_pretrained(recipe.backbone.model)
     with torch.no_grad():
         model.bert.encoder.layer[0].output.LayerNorm.weight.mul_(1e6)
@@ -166,7 +154,7 @@ def test_a_user_error_in_a_worker_is_printed_on_one_line(
     large = replace(narrow, backbone=replace(recipe.backbone, model=str(folder)))
     tokens = tokenize_task(task, large.backbone, large.store)
     with pytest.raises(UserError, match=r"float16 cannot hold the states of layer 1.*bfloat16 or float32"):
-        fill_stores_for([replace(large, method=MethodConfig(prefill_layers=1))], tokens, cluster)
+        fill_stores_for([replace(large, method=MethodConfig(prefill_layers=1))], tokens, CLUSTER)
 
 
 def test_layers_are_checked_before_a_cluster_starts(recipe: Recipe, data: DataConfig, tmp_path: Path) -> None:

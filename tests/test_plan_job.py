@@ -49,6 +49,7 @@ def job(tiny_model_folder: Path, tiny_csv: Path, tmp_path_factory: pytest.TempPa
         optim=OptimConfig(batch_size=8),
         store=StoreConfig(root=str(folder / "store")),
         shuffles=1,
+        concurrent_trials=1,  # one process for both trials
         storage=str(folder / "runs"),
         goal=Goal(allowance=100.0),
         measure=MeasureConfig(shuffles=2, thresholds=(0.6,), throughput_inputs=0),  # counted, so equal on every machine

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from polling import wait_until
 
 from benchmarks.trained import fill_store
-from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.cluster import ClusterConfig
 from ray_jobs.sweep.comparison import ENDS
 from ray_jobs.sweep.config import StoppingConfig, TuneJob
 from ray_jobs.tune import main
@@ -37,7 +37,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.starts
 TWO_RATES = {"methods": ["exit-head"], "exit_layers": [1, 2], "learning_rate": [0.02, 1e-9]}
 """The second rate learns nothing, so at least its last trial is stopped."""
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster("shared"), pytest.mark.timeout(600)]
 
 
 @pytest.fixture
@@ -122,18 +122,21 @@ def test_a_trial_without_enough_memory_fails_at_once_and_the_sweep_continues(
     assert statuses == {"exit-head": "FINISHED", "token-split": "FAILED"}
 
 
-def test_a_sweep_reports_missing_machines_and_ends(job: Callable[..., TuneJob]) -> None:
-    points = {"methods": ["exit-head"], "exit_layers": [1], "epochs": 1}
-    ready = job(points)
-    task = load_task(ready.data)
+def fill(job: TuneJob) -> None:
+    """Store the states of layers 1 and 2 without a cluster, so that a sweep on one has nothing left to store."""
+    task = load_task(job.data)
     for split in (task.train, task.selection, task.test):
-        fill_store(Recipe(ready.backbone, ready.data, store=ready.store), split, [1])
-    with connected(ClusterConfig(workers=1)):
-        cores = ray.cluster_resources()["CPU"]
-        cluster = ClusterConfig(address="auto", workers=1, cpus_per_worker=cores + 1, wait_minutes=0.05)
-        words = rf"few resources for the workers of the sweep .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
-        with pytest.raises(UserError, match=words):
-            main(job(points, cluster=cluster))
+        fill_store(Recipe(job.backbone, job.data, store=job.store), split, [1, 2])
+
+
+def test_a_sweep_reports_missing_machines_and_ends(job: Callable[..., TuneJob], ray_here: None) -> None:
+    points = {"methods": ["exit-head"], "exit_layers": [1], "epochs": 1}
+    fill(job(points))
+    cores = ray.cluster_resources()["CPU"]
+    cluster = ClusterConfig(address="auto", workers=1, cpus_per_worker=cores + 1, wait_minutes=0.05)
+    words = rf"few resources for the workers of the sweep .*: 1 × {cores + 1:g} CPU; the cluster has {cores:g} CPU"
+    with pytest.raises(UserError, match=words):
+        main(job(points, cluster=cluster))
 
 
 @pytest.mark.long
@@ -163,9 +166,9 @@ def test_trials_with_several_workers_can_be_stopped_and_completed(job: Callable[
     assert all(client.get_run(str(row.run_id)).info.status == ENDS[row.status] for row in rows)
 
 
-def trial_process(driver: int) -> psutil.Process | None:
-    """Return the process on a driver's own cluster that trains a trial."""
-    for process in psutil.Process(driver).children(recursive=True):
+def trial_process() -> psutil.Process | None:
+    """Return the process on this test's cluster that trains a trial."""
+    for process in psutil.Process().children(recursive=True):
         try:
             if "ImplicitFunc" in " ".join(process.cmdline()):
                 return process
@@ -175,14 +178,16 @@ def trial_process(driver: int) -> psutil.Process | None:
 
 
 def test_a_process_runs_several_trials_and_a_lost_process_is_replaced(
-    command: Callable[..., list[str]], tmp_path: Path
+    job: Callable[..., TuneJob], command: Callable[..., list[str]], ray_here: None, tmp_path: Path
 ) -> None:
     runs, log = tmp_path / "runs", tmp_path / "log.txt"
+    fill(job(TWO_RATES))
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     words = command(TWO_RATES | {"epochs": 60}, stopping__deviations=0.1)
     with log.open("w") as out:
-        driver = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
+        driver = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
         found = wait_until(
-            lambda: list(runs.glob("sweeps/sweep/checkpoints/*/step-*.json")) and trial_process(driver.pid),
+            lambda: list(runs.glob("sweeps/sweep/checkpoints/*/step-*.json")) and trial_process(),
             400,
             every=0.005,
             failure=lambda: None if driver.poll() is None else log.read_text(),

@@ -20,11 +20,12 @@ from ray.train import ControllerError, WorkerGroupError
 
 import ray_jobs.training.launch
 import ray_jobs.training.worker
-from ray_jobs.cluster import ClusterConfig, connected
+from ray_jobs.cluster import ClusterConfig
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.launch import Trained, launch
 from ray_jobs.training.resource_wait import lacks_resources
+from ray_jobs.training.worker import WorkerConfig
 from ray_jobs.training.worker_errors import WorkerError, error_to_raise, first_error
 from revmux import UserError
 from revmux.data.config import DataConfig
@@ -60,7 +61,7 @@ def test_out_of_memory_is_recognised_on_every_device() -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 def test_a_gpu_that_ray_did_not_assign_is_not_used(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert ray_jobs.training.worker.assigned_device() == torch.device("cpu")
@@ -75,14 +76,10 @@ def test_an_aborted_run_is_reported_on_one_line() -> None:
 
 
 @pytest.fixture(scope="module")
-def two_cores() -> Iterator[None]:
+def two_cores(ray_here: None) -> Iterator[None]:
     """A Ray cluster with two cores; functions of this file are pickled by value for its workers."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
-            patch.delenv(name, raising=False)
-        with connected(ClusterConfig(workers=1)):
-            yield
+    yield
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
@@ -113,7 +110,7 @@ def start(
     return run
 
 
-def one_fails(fail: Callable[[], None], arguments: dict[str, Any]) -> Any:
+def one_fails(fail: Callable[[], None], config: WorkerConfig) -> Any:
     """One worker; the second one fails within its fifth step while the first waits for its share of the gradient."""
     from ray_jobs.training.worker import train_worker
 
@@ -125,7 +122,7 @@ def one_fails(fail: Callable[[], None], arguments: dict[str, Any]) -> Any:
         return whole(self, groups, all_groups)
 
     Trainer._step = step  # type: ignore[method-assign]
-    return train_worker(arguments)
+    return train_worker(config)
 
 
 def raise_(error: Exception) -> None:
@@ -136,7 +133,7 @@ def kill_oneself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.timeout(300)  # the other workers' own time-out is half an hour
 @pytest.mark.parametrize(
     ("error", "words"),
@@ -163,7 +160,7 @@ def test_a_user_error_in_one_worker_ends_all_workers_at_once(
     assert run.info.status == "FAILED"
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("failures", [0, 1])
@@ -177,7 +174,7 @@ def test_other_errors_of_one_worker_are_retried_and_reported(
     assert "run: worker 1 failed: OSError: [Errno 5] Input/output error" in reported.out + reported.err
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_lost_worker_is_reported_instead_of_the_broken_connection_of_its_peer(start: Start) -> None:
@@ -185,7 +182,7 @@ def test_a_lost_worker_is_reported_instead_of_the_broken_connection_of_its_peer(
         start(kill_oneself, max_failures=0)
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to find the names of open files")
 def test_checkpoints_are_removed_once_the_adapter_is_saved(
@@ -212,7 +209,7 @@ def test_checkpoints_are_removed_once_the_adapter_is_saved(
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster("shared")
 def test_a_run_reports_missing_machines_and_ends_after_the_limit(
     start: Start, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,6 @@ Actors that find no room wait until a machine joins the cluster, which makes the
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,47 +15,18 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
+from ray_jobs.bulk.actor import UnitActor
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.training.resource_wait import ResourceWait
 from revmux.bulk.classify import describe_error
 from revmux.bulk.job import Job
 from revmux.bulk.output import OutputError
 from revmux.bulk.progress import Progress
-from revmux.bulk.system import unused_adapters
 from revmux.bulk.units import Unit
-from revmux.bulk.worker import UNITS_IN_FLIGHT, Finished, Worker
+from revmux.bulk.worker import UNITS_IN_FLIGHT
 
 WAIT_SECONDS = 1.0
 """Longest time between two looks at the clock."""
-
-
-class UnitActor:
-    """An actor with a model. Its calls run in threads, so that several units overlap.
-
-    Args:
-        job: the job.
-        device: where the model runs.
-        threads: CPU threads of the model.
-    """
-
-    def __init__(self, job: Job, device: str, threads: int) -> None:
-        logging.getLogger().setLevel(logging.WARNING)
-        self._arguments = (job, device, threads)
-        self._worker: Worker | None = None
-
-    def place(self) -> None:
-        """Return as soon as this actor has a place in the cluster."""
-
-    def load(self) -> list[str]:
-        """Load the model; returns a line for each adapter that is not used."""
-        # Here and not in the constructor, whose exceptions Ray does not pass on.
-        self._worker = Worker(*self._arguments)
-        return unused_adapters(self._worker.task)
-
-    def run(self, unit: Unit) -> Finished:
-        """Classify a unit."""
-        assert self._worker is not None
-        return self._worker.run(unit)
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,8 +174,9 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
     logging.getLogger("ray.train.v2.api.config").setLevel(logging.WARNING)  # it announces each local run
     waiting = WorkerWait(worker.title, cluster.wait_minutes)
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"config": worker},
+        # Not as train_loop_config, which Ray Train shows, and whose modules its controller would import before it starts
+        # the workers.
+        partial(train_worker, worker),
         scaling_config=ScalingConfig(
             num_workers=0 if hooks.report else number_of_workers(cluster),
             elastic_resize_monitor_interval_s=60 * cluster.resize_minutes,

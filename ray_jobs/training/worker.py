@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -62,20 +61,20 @@ class WorkerConfig:
     threads: int
     folder: Path
     checkpoint: CheckpointConfig
-    tracking_uri: str = field(repr=False)  # Ray stores the repr, and a URI may contain a password
+    tracking_uri: str = field(repr=False)  # it may contain a password
     outbox: Path
     run_id: str
     progress: bool
     report: Callable[[dict[str, float]], None]
 
 
-def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
+def train_worker(config: WorkerConfig) -> dict[str, float]:
     """Body of a worker. Every rank runs it and reports the same metrics.
 
     Only rank 0 writes the run's checkpoints and its result.
 
     Args:
-        arguments: ``{"config": WorkerConfig}``, as Ray Train passes it.
+        config: settings from the driver.
 
     Returns:
         Figures on the test split, cost, and number of tunable weights.
@@ -86,7 +85,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
     """
     try:
         with ExitStack() as worker_stack:
-            return train(arguments["config"], worker_stack)
+            return train(config, worker_stack)
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             logging.getLogger("ray.train").setLevel(
