@@ -1,16 +1,15 @@
 """The Ray Serve application: one :class:`serve_app.service.Service` per replica.
 
 ``serve run serve_app.app:build model=FOLDER adapters=FOLDER,FOLDER`` and ``serve deploy serve_app/serve.yaml`` both use
-:func:`build`.
+:func:`build`. Serve calls it in a process of its own, so this module imports what only a replica needs when a replica starts.
 """
 
 # No postponed annotations in this module: Serve reads the type of build's argument.
 import asyncio
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from prometheus_client.core import Metric
 from ray import serve
 from ray.serve import Application
@@ -19,9 +18,9 @@ from revmux.errors import UserError
 from revmux.utils.environment import replica_environment
 from serve_app.config import AppConfig, LiveConfig, live_tasks
 from serve_app.errors import RETRY_AFTER_SECONDS
-from serve_app.ray_metrics import RayMetrics
-from serve_app.service import Service
-from serve_app.web import HttpApplication, create_app
+
+if TYPE_CHECKING:
+    from serve_app.web import HttpApplication
 
 PEER_SECONDS = 2.0
 """Time limit for collecting the metrics of the other replicas."""
@@ -39,6 +38,11 @@ class Classifier:
     """
 
     def __init__(self, config: AppConfig) -> None:
+        import torch
+
+        from serve_app.ray_metrics import RayMetrics
+        from serve_app.service import Service
+
         if config.num_gpus and not torch.cuda.is_available():
             raise UserError(f"num_gpus is {config.num_gpus}, but torch sees no GPU on this node; choose 0")
         # Serve drops this output if RAY_SERVE_LOG_TO_STDERR is 0, so the program that starts Ray with it asks memory_lines.
@@ -50,8 +54,10 @@ class Classifier:
         self._ray_metrics.start()
         self._ready = False
 
-    def __serve_build_asgi_app__(self) -> HttpApplication:
+    def __serve_build_asgi_app__(self) -> "HttpApplication":
         """Build the HTTP application. Serve calls this once, after the constructor."""
+        from serve_app.web import create_app
+
         return create_app(self.service)
 
     def __del__(self) -> None:

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import gc
-import os
-
-gc.disable()  # until the tests are collected: imports make many objects and few cycles
-os.environ["HF_HUB_OFFLINE"] = "1"  # set before any Hugging Face import, so that no test waits for a network
-
 import json
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import pandas as pd
 import pytest
-import torch
-import torch.distributed as dist
-from pyarrow.fs import FileSystem, S3FileSystem
-from tiny_models import LABELS, WORDS, write_tiny_model
 
-from revmux.pretrained.config import BackboneConfig
-from revmux.pretrained.loading import load_pretrained
-from revmux.pretrained.pretrained import Pretrained
+# The process that distributes the tests imports this file too. Fixtures import what only tests need.
+if TYPE_CHECKING:
+    from pyarrow.fs import S3FileSystem
+
+    from revmux.pretrained.pretrained import Pretrained
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before any Hugging Face import, so that no test waits for a network
+gc.disable()  # until the tests are collected: imports make many objects and few cycles
 
 # Models this small gain nothing from threads that wait for each other; other numbers test that none changes a result.
 THREADS = int(os.environ.get("REVMUX_TEST_THREADS", "1"))
-torch.set_num_threads(THREADS)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -51,6 +45,13 @@ def pytest_collection_finish() -> None:
     """Search only objects that the tests make, and not those of the imported libraries, for cycles."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -97,6 +98,8 @@ def group_of(item: pytest.Item) -> str:
 @pytest.fixture(scope="session", autouse=True)
 def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put the cache of the datasets library into a temporary folder."""
+    import datasets
+
     former = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     yield
@@ -105,12 +108,17 @@ def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import write_tiny_model
+
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-bert")
 
 
 @pytest.fixture(scope="session")
 def tiny_pretrained(tiny_model_folder: Path) -> Pretrained:
     """Frozen and shared by all tests; a test that trains the backbone loads its own."""
+    from revmux.pretrained.config import BackboneConfig
+    from revmux.pretrained.loading import load_pretrained
+
     pretrained = load_pretrained(BackboneConfig(model=str(tiny_model_folder), max_length=16))
     pretrained.backbone.freeze()
     return pretrained
@@ -119,6 +127,9 @@ def tiny_pretrained(tiny_model_folder: Path) -> Pretrained:
 @pytest.fixture(scope="session")
 def tiny_rows() -> list[dict[str, str]]:
     """80 texts of 3 to 9 words; those that begin with w1 are good, those with w2 bad."""
+    import torch
+    from tiny_models import LABELS, WORDS
+
     random = torch.Generator().manual_seed(0)
     rows = []
     for index in range(80):
@@ -132,6 +143,9 @@ def tiny_rows() -> list[dict[str, str]]:
 @pytest.fixture(scope="session")
 def tiny_files(tiny_rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same rows in every format, by suffix."""
+    import datasets
+    import pandas as pd
+
     folder = tmp_path_factory.mktemp("data")
     frame = pd.DataFrame(tiny_rows)
     files = {suffix: folder / f"tiny.{suffix}" for suffix in ("csv", "tsv", "jsonl", "json", "parquet", "arrow")}
@@ -171,6 +185,7 @@ def serving_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3FileSystem]:
     """An empty bucket named ``bucket``. Every S3 client of this process and its children finds the server."""
     from moto.server import ThreadedMotoServer
+    from pyarrow.fs import FileSystem
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -201,6 +216,8 @@ def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Call ``function(*arguments)`` in every process of a gloo group; returns their results by rank."""
+    import torch
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["revmux.training.recipe", "transformers.models.bert.modeling_bert"])
 
@@ -220,6 +237,9 @@ def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[
 
 
 def _worker(rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
     torch.set_num_threads(THREADS)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     try:
