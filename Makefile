@@ -47,8 +47,8 @@ test-ray: $(READY)  ## run the tests that use Ray on another version of it: make
 	PYTHONPATH=$(abspath build/ray-$(RAY)) $(BIN)/python -m pytest -m 'not long' tests/test_ray_internals.py tests/test_ray_log.py
 	PYTHONPATH=$(abspath build/ray-$(RAY)) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'cluster and not long'
 
-test-all: $(READY)  ## run the tests, the long ones too
-	$(BIN)/python -m pytest -m ''
+test-all: $(READY)  ## run the tests in WORKERS processes, the long ones too (nightly)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m ''
 
 check: $(READY)  ## check format, lint, types, import layers, spelling and workflow files
 	$(BIN)/ruff format --check .

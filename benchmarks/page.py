@@ -14,6 +14,7 @@ from benchmarks.bulk.page import bulk_words
 from benchmarks.data import data_words
 from benchmarks.front.page import front_words
 from benchmarks.llama.page import llama_words
+from benchmarks.long_tests import long_tests_words
 from benchmarks.plan.page import plan_words
 from benchmarks.precision import precision_words
 from benchmarks.serving.page import path_words, serving_words
@@ -66,6 +67,7 @@ WRITERS = {
     "systems": systems_words,
     "training": training_words,
     "llama": llama_words,
+    "long-tests": long_tests_words,
     "plan": plan_words,
     "size": size_words,
     "serving": serving_words,

@@ -1,11 +1,13 @@
 """The baselines of the benchmarks compute what they claim, and the pages show the right rows."""
 
 import json
+from pathlib import Path
 
 import pytest
 from numeric import assert_close
 from test_methods import groups_of, randomised, texts, tiny_bert
 
+from benchmarks.long_tests import KEPT, Recorder, long_tests_words
 from benchmarks.systems.grid import SYSTEMS
 from benchmarks.systems.page import PUBLISHED, systems_words
 from benchmarks.trained import Run, siso_row
@@ -76,3 +78,23 @@ def test_a_kept_result_is_reused_only_for_the_same_settings(tiny_csv, tiny_model
     run(3).result.write_text(json.dumps({"asked": run(3).asked}))
     assert run(3).is_done
     assert not run(4).is_done
+
+
+def test_the_record_of_the_long_tests_has_a_row_per_file_and_keeps_those_that_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    recorder = Recorder("commit")
+    recorder.pytest_xdist_node_collection_finished(None, ["tests/a.py::x", "tests/a.py::y[1]@a", "tests/b.py::z"])
+    for test, outcome in (("a.py::x", "passed"), ("b.py::z", "failed"), ("a.py::y[1]@a", "passed")):
+        for when in ("setup", "call", "teardown"):
+            result = outcome if when == "call" else "passed"
+            recorder.pytest_runtest_logreport(
+                pytest.TestReport(f"tests/{test}", (), {}, result, None, when, duration=1.0)
+            )
+        assert {file.name.partition("-")[0] for file in KEPT.glob("*")} == ({"a"} if test.endswith("@a") else set())
+    rows = [recorder.row(f"tests/{name}.py") for name in "ab"]
+    assert [(row["tests"], row["seconds"], row["result"]) for row in rows] == [(2, 6, "passed"), (1, 3, "1 failed")]
+    meta = {"data": {"workers": 2}, "machine": {"cores": 2}, "date": "2026-01-02T03", "commit": "commit"}
+    table = long_tests_words({"meta": meta, "rows": rows})["long-tests"]
+    assert "| `tests/b.py` | 1 | 3 | 1 failed |" in table
