@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 from collections.abc import Callable
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from feature_stores import bert, corrupt, expect_equal, pretrained, shard_files, small_store, split
 
 from revmux import UserError
+from revmux.features import place
 from revmux.features.config import StoreConfig
 from revmux.features.shards import ShardSet, ShardWriter
 from revmux.features.store import StoreBuilder, open_features
@@ -46,6 +48,24 @@ def test_damaged_shards_are_written_again(config: StoreConfig, damage: Callable[
     mended = shard_files(config)
     assert mended.keys() == intact.keys()
     assert {path for path in intact if mended[path] != intact[path]} == {damaged}
+
+
+def test_a_process_hashes_a_shard_again_only_if_it_changed(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = pretrained(bert()), split()
+    monkeypatch.setattr(place, "SETTLED_NS", 0)
+    open_features(model, tokens, [1], config)
+    hashed: list[str] = []
+    monkeypatch.setattr(
+        place.hashlib, "file_digest", lambda file, kind: hashed.append(file.name) or file_digest(file, kind)
+    )
+    open_features(model, tokens, [1], config)
+    assert not hashed
+    damaged = next(iter(shard_files(config)))
+    corrupt(damaged)
+    expect_equal(open_features(model, tokens, [1], config), model.backbone, tokens, 1, 1e-5)
+    assert {Path(name).parent for name in hashed} == {damaged.parent}
 
 
 def test_a_touched_but_unchanged_shard_is_kept(config: StoreConfig) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,9 @@ from revmux.utils.redact import error_line
 _log = logging.getLogger(__name__)
 BLOCK = 8 * 2**20
 """Bytes that are copied at a time, so that files of any size need little memory."""
+SETTLED_NS = 10**9
+"""Age from which a file's time of change tells whether it changes again; file systems store times with limited precision."""
+_digests: dict[tuple[str, int, int, int], str] = {}
 
 
 class Sink:
@@ -153,12 +157,19 @@ class Place:
             return stream.read_buffer()
 
     def digest(self, name: str) -> str | None:
-        """Hash of a local file's bytes; None if it cannot be read."""
+        """Hash of a local file's bytes; None if it cannot be read. A process reads an unchanged file once."""
         try:
             with open(self.file(name), "rb") as file:
-                return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+                status = os.fstat(file.fileno())
+                key = (self.file(name), status.st_ino, status.st_size, status.st_ctime_ns)
+                if key in _digests:
+                    return _digests[key]
+                found = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
         except OSError:
             return None
+        if time.time_ns() - status.st_ctime_ns > SETTLED_NS:
+            _digests[key] = found
+        return found
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file atomically: it is either complete and on disk, or does not exist under its name.

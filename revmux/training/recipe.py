@@ -28,6 +28,7 @@ from revmux.pretrained.loading import check_length, load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import MethodConfig, Recipe
 from revmux.training.evaluation import Evaluation, evaluate_both
+from revmux.training.kept_backbone import keep_backbone, take_backbone
 from revmux.training.trainer import Trainer, load_weights
 
 
@@ -133,7 +134,11 @@ def check_room(config: BackboneConfig, method: Method, longest: int) -> None:
 
 
 def prepare(
-    recipe: Recipe, task: TaskData | TokenizedTask, device: torch.device | str = "cpu", verify: bool | None = None
+    recipe: Recipe,
+    task: TaskData | TokenizedTask,
+    device: torch.device | str = "cpu",
+    verify: bool | None = None,
+    keep: bool = False,
 ) -> Prepared:
     """Load the backbone, compute or open its features of each split, and build the method.
 
@@ -142,13 +147,16 @@ def prepare(
         task: the texts, which are tokenized in memory, or the location of their stored tokens.
         device: where the model runs.
         verify: see :func:`revmux.features.store.open_features`.
+        keep: whether to keep the frozen backbone in memory for the next run of this process.
 
     Raises:
         UserError: the recipe does not fit the backbone or the data.
     """
     method_config = recipe.method
+    key = f"{recipe.backbone!r} {task.label_names} {device}"
+    kept = take_backbone(key) if keep and not makes_head(recipe) else None
     torch.manual_seed(recipe.optim.seed)  # for a newly created head
-    pretrained = load_backbone(recipe, task.label_names)
+    pretrained = load_backbone(recipe, task.label_names) if kept is None else kept[0]
     check_labels(pretrained, task)
     backbone = pretrained.backbone.freeze().to(device)
     backbone.gradient_checkpointing = recipe.optim.gradient_checkpointing
@@ -164,7 +172,9 @@ def prepare(
     if layers is None:
         features = [OnlineFeatures(split, backbone, with_teacher=False) for split in splits]
     else:
-        weights = backbone_digest(backbone)
+        weights = backbone_digest(backbone) if kept is None else kept[1]
+        if keep and not method.tunes_backbone:
+            keep_backbone(key, pretrained, weights)
         stores = [
             open_features(pretrained, split, layers, recipe.store, weights=weights, verify=verify) for split in splits
         ]
