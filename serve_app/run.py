@@ -78,7 +78,10 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
         _started.add("ray")
         print(f"logs of Ray Serve: {started.address_info['session_dir']}/logs/serve", flush=True)
     try:
-        _check_resources(config, ray.cluster_resources())
+        if shortage := _shortage(config, ray.cluster_resources()):
+            if "ray" in _started:
+                raise UserError(f"{shortage}; choose fewer replicas or less for each")
+            logger.warning("%s; waiting for more machines", shortage)  # a cluster of several machines may grow
         if serve.status() == ServeStatus():
             _started.add("serve")
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": config.port})
@@ -180,15 +183,14 @@ def _check_adapters(task: TaskConfig, config: ServerConfig) -> None:
         log_loss(adapter_config, adapter, task.threshold, config)
 
 
-def _check_resources(config: ServerConfig, resources: dict[str, float]) -> None:
+def _shortage(config: ServerConfig, resources: dict[str, float]) -> str | None:
+    """What the cluster has too little of for the replicas, as text."""
     replicas = config.autoscaling.min_replicas if config.autoscaling else config.num_replicas
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
         required, available = replicas * each, resources.get(kind, 0.0)
         if required > available:
-            raise UserError(
-                f"{replicas} replicas need {each:g} {kind} each, {required:g} in total, but the cluster has "
-                f"{available:g}; choose fewer replicas or a smaller num_{kind.lower()}s"
-            )
+            return f"{replicas} replicas need {each:g} {kind} each, {required:g} in total, but the cluster has {available:g}"
+    return None
 
 
 def _wait_healthy(url: str, timeout_seconds: float) -> None:

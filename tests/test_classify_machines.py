@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pytest
 from polling import wait_until
 from pyarrow import parquet
-from ray_machines import Machines, cluster_of_machines, processes_named
+from ray_machines import Machines, cluster_of_machines, environment_in, processes_named
 from serving_models import load, text, write_adapter, write_model
 
 from revmux.bulk.classify import classify_files
@@ -31,10 +30,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def machines(folder: Path) -> Iterator[Machines]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    own = {"HOME": str(folder), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-    own["RAY_worker_niceness"] = "0"  # on a busy machine, workers of a lower priority would not start in time
-    with cluster_of_machines(folder, kept | own) as machines:
+    with cluster_of_machines(folder, environment_in(folder)) as machines:
         yield machines
 
 

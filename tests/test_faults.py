@@ -20,7 +20,7 @@ import ray
 import torch
 from mlflow import MlflowClient
 from numeric import assert_close
-from ray_machines import Machines, cluster_of_machines, kill_all, kill_group, processes_named
+from ray_machines import Machines, cluster_of_machines, environment_in, kill_all, kill_group, processes_named
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -122,15 +122,7 @@ class TrainJob:
     def environment(self) -> dict[str, str]:
         if self.address is not None:
             return os.environ | {"RAY_ADDRESS": self.address}
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        return environment | {
-            "HOME": str(self.folder),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "RAY_AUTH_MODE": "token",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
-        }
+        return environment_in(self.folder)
 
     @contextmanager
     def started(self) -> Iterator[subprocess.Popen]:

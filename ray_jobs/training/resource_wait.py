@@ -55,15 +55,14 @@ class ResourceWait:
         Raises:
             UserError: the time limit has passed.
         """
-        now = time.monotonic()
-        if self.last_check is None:
-            self.last_check = self.short_since = now
-            return
-        if now - self.last_check < 0.9 * self.interval:
+        now, is_first = time.monotonic(), self.last_check is None
+        if self.last_check is not None and now - self.last_check < 0.9 * self.interval:
             return
         self.last_check = now
         present, free = ray.cluster_resources(), ray.available_resources()
         short = lacks_resources(workers, each, present)
+        if is_first and not short:
+            return  # there is room now or soon
         state = (
             f"{workers} × {format_resources(each)}; the cluster has {format_resources(each, present)}, "
             f"of which {format_resources(each, free)} are free"
@@ -74,7 +73,7 @@ class ResourceWait:
             return
         self.short_since = self.short_since or now
         waited = (now - self.short_since) / 60
-        if self.minutes and waited >= 0.9 * self.minutes:
+        if self.minutes and waited >= 0.9 * self.minutes and not is_first:
             raise UserError(
                 f"the cluster had too few resources for the workers of {self.title} for {waited:.1f} minutes: {state}; add "
                 "machines and run the same command again, choose fewer --cluster.workers, or a longer --cluster.wait_minutes"
