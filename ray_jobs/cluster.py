@@ -43,8 +43,12 @@ class ClusterConfig:
         resources_per_worker: Custom resources to reserve per worker, as a mapping such as {spot: 1}.
         accelerator_type: Type of the GPUs, such as A10G, L4 or H100, as Ray names it. Default: any.
         labels: Labels that the workers' nodes must have, as a mapping such as {market-type: spot}. Default: none.
+        driver_labels: Labels of the nodes for the processes that drive the trials of a sweep, if a trial has several workers.
+            Default: they run on the node of the job's own driver.
+        driver_memory: With driver_labels: memory to reserve per such process and its Ray Train controller, in GB. Above 0.
         collective_minutes: Minutes after which workers that wait for each other fail, and restart. Above 0.
-        max_failures: Number of restarts from the last checkpoint after a lost worker before the job fails. 0 or more.
+        max_failures: Number of restarts from the last checkpoint after failures before the job fails. The count starts again
+            whenever training completes an epoch, and preempted machines do not count. 0 or more.
         wait_minutes: Minutes to wait for machines that the workers need and the cluster does not have yet, at the start or
             after a loss, before the job fails. 0 waits without limit.
     """
@@ -59,6 +63,8 @@ class ClusterConfig:
     resources_per_worker: dict[str, float] | None = None
     accelerator_type: str | None = None
     labels: dict[str, str] | None = None
+    driver_labels: dict[str, str] | None = None
+    driver_memory: float = 1.5
     collective_minutes: float = 30.0
     max_failures: int = 3
     wait_minutes: float = 60.0
@@ -68,7 +74,7 @@ class ClusterConfig:
             raise UserError(f"workers is {self.workers}; choose 1 or more")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise UserError(f"min_workers is {self.min_workers}; choose 1 to workers ({self.workers})")
-        for name in ("cpus_per_worker", "resize_minutes", "collective_minutes"):
+        for name in ("cpus_per_worker", "resize_minutes", "driver_memory", "collective_minutes"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; choose more than 0, such as 1")
         for kind, amount in (self.resources_per_worker or {}).items():

@@ -21,7 +21,7 @@ _HEALTH_CHECK_ERROR = "WorkerHealthCheckFailedError"
 _TOO_SMALL_ERROR = "InsufficientClusterResourcesError"
 _FAILURE_MARK = "Failure #"
 _MEMORY_MONITOR_TEXT = "node running low on memory"
-_DEAD_ACTOR_TEXT = "The actor died"
+_LOST_ACTOR_TEXTS = ("The actor died", "may not have been executed on the actor")  # the second if its machine is lost
 _HEAD_RESOURCE = "node:__internal_head__"
 
 
@@ -112,6 +112,15 @@ def retry_out_of_memory_trials() -> Iterator[None]:
         RayActorManager._actor_task_failed = original  # type: ignore[method-assign]
 
 
+def forget_failures(trial: Any) -> None:
+    """Start Ray Tune's count of a trial's failures again, which it compares with ``max_failures``.
+
+    Args:
+        trial: as a Tune callback receives it.
+    """
+    trial.run_metadata.num_failures = 0
+
+
 def last_error(error_file: str) -> str:
     """The newest entry of the error file that Ray Tune writes for a trial.
 
@@ -128,7 +137,7 @@ def ended_by_memory_monitor(error: str) -> bool:
 
 def process_was_lost(error: str) -> bool:
     """Whether an error text reports that an actor's process ended without raising an exception."""
-    return _DEAD_ACTOR_TEXT in error
+    return any(text in error for text in _LOST_ACTOR_TEXTS)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import ray
 from ray.air.execution._internal.actor_manager import RayActorManager
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayActorError
 from ray.train import ControllerError, ScalingConfig
 from ray.train._internal.session import _TrainSession
 from ray.train._internal.storage import StorageContext
@@ -211,11 +211,26 @@ def test_the_newest_failure_of_a_trial_is_read_from_tunes_error_file(trial_stora
     trial = Trial("nothing", stub=True, storage=trial_storage)
     Path(trial.local_path).mkdir(parents=True, exist_ok=True)
     trial.handle_error(ValueError("the first"))
-    trial.handle_error(ActorDiedError())
-    error = ray_internals.last_error(Path(trial.error_file).read_text())
-    assert "the first" not in error
-    assert ray_internals.process_was_lost(error)
+    for lost in (ActorDiedError(), ActorUnavailableError("RpcError: Socket closed", None)):
+        trial.handle_error(lost)
+        error = ray_internals.last_error(Path(trial.error_file).read_text())
+        assert "the first" not in error
+        assert ray_internals.process_was_lost(error)
     assert not ray_internals.process_was_lost(ray_internals.last_error("Failure # 1\nValueError: x"))
+
+
+def test_failures_before_progress_are_forgotten_and_later_ones_count(trial_storage: StorageContext) -> None:
+    trial = Trial("nothing", stub=True, storage=trial_storage, max_failures=1)
+    Path(trial.local_path).mkdir(parents=True, exist_ok=True)
+    for _ in range(3):
+        trial.handle_error(RayActorError(error_msg="lost"))
+        assert trial.should_recover()
+        ray_internals.forget_failures(trial)
+    trial.handle_error(RayActorError(error_msg="lost"))
+    trial.handle_error(RayActorError(error_msg="taken away", preempted=True))
+    assert trial.should_recover()
+    trial.handle_error(RayActorError(error_msg="lost"))
+    assert not trial.should_recover()
 
 
 def test_the_memory_monitor_still_writes_the_expected_text() -> None:

@@ -11,11 +11,14 @@ import pytest
 import ray
 import ray.tune
 from optuna.trial import TrialState
+from ray.tune import PlacementGroupFactory
 
+from ray_jobs.sweep import concurrency
+from ray_jobs.sweep.concurrency import ConcurrencyWatch, describe_shortage, fitting_trials, trial_placement
 from ray_jobs.sweep.config import TuneJob
 from ray_jobs.sweep.early_stopping import FrontScheduler
 from ray_jobs.sweep.run import prepare_sweep
-from ray_jobs.sweep.run_trial import fitting_trials, run_trial
+from ray_jobs.sweep.run_trial import run_trial
 from ray_jobs.sweep.search import FrontSearch
 from ray_jobs.sweep.trials import FAILED, SweepFolder, Trial, front_rows, make_trials, mean_length, reason_of, row_of
 from revmux import UserError
@@ -121,6 +124,27 @@ def test_a_trial_that_resumes_after_a_failure_keeps_its_epochs() -> None:
     scheduler.on_trial_error(None, lost)  # as Tune does when it retries a trial
     scheduler.on_trial_add(None, lost)
     assert tell(scheduler, other, 1, 0.2) == "STOP"
+
+
+def test_the_history_of_an_earlier_start_counts(tmp_path: Path) -> None:
+    """Trials that ended are compared with new ones, and a trial that was running keeps its place in ASHA's rungs."""
+    good, slow, new = trial("good", 0.4), trial("slow", 0.401), trial("new", 0.5)
+    folder = SweepFolder(tmp_path, {"data": "a"})
+    folder.write_curve(good, {1: 0.9, 2: 0.95, 3: 0.96})
+    folder.write_curve(slow, {1: 0.2})
+    (tmp_path / "curves" / "new.json").write_text("[")
+    curves = folder.curves([good, slow, new])
+    assert curves == {"good": {1: 0.9, 2: 0.95, 3: 0.96}, "slow": {1: 0.2}}
+
+    scheduler = FrontScheduler(selection_inputs=2000, curves=curves, ended=[good])
+    first = start(scheduler, new)[0]
+    assert tell(scheduler, first, 1, 0.5) == "STOP"
+    assert "that of good was 90.0% at epoch 1" in scheduler.stopped["new"]
+
+    many = FrontScheduler(selection_inputs=2, curves=curves, ended=[good])  # any difference may be noise
+    resumed, other = start(many, slow, trial("other", 0.4005))
+    assert tell(many, other, 1, 0.5) == "STOP", "ASHA knows the accuracy of the ended trial at the first rung"
+    assert tell(many, resumed, 2, 0.94) == "CONTINUE", "it passed the first rung in the earlier start"
 
 
 def test_a_trial_that_reports_its_own_failure_stops_no_other_and_is_not_used_by_the_search() -> None:
@@ -262,8 +286,10 @@ def test_a_trial_that_wrote_its_row_is_not_repeated_when_its_process_is_lost(
     folder.write(row_of(mine, "done", metrics={"accuracy_mean": 0.8}))
     monkeypatch.setattr(ray.tune, "report", reported.append)
     nothing: Any = None
-    run_trial({"trial": mine}, nothing, nothing, nothing, nothing, folder, "parent", "command")
-    assert reported == [{"accuracy_mean": 0.8}]
+    run_trial({"trial": mine}, nothing, nothing, nothing, nothing, folder, "parent", {}, "command")
+    folder.write(row_of(mine, "failed", "out of memory"))
+    run_trial({"trial": mine}, nothing, nothing, nothing, nothing, folder, "parent", {}, "command")
+    assert reported == [{"accuracy_mean": 0.8}, {FAILED: True}]
 
 
 @pytest.mark.parametrize(
@@ -282,8 +308,38 @@ def test_a_failure_is_printed_on_one_line(text: str, reason: str) -> None:
     assert reason_of(text) == reason
 
 
-def test_the_number_of_concurrent_trials_is_what_fits() -> None:
+def test_the_number_of_concurrent_trials_is_what_fits_on_each_node() -> None:
     cluster = TuneJob().cluster
-    assert fitting_trials(cluster, {"CPU": 2.0}) == 2
-    assert fitting_trials(replace(cluster, workers=4), {"CPU": 2.0}) == 1
-    assert fitting_trials(replace(cluster, gpus_per_worker=0.5), {"CPU": 64.0, "GPU": 2.0}) == 4
+    assert fitting_trials(cluster, [{"CPU": 2.0}]) == 2
+    assert fitting_trials(cluster, []) == 0
+    assert fitting_trials(replace(cluster, workers=4), [{"CPU": 2.0}] * 4) == 2
+    assert fitting_trials(replace(cluster, gpus_per_worker=0.5), [{"CPU": 64.0, "GPU": 2.0}, {"CPU": 8.0}]) == 4
+    assert fitting_trials(replace(cluster, cpus_per_worker=3), [{"CPU": 4.0}] * 3) == 3, "a worker is on one node"
+    assert fitting_trials(replace(cluster, memory_per_worker=8), [{"CPU": 8.0, "memory": 16e9}]) == 2
+
+
+def test_a_trial_that_runs_alone_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    cluster = replace(TuneJob().cluster, gpus_per_worker=1.0)
+    nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0}]
+    shortage = "a trial needs 1 × 1 CPU and 1 GPU, and the 2 nodes have 16 CPU and 1 GPU: GPU is short"
+    assert describe_shortage(cluster, nodes) == shortage
+    monkeypatch.setattr(concurrency, "worker_nodes", lambda cluster: nodes)
+    alone, both = (
+        [SimpleNamespace(status=status) for status in ("RUNNING", second)] for second in ("PENDING", "RUNNING")
+    )
+    watch = ConcurrencyWatch(cluster, concurrent=2, seconds=0)
+    for trials in (both, alone, alone, both, alone):
+        watch.look(trials)
+    warning = f"sweep: warning: only one trial runs and 1 wait for room: {shortage}\n"
+    assert capsys.readouterr().out == 2 * warning, "once each time"
+
+
+def test_trials_run_on_nodes_with_the_labels() -> None:
+    cluster = replace(TuneJob().cluster, labels={"market-type": "spot"}, driver_labels={"role": "drivers"})
+    gpu = {"CPU": 1, "GPU": 1, "accelerator_type:L4": 0.001}
+    assert trial_placement(replace(cluster, gpus_per_worker=1.0, accelerator_type="L4")) == PlacementGroupFactory(
+        [gpu], bundle_label_selector=[{"market-type": "spot"}]
+    )
+    assert trial_placement(replace(cluster, workers=2, driver_memory=0.5)) == PlacementGroupFactory(
+        [{"memory": 0.5e9}], bundle_label_selector=[{"role": "drivers"}]
+    )

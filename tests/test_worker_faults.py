@@ -16,7 +16,8 @@ import ray.cloudpickle
 import torch
 import torch.distributed as dist
 from mlflow import MlflowClient
-from ray.train import ControllerError, WorkerGroupError
+from ray.exceptions import RayActorError
+from ray.train import ControllerError
 
 import ray_jobs.training.launch
 import ray_jobs.training.worker
@@ -26,7 +27,7 @@ from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.launch import Trained, launch
 from ray_jobs.training.resource_wait import lacks_resources
 from ray_jobs.training.worker import WorkerConfig
-from ray_jobs.training.worker_errors import WorkerError, error_to_raise, first_error
+from ray_jobs.training.worker_errors import RestartPolicy, WorkerError, error_to_raise, first_error
 from revmux import UserError
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
@@ -68,11 +69,25 @@ def test_a_gpu_that_ray_did_not_assign_is_not_used(two_cores: None, monkeypatch:
 
 
 def test_an_aborted_run_is_reported_on_one_line() -> None:
-    reported = error_to_raise(WorkerGroupError("a page of tracebacks", {0: CLOSED, 3: KeyError("label")}))
-    assert (type(reported), str(reported)) == (WorkerError, "worker 3 failed: KeyError: 'label'")
+    given_up = WorkerError("worker 3 failed: KeyError: 'label'")
+    assert error_to_raise(ControllerError(given_up)) is given_up
     assert str(error_to_raise(ControllerError(UserError("no room on worker 2")))) == "no room on worker 2"
     other = ControllerError(TypeError("a mistake in our code"))
     assert error_to_raise(other) is other
+
+
+def test_failures_count_from_the_last_epoch_and_preemptions_never() -> None:
+    policy, lost = RestartPolicy("run", max_failures=1), RayActorError(error_msg="lost")
+    for _ in range(3):
+        policy.after_exception(None, {0: CLOSED, 1: lost})
+        policy.after_report(None, [{}], None)
+    preempted = RayActorError(error_msg="taken away", preempted=True)
+    for _ in range(3):
+        policy.after_exception(None, {0: CLOSED, 1: preempted})
+    policy.after_exception(None, {0: CLOSED, 1: lost})
+    with pytest.raises(ControllerError) as ended:
+        policy.after_exception(None, {0: CLOSED, 1: KeyError("label")})
+    assert str(error_to_raise(ended.value)) == "worker 1 failed: KeyError: 'label'"
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ multiplexer, is never stopped because an exit head was more accurate at an early
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from ray_jobs.sweep.trials import FAILED, Trial
+from ray_jobs.sweep.trials import ACCURACY, EPOCH, FAILED, Trial
 
-EPOCH, ACCURACY = "epoch", "selection_accuracy"
 PERCENT = "percent"
 """Key of the completed percentage of a trial's epochs, the time of ASHA's rungs."""
 
@@ -30,13 +31,21 @@ class FrontScheduler(FIFOScheduler):
         grace: share of its epochs that every trial may run.
         reduction: ASHA's reduction factor.
         deviations: standard errors of the difference from which a trial counts as beaten.
+        curves: accuracy per epoch of trials of an earlier start, by name.
+        ended: trials that ended in an earlier start without a failure. New trials are compared with them.
 
     Attributes:
         stopped: reason for each stopped trial, by Tune's trial id.
     """
 
     def __init__(
-        self, selection_inputs: int, grace: float = 0.3, reduction: float = 3, deviations: float = 3.0
+        self,
+        selection_inputs: int,
+        grace: float = 0.3,
+        reduction: float = 3,
+        deviations: float = 3.0,
+        curves: Mapping[str, Mapping[int, float]] | None = None,
+        ended: Sequence[Trial] = (),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # unannotated in Ray
         self.selection_inputs, self.grace = selection_inputs, grace
@@ -46,13 +55,20 @@ class FrontScheduler(FIFOScheduler):
         self._curves: dict[str, dict[int, float]] = {}
         self._set_aside: dict[str, dict[int, float]] = {}
         self._trials: dict[str, Trial] = {}
+        self._earlier = {name: dict(curve) for name, curve in (curves or {}).items()}
+        for trial in ended:
+            self.on_trial_add(None, SimpleNamespace(trial_id=trial.name, config={"trial": trial}))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Add a trial to its ASHA bracket; a trial that continues after a failure keeps its curve."""
+        """Add a trial to its ASHA bracket; a trial that continues after a failure or an earlier start keeps its curve."""
         mine: Trial = trial.config["trial"]
         self._trials[trial.trial_id] = mine
-        self._curves[trial.trial_id] = self._set_aside.pop(trial.trial_id, {})
         self._bracket(mine).on_trial_add(tune_controller, trial)
+        self._curves[trial.trial_id] = self._set_aside.pop(trial.trial_id, {})
+        for epoch, accuracy in sorted(self._earlier.pop(mine.name, {}).items()):
+            self._curves[trial.trial_id][epoch] = accuracy
+            if self._may_stop(mine, epoch):
+                self._asha(trial, epoch, accuracy)  # only recorded: it was decided then
 
     def _bracket(self, trial: Trial) -> AsyncHyperBandScheduler:
         key = trial.recipe.method.name, round(trial.cost, 2)
@@ -75,22 +91,29 @@ class FrontScheduler(FIFOScheduler):
         if epoch is None or accuracy is None:
             return str(TrialScheduler.CONTINUE)
         self._curves[trial.trial_id][int(epoch)] = accuracy
-        epochs = mine.recipe.optim.epochs
-        if epoch >= epochs or epoch < self.grace * epochs:
+        if not self._may_stop(mine, epoch):
             return str(TrialScheduler.CONTINUE)
         why = self.beaten(trial.trial_id, int(epoch))
-        if not why:
-            percent = {PERCENT: 100 * epoch / epochs}
-            action = self._bracket(mine).on_trial_result(tune_controller, trial, result | percent)
-            if action == TrialScheduler.STOP:
-                why = (
-                    f"ASHA at epoch {epoch}: its selection accuracy of {accuracy:.1%} is not among the best "
-                    f"1/{self.reduction:g} of the {mine.recipe.method.name} trials at cost {mine.cost:.2f}"
-                )
+        if not why and self._asha(trial, epoch, accuracy) == TrialScheduler.STOP:
+            why = (
+                f"ASHA at epoch {epoch}: its selection accuracy of {accuracy:.1%} is not among the best "
+                f"1/{self.reduction:g} of the {mine.recipe.method.name} trials at cost {mine.cost:.2f}"
+            )
         if not why:
             return str(TrialScheduler.CONTINUE)
         self.stopped[trial.trial_id] = why
         return str(TrialScheduler.STOP)
+
+    def _may_stop(self, trial: Trial, epoch: float) -> bool:
+        """Whether a trial may be stopped after an epoch: after its grace and before its last epoch."""
+        epochs = trial.recipe.optim.epochs
+        return self.grace * epochs <= epoch < epochs
+
+    def _asha(self, trial: Any, epoch: float, accuracy: float) -> str:
+        """Record an accuracy in a trial's ASHA bracket; returns ASHA's decision."""
+        mine = self._trials[trial.trial_id]
+        result = {PERCENT: 100 * epoch / mine.recipe.optim.epochs, ACCURACY: accuracy}
+        return self._bracket(mine).on_trial_result(None, trial, result)  # type: ignore[arg-type]  # it ignores the controller
 
     def beaten(self, trial_id: str, epoch: int) -> str:
         """The reason why a trial can no longer reach the front; empty if it still can."""

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from ray.tune import Callback
 
-from ray_jobs.ray_internals import ended_by_memory_monitor, last_error, process_was_lost
+from ray_jobs.cluster import ClusterConfig
+from ray_jobs.ray_internals import ended_by_memory_monitor, forget_failures, last_error, process_was_lost
 from ray_jobs.sweep.comparison import ENDS
-from ray_jobs.sweep.trials import SweepFolder, Trial, TrialRow, front_rows, reason_of, row_of
+from ray_jobs.sweep.concurrency import ConcurrencyWatch
+from ray_jobs.sweep.trials import ACCURACY, EPOCH, SweepFolder, Trial, TrialRow, front_rows, reason_of, row_of
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.resource_wait import ResourceWait
 from revmux.plan.front import front
@@ -25,12 +27,13 @@ class SweepReporter(Callback):
     Args:
         folder: folder of the sweep.
         tracker: records the trials.
-        parent: MLflow run of the sweep.
+        earlier_runs: MLflow run of each trial of an earlier start, by name.
         rows: rows of trials that ended in an earlier start, by name; rows of other trials are added as they end.
+        curves: selection accuracy per epoch in an earlier start, by name; extended as trials report.
         total: number of trials.
         concurrent: number of trials that run at the same time.
         stopped: reason for each stopped trial, by Tune's trial id.
-        wait_minutes: time limit while no trial runs because machines are missing; 0 means no limit.
+        cluster: workers of a trial, and the time limit while no trial runs because machines are missing.
         each: resources of a trial's process, by Ray's names.
     """
 
@@ -38,20 +41,23 @@ class SweepReporter(Callback):
         self,
         folder: SweepFolder,
         tracker: Tracker,
-        parent: str,
+        earlier_runs: Mapping[str, str],
         rows: dict[str, TrialRow],
+        curves: Mapping[str, Mapping[int, float]],
         total: int,
         concurrent: int,
         stopped: Mapping[str, str],
-        wait_minutes: float,
+        cluster: ClusterConfig,
         each: Mapping[str, float],
     ) -> None:
-        self.folder, self.tracker, self.parent = folder, tracker, parent
+        self.folder, self.tracker, self.earlier_runs = folder, tracker, earlier_runs
+        self.curves = {name: dict(curve) for name, curve in curves.items()}
         self.rows, self.total, self.concurrent, self.stopped = rows, total, concurrent, stopped
         self.started: dict[str, float] = {}
         self.latest: dict[str, dict[str, float]] = {}
         self.seconds: list[float] = []
-        self.resource_wait, self.each = ResourceWait("the sweep", wait_minutes), each
+        self.resource_wait, self.each = ResourceWait("the sweep", cluster.wait_minutes), each
+        self.watch = ConcurrencyWatch(cluster, concurrent)
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Check whether trials wait for resources; Tune calls this repeatedly.
@@ -59,6 +65,7 @@ class SweepReporter(Callback):
         Raises:
             UserError: no trial could be scheduled within the time limit.
         """
+        self.watch.look(trials)
         if any(trial.status == "RUNNING" for trial in trials):
             self.resource_wait.started()
         elif any(trial.status == "PENDING" for trial in trials):
@@ -74,6 +81,12 @@ class SweepReporter(Callback):
     ) -> None:
         """Tune calls this when a trial reports, after each epoch and at its end."""
         self.latest[trial.trial_id] = figures(result) or self.latest.get(trial.trial_id, {})
+        mine: Trial = trial.config["trial"]
+        curve = self.curves.setdefault(mine.name, {})
+        if EPOCH in result and ACCURACY in result and int(result[EPOCH]) not in curve:
+            curve[int(result[EPOCH])] = float(result[ACCURACY])
+            self.folder.write_curve(mine, curve)
+            forget_failures(trial)  # losses only count while they prevent progress
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune calls this when a trial finished or was stopped."""
@@ -87,6 +100,8 @@ class SweepReporter(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune calls this when a trial's process was lost or failed and another process continues the trial."""
+        if self.folder.read([trial.config["trial"]]):
+            return  # it has ended, and only its last report is missing
         self._print_state(f"{trial.config['trial'].name} continues in another process: {last_failure(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -109,7 +124,7 @@ class SweepReporter(Callback):
 
     def _end(self, trial: Any, status: Literal["stopped", "failed"], why: str) -> None:
         mine: Trial = trial.config["trial"]
-        run_id = self.tracker.child_of(self.parent, mine.name)
+        run_id = self.folder.run_id(mine) or self.earlier_runs.get(mine.name)
         if run_id is not None:
             self.tracker.client.set_tag(run_id, "revmux.why", why)
             self.tracker.client.set_terminated(run_id, ENDS[status])

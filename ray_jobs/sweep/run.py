@@ -12,8 +12,16 @@ from ray_jobs.cluster import connected
 from ray_jobs.paths import absolute_storage, store_in
 from ray_jobs.ray_internals import retry_out_of_memory_trials
 from ray_jobs.sweep.comparison import record_comparison
+from ray_jobs.sweep.concurrency import (
+    describe_shortage,
+    fitting_trials,
+    trains_in_process,
+    trial_placement,
+    trial_resources,
+    worker_nodes,
+)
 from ray_jobs.sweep.config import TuneJob
-from ray_jobs.sweep.run_trial import fitting_trials, run_trial, trains_in_process, trial_resources
+from ray_jobs.sweep.run_trial import run_trial
 from ray_jobs.sweep.trials import SweepFolder, Trial, TrialRow, make_trials, mean_length
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
@@ -122,7 +130,7 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
     if rows:
         print(f"sweep: {len(rows)} trials ended in an earlier start, {search.budget} are left", flush=True)
     if search.budget:
-        concurrent = concurrent_trials(job)
+        concurrent = concurrent_trials(job, search.budget)
         tokens = tokenize_task(sweep.task, job.backbone, job.store)
         recipes = [trial.recipe for trial in sweep.trials]
         fill_stores_for(recipes, tokens, job.cluster, concurrent * job.cluster.workers)
@@ -143,11 +151,24 @@ def kept_rows(sweep: Sweep) -> dict[str, TrialRow]:
     return rows
 
 
-def concurrent_trials(job: TuneJob) -> int:
-    """The number of trials that run at the same time."""
-    import ray
+def concurrent_trials(job: TuneJob, left: int) -> int:
+    """The number of trials that run at the same time; warns if only one fits although more are left.
 
-    return job.concurrent_trials or fitting_trials(job.cluster, ray.cluster_resources())
+    Args:
+        job: settings of the sweep.
+        left: number of trials that are left.
+    """
+    if job.concurrent_trials is not None:
+        return job.concurrent_trials
+    nodes = worker_nodes(job.cluster)
+    fitting = max(1, fitting_trials(job.cluster, nodes))
+    if fitting == 1 and left > 1:
+        print(
+            f"sweep: warning: one trial runs at a time: {describe_shortage(job.cluster, nodes)}; on a cluster that grows, "
+            "set --concurrent_trials",
+            flush=True,
+        )
+    return fitting
 
 
 def make_tuner(
@@ -176,6 +197,7 @@ def make_tuner(
     from ray_jobs.sweep.reporting import SweepReporter
 
     job, folder = sweep.job, sweep.folder
+    earlier_runs, curves = tracker.child_ids(parent), folder.curves(sweep.trials)
     parameters = {
         "task": tokens,
         "cluster": job.cluster,
@@ -183,20 +205,30 @@ def make_tuner(
         "storage": sweep.storage,
         "folder": folder,
         "parent": parent,
+        "earlier_runs": earlier_runs,
         "command": tracker.command,
     }
-    resources = trial_resources(job.cluster)
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, **parameters), tune.PlacementGroupFactory([resources])
-    )
+    trainable = tune.with_resources(tune.with_parameters(run_trial, **parameters), trial_placement(job.cluster))
     scheduler = None
     if job.stopping.enabled:
+        stopping = job.stopping
+        ended = [trial for trial in sweep.trials if trial.name in rows and rows[trial.name].status != "failed"]
+        inputs = len(sweep.task.selection)
         scheduler = FrontScheduler(
-            len(sweep.task.selection), job.stopping.grace, job.stopping.reduction, job.stopping.deviations
+            inputs, stopping.grace, stopping.reduction, stopping.deviations, curves=curves, ended=ended
         )
-    stopped = scheduler.stopped if scheduler is not None else {}
-    total, wait_minutes = len(rows) + search.budget, job.cluster.wait_minutes
-    progress = SweepReporter(folder, tracker, parent, rows, total, concurrent, stopped, wait_minutes, resources)
+    progress = SweepReporter(
+        folder,
+        tracker,
+        earlier_runs,
+        rows,
+        curves,
+        total=len(rows) + search.budget,
+        concurrent=concurrent,
+        stopped=scheduler.stopped if scheduler is not None else {},
+        cluster=job.cluster,
+        each=trial_resources(job.cluster),
+    )
     # Tune's tables would hide the lines of SweepReporter, which prints each error on one line without a traceback.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
@@ -216,7 +248,7 @@ def make_tuner(
             storage_path=str(folder.path),
             verbose=0,
             callbacks=[progress],
-            failure_config=tune.FailureConfig(job.cluster.max_failures if trains_in_process(job.cluster) else 0),
+            failure_config=tune.FailureConfig(job.cluster.max_failures),
         ),
     )
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import os
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +19,13 @@ import torch
 
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.ray_internals import trial_stop_check
+from ray_jobs.sweep.concurrency import trains_in_process
 from ray_jobs.sweep.trials import FAILED, SweepFolder, Trial, reason_of, row_of
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.launch import TrialHooks, launch
 from revmux.errors import UserError
 from revmux.features.tokens import TokenizedTask
-
-
-def trains_in_process(cluster: ClusterConfig) -> bool:
-    """Whether a trial's process is its only worker, instead of the driver of other workers."""
-    return cluster.workers == 1
-
-
-def trial_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """The resources that Tune reserves for a trial's process, by Ray's names.
-
-    A process that only waits for its workers gets a small part of the resource that only this driver's node has. The
-    processes of all trials are then beside the driver, and not on the head.
-    """
-    if trains_in_process(cluster):
-        return cluster.worker_resources
-    import ray
-
-    here = ray.get_runtime_context().get_node_id()
-    (address,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here]
-    return {f"node:{address}": 0.001}
-
-
-def fitting_trials(cluster: ClusterConfig, present: dict[str, float]) -> int:
-    """The number of trials that fit on the cluster at the same time, at least one."""
-    fitting = present.get("CPU", 0) // (cluster.cpus_per_worker * cluster.workers)
-    if cluster.use_gpu:
-        fitting = min(fitting, present.get("GPU", 0) // (cluster.gpus_per_worker * cluster.workers))
-    return max(1, int(fitting))
 
 
 def run_trial(
@@ -61,6 +36,7 @@ def run_trial(
     storage: Path,
     folder: SweepFolder,
     parent: str,
+    earlier_runs: Mapping[str, str],
     command: str,
 ) -> None:
     """Run a trial with Ray Train and write its row when it is done or has failed for good.
@@ -73,19 +49,21 @@ def run_trial(
         storage: storage folder of the job.
         folder: folder of the sweep.
         parent: MLflow run of the sweep.
+        earlier_runs: MLflow run of each trial of an earlier start, by name.
         command: command that started the sweep.
 
     Raises:
         Exception: with one worker, an error that another process may not meet; Tune retries the trial from its last
-            checkpoint. With several workers, any error after which Ray Train gave up.
+            checkpoint. With several workers, any error after which Ray Train gave up; in Tune's next try the trial only
+            reports that it failed.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     trial: Trial = point["trial"]
     row = folder.read([trial]).get(trial.name)
-    if row is not None and row.status == "done":  # the process was lost after it wrote its row and before it reported
-        tune.report(row.metrics)
+    if row is not None:  # an earlier process of the trial wrote its row and did not report it
+        tune.report(row.metrics if row.status == "done" else {FAILED: True})
         return
     started = time.perf_counter()
     output, tracker = folder.path / "trials" / trial.name, Tracker(tracking, storage, command)
@@ -99,6 +77,7 @@ def run_trial(
     hooks = TrialHooks(report=tune.report)
     if not inside:
         hooks = TrialHooks(callbacks=[TuneReportCallback()], stopping=trial_stop_check())
+    hooks = replace(hooks, earlier_run=earlier_runs.get(trial.name))
     try:
         trained = launch(trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, hooks=hooks)
     except Exception as error:

@@ -7,14 +7,14 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ray_jobs.training.launch import fingerprint
+from ray_jobs.training.launch import RUN_ID_FILE, fingerprint
 from revmux.backbone import Backbone
 from revmux.data.task import TaskData
 from revmux.data.tokens import TokenizedSplit
@@ -29,7 +29,9 @@ from revmux.utils.files import write_durably, write_json
 from revmux.utils.redact import without_passwords
 
 _log = logging.getLogger(__name__)
-ROWS, IDENTITY = "rows", "sweep-identity.json"
+ROWS, CURVES, IDENTITY = "rows", "curves", "sweep-identity.json"
+EPOCH, ACCURACY = "epoch", "selection_accuracy"
+"""Keys of what a trial reports after each epoch."""
 FAILED = "failed"
 """Key that a trial reports after it has failed for good and has written its row."""
 
@@ -180,6 +182,29 @@ class SweepFolder:
             except (ValueError, TypeError) as error:
                 _log.warning("%s is damaged (%s); its trial is tried again", file, error)
         return found
+
+    def write_curve(self, trial: Trial, curve: Mapping[int, float]) -> None:
+        """Write a trial's selection accuracy per epoch, with which later trials are compared after a restart."""
+        write_json(self.path / CURVES / f"{trial.name}.json", {str(epoch): curve[epoch] for epoch in sorted(curve)})
+
+    def curves(self, trials: Sequence[Trial]) -> dict[str, dict[int, float]]:
+        """The curves of the given trials, by name. A damaged one is omitted."""
+        found: dict[str, dict[int, float]] = {}
+        for trial in trials:
+            file = self.path / CURVES / f"{trial.name}.json"
+            if file.is_file():
+                try:
+                    content = json.loads(file.read_bytes())
+                    found[trial.name] = {int(epoch): float(accuracy) for epoch, accuracy in content.items()}
+                except (ValueError, TypeError, AttributeError) as error:
+                    _log.warning("%s is damaged (%s); early stopping does without it", file, error)
+        return found
+
+    def run_id(self, trial: Trial) -> str | None:
+        """The MLflow run of a trial that has not finished; None if it has not started one."""
+        for file in (self.path / "checkpoints").glob(f"{trial.name}-*/{RUN_ID_FILE}"):
+            return file.read_text().strip() or None
+        return None
 
     def remove_checkpoints(self, trial: Trial) -> None:
         """Delete the checkpoints of a trial that will not continue."""

@@ -81,7 +81,7 @@ class Tracker:
             name: name shown in MLflow.
             params: nested settings, logged flat, as ``optim.learning_rate``. A resumed run keeps its parameters and lists
                 changed ones in its tag ``revmux.changed``.
-            parent: run id of the sweep to which this trial belongs; an interrupted trial resumes its own run.
+            parent: run id of the sweep to which this trial belongs.
             resume: id of a run to resume.
 
         Raises:
@@ -93,7 +93,6 @@ class Tracker:
         tags = {"revmux.command": self.command[:5000], "mlflow.source.git.commit": git_commit() or "unknown"}
         if parent is not None:
             tags[MLFLOW_PARENT_RUN_ID] = parent
-            resume = resume or self.child_of(parent, name)
         run_id = resume or self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
         try:
             self.running.mkdir(parents=True, exist_ok=True)
@@ -171,14 +170,14 @@ class Tracker:
             return run_id is not None and bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
         return False
 
-    def child_of(self, parent: str, name: str) -> str | None:
-        """The run id of a trial that started before, or None."""
+    def child_ids(self, parent: str) -> dict[str, str]:
+        """The run id of each trial of a sweep, by the name of the trial; empty if the server cannot be reached."""
         try:
-            return next((run.info.run_id for run in self.children(parent) if run.info.run_name == name), None)
+            return {str(run.info.run_name): run.info.run_id for run in reversed(self.children(parent))}
         except Exception as error:
             if is_refusal(error):
                 raise
-            return None  # the server cannot be reached; the outbox keeps new records
+            return {}  # the outbox keeps new records
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log scalars at a step."""

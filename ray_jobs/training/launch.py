@@ -72,14 +72,16 @@ class TrialHooks:
 
     Attributes:
         report: called with the metrics of each epoch. If it is given, this process is the only worker (Ray Train's
-            local mode), and the caller retries failures.
+            local mode), it may run other trials later, and the caller retries failures.
         callbacks: callbacks for Ray Train.
         stopping: returns whether Ray Tune is stopping this process, which stops its workers first.
+        earlier_run: id of the trial's MLflow run in an earlier start, in case its checkpoints are gone.
     """
 
     report: Callable[[dict[str, float]], None] | None = None
     callbacks: Sequence[Any] = ()
     stopping: Callable[[], bool] = lambda: False
+    earlier_run: str | None = None
 
 
 def launch(
@@ -120,7 +122,8 @@ def launch(
     hooks = hooks or TrialHooks()
     run_folder = storage / "checkpoints" / f"{name}-{fingerprint(recipe, task)}"
     run_id_file = run_folder / RUN_ID_FILE
-    with tracker.run(name, run_params(recipe, cluster), parent, previous_run_id(run_id_file, tracker)) as run_id:
+    former_run = previous_run_id(run_id_file, tracker) or hooks.earlier_run
+    with tracker.run(name, run_params(recipe, cluster), parent, former_run) as run_id:
         write_run_id(run_id_file, run_id)
         tracker.log_data(run_id, task.identity)
         # MLflow's comparison plots start with the first metric logged, which would otherwise be the machine's load.
@@ -137,6 +140,7 @@ def launch(
             run_id=run_id,
             progress=sys.stderr.isatty(),
             report=hooks.report or ray.train.report,
+            keep_backbone=hooks.report is not None,
         )
         metrics = fit(worker, cluster, hooks)
         with atomic_folder(output) as temporary:
@@ -167,7 +171,7 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
 
     from ray_jobs.training.resource_wait import WorkerWait, start_timeout
     from ray_jobs.training.worker import train_worker
-    from ray_jobs.training.worker_errors import StopOnUserError, error_to_raise
+    from ray_jobs.training.worker_errors import RestartPolicy, error_to_raise
 
     # Ray Train's patch of print() shows lines twice and hides the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -191,8 +195,8 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
         run_config=RunConfig(
             name=worker.folder.name,
             storage_path=str(worker.folder.parent),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[*hooks.callbacks, StopOnUserError(worker.title), waiting],
+            failure_config=FailureConfig(max_failures=-1),  # RestartPolicy counts
+            callbacks=[*hooks.callbacks, RestartPolicy(worker.title, cluster.max_failures), waiting],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

@@ -53,6 +53,7 @@ class WorkerConfig:
         run_id: the MLflow run to log to.
         progress: whether to draw a bar.
         report: called with the metrics of each epoch.
+        keep_backbone: whether to keep the frozen backbone in memory for the next run of this process.
     """
 
     recipe: Recipe
@@ -66,6 +67,7 @@ class WorkerConfig:
     run_id: str
     progress: bool
     report: Callable[[dict[str, float]], None]
+    keep_backbone: bool = False
 
 
 def train_worker(config: WorkerConfig) -> dict[str, float]:
@@ -81,7 +83,7 @@ def train_worker(config: WorkerConfig) -> dict[str, float]:
 
     Raises:
         UserError: the user has to fix something, on one worker or on all;
-            :class:`ray_jobs.training.worker_errors.StopOnUserError` ends the others.
+            :class:`ray_jobs.training.worker_errors.RestartPolicy` ends the others.
     """
     try:
         with ExitStack() as worker_stack:
@@ -120,7 +122,7 @@ def train(config: WorkerConfig, worker_stack: ExitStack) -> dict[str, float]:
     with fail_together():
         # With several workers, the driver has filled and verified the stores.
         verify = False if rank_and_world()[1] > 1 else None
-        prepared = prepare(config.recipe, config.task, assigned_device(), verify)
+        prepared = prepare(config.recipe, config.task, assigned_device(), verify, config.keep_backbone)
         if first:
             worker_stack.enter_context(checkpoints.locked())
     trainer = prepared.trainer(checkpoints=checkpoints, checkpoint_steps=config.checkpoint.steps)

@@ -1,4 +1,4 @@
-"""Failures of workers: report the original error, and end a run at once if a restart cannot help."""
+"""Failures of workers: report the original error, restart, and end a run if a restart cannot help."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
-from ray.train import ControllerError, UserCallback, WorkerGroupError
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, UserCallback
 
 from ray_jobs.ray_internals import is_cluster_too_small, unwrap_health_check
 from revmux.errors import UserError
@@ -18,29 +19,47 @@ class WorkerError(RuntimeError):
     """A worker failed and restarts did not help; the message contains the worker's rank and error."""
 
 
-class StopOnUserError(UserCallback):
-    """Ends a run as soon as one worker raises ``UserError``, and prints why workers restart after any other error.
+class RestartPolicy(UserCallback):
+    """Ends a run as soon as one worker raises ``UserError``, or after too many other failures without a finished epoch.
 
     Ray Train polls the workers and calls this when one has failed. The other workers may be waiting for the failed one
-    in a collective operation, whose time-out is half an hour. Ray Train stops them when this raises.
+    in a collective operation, whose time-out is half an hour. Ray Train stops them when this raises. Ray Train itself would
+    count failures over the whole run, so a long run would not survive many losses of spot machines.
 
     Args:
         title: name of the run in printed lines.
+        max_failures: number of restarts between two finished epochs. Those after a preemption do not count.
     """
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, max_failures: int) -> None:
+        self.title, self.max_failures = title, max_failures
+        self.failures = 0
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Start the count again; Ray Train calls this when all workers have finished an epoch."""
+        self.failures = 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ray Train calls this on its controller before it decides whether to restart the workers.
+        """Ray Train calls this on its controller before it restarts the workers.
 
         Raises:
-            ControllerError: a :class:`UserError` is among the exceptions. Ray Train never retries after this error.
+            ControllerError: a :class:`UserError` is among the exceptions, or there were too many failures. Ray Train never
+                retries after this error.
         """
         rank, error = first_error(worker_exceptions)
         if isinstance(error, UserError):
             raise ControllerError(error)
-        print(f"{self.title}: worker {rank} failed: {describe_error(error)}", flush=True)
+        failed = f"worker {rank} failed: {describe_error(error)}"
+        print(f"{self.title}: {failed}", flush=True)
+        self.failures += not any(was_preempted(each) for each in worker_exceptions.values())
+        if self.failures > self.max_failures:
+            raise ControllerError(WorkerError(failed))
+
+
+def was_preempted(error: Exception) -> bool:
+    """Whether a worker died because its machine was taken away with notice."""
+    error = unwrap_health_check(error)
+    return isinstance(error, RayActorError) and error.preempted
 
 
 def first_error(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
@@ -82,12 +101,11 @@ def error_to_raise(failed: Exception) -> Exception:
     Returns:
         :class:`UserError` if the user has to fix something, :class:`WorkerError` if a worker failed, else ``failed``.
     """
-    if isinstance(failed, WorkerGroupError):
-        rank, error = first_error(failed.worker_failures)
-        return WorkerError(f"worker {rank} failed: {describe_error(error)}")
     cause = failed.controller_failure if isinstance(failed, ControllerError) else failed
     if isinstance(cause, UserError):
         return UserError(str(cause))
+    if isinstance(cause, WorkerError):
+        return cause
     if is_cluster_too_small(cause):
         return UserError(" ".join(str(cause).split()))
     return failed

@@ -115,6 +115,7 @@ workerGroupSpecs:
     replicas: 0
     minReplicas: 0
     maxReplicas: {{ $values.driver.maxReplicas }}
+    labels: {revmux-group: driver}
     rayStartParams: {num-gpus: "0", resources: '"{\"driver\": 1}"'}
     template: {{- include "revmux.rayPod" (dict "root" .root "container" "ray-worker" "component" "driver" "group" $values.driver) | nindent 6 }}
   {{- end }}
