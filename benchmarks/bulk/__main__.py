@@ -52,19 +52,20 @@ def measure_all(
     for make in workloads(settings, folder):
         workload = make()
         texts[workload.name] = workload.about()
-        about = settings.about() | texts[workload.name]
+        about = settings.about("shape", "scale", "threads", "pairs") | texts[workload.name]
         infinity = about | {"infinity": bool(settings.infinity)}
         rivals = partial(measure.measure_rivals, workload, settings)
         stage(f"{workload.key}-function", infinity, f"{workload.name}: the function", rivals)
         groups = partial(measure.measure_groups, workload, settings)
-        stage(f"{workload.key}-groups", about, f"{workload.name}: groups", groups)
+        rounds = about | settings.about("group_pairs", "group_scale")
+        stage(f"{workload.key}-groups", rounds, f"{workload.name}: groups", groups)
         job = partial(measure.measure_ray, workload, settings)
         stage(f"{workload.key}-ray", about, f"{workload.name}: the job on Ray", job)
     tiny = write_shape(folder / "tiny", TINY)
     memory = partial(measure.measure_memory, tiny, settings)
     stage("memory", settings.memory_rows, "peak memory of the function", memory)
     large = partial(measure.measure_large, tiny, settings)
-    stage("large", settings.about(), "a large file: the job on Ray", large)
+    stage("large", settings.about("memory_rows", "large_pairs", "threads"), "a large file: the job on Ray", large)
     return rows, texts
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -66,6 +67,7 @@ def measure_groups(workload: Workload, settings: Settings) -> list[Row]:
     """Return the rows of the library function in groups against N = 1; legs of a round follow each other at once."""
     output = workload.folder.with_name(f"{workload.key}-out")
     systems = workload.systems()
+    workload = replace(workload, key=f"{workload.key}-groups", rows=round(workload.rows * settings.group_scale))
     plain: list[float] = []
     grouped: dict[str, list[dict[str, float]]] = {title: [] for title in systems}
     for _ in range(settings.group_pairs):
@@ -95,6 +97,7 @@ def _grouped_row(workload: Workload, title: str, plain: Sequence[float], legs: S
     return ratio_row(name, [ratio * cost for ratio in ratios], COUNTED_TARGET) | {
         "cost_counted": round(cost, 4),
         "throughput_ratio": round(statistics.median(ratios), 3),
+        "rows": workload.rows,
         "grouped_per_second": round(statistics.median(leg["rows_per_second"] for leg in legs), 3),
         "device_busy": round(statistics.median(leg["device_busy"] for leg in legs), 3),
     }
