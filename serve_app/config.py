@@ -145,6 +145,8 @@ class AppConfig(_TaskSettings):
         max_batch: Maximum number of inputs per forward pass.
         max_batch_tokens: Maximum number of tokens per forward pass, including padding.
         plain_load: The plain model answers every input while the waiting work costs no more than this many plain inputs.
+        share_plain: Whether inputs that the plain model answers share a prefill with those of other tasks. Their answers then
+            differ from the plain model's by rounding.
         priority_seconds: Seconds of waiting that one point of a request's priority is worth.
         audit: Share of the inputs that adapters answered to run through the plain model too. /metrics shows how often the
             labels agree.
@@ -177,6 +179,7 @@ class AppConfig(_TaskSettings):
     max_batch: int = Field(default=128, ge=1)
     max_batch_tokens: int = Field(default=16384, ge=1)
     plain_load: float = Field(default=4.0, ge=0)
+    share_plain: bool = False
     priority_seconds: float = Field(default=1.0, gt=0)
     audit: float = Field(default=0.0, ge=0, le=1)
     memory_gb: float | None = Field(default=None, gt=0)
@@ -285,6 +288,7 @@ class AppConfig(_TaskSettings):
             self.priority_seconds,
             self.audit,
             self.merge_limit_mib * 2**20,
+            self.share_plain,
         )
 
 

@@ -25,6 +25,8 @@ _COUNTERS = {
     "requests": "admitted requests",
     "fell_back": "inputs that fell back to the plain model because the confidence was below the threshold",
     "shared_prefill": "inputs whose lower layers ran for another task of the same pass",
+    "joint_prefill": "inputs whose lower layers ran in one batch for several tasks",
+    "cost": "counted cost of the forward passes, in inputs of the plain model",
     "failed": "inputs whose forward pass failed",
     "rejected": "inputs refused because the queue was full",
     "expired": "inputs whose deadline passed in the queue",

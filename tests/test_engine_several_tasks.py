@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from numeric import approx
 from polling import wait_until
 from serving_models import load, write_adapter, write_identifying_model, write_model
 from tiny_models import tiny_classifier
@@ -111,6 +112,12 @@ def test_plain_models_run_their_common_layers_once_and_answer_bit_for_bit_as_alo
         "upper": texts,
         "other": 0,
     }
+    assert {task: counted[task]["cost"] for task in tasks} == {
+        "plain": texts,
+        "named": 0,  # the head alone, which is not counted
+        "upper": texts / 2,
+        "other": texts,
+    }
 
 
 def test_groups_of_several_tasks_share_the_prefill(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -124,6 +131,8 @@ def test_groups_of_several_tasks_share_the_prefill(folders: dict[str, Path], tmp
     engine.close()
     assert {answer.width for answers in found.values() for answer in answers} == {width}
     assert sum(rows.values()) / len(TEXTS) == cut + len(tasks) * (LAYERS - cut) / width
+    route = engine.task("plain").lineup.routes[1]
+    assert engine.stats()["cost"] == approx(len(TEXTS) * (route.alone + len(tasks) * route.shared / width))
     for task in tasks:
         with make({task: served[task]}, adapters, plain_load=0) as single:
             expected = [future.result(60) for future in single.submit(TEXTS)]

@@ -6,8 +6,9 @@ with all inputs that can share this pass::
 
     texts ─ encode ─ queue ─ window ─ groups ─ pass ─ (plain | prefill ─ multiplex ─ upper ─ answer) ─ futures
 
-Inputs whose answer is unsure go on in the same pass, see :mod:`revmux.ladder`. A text that several tasks answer passes the
-lowest layers that they have in common once, see :mod:`revmux.serving.trunk`.
+Inputs whose answer is unsure go on in the same pass, see :mod:`revmux.ladder`. Inputs of several tasks pass the lowest
+layers that these have in common in one batch, and a text that several tasks answer passes them once, see
+:mod:`revmux.serving.parts`.
 """
 
 from __future__ import annotations

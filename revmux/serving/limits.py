@@ -24,6 +24,8 @@ class Limits:
         plain_load: the plain model answers all inputs while the waiting inputs cost no more than this many plain
             inputs. Above, inputs use an exit head or the narrowest groups that reduce the cost below this limit, or
             else the widest groups that are allowed.
+        share_plain: whether inputs of the plain model share a prefill with different texts of other tasks. Their answers then
+            differ from the plain model's by rounding.
         priority_seconds: value of one point of priority: seconds of waiting time within a task, and seconds of device
             time between tasks.
         audit: share of the inputs that adapters answered to run through the plain model too, to measure how often the labels
@@ -44,6 +46,7 @@ class Limits:
     priority_seconds: float = 1.0
     audit: float = 0.0
     merge_limit: int = MERGE_LIMIT
+    share_plain: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_multiplex", "max_queue", "max_batch", "max_batch_tokens"):

@@ -12,6 +12,8 @@ COUNTED = (
     "passes",
     "fell_back",
     "shared_prefill",  # inputs whose lower layers ran once, for another task too
+    "joint_prefill",  # inputs whose lower layers ran in one batch for several tasks
+    "cost",  # in inputs of the plain model
     "tokens",
     "padded_tokens",
     "failed",
@@ -35,6 +37,8 @@ class PassReport:
         answered_by: the stage of the ladder that answered; 0 is the plain model.
         fell_back: whether the input fell back to the plain model.
         shared_prefill: number of computed inputs whose lower layers another task of the same pass ran.
+        joint_prefill: number of computed inputs whose lower layers ran in one batch for several tasks.
+        cost: counted cost of the pass in inputs of the plain model, without layers that another task ran.
         tokens: total tokens of all computed inputs, without padding.
         padded_tokens: total tokens of all computed inputs, including padding.
         tokenize_seconds: time of tokenization.
@@ -50,6 +54,8 @@ class PassReport:
     answered_by: tuple[int, ...]
     fell_back: tuple[bool, ...]
     shared_prefill: int
+    joint_prefill: int
+    cost: float
     tokens: int
     padded_tokens: int
     tokenize_seconds: tuple[float, ...]
@@ -119,6 +125,8 @@ class Metrics:
                 passes=1,
                 fell_back=sum(report.fell_back),
                 shared_prefill=report.shared_prefill,
+                joint_prefill=report.joint_prefill,
+                cost=report.cost,
                 tokens=report.tokens,
                 padded_tokens=report.padded_tokens,
             )

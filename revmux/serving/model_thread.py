@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,38 +21,14 @@ from revmux.serving.errors import Draining, InferenceFailed
 from revmux.serving.forward import Outcome, pad, run_pass
 from revmux.serving.limits import Limits
 from revmux.serving.metrics import Metrics, PassReport
-from revmux.serving.queue import PullQueue, Ticket, Window
-from revmux.serving.scheduling import PLAIN, ForwardPass, Group, Route, next_pass
-from revmux.serving.task import Lineup, Task
+from revmux.serving.parts import Part, lay_out, next_parts
+from revmux.serving.queue import PullQueue, Ticket
+from revmux.serving.scheduling import PLAIN, Group
+from revmux.serving.task import Task
 from revmux.serving.trunk import Trunk
 from revmux.utils.out_of_memory import is_out_of_memory, release_memory
 
 logger = logging.getLogger(__name__)
-
-Share = tuple[Route, list[Ticket]]
-"""One group: its route through the model, and the tickets of its 1..N distinct members."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one task runs in a pass.
-
-    Attributes:
-        task: the task.
-        lineup: its adapters when the pass was formed.
-        shares: its groups, at least one.
-        depth: number of layers that it can leave to the trunk of the pass; 0 if it runs all layers itself.
-    """
-
-    task: Task
-    lineup: Lineup
-    shares: list[Share]
-    depth: int = 0
-
-    @property
-    def tickets(self) -> list[Ticket]:
-        """The members of all groups."""
-        return [ticket for _, members in self.shares for ticket in members]
 
 
 class ModelThread:
@@ -129,151 +105,79 @@ class ModelThread:
         if window is None:
             return False
         self._progress = started = self.queue.clock()
-        parts, trunk = self._next_parts(window)
+        try:
+            parts, trunk = next_parts(self.queue, self.limits, window)
+        except Exception as error:
+            self._fail(self.queue.claim(window.tickets), error)
+            return True
+        seconds = []
         for part in parts:
-            shared = trunk if part.depth else None
-            self._run(part.task, part.lineup, part.shares, shared, part.depth)
+            self._run(part, trunk if part.depth else None)
             self._progress = ended = self.queue.clock()
-            self.queue.charge(part.task, ended - started)
+            seconds.append(ended - started)
             started = ended
+        self._charge(parts, seconds, trunk)
         return True
 
-    def _next_parts(self, window: Window) -> tuple[list[Part], Trunk | None]:
-        """Claim the tickets of the next pass.
+    def _charge(self, parts: Sequence[Part], seconds: list[float], trunk: Trunk | None) -> None:
+        """Charge device time to the tasks. Each pays for the common layers by its number of inputs."""
+        common = 0.0 if trunk is None else trunk.seconds
+        if common:
+            seconds[0] -= common  # the first part ran them
+            inputs = [len(part.tickets) if part.depth else 0 for part in parts]
+            seconds = [own + common * number / sum(inputs) for own, number in zip(seconds, inputs)]
+        for part, own in zip(parts, seconds):
+            self.queue.charge(part.task, max(own, 0.0))
 
-        These are the window's first ticket, the other tickets of its task that can share its pass, and the tickets of
-        other tasks for the same texts, if those tasks have the lower layers in common.
-
-        Returns:
-            The parts of the pass, and the trunk if there are several.
-        """
-        tickets = window.tickets
-        task, lineup = tickets[0].task, tickets[0].task.lineup
-        try:
-            forward = self._pass_of(tickets, window.waiting, lineup)
-            if forward.stem == PLAIN.stem:  # a plain pass is shared if every task answers all of its texts
-                same = _tasks(tickets[0])
-                kept = [group for group in forward.groups if _tasks(tickets[group.members[0]]) == same]
-                forward = replace(forward, groups=tuple(kept))
-        except Exception as error:
-            self._fail(self.queue.claim(tickets), error)
-            return [], None
-        first = Part(task, lineup, self._claim(forward, tickets))
-        others = self._other_parts(first, window.waiting)
-        for ticket in (ticket for part in (first, *others) for ticket in part.tickets):
-            ticket.joint = ()  # otherwise the tickets of a text would keep each other in memory
-        if not others:
-            return [first] if first.shares else [], None
-        deepest = max(part.depth for part in others)
-        first = replace(first, depth=_prefill_layers(lineup, first.shares[0][0]) or deepest)
-        rows = [ticket.tokens for ticket in _lay_out(first.shares)[1]]
-        return [first, *others], Trunk(rows, task.padder, [first.depth, *(part.depth for part in others if part.depth)])
-
-    def _pass_of(self, tickets: Sequence[Ticket], waiting: int, lineup: Lineup) -> ForwardPass:
-        """The pass of the first ticket."""
-        caps, lengths = [ticket.cap for ticket in tickets], [ticket.length for ticket in tickets]
-        return next_pass(lengths, caps, waiting, lineup.routes, self.limits.plain_load, self.limits.max_batch_tokens)
-
-    def _claim(self, forward: ForwardPass, tickets: Sequence[Ticket]) -> list[Share]:
-        """Claim the tickets of a pass. If a member of a group was cancelled, the remaining ones fill its slot."""
-        claimed = set(self.queue.claim([tickets[index] for group in forward.groups for index in group.members]))
-        shares: list[Share] = []
-        for group in forward.groups:
-            members = [tickets[index] for index in group.members if tickets[index] in claimed]
-            if members:
-                shares.append((group.route, members))
-        return shares
-
-    def _other_parts(self, first: Part, waiting: int) -> list[Part]:
-        """Claim tickets of other tasks for the texts of a part, as far as their groups can go on from its states."""
-        rows = first.tickets
-        route = first.shares[0][0] if rows else PLAIN
-        if route != PLAIN and not _prefill_layers(first.lineup, route):
-            return []  # the states depend on the slot, or no layer is shared
-        asked: dict[Task, list[Ticket]] = {}
-        for ticket in rows:
-            for other in ticket.joint:
-                if other.task is not first.task:
-                    asked.setdefault(other.task, []).append(other)
-        room = self.limits.max_batch - len(rows)
-        parts: list[Part] = []
-        for task, candidates in asked.items():
-            common = first.task.layers_in_common(task)
-            tickets = self.queue.waiting(candidates) if common else []
-            lineup = task.lineup
-            while tickets and len(tickets) <= room:
-                forward = self._pass_of(tickets, waiting, lineup)
-                members = {index for group in forward.groups for index in group.members}
-                depth = _prefill_layers(lineup, forward.groups[0].route)
-                if forward.stem == PLAIN.stem:
-                    # Only then does every layer run the same batch as without sharing, and scores are equal bit for bit.
-                    depth = common if len(members) == len(rows) else 0
-                if 0 < depth <= common and (shares := self._claim(forward, tickets)):
-                    room -= len(members)
-                    complete = sum(len(found) for _, found in shares) == len(rows)
-                    parts.append(Part(task, lineup, shares, depth if complete or forward.stem != PLAIN.stem else 0))
-                tickets = [ticket for index, ticket in enumerate(tickets) if index not in members]
-        return parts
-
-    def _run(
-        self, task: Task, lineup: Lineup, shares: Sequence[Share], trunk: Trunk | None = None, depth: int = 0
-    ) -> None:
-        """Run groups in one pass and answer them. After an out-of-memory error, retry them in smaller passes.
+    def _run(self, part: Part, trunk: Trunk | None = None) -> None:
+        """Run the groups of a part and answer them. After an out-of-memory error, retry them in smaller passes.
 
         Args:
-            task: the task.
-            lineup: its adapters.
-            shares: the groups.
+            part: the part.
             trunk: the lower layers, if other tasks share them.
-            depth: number of layers that the trunk runs.
         """
         self._progress = started = self.queue.clock()
-        groups, rows = _lay_out(shares)
+        task, lineup = part.task, part.lineup
+        groups, rows = lay_out(part.shares)
         inputs = [ticket.tokens for ticket in rows]
         padded: Callable[[], TokenBatch] = partial(pad, inputs, task.padder)
         prefilled: Callable[[], HiddenState] | None = None
-        shared_prefill = 0
         if trunk is not None and trunk.is_usable:
             places = trunk.rows(inputs)
             padded = partial(trunk.tokens, places)
-            prefilled = partial(trunk.states, task.backbone, places, depth)
-            shared_prefill = len(rows) if trunk.is_computed else 0
+            prefilled = partial(trunk.states, task.backbone, places, part.depth)
         try:
             caps = [ticket.cap for ticket in rows]
             outcome = run_pass(task.backbone, lineup.stages, lineup.later_stages, padded, groups, caps, prefilled)
         except Exception as error:
             if trunk is not None:
                 trunk.drop()
-            if len(shares) == 1 or not is_out_of_memory(error):
+            if len(part.shares) == 1 or not is_out_of_memory(error):
                 self._fail(rows, error)
                 return
             traceback.clear_frames(error.__traceback__)  # releases the tensors of the failed pass
             logger.warning(
                 "a pass of %d groups of task %s ran out of memory and is retried as two passes; lower max_batch or "
                 "max_batch_tokens",
-                len(shares),
+                len(part.shares),
                 task.name,
             )
         else:
-            self._answer(task, lineup, shares, outcome, started, shared_prefill)
+            shared = trunk.answered(places) if trunk is not None and prefilled is not None else 0
+            self._answer(part, outcome, started, shared, 0 if prefilled is None else len(rows))
             return
         release_memory(task.backbone.device)
-        half = len(shares) // 2
-        self._run(task, lineup, shares[:half])
-        self._run(task, lineup, shares[half:])
+        half = len(part.shares) // 2
+        self._run(replace(part, shares=part.shares[:half], depth=0))
+        self._run(replace(part, shares=part.shares[half:], depth=0))
 
     def _answer(
-        self,
-        task: Task,
-        lineup: Lineup,
-        shares: Sequence[Share],
-        outcome: Outcome,
-        started: float,
-        shared_prefill: int,
+        self, part: Part, outcome: Outcome, started: float, shared_prefill: int = 0, joint_prefill: int = 0
     ) -> None:
         """Answer the inputs whose scores are valid. Run the others again, each alone."""
-        tickets = [ticket for _, members in shares for ticket in members]
-        routes = [route for route, members in shares for _ in members]
+        task, lineup = part.task, part.lineup
+        groups, tickets = lay_out(part.shares)
+        routes = [route for route, members in part.shares for _ in members]
         answered = [row for row, valid in enumerate(outcome.valid) if valid]
         widths = {outcome.groups[row]: outcome.widths[row] for row in answered}  # N by group
         report = PassReport(
@@ -284,6 +188,8 @@ class ModelThread:
             answered_by=tuple(outcome.answered_by[row] for row in answered),
             fell_back=tuple(outcome.fell_back[row] for row in answered),
             shared_prefill=shared_prefill,
+            joint_prefill=joint_prefill,
+            cost=lineup.pass_cost(groups, outcome.last, outcome.fell_back, shared_prefill * part.depth_cost),
             tokens=sum(ticket.length for ticket in tickets),
             padded_tokens=outcome.padded_tokens,
             tokenize_seconds=tuple(tickets[row].tokenize_seconds for row in answered),
@@ -324,7 +230,7 @@ class ModelThread:
                 len(retried),
                 task.name,
             )
-            self._run(task, lineup, [(PLAIN, [ticket]) for ticket in retried])
+            self._run(Part(task, lineup, [(PLAIN, [ticket]) for ticket in retried]))
 
     def _audit(self, task: Task, tickets: Sequence[Ticket], outcome: Outcome, answered: Sequence[int]) -> None:
         """Run a share of the inputs that adapters answered through the plain model too, and count how often the labels agree.
@@ -367,29 +273,3 @@ class ModelThread:
             )
             failure.__cause__ = error
             ticket.future.set_exception(failure)
-
-
-def _tasks(ticket: Ticket) -> set[Task]:
-    """The tasks that answer the text of a ticket; empty if there is only one."""
-    return {other.task for other in ticket.joint}
-
-
-def _prefill_layers(lineup: Lineup, route: Route) -> int:
-    """Number of layers that inputs of a group run through as in the plain model; 0 if their states depend on the slot.
-
-    The plain model has no such number, and counts as 0 too.
-    """
-    if route == PLAIN:
-        return 0
-    model = lineup.stages[route.width].model
-    return 0 if model.method.prepares_tokens else model.prefill_layers
-
-
-def _lay_out(shares: Sequence[Share]) -> tuple[list[Group], list[Ticket]]:
-    """Return groups whose members are consecutive rows of one pass, and the tickets in these rows."""
-    groups: list[Group] = []
-    rows: list[Ticket] = []
-    for route, members in shares:
-        groups.append(Group(route, tuple(range(len(rows), len(rows) + len(members)))))
-        rows += members
-    return groups, rows

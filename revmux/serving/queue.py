@@ -229,6 +229,16 @@ class PullQueue:
         with self._changed:
             return [ticket for ticket in tickets if self._place(ticket) is not None]
 
+    def turns(self) -> list[Task]:
+        """Return the tasks with waiting tickets, the one that runs next first."""
+        with self._changed:
+            return sorted(self._lines, key=self._turn)
+
+    def first(self, task: Task, max_tickets: int) -> list[Ticket]:
+        """Return the tickets of a task that run next. They stay in the queue until they are claimed."""
+        with self._changed:
+            return self._lines.get(task, [])[:max_tickets]
+
     def _place(self, ticket: Ticket) -> int | None:
         """The place of a ticket in the line of its task; None if it does not wait."""
         line = self._lines.get(ticket.task, [])

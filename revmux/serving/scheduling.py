@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from revmux.errors import UserError
 from revmux.methods import Siso
 
+STRETCH = 2.0
+"""Padding makes no group of a served pass longer than this many times its own length."""
+
 
 @dataclass(frozen=True)
 class Route:
@@ -183,7 +186,7 @@ def next_pass(
 
 
 def form_passes(
-    groups: Sequence[Group], lengths: Sequence[int], max_tokens: int, stretch: float = 2.0
+    groups: Sequence[Group], lengths: Sequence[int], max_tokens: int, stretch: float = STRETCH
 ) -> list[ForwardPass]:
     """Combine groups into forward passes with one stem each.
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from revmux.adapters.config import load_adapter_config
 from revmux.backbone import Backbone
@@ -75,13 +76,16 @@ class Lineup:
         step = after.route.per_input - adapter.route.alone  # the layers in between, and the share of a group
         return adapter.share_on * (step + self._cost_of_going_on(after))
 
-    def pass_cost(self, groups: Sequence[Group], last: Sequence[int], fell_back: Sequence[bool]) -> float:
+    def pass_cost(
+        self, groups: Sequence[Group], last: Sequence[int], fell_back: Sequence[bool], shared: float = 0.0
+    ) -> float:
         """Counted cost of a pass, with all stages that its inputs reached. The unit is one input in the plain model.
 
         Args:
             groups: the groups of the first stage, or of the plain model.
             last: the last stage of each input, in the order of the groups' members.
             fell_back: whether each input resumed on the plain model.
+            shared: cost of the layers that ran for another task, which counts them.
         """
         routes = [group.route if group.route == PLAIN else self.first[group.width].route for group in groups]
         cost = sum(route.group_cost(len(group.members)) for route, group in zip(routes, groups))
@@ -94,7 +98,7 @@ class Lineup:
         for adapter in self.later:
             inputs = sum(stage >= adapter.config.stage for stage in last)
             cost += -(-inputs // adapter.route.width) * adapter.route.shared
-        return cost
+        return cost - shared
 
     def uses(self, adapter: LoadedAdapter) -> bool:
         """Whether inputs can reach an adapter of this line-up."""
@@ -168,6 +172,7 @@ class Task:
         self.probe_tokens = self.encoder.example.tokens
         self.padder = copy.deepcopy(pretrained.tokenizer)
         self._lower: LowerLayers | None = None
+        self._in_common: WeakKeyDictionary[Task, int] = WeakKeyDictionary()  # with tasks that joined before
 
     def join(self, others: Sequence[Task]) -> None:
         """Share with other tasks of the engine what is equal: weights, the tokenizer, and the run of the lowest layers.
@@ -182,11 +187,17 @@ class Task:
         if self.pretrained.prompt is None:  # the states of a kept prefix depend on all layers
             tokens = pad([self.probe_tokens], self.padder)
             on_device = {name: tensor.to(self.backbone.device) for name, tensor in tokens.items()}
-            self._lower = LowerLayers(self.backbone, on_device)
+            lower = self._lower = LowerLayers(self.backbone, on_device)
+            found = {other: lower.in_common(other._lower) for other in others if other._lower is not None}
+            self._in_common.update({other: depth for other, depth in found.items() if depth})
 
     def layers_in_common(self, other: Task) -> int:
         """The number of lowest layers that give every input the same states in both tasks."""
-        return 0 if self._lower is None or other._lower is None else self._lower.in_common(other._lower)
+        return self._in_common.get(other, 0) or other._in_common.get(self, 0)
+
+    def pads_like(self, other: Task) -> bool:
+        """Whether texts of both tasks can be padded to one batch."""
+        return self.padder is other.padder or self._tokenization[0] == other._tokenization[0]
 
     def load(self, folder: str | Path) -> LoadedAdapter:
         """Add an adapter to the line-up, or replace the one in its place: the one with the same N, or of its stage.

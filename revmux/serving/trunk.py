@@ -8,14 +8,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
-from revmux.serving.forward import pad
+from revmux.serving.forward import StepClock, pad
 
 
 class Trunk:
     """The plain states of R inputs at the depths from which tasks go on.
 
     Args:
-        inputs: the token lists of R inputs.
+        inputs: the token lists of the inputs of all tasks. An object that several tasks answer is one of the R inputs.
         padder: a tokenizer of the tasks.
         depths: the depths.
 
@@ -26,8 +26,10 @@ class Trunk:
     def __init__(
         self, inputs: Sequence[dict[str, list[int]]], padder: PreTrainedTokenizerBase, depths: Iterable[int]
     ) -> None:
-        self._rows = {id(tokens): row for row, tokens in enumerate(inputs)}
-        self._inputs = inputs
+        self._inputs = list({id(tokens): tokens for tokens in inputs}.values())
+        self._rows = {id(tokens): row for row, tokens in enumerate(self._inputs)}
+        self._answered: set[int] = set()
+        self._clock: StepClock | None = None
         self._padder = padder
         self._depths = sorted(set(depths))
         self._tokens: TokenBatch | None = None
@@ -35,14 +37,20 @@ class Trunk:
         self.is_usable = True
 
     @property
-    def is_computed(self) -> bool:
-        """Whether the lower layers have run."""
-        return bool(self._states)
+    def seconds(self) -> float:
+        """Device time of the lower layers, once a task has its answers; 0 if they have not run."""
+        return 0.0 if self._clock is None else sum(self._clock.seconds().values())
 
     def drop(self) -> None:
         """Release the states. The tasks that have not run yet compute their own."""
         self.is_usable = False
-        self._states, self._tokens = {}, None
+        self._states, self._tokens, self._clock = {}, None, None
+
+    def answered(self, rows: Sequence[int]) -> int:
+        """Note that a task has answered some rows, and return how many of them another task had answered before."""
+        known = len(self._answered.intersection(rows))
+        self._answered.update(rows)
+        return known
 
     def rows(self, inputs: Sequence[dict[str, list[int]]]) -> list[int]:
         """The rows of some of the inputs, which are the same objects as those of the trunk."""
@@ -63,11 +71,14 @@ class Trunk:
             depth: one of the depths.
         """
         if not self._states:
+            clock = StepClock(backbone.device)
             tokens = {name: tensor.to(backbone.device) for name, tensor in self.tokens(self._everything).items()}
             state = backbone.embed(tokens)  # (R, S, d)
             for reached in self._depths:
                 state = backbone.run(state, reached)
                 self._states[reached] = state
+            clock.mark("prefill")
+            self._clock = clock
         state = self._states[depth]
         if list(rows) == self._everything:
             return state
