@@ -13,7 +13,6 @@ COUNTED = (
     "fell_back",
     "shared_prefill",  # inputs whose lower layers ran once, for another task too
     "joint_prefill",  # inputs whose lower layers ran in one batch for several tasks
-    "cost",  # in inputs of the plain model
     "tokens",
     "padded_tokens",
     "failed",
@@ -73,6 +72,7 @@ class TaskCounts:
     methods: Counter[str] = field(default_factory=Counter)
     ladder: Counter[int] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
+    cost: float = 0.0  # in inputs of the plain model
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, other: TaskCounts) -> None:
@@ -82,6 +82,7 @@ class TaskCounts:
         self.methods.update(other.methods)
         self.ladder.update(other.ladder)
         self.counts.update(other.counts)
+        self.cost += other.cost
         for step, seconds in other.seconds.items():
             self.seconds[step] += seconds
 
@@ -90,7 +91,7 @@ class TaskCounts:
         counted = {name: self.counts[name] for name in COUNTED}
         by_width = {"inputs": dict(self.inputs), "groups": dict(self.groups)}
         inputs = {**by_width, "methods": dict(self.methods), "ladder": dict(self.ladder)}
-        return {**inputs, "seconds": dict(self.seconds), **counted}
+        return {**inputs, "seconds": dict(self.seconds), "cost": self.cost, **counted}
 
 
 class Metrics:
@@ -126,10 +127,10 @@ class Metrics:
                 fell_back=sum(report.fell_back),
                 shared_prefill=report.shared_prefill,
                 joint_prefill=report.joint_prefill,
-                cost=report.cost,
                 tokens=report.tokens,
                 padded_tokens=report.padded_tokens,
             )
+            own.cost += report.cost
             waits = {"tokenize": sum(report.tokenize_seconds), "queue": sum(report.queue_seconds)}
             for step, seconds in {**waits, **report.steps}.items():
                 own.seconds[step] += seconds
