@@ -151,6 +151,7 @@ class Service:
             "body_seconds": config.body_seconds,
             "stuck_seconds": config.stuck_seconds,
             "memory_gb": config.memory_gb,
+            "memory_used_gb": self.tasks.memory.total / 1e9,
             "needs_token": bool(self.tokens),
             "num_replicas": config.num_replicas,
             "autoscaling": config.autoscaling.model_dump() if config.autoscaling else None,
@@ -174,7 +175,7 @@ class Service:
             "num_layers": task.backbone.num_layers,
             "max_input_length": task.max_length,
             "group_widths": sorted({route.width for route in lineup.routes}),
-            "memory": memory_info(self.tasks.memory[task.name]) if task.name in self.tasks.memory else None,
+            "memory": memory_info(kept) if (kept := self.tasks.memory.added.get(task.name)) else None,
             "adapters": [
                 {
                     "source": without_passwords(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from revmux.adapters.config import CONFIG_NAME, WEIGHTS_NAME, load_adapter_config, recorded_dtype, recorded_prompt
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.shared_base import SharedBases
 from revmux.serving import Limits
 from revmux.serving.adapters import LineupPlace, admitted, check_stages, place_of
 from revmux.serving.task import Task
@@ -49,7 +51,14 @@ def fetch_adapters(task: TaskConfig, downloads: Path, max_multiplex: int | None)
     }
 
 
-def load_task(name: str, task: TaskConfig, adapters: FetchedAdapters, limits: Limits, device: str) -> Task:
+def load_task(
+    name: str,
+    task: TaskConfig,
+    adapters: FetchedAdapters,
+    limits: Limits,
+    device: str,
+    bases: SharedBases,
+) -> Task:
     """Load a task.
 
     Args:
@@ -58,6 +67,7 @@ def load_task(name: str, task: TaskConfig, adapters: FetchedAdapters, limits: Li
         adapters: its adapters.
         limits: the limits of the engine.
         device: the device where it runs.
+        bases: the base models of the application's tasks.
 
     Raises:
         UserError: the model cannot be loaded, or an adapter does not fit.
@@ -66,8 +76,11 @@ def load_task(name: str, task: TaskConfig, adapters: FetchedAdapters, limits: Li
     folders = [adapter.folder for adapter in adapters.values()]
     prompt = task.prompt or recorded_prompt(folders)
     dtype = task.dtype or (recorded_dtype(load_adapter_config(folders[0])) if folders else "float32")
-    pretrained = load_pretrained(BackboneConfig(task.model, task.revision, task.max_length or 2, dtype, prompt=prompt))
-    pretrained.backbone.to(device)
+    backbone = BackboneConfig(task.model, task.revision, task.max_length or 2, dtype, prompt=prompt)
+    pretrained = load_pretrained(backbone, bases=bases)
+    tensors = chain(pretrained.backbone.parameters(), pretrained.backbone.buffers())
+    if any(tensor.device.type != device for tensor in tensors):
+        pretrained.backbone.to(device)  # writes to all tensors, so not to those that another task reads now
     return Task(name, pretrained, folders, limits, task.max_length, task.threshold)
 
 

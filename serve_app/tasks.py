@@ -6,13 +6,12 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from revmux.errors import UserError
-from revmux.estimate.peak import StorageCounter
-from revmux.estimate.serving_memory import KeptMemory, kept_memory
+from revmux.pretrained.shared_base import SharedBases
 from revmux.serving import Engine
 from revmux.serving.adapters import LineupPlace
 from revmux.serving.errors import UnknownTask
@@ -20,7 +19,7 @@ from revmux.serving.task import Lineup, Task
 from revmux.utils.redact import without_passwords
 from serve_app.config import AppConfig, TaskConfig
 from serve_app.errors import Unhealthy
-from serve_app.kept_memory import describe_memory
+from serve_app.kept_memory import MemoryCount, describe_memory
 from serve_app.measured_loss import log_loss
 from serve_app.task_loading import FetchedAdapters, fetch_adapters, load_task
 
@@ -42,7 +41,7 @@ class ServedTasks:
     Attributes:
         served: the configuration of all tasks, by name.
         adapters: the adapters of each loaded task. Their folders may be gone.
-        memory: what each loaded task keeps in memory.
+        memory: what the loaded tasks keep in memory.
     """
 
     def __init__(self, config: AppConfig, engine: Engine) -> None:
@@ -50,9 +49,10 @@ class ServedTasks:
         self.engine = engine
         self.served: dict[str, TaskConfig] = {}
         self.adapters: dict[str, FetchedAdapters] = {}
-        self.memory: dict[str, KeptMemory] = {}
+        self.memory = MemoryCount()
+        self._bases = SharedBases()
         self._changing = threading.Lock()
-        self._loading: dict[str, asyncio.Future[Task | None]] = {}
+        self._loading: dict[frozenset[str], asyncio.Future[dict[str, Task]]] = {}
         self._uses = itertools.count()
         self._last_use: dict[str, int] = {}  # by task
 
@@ -105,7 +105,10 @@ class ServedTasks:
             before = self.adapters
             self.served = dict(tasks)
             self.adapters = requested
-            self._count_memory()
+            for name in loaded.keys() - tasks.keys() | lineups.keys():
+                self.memory.remove(name)
+            for name in [*(task.name for task in added), *lineups]:
+                self._count(self.engine.task(name))
             for name, adapters in requested.items():
                 for place, adapter in adapters.items():
                     known = before.get(name, {}).get(place)
@@ -132,8 +135,9 @@ class ServedTasks:
         """
         for name in self.not_loaded:
             try:
-                if self._load(name, evict=False) is None:
-                    return
+                with self._changing:
+                    if self._load(name, keep=self.engine.tasks) is None:
+                        return
             except UserError as error:
                 if not self.engine.tasks:
                     raise
@@ -151,119 +155,125 @@ class ServedTasks:
         known = self.served
         if name is None and len(known) == 1:
             name = next(iter(known))
-        if name is None or name not in known:
+        if name is None:
             raise UnknownTask(name, known)
-        self._last_use[name] = next(self._uses)
-        if (task := self.engine.tasks.get(name)) is not None:
-            return task
-        if name not in self._loading:
-            self._loading[name] = asyncio.ensure_future(asyncio.to_thread(self._load, name))
-            self._loading[name].add_done_callback(lambda _: self._loading.pop(name))
-        try:
-            # Shielded, because other requests may wait for the same task.
-            found = await asyncio.shield(self._loading[name])
-        except UnknownTask:  # it was removed meanwhile
-            raise
-        except Exception as error:
-            message = without_passwords(f"task {name!r} cannot be loaded: {error}")
-            logger.error(message)
-            raise Unhealthy(message) from error
-        assert found is not None
-        return found
+        [task] = await self.several([name])
+        return task
 
     async def several(self, names: Sequence[str]) -> list[Task]:
-        """Return several tasks, after loading those that are not loaded.
+        """Return several tasks, after loading those that are not loaded. None of them is removed for another meanwhile.
 
         Raises:
-            UserError: they do not fit into memory together. Other errors are those of :meth:`get`.
+            UnknownTask: there is no task of one of the names.
+            UserError: they do not fit into memory together.
+            Unhealthy: one of them cannot be loaded.
         """
-        known = self.engine.tasks if self.config.memory_gb is None else self.served
+        if self.config.memory_gb is None:
+            return [self.engine.task(name) for name in names]
         for name in names:
-            if name not in known:
-                raise UnknownTask(name, known)
-        found = [await self.get(name) for name in names]
-        gone = [name for name in names if name not in self.engine.tasks]
-        if gone and self.config.memory_gb is not None:
-            raise UserError(
-                f"the {len(names)} tasks do not fit into memory_gb ({self.config.memory_gb:g}) together: {gone[0]!r} was "
-                "removed for the others; name fewer tasks per request, or raise memory_gb"
-            )
+            if name not in self.served:
+                raise UnknownTask(name, self.served)
+            self._last_use[name] = next(self._uses)
+        loaded = self.engine.tasks
+        if all(name in loaded for name in names):
+            return [loaded[name] for name in names]
+        key = frozenset(names)
+        if key not in self._loading:
+            self._loading[key] = asyncio.ensure_future(asyncio.to_thread(self._load_together, list(names)))
+            self._loading[key].add_done_callback(lambda _: self._loading.pop(key))
+        # Shielded, because other requests may wait for the same tasks.
+        found = await asyncio.shield(self._loading[key])
+        return [found[name] for name in names]
+
+    def _load_together(self, names: Sequence[str]) -> dict[str, Task]:
+        """Load those of the tasks that are not loaded. A caller keeps the returned tasks even if others replace them.
+
+        Raises:
+            UnknownTask: one of them was removed meanwhile.
+            UserError: they do not fit into memory together.
+            Unhealthy: one of them cannot be loaded.
+        """
+        found: dict[str, Task] = {}
+        with self._changing:
+            for name in names:
+                try:
+                    task = self._load(name, keep=names)
+                except UnknownTask:
+                    raise
+                except Exception as error:
+                    message = without_passwords(f"task {name!r} cannot be loaded: {error}")
+                    logger.error(message)
+                    raise Unhealthy(message) from error
+                if task is None:
+                    raise UserError(
+                        f"the {len(names)} tasks do not fit into memory_gb ({self.config.memory_gb:g}) together; name "
+                        "fewer tasks per request, or raise memory_gb"
+                    )
+                found[name] = task
         return found
 
-    def _load(self, name: str, evict: bool = True) -> Task | None:
+    def _load(self, name: str, keep: Collection[str]) -> Task | None:
         """Load a task, and remove those that were not used for longest until all fit into ``memory_gb``.
+
+        The caller holds the lock.
 
         Args:
             name: the task.
-            evict: whether other tasks may be removed. Otherwise the task itself is, if it does not fit.
+            keep: tasks that are not removed. If these do not fit together with the task, the task is not kept, unless
+                it is the only one.
 
         Returns:
             The task, or None if it does not fit.
         """
-        assert self.config.memory_gb is not None
-        with self._changing, TemporaryDirectory(prefix="revmux-adapters-") as downloads:
-            if (task := self.engine.tasks.get(name)) is not None:
-                return task
-            if (config := self.served.get(name)) is None:
-                raise UnknownTask(name, self.served)
+        limit = self.config.memory_gb
+        assert limit is not None
+        if (task := self.engine.tasks.get(name)) is not None:
+            return task
+        if (config := self.served.get(name)) is None:
+            raise UnknownTask(name, self.served)
+        with TemporaryDirectory(prefix="revmux-adapters-") as downloads:
             adapters = self._fetched(config, Path(downloads))
             task = self._loaded(name, config, adapters)
-            self.engine.change([task])
-            self.adapters[name] = adapters
-            while (size := sum(kept.total for kept in self._kept().values()) / 1e9) > self.config.memory_gb:
-                others = [other for other in self.engine.tasks if other != name]
-                if not others:
-                    logger.warning(
-                        "task %r alone takes %.3g GB, more than memory_gb (%g); raise memory_gb",
-                        name,
-                        size,
-                        self.config.memory_gb,
-                    )
-                    break
-                removed = min(others, key=lambda other: self._last_use.get(other, -1)) if evict else name
-                self.engine.change(remove=[removed])
-                self.adapters.pop(removed, None)
-                if removed == name:
-                    return None
-            self._count_memory()
-            for place, adapter in adapters.items():
-                self._log_loss(name, place, adapter.source)
-            return task
+        self.engine.change([task])
+        self.adapters[name] = adapters
+        self._count(task)
+        while (size := self.memory.total / 1e9) > limit:
+            others = [other for other in self.engine.tasks if other != name]
+            if not others:
+                logger.warning(
+                    "task %r alone takes %.3g GB, more than memory_gb (%g); raise memory_gb", name, size, limit
+                )
+                break
+            idle = [other for other in others if other not in keep]
+            removed = min(idle, key=lambda other: self._last_use.get(other, -1)) if idle else name
+            self.engine.change(remove=[removed])
+            self.adapters.pop(removed, None)
+            self.memory.remove(removed)
+            if removed == name:
+                return None
+        for place, adapter in adapters.items():
+            self._log_loss(name, place, adapter.source)
+        return task
 
     def _fetched(self, task: TaskConfig, downloads: Path) -> FetchedAdapters:
         return fetch_adapters(task, downloads, self.config.max_multiplex)
 
     def _loaded(self, name: str, task: TaskConfig, adapters: FetchedAdapters) -> Task:
         device = "cuda" if self.config.num_gpus else "cpu"
-        return load_task(name, task, adapters, self.engine.limits, device)
+        return load_task(name, task, adapters, self.engine.limits, device, self._bases)
 
     def _log_loss(self, name: str, place: LineupPlace, source: str) -> None:
         task = self.engine.task(name)
         adapter = next(adapter for adapter in task.lineup.adapters if adapter.place == place)
         log_loss(adapter.config, source, task.threshold, self.config)
 
-    def _count_memory(self) -> None:
-        """Count what the tasks keep in memory, and log those that changed."""
-        before, self.memory = self.memory, self._kept()
-        for line in self.memory_lines(before):
-            logger.info("%s", line)
+    def _count(self, task: Task) -> None:
+        """Count what a task keeps in memory, and log it."""
+        kept = self.memory.add(task)
+        logger.info("%s", describe_memory(task.name, kept, self.config.merge_limit_mib))
 
-    def _kept(self) -> dict[str, KeptMemory]:
-        """What each loaded task keeps in memory. Weights that tasks share count for the first one."""
-        counter = StorageCounter()
-        return {
-            name: kept_memory(task.backbone, [adapter.model for adapter in task.lineup.adapters], counter)
-            for name, task in self.engine.tasks.items()
-        }
-
-    def memory_lines(self, before: Mapping[str, KeptMemory] | None = None) -> list[str]:
-        """Return a line per task about what it keeps in memory, without those that have not changed.
-
-        Args:
-            before: what the tasks kept at an earlier time.
-        """
+    def memory_lines(self) -> list[str]:
+        """Return a line per loaded task about what it keeps in memory."""
         return [
-            describe_memory(name, kept, self.config.merge_limit_mib)
-            for name, kept in self.memory.items()
-            if kept != (before or {}).get(name)
+            describe_memory(name, kept, self.config.merge_limit_mib) for name, kept in list(self.memory.added.items())
         ]

@@ -37,12 +37,16 @@ def write_peft(
             if "lora_" in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
     tuned.save_pretrained(folder)
-    if settings:
-        file = folder / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    edit_settings(folder, **settings)
 
     @torch.no_grad()
     def scores(texts: list[str]) -> Tensor:
         return tuned(**tokenizer(texts, padding=True, return_tensors="pt")).logits
 
     return folder, scores
+
+
+def edit_settings(folder: Path, **settings: Any) -> None:
+    """Change settings of a saved adapter."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))

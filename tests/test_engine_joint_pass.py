@@ -178,9 +178,9 @@ def test_each_task_pays_for_its_inputs_in_the_common_layers(serve: Callable[...,
     thread = served.engine._worker
     thread.queue = SimpleNamespace(charge=charged.__setitem__)  # type: ignore[assignment]
     parts: list[Any] = [
-        SimpleNamespace(task="a", tickets=[1] * 6, depth=1),
-        SimpleNamespace(task="b", tickets=[1] * 2, depth=1),
-        SimpleNamespace(task="c", tickets=[1] * 2, depth=0),
+        SimpleNamespace(task="a", tickets=[1] * 6, is_on_trunk=True),
+        SimpleNamespace(task="b", tickets=[1] * 2, is_on_trunk=True),
+        SimpleNamespace(task="c", tickets=[1] * 2, is_on_trunk=False),
     ]
     thread._charge(parts, [5.0, 1.0, 7.0], SimpleNamespace(seconds=4.0))  # type: ignore[arg-type]
     assert charged == {"a": 1 + 3, "b": 1 + 1, "c": 7}

@@ -23,7 +23,7 @@ from revmux.backbone import Backbone
 from revmux.errors import TextError, UserError
 from revmux.serving import Answer, Engine, Expired, InferenceFailed, Limits, Overloaded, UnknownTask
 from revmux.serving.lower_layers import LowerLayers
-from revmux.serving.shared_weights import share_weights
+from revmux.serving.shared_weights import WeightPool
 
 pytestmark = pytest.mark.numeric
 
@@ -262,14 +262,15 @@ TOKENS = {"input_ids": torch.tensor([[3, 7, 5, 9]]), "attention_mask": torch.one
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "deberta-v2", "modernbert", "gpt2", "llama"])
 def test_the_common_layers_end_below_the_first_weight_that_differs(family: str) -> None:
     own = tiny_classifier(family, pad_token_id=0)
-    lower = LowerLayers(own, TOKENS)
+    lower, pool = LowerLayers(own, TOKENS), WeightPool()
+    pool.share(own)
     weights = [name for name, _ in own.named_parameters() if not name.endswith("bias")]
     depths = set()
     for changed in {weights[0], *weights[1::3], weights[-1]}:
         other = copy.deepcopy(own)
         with torch.no_grad():
             other.get_parameter(changed).add_(torch.randn_like(other.get_parameter(changed)))
-        share_weights(other, [own])
+        pool.share(other)
         depth = lower.in_common(LowerLayers(other, TOKENS))
         depths.add(depth)
         assert depth == 0 or torch.equal(states(own, depth), states(other, depth))

@@ -15,7 +15,7 @@ from serving_models import load, plain_scores, text, write_adapter, write_identi
 from revmux.errors import UserError
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Draining, Engine, Expired, InferenceFailed, Limits, Overloaded, PassReport, UnknownTask
-from revmux.serving.shared_weights import share_weights
+from revmux.serving.shared_weights import WeightPool
 
 pytestmark = pytest.mark.numeric
 
@@ -85,7 +85,9 @@ def test_only_equal_weights_are_shared(models: dict[str, Pretrained]) -> None:
         other.layer(2).output.dense.bias[0] += 1
     total = sum(tensor.numel() * tensor.element_size() for tensor in (*other.parameters(), *other.buffers()))
     kept = [*other.model.classifier.parameters(), other.layer(2).output.dense.bias]
-    assert share_weights(other, [one]) == total - sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    pool = WeightPool()
+    assert pool.share(one) == 0
+    assert pool.share(other) == total - sum(tensor.numel() * tensor.element_size() for tensor in kept)
     assert not torch.equal(other.layer(2).output.dense.bias, one.layer(2).output.dense.bias)
 
 
@@ -217,7 +219,7 @@ def test_a_failing_report_loses_no_answer(models: dict[str, Pretrained]) -> None
 
 def test_a_failing_task_does_not_harm_the_other(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     futures = {name: engine.submit(TEXTS[:9], task=name) for name in ("plain", "named")}
-    monkeypatch.setattr(engine.task("plain").backbone, "embed", lambda tokens: 1 / 0)
+    monkeypatch.setattr(engine.task("plain").backbone, "run", lambda *_: 1 / 0)
     engine.start()
     assert all(isinstance(future.exception(60), InferenceFailed) for future in futures["plain"])
     assert all(future.result(60) for future in futures["named"])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import shutil
+import weakref
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +16,31 @@ import pytest
 import torch
 from numeric import assert_close
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PromptTuningConfig, get_peft_model
-from peft_adapters import TARGETS, write_peft
+from peft_adapters import TARGETS, edit_settings, write_peft
+from safetensors.torch import load_file
 from serving_models import load, text, write_adapter, write_model
 from tiny_models import LABELS, tiny_config, write_language_model, write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from revmux import UserError
+from revmux.backbone import HiddenState
+from revmux.backbone.joint_layers import JointLayers
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
+from revmux.estimate.peak import StorageCounter
+from revmux.methods import BackboneShape, build_method
+from revmux.model import MultiplexedClassifier
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.identity import identity_of, weights_sha256
 from revmux.pretrained.loading import inspect, load_pretrained
 from revmux.pretrained.location import check_model
+from revmux.pretrained.peft_adapter import read_peft_adapter
+from revmux.pretrained.shared_base import SharedBases
 from revmux.pretrained.task_model import save_task_model
 from revmux.serving import Engine
 from revmux.serving.lower_layers import LowerLayers
-from revmux.serving.shared_weights import share_weights
+from revmux.serving.shared_weights import WeightPool
 from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
 from revmux.training.recipe import prepare, train_here
 from revmux.utils import extras
@@ -48,11 +60,15 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_the_plain_model_answers_as_peft_does(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_the_plain_model_answers_as_peft_does(
+    family: str, is_merged: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
     folder, expected = write_peft(tmp_path / "adapter", bases[family])
     config = BackboneConfig(str(folder), max_length=32)
     check_model(config)
-    pretrained = load_pretrained(config)
+    pretrained = load_pretrained(config, bases=None if is_merged else SharedBases())
+    assert (pretrained.base is None) == is_merged
     pretrained.backbone.freeze()
     assert pretrained.backbone.label_names == ["LABEL_0", "LABEL_1", "LABEL_2"]
     with torch.no_grad():
@@ -117,6 +133,94 @@ def test_one_request_asks_several_adapters(served: Any) -> None:
     assert engine.stats()["shared_prefill"] == 1
     futures = engine.submit([text(4)] * 12, task="mood")
     assert {future.result(60).width for future in futures} == {2}
+
+
+def test_adapters_on_a_shared_base_add_only_their_own_weights(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [
+        write_peft(tmp_path / f"{seed}", bases["bert"], seed, classes=seed + 2, layers=[2])[0] for seed in (0, 1)
+    ]
+    copied = shutil.copytree(bases["bert"], tmp_path / "copy")  # the same content in another folder
+    edit_settings(folders[1], base_model_name_or_path=str(copied))
+    shared = SharedBases()
+    one, other = (load_pretrained(BackboneConfig(str(folder), max_length=32), bases=shared) for folder in folders)
+    assert one.base is other.base is not None
+    assert one.tokenizer is other.tokenizer
+    counter = StorageCounter()
+    counter.add(chain(one.base.model.parameters(), one.base.model.buffers()))
+    for pretrained, folder in ((one, folders[0]), (other, folders[1])):
+        saved = load_file(folder / "adapter_model.safetensors")
+        own = counter.add(chain(pretrained.backbone.parameters(), pretrained.backbone.buffers()))
+        assert own == sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+        assert pretrained.backbone.layer(1) is one.base.model.bert.encoder.layer[1]
+    with torch.no_grad():
+        before = [pretrained.backbone(pretrained.encode(TEXTS)) for pretrained in (one, other)]
+    assert [scores.shape[1] for scores in before] == [2, 3]
+    found = weakref.ref(one.base)
+    del one, other, pretrained
+    gc.collect()
+    assert found() is None  # nothing uses it any more
+
+
+def test_inputs_of_several_adapters_on_one_base_run_in_one_batch(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, batches = JointLayers.run, []
+
+    def run(layers: JointLayers, state: HiddenState, updates: Any) -> HiddenState:
+        batches.append((state.depth, len(state.hidden)))
+        return original(layers, state, updates)
+
+    monkeypatch.setattr(JointLayers, "run", run)
+    changed = {"all": [0, 1, 2], "upper": [1, 2], "last": [2]}
+    shared, engine = SharedBases(), Engine()
+    expected: dict[str, Callable[[list[str]], Tensor]] = {}
+    for seed, (name, layers) in enumerate(changed.items()):
+        folder, expected[name] = write_peft(tmp_path / name, bases["bert"], seed, classes=seed + 2, layers=layers)
+        engine.add_task(name, load_pretrained(BackboneConfig(str(folder), max_length=32), bases=shared))
+    texts = {name: [f"w{index} w{start + index}" for index in range(3)] for start, name in enumerate(changed, 3)}
+    futures = {name: engine.submit(own, task=name) for name, own in texts.items()}
+    engine.start()
+    for name, own in texts.items():
+        found = torch.stack([future.result(60).scores for future in futures[name]])
+        torch.testing.assert_close(found, expected[name](own), atol=1e-5, rtol=1e-5)
+    assert batches == [(0, 9)]
+    found = asyncio.run(engine.answer_tasks(["w1 w2"], ["upper", "last"]))
+    for name, [answer] in zip(("upper", "last"), found):
+        torch.testing.assert_close(answer.scores, expected[name](["w1 w2"])[0], atol=1e-5, rtol=1e-5)
+    assert batches[1:] == [(1, 2)]  # above the layer that both have
+    assert engine.stats()["shared_prefill"] == 1
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}, {"a_setting_of_the_future": 1}]
+)
+def test_an_adapter_that_is_more_than_lora_is_merged(
+    settings: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, _ = write_peft(tmp_path / "adapter", bases["bert"])
+    edit_settings(folder, **settings)
+    adapter = read_peft_adapter(str(folder))
+    assert adapter is not None
+    assert not adapter.is_plain_lora
+
+
+def test_multiplexing_adapters_run_on_an_unmerged_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder, _ = write_peft(tmp_path / "adapter", bases["bert"])
+    merged = load_pretrained(BackboneConfig(str(folder), max_length=32))
+    apart = load_pretrained(BackboneConfig(str(folder), max_length=32), bases=SharedBases())
+    torch.manual_seed(0)
+    method = build_method("token-split", BackboneShape.of(merged.backbone), 2, {"lora_rank": 2})
+    models = [MultiplexedClassifier(pretrained.backbone.freeze(), method, 1).eval() for pretrained in (merged, apart)]
+    for parameter in method.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        expected, found = (model(merged.encode(TEXTS[:2])) for model in models)
+        assert_close(found, expected)
+        models[1].merge_lora(2**30)
+        assert_close(models[1](merged.encode(TEXTS[:2])), expected)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +315,9 @@ def test_tuning_by_lora_writes_a_peft_adapter_above_the_frozen_layers(
         ).eval()
         assert_close(tuned.backbone(tuned.encode(TEXTS)), expected(**tokens).logits)
     plain = load_pretrained(config(base)).backbone.freeze()
-    share_weights(tuned.backbone, [plain])
+    pool = WeightPool()
+    pool.share(plain)
+    pool.share(tuned.backbone)
     lower = [LowerLayers(backbone, tuned.encode(TEXTS[:1])) for backbone in (plain, tuned.backbone)]
     assert lower[0].in_common(lower[1]) == 2
     assert trained.accuracy_mean >= 0

@@ -21,6 +21,7 @@ from revmux.estimate.serving_memory import kept_memory
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
+from revmux.serving import Task
 from serve_app.config import AppConfig, LiveConfig, TaskConfig
 from serve_app.errors import Unhealthy
 from serve_app.service import Service
@@ -87,7 +88,9 @@ def test_the_task_that_was_not_used_for_longest_makes_room(service: Service, fol
 def test_requests_for_one_task_wait_for_the_same_load(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     original, loads = serve_app.task_loading.load_pretrained, []
     monkeypatch.setattr(
-        serve_app.task_loading, "load_pretrained", lambda config: loads.append(config) or original(config)
+        serve_app.task_loading,
+        "load_pretrained",
+        lambda config, **options: loads.append(config) or original(config, **options),
     )
 
     async def ask() -> list[Any]:
@@ -95,6 +98,20 @@ def test_requests_for_one_task_wait_for_the_same_load(service: Service, monkeypa
 
     assert len(set(asyncio.run(ask()))) == 1
     assert len(loads) == 1
+
+
+def test_a_request_that_names_several_tasks_keeps_them_while_others_load(service: Service) -> None:
+    wanted = [("a", "c"), ("b", "c"), ("a", "b")]
+
+    async def ask() -> list[list[Task]]:
+        return await asyncio.gather(*(service.tasks.several(names) for names in wanted))
+
+    found = asyncio.run(ask())
+    assert [tuple(task.name for task in tasks) for tasks in found] == wanted
+    assert len(service.engine.tasks) == 2
+    for tasks in found:
+        answers = asyncio.run(service.engine.answer_tasks(["w1"], tasks))
+        assert all(torch.isfinite(answer.scores).all() for [answer] in answers)
 
 
 def test_a_task_that_was_removed_for_another_answers_the_request_that_holds_it(service: Service) -> None:

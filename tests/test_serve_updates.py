@@ -70,7 +70,7 @@ def test_a_failing_update_is_reported_and_the_server_keeps_running(
     service = Service(config)
     service.serve(config.served)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     try:

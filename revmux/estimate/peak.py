@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import partial
 from typing import Any
 
@@ -48,19 +48,27 @@ class PeakMemory(TorchDispatchMode):
 
 
 class StorageCounter:
-    """Counts the bytes of tensors. Tensors that share memory count once."""
+    """Counts the bytes of tensors. Tensors that share memory count once.
 
-    def __init__(self) -> None:
-        self._counted: dict[int, UntypedStorage] = {}  # references, so that no other storage gets the same address
+    Args:
+        elsewhere: addresses of storages that are counted elsewhere.
+
+    Attributes:
+        found: all storages of the tensors, by their address. The references keep it from being used again.
+    """
+
+    def __init__(self, elsewhere: Container[int] = ()) -> None:
+        self.found: dict[int, UntypedStorage] = {}
+        self._elsewhere = elsewhere
 
     def add(self, tensors: Iterable[Tensor]) -> int:
         """The bytes of those tensors whose memory no earlier tensor has."""
         total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._counted:
-                self._counted[storage._cdata] = storage
-                total += storage.nbytes()
+            if storage._cdata not in self.found:
+                self.found[storage._cdata] = storage
+                total += 0 if storage._cdata in self._elsewhere else storage.nbytes()
         return total
 
 

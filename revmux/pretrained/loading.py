@@ -25,8 +25,9 @@ from revmux.pretrained import hub
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.identity import identify, load_model_config, resolve, weights_sha256
 from revmux.pretrained.location import has_head, no_answers
-from revmux.pretrained.peft_adapter import load_merged, read_peft_adapter
+from revmux.pretrained.peft_adapter import PeftAdapter, add_updates, load_base, load_merged, read_peft_adapter
 from revmux.pretrained.pretrained import Pretrained
+from revmux.pretrained.shared_base import SharedBase, SharedBases
 from revmux.pretrained.task_model import read_pairs, read_prompt, read_soft_prompt
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
@@ -79,13 +80,17 @@ def check_answers(config: BackboneConfig) -> None:
     raise no_answers(config.model, model_config.architectures)
 
 
-def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None) -> Pretrained:
+def load_pretrained(
+    config: BackboneConfig, label_names: list[str] | None = None, bases: SharedBases | None = None
+) -> Pretrained:
     """Load a model with its head, or with the label words of its prompt, and cut it.
 
     Args:
         config: the model and its settings.
         label_names: class names for a new head, or for a prompt that lists none. With None, the checkpoint must have a
             head, or the prompt its own classes.
+        bases: bases of PEFT adapters, and tokenizers, that the result may share. Nothing of it may be trained then. LoRA
+            is not merged. Without it, everything is the result's own, and PEFT adapters are merged.
 
     Raises:
         UserError: the model is unknown, its family is unsupported, its head, weights or tokenizer are missing, the
@@ -101,9 +106,11 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
     elif (cached := hub.cached_folder(location, config.revision)) is not None:
         # The commit is fixed, so that the recorded revision is the loaded one even after a new push.
         config = replace(config, revision=cached.name)
-    tokenizer = _load_tokenizer(config, location)
+    tokenizer = _load_tokenizer(config, location, bases)
+    base: SharedBase | None = None
     if prompt is None:
-        backbone = cut(_load_classifier(config, location, model_config, label_names, tokenizer))
+        model, base = _load_classifier(config, location, model_config, label_names, tokenizer, bases)
+        backbone = cut(model)
     else:
         prompt = prompt.with_labels(label_names)
         verbalizer = prompt.verbalizer(tokenizer)
@@ -113,7 +120,7 @@ def load_pretrained(config: BackboneConfig, label_names: list[str] | None = None
         backbone.soft_prompt = read_soft_prompt(location, config.revision)
     check_length(config, backbone)
     identity = identify(config.model, location, config.revision)
-    return Pretrained(backbone, tokenizer, identity, _has_head(model_config), prompt, read_pairs(location))
+    return Pretrained(backbone, tokenizer, identity, _has_head(model_config), prompt, read_pairs(location), base)
 
 
 def load_tokenizer(config: BackboneConfig, label_names: list[str]) -> tuple[PreTrainedTokenizerBase, Prompt | None]:
@@ -152,15 +159,24 @@ def _load_classifier(
     model_config: Any,
     label_names: list[str] | None,
     tokenizer: PreTrainedTokenizerBase,
-) -> Any:
-    """Load a model with the checkpoint's head, or with a newly initialized head for these classes."""
+    bases: SharedBases | None,
+) -> tuple[Any, SharedBase | None]:
+    """Load a model with the checkpoint's head, or with a newly initialized head for these classes.
+
+    Returns:
+        The model, and the base that it shares, if any.
+    """
     arguments: dict[str, Any] = {}
     if (adapter := read_peft_adapter(location, config.revision)) is not None:
         if model_config.pad_token_id is None:
             model_config.pad_token_id = tokenizer.pad_token_id
-        base = {**_weights(config), "revision": adapter.base_revision}
+        if bases is not None and adapter.is_plain_lora:
+            base = _shared_base(config, adapter, bases)
+            if (model := add_updates(adapter, base, model_config)) is not None:
+                return model, base
+        options = {**_weights(config), "revision": adapter.base_revision}
         with _quiet():
-            return load_merged(adapter, resolve(adapter.base), model_config, **base)
+            return load_merged(adapter, resolve(adapter.base), model_config, **options), None
     if not _has_head(model_config):
         names = label_names or []
         arguments = {
@@ -171,7 +187,20 @@ def _load_classifier(
         if model_config.pad_token_id is None:
             arguments["pad_token_id"] = tokenizer.pad_token_id  # a decoder's head needs it to find the end of a text
     with _quiet():
-        return AutoModelForSequenceClassification.from_pretrained(location, **_weights(config), **arguments)
+        return AutoModelForSequenceClassification.from_pretrained(location, **_weights(config), **arguments), None
+
+
+def _shared_base(config: BackboneConfig, adapter: PeftAdapter, bases: SharedBases) -> SharedBase:
+    location = resolve(adapter.base)
+    own = replace(config, model=adapter.base, revision=adapter.base_revision)
+    model_config = load_model_config(location, own)
+    weights = identify(adapter.base, location, own.revision)["sha256"]
+
+    def load() -> SharedBase:
+        with _quiet():
+            return load_base(location, model_config, **_weights(own))
+
+    return bases.base((weights, model_config.to_json_string(), config.dtype, config.attention), load)
 
 
 def _load_language_model(config: BackboneConfig, location: str, model_config: Any) -> Any:
@@ -235,7 +264,7 @@ def _prompt_of(config: BackboneConfig, location: str, model_config: Any) -> Prom
     return prompt
 
 
-def _load_tokenizer(config: BackboneConfig, location: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(config: BackboneConfig, location: str, bases: SharedBases | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token.
 
     Raises:
@@ -243,8 +272,15 @@ def _load_tokenizer(config: BackboneConfig, location: str) -> PreTrainedTokenize
     """
     adapter = read_peft_adapter(location, config.revision)
     if adapter is not None and not _has_tokenizer(adapter.folder):
-        return _load_tokenizer(replace(config, revision=adapter.base_revision), resolve(adapter.base))
+        return _load_tokenizer(replace(config, revision=adapter.base_revision), resolve(adapter.base), bases)
     _check_tokenizer(config.model, location)
+    folder = Path(location) if Path(location).is_dir() else hub.cached_folder(location, config.revision)
+    if bases is not None and folder is not None:
+        return bases.tokenizer(folder, lambda: _read_tokenizer(config, location))
+    return _read_tokenizer(config, location)
+
+
+def _read_tokenizer(config: BackboneConfig, location: str) -> PreTrainedTokenizerBase:
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision, trust_remote_code=False)
     if tokenizer.pad_token is None:

@@ -1,17 +1,20 @@
 """PEFT adapters with a classification head, as PEFT and the hub have them, as task models.
 
-The adapter is merged into the model that it was tuned on. Only the layers that it changes differ from that model's, so a
-server keeps all others in memory once for all adapters on one base.
+The adapter is merged into the model that it was tuned on. A server, which has many adapters on one base, leaves those of
+LoRA unmerged: they then take the memory of their own weights, see :mod:`revmux.backbone.low_rank`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -20,9 +23,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from revmux.backbone.low_rank import LowRankFactors, can_update, updated_model
 from revmux.errors import UserError
 from revmux.pretrained import hub
 from revmux.pretrained.location import CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, check_task_type, peft_settings
+from revmux.pretrained.shared_base import SharedBase
 from revmux.utils.extras import require
 
 _HEADS = ("classifier", "score", "classifier.out_proj", "classification_head.out_proj")
@@ -37,6 +42,34 @@ _FILES = (
     "vocab*",
     "merges*",
 )
+_PREFIX = "base_model.model."
+_PLAIN_LORA = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+"""Settings of LoRA that may have any value, because the saved weights already reflect them or because they are read here."""
+_PLAIN_VALUES = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
+"""Values of other settings, besides those that mean no, that change nothing once the adapter is trained."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +105,40 @@ class PeftAdapter:
         try:
             with safe_open(file, "pt") as weights:
                 return {
-                    name.removeprefix("base_model.model."): tuple(weights.get_slice(name).get_shape())
+                    name.removeprefix(_PREFIX): tuple(weights.get_slice(name).get_shape())
                     for name in weights.keys()  # noqa: SIM118  # it is no dictionary
                 }
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {file} ({error}); save the adapter again, with safe serialization") from None
+            raise self._unreadable(error) from None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The saved weights, by their names in the model. They are in memory, so the file may change afterwards.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        try:
+            found = load((self.folder / PEFT_WEIGHTS_NAME).read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise self._unreadable(error) from None
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
+
+    def _unreadable(self, error: Exception) -> UserError:
+        file = self.folder / PEFT_WEIGHTS_NAME
+        return UserError(f"cannot read {file} ({error}); save the adapter again, with safe serialization")
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether the adapter consists of low-rank updates of weights, and of whole weights, alone."""
+        settings = self.settings
+        return settings["peft_type"] == "LORA" and all(
+            name in _PLAIN_LORA or not value or value in _PLAIN_VALUES.get(name, ()) for name, value in settings.items()
+        )
+
+    def factor(self, rank: int) -> float:
+        """The factor of LoRA's updates of a rank."""
+        alpha = self.settings["lora_alpha"]
+        return float(alpha) / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
     def label_names(self) -> list[str] | None:
         """The classes: those of ``config.json`` beside the adapter, or ``LABEL_0`` and so on; None without a saved head."""
@@ -170,6 +232,78 @@ def load_merged(
         ) from None
     assert isinstance(merged, PreTrainedModel)
     return merged
+
+
+def load_base(location: str, config: PretrainedConfig, **arguments: Any) -> SharedBase:
+    """Load a base model for :func:`add_updates`.
+
+    Args:
+        location: folder or hub id of the model.
+        config: its own configuration.
+        arguments: arguments of ``from_pretrained``.
+    """
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        location, config=config, output_loading_info=True, **arguments
+    )
+    return SharedBase(model, loading["missing_keys"])
+
+
+def add_updates(adapter: PeftAdapter, base: SharedBase, config: PretrainedConfig) -> PreTrainedModel | None:
+    """The base model with the adapter, unmerged. All weights that the adapter does not change are the base's own.
+
+    Args:
+        adapter: the adapter.
+        base: its base model.
+        config: the configuration of the new model.
+
+    Returns:
+        The model, or None if the adapter does more than low-rank updates of linear maps and whole weights, so that only
+        :func:`load_merged` can load it.
+
+    Raises:
+        UserError: weights of the head are missing, or the file is damaged.
+    """
+    if not adapter.is_plain_lora:
+        return None
+    device = base.model.device
+    saved = {name: tensor.to(device) for name, tensor in adapter.weights().items()}
+    _check_complete(adapter, [name for name in base.missing if name not in saved])
+    updates: dict[str, LowRankFactors] = {}
+    whole: dict[str, Tensor] = {}
+    for name, tensor in saved.items():
+        linear, is_down, _ = name.partition(".lora_A.")
+        if is_down:
+            up = saved.get(f"{linear}.lora_B.weight")
+            if up is None or tensor.ndim != 2:
+                return None
+            updates[linear] = LowRankFactors(tensor, up * adapter.factor(len(tensor)))
+        elif ".lora_" not in name:
+            whole[name] = tensor
+    if 2 * len(updates) + len(whole) != len(saved) or not _fit(base.model, config, updates, whole):
+        return None
+    dtype = next(base.model.parameters()).dtype
+    whole = {name: tensor.to(dtype) for name, tensor in whole.items()}
+    config.dtype, config._attn_implementation = base.model.config.dtype, base.model.config._attn_implementation
+    model = updated_model(base.model, config, updates, whole)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _fit(
+    model: nn.Module, config: PretrainedConfig, updates: Mapping[str, LowRankFactors], whole: Mapping[str, Tensor]
+) -> bool:
+    """Whether all updates and weights belong to the model and have the right shapes."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())  # of tied weights only the first
+    heads = {f"{head}.{part}" for head in _HEADS for part in ("weight", "bias")}
+    for name, tensor in whole.items():
+        if name not in parameters:
+            return False
+        rows, *others = parameters[name].shape
+        expected = (config.num_labels if name in heads else rows, *others)
+        if tuple(tensor.shape) != expected:
+            return False
+    return all(name in modules and can_update(modules[name], update) for name, update in updates.items())
 
 
 def _check_complete(adapter: PeftAdapter, missing: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from transformers import (
 from revmux.backbone import Backbone, TokenBatch
 from revmux.data.prompt import Prompt
 from revmux.data.tokens import TokenizedSplit, encode_texts
+from revmux.pretrained.shared_base import SharedBase
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Pretrained:
         has_head: whether the checkpoint contains a trained classification head.
         prompt: the template around each input, with words for every class; None if there is a classification head.
         pairs: whether the model was tuned on pairs of texts; None if this is not recorded.
+        base: the base model whose weights the backbone shares; None if all weights are its own.
     """
 
     backbone: Backbone
@@ -34,6 +36,7 @@ class Pretrained:
     has_head: bool
     prompt: Prompt | None = None
     pairs: bool | None = None
+    base: SharedBase | None = None
 
     def tokenize(self, split: Dataset, max_length: int) -> TokenizedSplit:
         """Tokenize a split for this backbone, with each input in the prompt.

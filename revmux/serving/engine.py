@@ -35,6 +35,7 @@ from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.model_thread import ModelThread
 from revmux.serving.queue import PullQueue, Ticket
 from revmux.serving.replies import Delivery, Request
+from revmux.serving.shared_weights import WeightPool
 from revmux.serving.task import Lineup, Task
 from revmux.serving.tokenizing import TokenizeJob, Tokenizers
 
@@ -79,6 +80,7 @@ class Engine:
         self.threads = threads
         self._tasks: dict[str, Task] = {}  # replaced as a whole, so that other threads may read it
         self._changing = threading.Lock()
+        self._weights = WeightPool()
         self._metrics = Metrics()
         self._queue = PullQueue(self.limits.max_queue, self._metrics, self.limits.priority_seconds)
         self._tokenizers = Tokenizers(self._queue)
@@ -191,7 +193,7 @@ class Engine:
                 self._check_free(task.name, kept)
                 kept[task.name] = task
             for task in add:
-                task.join(others)
+                task.join(others, self._weights)
                 others.append(task)
             for task, lineup in changed:
                 task.lineup = lineup

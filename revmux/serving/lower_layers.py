@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ class LowerLayers:
             for depth in range(1, backbone.num_layers + 1):
                 state = backbone.run(state, depth)
                 self._weights.append(recorder.take())
+
+    def reads_only(self, known: Collection[int]) -> bool:
+        """Whether all weights that are read belong to a set, by the identity of the tensors."""
+        return all(id(tensor) in known for read in self._weights for tensor in read)
 
     def in_common(self, other: LowerLayers) -> int:
         """The number of lowest layers after which both models have the same states for every input."""

@@ -112,7 +112,7 @@ class ModelThread:
             return True
         seconds = []
         for part in parts:
-            self._run(part, trunk if part.depth else None)
+            self._run(part, trunk if part.is_on_trunk else None)
             self._progress = ended = self.queue.clock()
             seconds.append(ended - started)
             started = ended
@@ -124,7 +124,7 @@ class ModelThread:
         common = 0.0 if trunk is None else trunk.seconds
         if common:
             seconds[0] -= common  # the first part ran them
-            inputs = [len(part.tickets) if part.depth else 0 for part in parts]
+            inputs = [len(part.tickets) if part.is_on_trunk else 0 for part in parts]
             seconds = [own + common * number / sum(inputs) for own, number in zip(seconds, inputs)]
         for part, own in zip(parts, seconds):
             self.queue.charge(part.task, max(own, 0.0))
@@ -146,6 +146,8 @@ class ModelThread:
             places = trunk.rows(inputs)
             padded = partial(trunk.tokens, places)
             prefilled = partial(trunk.states, task.backbone, places, part.depth)
+            if part.first_branch is not None:
+                prefilled = partial(trunk.ends, task.backbone, part.first_branch, len(rows))
         try:
             caps = [ticket.cap for ticket in rows]
             outcome = run_pass(task.backbone, lineup.stages, lineup.later_stages, padded, groups, caps, prefilled)

@@ -2,19 +2,21 @@
 
 A pass begins with the input that is next and the inputs of its task that can share the pass. Waiting inputs of other
 tasks join it if their groups can go on from the states of the same lowest layers, see :mod:`revmux.serving.trunk`. Each
-task then forms its own groups and runs its own upper layers.
+task then forms its own groups and runs its own upper layers. Plain inputs of tasks that differ from one base by low-rank
+updates alone run their upper layers in one batch, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from revmux.backbone.low_rank import LowRankMap
 from revmux.serving.limits import Limits
 from revmux.serving.queue import PullQueue, Ticket, Window
 from revmux.serving.scheduling import PLAIN, STRETCH, ForwardPass, Group, Route, next_pass
 from revmux.serving.task import Lineup, Task
-from revmux.serving.trunk import Trunk
+from revmux.serving.trunk import Branches, Trunk
 
 Share = tuple[Route, list[Ticket]]
 """One group: its route through the model, and the tickets of its 1..N distinct members."""
@@ -28,13 +30,21 @@ class Part:
         task: the task.
         lineup: its adapters when the pass was formed.
         shares: its groups, at least one.
-        depth: number of layers that it leaves to the trunk of the pass; 0 if it runs all layers itself.
+        depth: number of layers that it leaves to the trunk of the pass.
+        first_branch: number of its first input in the branches of the trunk, which run its other layers; None if it runs them
+            itself.
     """
 
     task: Task
     lineup: Lineup
     shares: list[Share]
     depth: int = 0
+    first_branch: int | None = None
+
+    @property
+    def is_on_trunk(self) -> bool:
+        """Whether other tasks can run layers for it."""
+        return self.depth > 0 or self.first_branch is not None
 
     @property
     def tickets(self) -> list[Ticket]:
@@ -69,7 +79,7 @@ def next_parts(queue: PullQueue, limits: Limits, window: Window) -> tuple[list[P
     task, lineup = tickets[0].task, tickets[0].task.lineup
     forward = _pass_of(tickets, window.waiting, lineup, limits)
     groups = [(group.route, [tickets[index] for index in group.members]) for group in forward.groups]
-    if forward.stem == PLAIN.stem and not limits.share_plain:  # shared only if every task answers all of its texts
+    if forward.stem == PLAIN.stem and _is_exact(task, limits):  # shared only if every task answers all of its texts
         same = _tasks(tickets[0])
         groups = [(route, members) for route, members in groups if _tasks(members[0]) == same]
     first = Part(task, lineup, _claim(queue, groups))
@@ -77,13 +87,42 @@ def next_parts(queue: PullQueue, limits: Limits, window: Window) -> tuple[list[P
     for ticket in (ticket for part in (first, *others) for ticket in part.tickets):
         ticket.joint = ()  # otherwise the tickets of a text would keep each other in memory
     parts = [first, *others] if first.shares else []
-    deepest = max((part.depth for part in others), default=0)
-    if not deepest:
+    if not any(part.is_on_trunk for part in others):
         return parts, None
+    deepest = max(part.depth for part in others)
     parts[0] = replace(first, depth=_prefill_layers(lineup, first.shares[0][0]) or deepest)
-    on_trunk = [part for part in parts if part.depth]
+    parts, branches = _with_branches(parts)
+    on_trunk = [part for part in parts if part.is_on_trunk]
     rows = [ticket.tokens for part in on_trunk for ticket in part.tickets]
-    return parts, Trunk(rows, task.padder, [part.depth for part in on_trunk])
+    return parts, Trunk(rows, task.padder, [part.depth for part in on_trunk], branches)
+
+
+def _with_branches(parts: Sequence[Part]) -> tuple[list[Part], Branches | None]:
+    """Let the first part and those that have its base run their upper layers in one batch."""
+    base = parts[0].task.pretrained.base
+    if base is None or all(part.first_branch is None for part in parts):
+        return list(parts), None
+    depth = min(part.depth for part in parts if part.first_branch is not None)
+    found: list[Part] = []
+    inputs: list[dict[str, list[int]]] = []
+    updates: list[Mapping[str, LowRankMap]] = []
+    for number, part in enumerate(parts):
+        if number and part.first_branch is None:
+            found.append(part)
+            continue
+        assert part.task.updates is not None
+        found.append(replace(part, depth=depth, first_branch=len(inputs)))
+        inputs += [ticket.tokens for ticket in part.tickets]
+        updates += [part.task.updates] * len(part.tickets)
+    return found, Branches(base, depth, inputs, updates)
+
+
+def _is_exact(task: Task, limits: Limits) -> bool:
+    """Whether plain answers of a task must be those of a batch that the task could run alone.
+
+    With LoRA apart, they differ from the merged model's by rounding in any case.
+    """
+    return not limits.share_plain and task.updates is None
 
 
 def _pass_of(tickets: Sequence[Ticket], waiting: int, lineup: Lineup, limits: Limits) -> ForwardPass:
@@ -119,7 +158,7 @@ class _Joiners:
         self._joint = {id(ticket.tokens) for ticket in tickets}
         self._rows = set(self._joint)  # texts of the trunk
         # A plain answer that is exact needs a trunk with these texts and no others.
-        self._is_fixed = first.is_plain and not limits.share_plain
+        self._is_fixed = first.is_plain and _is_exact(first.task, limits)
         lengths = [max(ticket.length for ticket in members) for _, members in first.shares]
         self._shortest, self._longest = min(lengths), max(lengths)  # the longest members of the groups
 
@@ -134,14 +173,22 @@ class _Joiners:
                 asked.setdefault(other.task, []).append(other)
         found: list[Part] = []
         for task in self._queue.turns():
-            common = 0 if task is self._first.task else self._first.task.layers_in_common(task)
-            if common and self._room:
-                found += self._parts_of(task, common, asked.get(task, []))
+            if task is self._first.task or not self._room:
+                continue
+            has_base = self._first.is_plain and self._first.task.has_base_of(task)
+            common = self._first.task.layers_in_common(task)
+            if common or has_base:
+                found += self._parts_of(task, common, has_base, asked.get(task, []))
         return found
 
-    def _parts_of(self, task: Task, common: int, asked: Sequence[Ticket]) -> list[Part]:
+    def _parts_of(self, task: Task, common: int, has_base: bool, asked: Sequence[Ticket]) -> list[Part]:
         tickets = self._queue.waiting(asked)
-        if not self._is_fixed and task.pads_like(self._first.task):
+        has_groups = len(task.lineup.routes) > 1
+        if (
+            not self._is_fixed
+            and (has_groups or has_base or self._limits.share_plain)
+            and task.pads_like(self._first.task)
+        ):
             known = set(tickets)
             tickets += [ticket for ticket in self._queue.first(task, self._room) if ticket not in known]
         tickets = tickets[: self._room]
@@ -152,18 +199,21 @@ class _Joiners:
             groups = [(group.route, [tickets[index] for index in group.members]) for group in forward.groups]
             tried = {ticket for _, members in groups for ticket in members}
             depth = common if forward.stem == PLAIN.stem else _prefill_layers(lineup, groups[0][0])
-            if forward.stem == PLAIN.stem and not self._limits.share_plain:
+            if forward.stem == PLAIN.stem and has_base:
+                part: Part | None = Part(task, lineup, self._claim_admitted(groups, True), depth, first_branch=0)
+            elif forward.stem == PLAIN.stem and not self._limits.share_plain:
                 part = self._exact_part(Part(task, lineup, groups, depth))
             elif 0 < depth <= common:
-                part = Part(
-                    task, lineup, _claim(self._queue, [group for group in groups if self._admit(group[1])]), depth
-                )
+                part = Part(task, lineup, self._claim_admitted(groups), depth)
             else:
                 part = None
             if part is not None and part.shares:
                 found.append(part)
             tickets = [ticket for ticket in tickets if ticket not in tried]
         return found
+
+    def _claim_admitted(self, groups: Sequence[Share], has_base: bool = False) -> list[Share]:
+        return _claim(self._queue, [group for group in groups if self._admit(group[1], has_base)])
 
     def _exact_part(self, part: Part) -> Part | None:
         """Claim the inputs of a plain part that have the texts of the first part, if they are all of the trunk's texts.
@@ -180,15 +230,23 @@ class _Joiners:
         self._is_fixed |= complete
         return replace(part, shares=claimed, depth=part.depth if complete else 0)
 
-    def _admit(self, members: Sequence[Ticket]) -> bool:
-        """Take room for a group, and return whether there is enough."""
+    def _admit(self, members: Sequence[Ticket], has_base: bool) -> bool:
+        """Take room for a group, and return whether there is enough.
+
+        Args:
+            members: its inputs.
+            has_base: whether the upper layers, too, run in one batch, in which a text has a row for each task.
+        """
         rows = self._rows | {id(ticket.tokens) for ticket in members}
         if len(members) > self._room:
             return False
-        if len(rows) > len(self._rows):
+        is_wider = len(rows) > len(self._rows)
+        if is_wider or has_base:
+            inputs = self._limits.max_batch - self._room + len(members) if has_base else len(rows)
             length = max(ticket.length for ticket in members)
             shortest, longest = min(length, self._shortest), max(length, self._longest)
-            if self._is_fixed or len(rows) * longest > self._limits.max_batch_tokens or STRETCH * shortest < longest:
+            is_too_large = inputs * longest > self._limits.max_batch_tokens
+            if (self._is_fixed and is_wider) or is_too_large or STRETCH * shortest < longest:
                 return False
             self._rows, self._shortest, self._longest = rows, shortest, longest
         self._room -= len(members)

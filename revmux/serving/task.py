@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
 
 from revmux.adapters.config import load_adapter_config
 from revmux.backbone import Backbone
+from revmux.backbone.joint_layers import low_rank_maps
+from revmux.backbone.low_rank import LowRankMap
 from revmux.errors import UserError
 from revmux.features.tokens import tokenizer_digest
 from revmux.ladder import Stage, check_ladder
@@ -21,7 +25,7 @@ from revmux.serving.forward import pad
 from revmux.serving.limits import Limits
 from revmux.serving.lower_layers import LowerLayers
 from revmux.serving.scheduling import PLAIN, Group, Route, admits, useful_routes
-from revmux.serving.shared_weights import share_weights
+from revmux.serving.shared_weights import WeightPool
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,8 @@ class Task:
     Attributes:
         lineup: the adapters that requests currently use.
         label_names: names of the classes, in the order of the scores.
-        encoder: converts texts to tokens. Tasks of an engine whose tokenizers and limits are equal have the same one.
-        probe_tokens: tokens of the text for health checks.
-        padder: a tokenizer for use by the model's thread only.
+        pairs: whether the inputs are pairs of texts; None accepts both.
+        updates: if the layers are those of a shared base with low-rank updates alone, these by name. Otherwise None.
 
     Raises:
         UserError: an adapter does not fit, two adapters have the same N or stage, the stages do not form a ladder, an
@@ -162,42 +165,81 @@ class Task:
         self._check(lineup)
         self.lineup = lineup
         pairs = _pairs(lineup)
-        self.encoder = Encoder(pretrained, max_length, pairs)
-        self._tokenization = (
-            tokenizer_digest(pretrained.tokenizer),
-            max_length,
-            pretrained.pairs if pairs is None else pairs,
-            pretrained.prompt,
-        )
-        self.probe_tokens = self.encoder.example.tokens
-        self.padder = copy.deepcopy(pretrained.tokenizer)
+        self.pairs = pretrained.pairs if pairs is None else pairs
+        self.updates: Mapping[str, LowRankMap] | None = None
         self._lower: LowerLayers | None = None
-        self._in_common: WeakKeyDictionary[Task, int] = WeakKeyDictionary()  # with tasks that joined before
 
-    def join(self, others: Sequence[Task]) -> None:
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Converts texts to tokens. Tasks of an engine whose tokenizers and limits are equal have the same one."""
+        return Encoder(self.pretrained, self.max_length, self.pairs)
+
+    @cached_property
+    def padder(self) -> PreTrainedTokenizerBase:
+        """A tokenizer for use by the model's thread only."""
+        return copy.deepcopy(self.pretrained.tokenizer)
+
+    @property
+    def probe_tokens(self) -> dict[str, list[int]]:
+        """Tokens of the text for health checks."""
+        return self.encoder.example.tokens
+
+    def join(self, others: Sequence[Task], weights: WeightPool) -> None:
         """Share with other tasks of the engine what is equal: weights, the tokenizer, and the run of the lowest layers.
 
         Args:
             others: the other tasks, which have joined before.
+            weights: the weights of the engine's tasks.
+
+        Raises:
+            UserError: the prompt alone is longer than the limit of the task.
         """
-        share_weights(self.backbone, [other.backbone for other in others])
-        same = next((other for other in others if other._tokenization == self._tokenization), None)
-        if same is not None:
-            self.encoder, self.padder = same.encoder, same.padder
+        weights.share(self.backbone)
+        same = self._with_same_tokens(others)
+        first = self if same is None else same
+        self.encoder, self.padder = first.encoder, first.padder
         if self.pretrained.prompt is None:  # the states of a kept prefix depend on all layers
             tokens = pad([self.probe_tokens], self.padder)
             on_device = {name: tensor.to(self.backbone.device) for name, tensor in tokens.items()}
-            lower = self._lower = LowerLayers(self.backbone, on_device)
-            found = {other: lower.in_common(other._lower) for other in others if other._lower is not None}
-            self._in_common.update({other: depth for other, depth in found.items() if depth})
+            self._lower = LowerLayers(self.backbone, on_device)
+            self.updates = self._updates_of(self._lower)
+
+    def _updates_of(self, lower: LowerLayers) -> Mapping[str, LowRankMap] | None:
+        if self.pretrained.base is None:
+            return None
+        base, maps = self.pretrained.base.model, low_rank_maps(self.backbone)
+        own = (parameter for updated in maps.values() for parameter in updated.parameters())
+        known = {id(tensor) for tensor in chain(base.parameters(), base.buffers(), own)}
+        return maps if lower.reads_only(known) else None
+
+    def _with_same_tokens(self, others: Sequence[Task]) -> Task | None:
+        """A task that turns every text into the same tokens."""
+        similar = [
+            other
+            for other in others
+            if (other.max_length, other.pairs, other.pretrained.prompt)
+            == (self.max_length, self.pairs, self.pretrained.prompt)
+        ]
+        loaded_once = (other for other in similar if other.pretrained.tokenizer is self.pretrained.tokenizer)
+        equal = (other for other in similar if other._tokenizer_digest == self._tokenizer_digest)
+        return next(loaded_once, None) or next(equal, None)
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.pretrained.tokenizer)
 
     def layers_in_common(self, other: Task) -> int:
         """The number of lowest layers that give every input the same states in both tasks."""
-        return self._in_common.get(other, 0) or other._in_common.get(self, 0)
+        return 0 if self._lower is None or other._lower is None else self._lower.in_common(other._lower)
+
+    def has_base_of(self, other: Task) -> bool:
+        """Whether inputs of both tasks can pass all layers in one batch, because only low-rank updates differ."""
+        have_updates = self.updates is not None and other.updates is not None
+        return have_updates and self.pretrained.base is other.pretrained.base
 
     def pads_like(self, other: Task) -> bool:
         """Whether texts of both tasks can be padded to one batch."""
-        return self.padder is other.padder or self._tokenization[0] == other._tokenization[0]
+        return self.padder is other.padder or self._tokenizer_digest == other._tokenizer_digest
 
     def load(self, folder: str | Path) -> LoadedAdapter:
         """Add an adapter to the line-up, or replace the one in its place: the one with the same N, or of its stage.

@@ -1,14 +1,37 @@
-"""The trunk of a pass: the lowest layers, which run once for all tasks that take part in the pass."""
+"""The trunk of a pass: the lowest layers, which run once for all tasks that take part in the pass.
+
+Above it, tasks that differ from one base by low-rank updates alone run the remaining layers in one batch, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
+from revmux.backbone.low_rank import LowRankMap
+from revmux.pretrained.shared_base import SharedBase
 from revmux.serving.forward import StepClock, pad
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The layers above the trunk for M inputs of tasks on one base, each with the updates of its own task.
+
+    Attributes:
+        base: the base.
+        depth: the depth of the trunk where they begin.
+        inputs: (M) the token lists, which are objects of the trunk.
+        updates: (M) the updates of each input's task.
+    """
+
+    base: SharedBase
+    depth: int
+    inputs: Sequence[dict[str, list[int]]]
+    updates: Sequence[Mapping[str, LowRankMap]]
 
 
 class Trunk:
@@ -18,18 +41,25 @@ class Trunk:
         inputs: the token lists of the inputs of all tasks. An object that several tasks answer is one of the R inputs.
         padder: a tokenizer of the tasks.
         depths: the depths.
+        branches: the layers above, if tasks run them in one batch.
 
     Attributes:
         is_usable: whether tasks may use it, see :meth:`drop`.
     """
 
     def __init__(
-        self, inputs: Sequence[dict[str, list[int]]], padder: PreTrainedTokenizerBase, depths: Iterable[int]
+        self,
+        inputs: Sequence[dict[str, list[int]]],
+        padder: PreTrainedTokenizerBase,
+        depths: Iterable[int],
+        branches: Branches | None = None,
     ) -> None:
         self._inputs = list({id(tokens): tokens for tokens in inputs}.values())
         self._rows = {id(tokens): row for row, tokens in enumerate(self._inputs)}
         self._answered: set[int] = set()
-        self._clock: StepClock | None = None
+        self._clocks: list[StepClock] = []
+        self._branches = branches
+        self._ends: HiddenState | None = None
         self._padder = padder
         self._depths = sorted(set(depths))
         self._tokens: TokenBatch | None = None
@@ -38,13 +68,13 @@ class Trunk:
 
     @property
     def seconds(self) -> float:
-        """Device time of the lower layers, once a task has its answers; 0 if they have not run."""
-        return 0.0 if self._clock is None else sum(self._clock.seconds().values())
+        """Device time of what ran for several tasks, once a task has its answers; 0 if nothing has."""
+        return sum(sum(clock.seconds().values()) for clock in self._clocks)
 
     def drop(self) -> None:
         """Release the states. The tasks that have not run yet compute their own."""
         self.is_usable = False
-        self._states, self._tokens, self._clock = {}, None, None
+        self._states, self._tokens, self._ends, self._clocks = {}, None, None, []
 
     def answered(self, rows: Sequence[int]) -> int:
         """Note that a task has answered some rows, and return how many of them another task had answered before."""
@@ -78,11 +108,29 @@ class Trunk:
                 state = backbone.run(state, reached)
                 self._states[reached] = state
             clock.mark("prefill")
-            self._clock = clock
+            self._clocks.append(clock)
         state = self._states[depth]
         if list(rows) == self._everything:
             return state
         return state.take(torch.tensor(rows, device=backbone.device))
+
+    def ends(self, backbone: Backbone, first: int, count: int) -> HiddenState:
+        """The states after the last layer of some inputs of the branches.
+
+        Args:
+            backbone: the model that computes the states of the trunk if this is the first call.
+            first: number of the first one of the M inputs.
+            count: number of inputs.
+        """
+        branches = self._branches
+        assert branches is not None
+        if self._ends is None:
+            state = self.states(backbone, self.rows(branches.inputs), branches.depth)
+            clock = StepClock(backbone.device)
+            self._ends = branches.base.joint_layers.run(state, branches.updates)  # (M, S, d)
+            clock.mark("upper")
+            self._clocks.append(clock)
+        return self._ends.map(lambda tensor: tensor[first : first + count])
 
     @property
     def _everything(self) -> list[int]:
