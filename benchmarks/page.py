@@ -20,6 +20,7 @@ from benchmarks.precision import precision_words
 from benchmarks.serving.page import path_words, serving_words
 from benchmarks.size import size_words
 from benchmarks.systems.page import systems_words
+from benchmarks.tasks.page import tasks_words
 from benchmarks.training.page import training_words
 from revmux.methods import method_class
 from revmux.plan.report import comparison_table, row_name
@@ -65,6 +66,7 @@ WRITERS = {
     "precision": precision_words,
     "quickstart": quickstart_words,
     "systems": systems_words,
+    "tasks": tasks_words,
     "training": training_words,
     "llama": llama_words,
     "long-tests": long_tests_words,

@@ -1,0 +1,1 @@
+"""Benchmarks of many tasks on one base model."""
