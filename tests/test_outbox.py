@@ -46,6 +46,11 @@ from revmux import UserError
 
 
 @pytest.fixture(autouse=True)
+def _empty_store(mlflow_database: Path, tmp_path: Path) -> None:
+    shutil.copy(mlflow_database, tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
