@@ -17,10 +17,9 @@ from ray_jobs import console
 HEAVY = ("torch", "transformers", "datasets", "pandas", "ray", "mlflow", "matplotlib")
 COMMANDS = [name for commands in console.COMMANDS.values() for name in commands]
 RUN_ALL = """
-import contextlib, io, json, runpy, sys, traceback
+import contextlib, importlib, io, json, os, runpy, sys, traceback
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from unittest import mock
 
 class Blocked(Loader):
     def create_module(self, spec):
@@ -30,24 +29,38 @@ class Finder(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         return ModuleSpec(name, Blocked()) if name in blocked else None
 
-blocked, calls = json.load(sys.stdin)
-sys.meta_path.insert(0, Finder())
-answers = []
-for module, missing, *argv in calls:
+def run(module, missing, *argv):
     sys.argv = [module, *argv]
-    for name in (module, module + ".__main__"):  # runpy warns of a module that another one has imported
+    if missing:
+        sys.modules[missing] = None
+    for name in (module, module + ".__main__"):  # runpy warns of a module that is imported already
         if not hasattr(sys.modules.get(name), "__path__"):
             sys.modules.pop(name, None)
     status, out, err = 0, io.StringIO(), io.StringIO()
-    absent = mock.patch.dict(sys.modules, {missing: None} if missing else {})
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), absent:
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as error:
             status = error.code or 0
         except BaseException:
             status = traceback.print_exc() or 1
-    answers.append((status, out.getvalue(), err.getvalue()))
+    return status, out.getvalue(), err.getvalue()
+
+blocked, calls = json.load(sys.stdin)
+sys.meta_path.insert(0, Finder())
+for module in sorted({module for module, *_ in calls}):
+    importlib.import_module(module)
+answers = []
+for call in calls:
+    reader, writer = os.pipe()
+    if not os.fork():
+        with os.fdopen(writer, "w") as file:
+            json.dump(run(*call), file)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        answers.append(json.load(file))
+    os.wait()
 json.dump(answers, sys.stdout)
 """
 
@@ -66,7 +79,7 @@ def start(code: str, given: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def run_all(calls: list[tuple[str, ...]], blocked: Sequence[str]) -> dict[tuple[str, ...], Answer]:
-    """Run commands one after the other in one process, because starting one takes longer than a command.
+    """Run commands in forks of one process, because starting Python takes longer than a command.
 
     Args:
         calls: module, package that is to look as if it were not installed (or ""), and arguments.
