@@ -33,6 +33,8 @@ from revmux.bulk.summary import write_summary
 from revmux.bulk.texts import Tokenizer
 from revmux.bulk.units import Unit, list_work
 from revmux.bulk.worker import Finished, Worker
+from revmux.data.padding import Padder
+from revmux.pretrained.encoder import Encoder
 
 pytestmark = pytest.mark.numeric
 
@@ -527,9 +529,12 @@ def test_padding_is_that_of_the_tokenizer(side: str, model: Path) -> None:
     texts = [text(index) for index in range(6)]
     tokens, _ = Tokenizer(pretrained, 64).encode(texts, None)
     expected = padder([texts[index] for index in (3, 5, 0)], padding=True, return_tensors="pt")
-    found = tokens.padded([3, 5, 0], padder)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    rows = tokens.padded([3, 5, 0], Padder(padder))
+    encoder = Encoder(pretrained, 64)
+    lists = Padder(padder).lists([encoder.encode(texts[index]).tokens for index in (3, 5, 0)])
+    for found in (rows, lists):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_the_settings_of_an_output_contain_no_password(config: BulkConfig) -> None:

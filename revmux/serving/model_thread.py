@@ -18,7 +18,7 @@ from revmux.backbone import HiddenState, TokenBatch
 from revmux.labels import best_labels
 from revmux.serving.answer import Answer
 from revmux.serving.errors import Draining, InferenceFailed
-from revmux.serving.forward import Outcome, pad, run_pass
+from revmux.serving.forward import Outcome, run_pass
 from revmux.serving.limits import Limits
 from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.parts import Part, lay_out, next_parts
@@ -140,7 +140,7 @@ class ModelThread:
         task, lineup = part.task, part.lineup
         groups, rows = lay_out(part.shares)
         inputs = [ticket.tokens for ticket in rows]
-        padded: Callable[[], TokenBatch] = partial(pad, inputs, task.padder)
+        padded: Callable[[], TokenBatch] = partial(task.padder.lists, inputs)
         prefilled: Callable[[], HiddenState] | None = None
         if trunk is not None and trunk.is_usable:
             places = trunk.rows(inputs)
@@ -247,7 +247,7 @@ class ModelThread:
             if others:
                 groups = [Group(PLAIN, (index,)) for index in range(len(others))]
                 inputs = [tickets[row].tokens for row in others]
-                plain = run_pass(task.backbone, {}, [], partial(pad, inputs, task.padder), groups, [1] * len(others))
+                plain = run_pass(task.backbone, {}, [], partial(task.padder.lists, inputs), groups, [1] * len(others))
                 agreed += int((best_labels(plain.scores) == best_labels(outcome.scores[others])).sum())
         except Exception:
             logger.exception("the audit of a pass of task %s failed; its answers were already returned", task.name)
