@@ -36,9 +36,9 @@ class Padder:
     def present(self, lengths: np.ndarray) -> np.ndarray:
         """The places of the tokens of R inputs: lengths (R,) to booleans (R, S)."""
         places = np.arange(lengths.max())  # (S,)
-        if self._is_left:
-            return places >= lengths.max() - lengths[:, None]
-        return places < lengths[:, None]
+        own = lengths[:, None]
+        present: np.ndarray = places >= lengths.max() - own if self._is_left else places < own
+        return present
 
     def spread(self, name: str, flat: np.ndarray, present: np.ndarray) -> torch.Tensor:
         """Put values into their places and pad the others.

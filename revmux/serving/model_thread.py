@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from revmux.backbone import HiddenState, TokenBatch
-from revmux.labels import best_labels
+from revmux.labels import best_labels, order_labels
 from revmux.serving.answer import Answer
 from revmux.serving.errors import Draining, InferenceFailed
 from revmux.serving.forward import Outcome, run_pass
@@ -202,6 +202,7 @@ class ModelThread:
         self.metrics.record(report)
         numbers = dict(zip(widths, self._group_numbers))
         scores = outcome.scores.unbind()  # R times (C,)
+        rankings = list(zip(*order_labels(outcome.scores)))  # once per pass, because it takes as long for one input
         for index, row in enumerate(answered):
             ticket = tickets[row]
             ticket.future.set_result(
@@ -219,6 +220,7 @@ class ModelThread:
                     group=numbers[outcome.groups[row]],
                     started=started,
                     steps=outcome.steps,
+                    ranking=rankings[row],
                 )
             )
         self._report(report)
