@@ -115,9 +115,11 @@ class Machines:
         command = [RAY, "start", "--block", "--min-worker-port=0", "--max-worker-port=0", *flags]
         if not any(flag.startswith("--num-cpus") for flag in flags):
             command.append("--num-cpus=1")
+        # Ray Train asks the dashboard of the cluster that it finds, and there may be others on this machine.
+        environment = self.environment | ({} if "--head" in flags else {"RAY_ADDRESS": self.address})
         with (self.folder / f"node-{len(self.running)}.log").open("w") as output:
             started = subprocess.Popen(
-                command, env=self.environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         self.running.append(started)
         return started

@@ -93,7 +93,7 @@ def test_tune(machines: Machines, tiny_model_folder: Path, tiny_csv: Path) -> No
 
 
 def test_classify(machines: Machines, tiny_model_folder: Path, tiny_csv: Path) -> None:
-    folders = [f"--output={machines.folder}/out", f"--storage={machines.folder}/runs"]
+    folders = [f"--output={machines.folder}/out", f"--storage={machines.folder}/runs", "--column_prefix=predicted_"]
     model = [f"--model={tiny_model_folder}", f"--input={tiny_csv}", f"--cluster.address={machines.address}"]
     text = run(machines, "ray_jobs.classify", *model, *folders)
     assert "classify: waiting for more machines: 1 × 1 CPU; the cluster has 0 CPU" in text

@@ -119,5 +119,9 @@ class ConcurrencyWatch:
         self.alone_since = self.alone_since or now
         if not self.warned and now - self.alone_since >= self.seconds:
             self.warned = True
-            state = describe_shortage(self.cluster, worker_nodes(self.cluster))
+            nodes = worker_nodes(self.cluster)
+            fitting = fitting_trials(self.cluster, nodes)
+            state = f"{fitting} fit the machines, but other work uses them or processes are still starting"
+            if fitting < 2:
+                state = describe_shortage(self.cluster, nodes)
             print(f"sweep: warning: only one trial runs and {waiting} wait for room: {state}", flush=True)
