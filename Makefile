@@ -7,7 +7,7 @@ WORKERS ?= 2
 PORT ?= 5000
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart llama test test-numeric test-processors test-ray test-all check lint docs dist ui clean
+.PHONY: help quickstart llama test test-gpu test-numeric test-processors test-ray test-all check lint docs dist ui clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test: $(READY)  ## run the tests in WORKERS processes and measure coverage
 
 test-numeric: $(READY)  ## run the tests that compute with models, without Ray
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'numeric and not long'
+
+test-gpu: $(READY)  ## run the tests that need a GPU; without one, they are skipped
+	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
 
 test-processors: $(READY)  ## run the numeric tests as other processors would compute (nightly)
 	PYTHON=$(BIN)/python .ci/processors

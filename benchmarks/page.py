@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.bulk.page import bulk_words
 from benchmarks.data import data_words
 from benchmarks.front.page import front_words
+from benchmarks.gpu.page import gpu_words
 from benchmarks.llama.page import llama_words
 from benchmarks.long_tests import long_tests_words
 from benchmarks.plan.page import plan_words
@@ -63,6 +64,7 @@ WRITERS = {
     "bulk": bulk_words,
     "data": data_words,
     "front": front_words,
+    "gpu": gpu_words,
     "precision": precision_words,
     "quickstart": quickstart_words,
     "systems": systems_words,

@@ -60,9 +60,14 @@ def digest(*settings: object) -> str:
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
+def kept_file(folder: Path, name: str, settings: object) -> Path:
+    """Return the file in which :func:`kept_rows` keeps rows."""
+    return folder / f"{name}-{digest(settings)}.json"
+
+
 def kept_rows(folder: Path, name: str, settings: object, measure: Callable[[], Any]) -> Any:
     """Return measured rows, cached in a file per settings so that an interrupted benchmark resumes."""
-    file = folder / f"{name}-{digest(settings)}.json"
+    file = kept_file(folder, name, settings)
     if not file.is_file():
         started = time.perf_counter()
         write_json(file, measure())

@@ -22,6 +22,7 @@ from revmux.methods import Siso
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.identity import weights_sha256
 from revmux.pretrained.loading import load_pretrained
+from revmux.pretrained.location import locate
 from revmux.pretrained.task_model import save_task_model
 from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
 from revmux.training.recipe import prepare, train_here
@@ -50,7 +51,7 @@ class Run:
         """Return a run whose file is named after its title, N and seed."""
         words = f"{title} N={recipe.method.num_inputs} seed={recipe.optim.seed}"
         name = "".join(letter if letter.isalnum() or letter == "=" else "-" for letter in words)
-        asked = digest(recipe, task.identity["sha256"], weights_sha256(Path(recipe.backbone.model)))
+        asked = digest(recipe, task.identity["sha256"], weights_sha256(Path(locate(recipe.backbone.model))))
         return cls(title, recipe, folder / f"{name}.json", asked)
 
     @property

@@ -51,6 +51,16 @@ def activate(scores: Tensor, function: ScoreFunction | None = None) -> Tensor:
     return scores
 
 
+def order_labels(scores: Tensor, function: ScoreFunction | None = None) -> tuple[list[list[int]], list[list[float]]]:
+    """The labels of M inputs, (M, C), highest score first, and the results of :func:`activate` in the same order.
+
+    Raises:
+        UserError: the function is unknown.
+    """
+    values, order = torch.sort(activate(scores, function), dim=-1, descending=True, stable=True)  # (M, C) each
+    return order.tolist(), values.tolist()
+
+
 def rank_many(
     scores: Tensor, label_names: Sequence[str], function: ScoreFunction | None = None, top_k: int | None = None
 ) -> list[list[tuple[str, float]]]:
@@ -59,8 +69,17 @@ def rank_many(
     Raises:
         UserError: the function is unknown.
     """
-    values, order = torch.sort(activate(scores, function), dim=-1, descending=True, stable=True)  # (M, C) each
+    return name_labels(*order_labels(scores, function), label_names, top_k)
+
+
+def name_labels(
+    order: Sequence[Sequence[int]],
+    values: Sequence[Sequence[float]],
+    label_names: Sequence[str],
+    top_k: int | None = None,
+) -> list[list[tuple[str, float]]]:
+    """The result of :func:`rank_labels` for M inputs, from that of :func:`order_labels`."""
     return [
         [(label_names[index], value) for index, value in zip(indices, row)][:top_k]
-        for indices, row in zip(order.tolist(), values.tolist())
+        for indices, row in zip(order, values)
     ]

@@ -11,14 +11,14 @@ from itertools import islice
 from math import prod
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 import revmux
 from revmux.errors import EmptyText, TextError
-from revmux.labels import ScoreFunction, rank_many
+from revmux.labels import ScoreFunction
 from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
+from revmux.serving.answer import rank_answers
 from serve_app.protocol import RequestOptions
 
 Nested = list[Any]
@@ -87,8 +87,7 @@ class InferRequest(BaseModel):
         """Return the body of the reply."""
         parameters = self.parameters
         function = parameters.function_to_apply or ("none" if parameters.raw_scores else None)
-        scores = torch.stack([answer.scores for answer in answers])  # (B, C)
-        rankings = rank_many(scores, label_names, function, parameters.top_k)
+        rankings = rank_answers(answers, label_names, function, parameters.top_k)
         shape = [len(rankings), len(rankings[0])]
         tensors: dict[str, dict[str, Any]] = {
             "labels": {"datatype": "BYTES", "data": [label for ranking in rankings for label, _ in ranking]},

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from revmux.errors import EmptyText, TextError
-from revmux.labels import ScoreFunction, rank_many
+from revmux.labels import ScoreFunction
 from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
+from revmux.serving.answer import rank_answers
 from revmux.serving.limits import HIGHEST_PRIORITY
 from serve_app.config import explain
 
@@ -89,10 +89,9 @@ class PredictRequest(RequestOptions):
         """Return the body of the reply: one ranking for a single input, a list of rankings for a batch."""
         parameters = self.parameters or Parameters()
         function = parameters.function_to_apply or ("none" if self.raw_scores else None)
-        scores = torch.stack([answer.scores for answer in answers])  # (B, C)
         rankings: list[Ranking] = [
             [{"label": label, "score": score} for label, score in ranking]
-            for ranking in rank_many(scores, label_names, function, parameters.top_k)
+            for ranking in rank_answers(answers, label_names, function, parameters.top_k)
         ]
         return rankings if self._is_batch or "parameters" in self.model_fields_set else rankings[0]
 

@@ -63,7 +63,11 @@ def test_the_page_shows_targets_and_what_was_not_measured() -> None:
         unmeasured_row("the function at N = 1 / infinity-emb's engine", "it ended with status 1", 1.0),
         ratio_row("peak memory", [1.2], 1.1) | {"bound": "at most"},
     ]
-    meta = {"settings": {"pairs": 3, "threads": 2}, "machine": {"cores": 2}, "commit": "abcdefghij"}
+    meta = {
+        "settings": {"pairs": 3, "group_pairs": 3, "large_pairs": 1, "threads": 2},
+        "machine": {"cores": 2},
+        "commit": "abcdefghij",
+    }
     meta |= {"versions": {"torch": "2.13", "ray": "2.60"}, "data": {"a model": {"rows": 4096, "tokens": 25.3}}}
     words = bulk_words({"meta": meta, "rows": rows})["bulk"]
     assert "| ≥ 1 | 1.75 (1.50–2.00) | – | met |" in words

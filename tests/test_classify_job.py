@@ -95,10 +95,20 @@ def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.cluster("shared")
-def test_the_job_writes_what_the_library_writes_and_records_it(
-    job: ClassifyJob, ray_here: None, undisturbed: dict[str, bytes]
+def test_a_job_with_a_killed_worker_writes_what_the_library_writes_and_records_it(
+    job: ClassifyJob, ray_here: None, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    class Killed(pool.UnitActor):
+        def run(self, unit: Unit) -> Any:
+            marker = tmp_path / "killed"
+            if unit.number == 5 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().run(unit)
+
+    monkeypatch.setattr(pool, "UnitActor", Killed)
     classify.main(replace(job, price=2.5))
+    assert (tmp_path / "killed").exists()
     assert parts(job.output) == undisturbed
     assert ids(job.output) == list(range(ROWS))
     client = MlflowClient(f"sqlite:///{job.storage}/mlflow.db")
@@ -119,24 +129,6 @@ def test_the_job_writes_what_the_library_writes_and_records_it(
     assert names == {"summary/summary.html", "summary/summary.png"}
     classify.main(job)  # nothing is left to do, and the run is the same one
     assert len(client.search_runs([experiment.experiment_id])) == 1
-
-
-@pytest.mark.cluster("shared")
-def test_a_killed_worker_costs_no_row(
-    job: ClassifyJob, ray_here: None, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    class Killed(pool.UnitActor):
-        def run(self, unit: Unit) -> Any:
-            marker = tmp_path / "killed"
-            if unit.number == 5 and not marker.exists():
-                marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().run(unit)
-
-    monkeypatch.setattr(pool, "UnitActor", Killed)
-    classify.main(replace(job, cluster=replace(job.cluster, workers=2)))
-    assert (tmp_path / "killed").exists()
-    assert parts(job.output) == undisturbed
 
 
 @pytest.mark.cluster("shared")
@@ -209,9 +201,10 @@ def test_the_documented_command_and_function_run_as_written(
     monkeypatch.chdir(tmp_path)
     for source, target in {"model": "runs/task-model", "token-split-4": "runs/adapters/revmux-n4-l2"}.items():
         shutil.copytree(folder / source, target)
-    shutil.copytree(folder / "rows", "reviews")
+    Path("reviews").mkdir()
+    shutil.copy(folder / "rows" / "a.parquet", "reviews")
     assert classify.command(shlex.split(command)) == 0
-    assert ids("answers") == list(range(ROWS))
+    assert ids("answers") == list(range(200))
     assert {path.name for path in Path("answers", META).iterdir()} >= {"manifest.json", "summary.html", "summary.png"}
     shutil.copy("reviews/a.parquet", "reviews.parquet")
     names: dict[str, Any] = {}

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 
@@ -14,38 +15,79 @@ import revmux
 from ray_jobs import console
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "ray", "mlflow", "matplotlib")
-BLOCKED = """
-import runpy, sys
+COMMANDS = [name for commands in console.COMMANDS.values() for name in commands]
+RUN_ALL = """
+import contextlib, importlib, io, json, os, runpy, sys, traceback
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 class Blocked(Loader):
     def create_module(self, spec):
-        raise RuntimeError(f"{{spec.name}} is imported before the settings are checked")
+        raise RuntimeError(f"{spec.name} is imported before the settings are checked")
 
 class Finder(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        return ModuleSpec(name, Blocked()) if name in {blocked!r} else None
+        return ModuleSpec(name, Blocked()) if name in blocked else None
 
+def run(module, missing, *argv):
+    sys.argv = [module, *argv]
+    if missing:
+        sys.modules[missing] = None
+    for name in (module, module + ".__main__"):  # runpy warns of a module that is imported already
+        if not hasattr(sys.modules.get(name), "__path__"):
+            sys.modules.pop(name, None)
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as error:
+            status = error.code or 0
+        except BaseException:
+            status = traceback.print_exc() or 1
+    return status, out.getvalue(), err.getvalue()
+
+blocked, calls = json.load(sys.stdin)
 sys.meta_path.insert(0, Finder())
-sys.argv = {argv!r}
-runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+for module in sorted({module for module, *_ in calls}):
+    importlib.import_module(module)
+answers = []
+for call in calls:
+    reader, writer = os.pipe()
+    if not os.fork():
+        with os.fdopen(writer, "w") as file:
+            json.dump(run(*call), file)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        answers.append(json.load(file))
+    os.wait()
+json.dump(answers, sys.stdout)
 """
 
 
-def start(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+class Answer(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def start(code: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        [sys.executable, "-c", code], input=given, capture_output=True, text=True, check=False, env=environment
     )
 
 
-def light(module: str, *argv: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a module in a process that cannot import anything heavy."""
-    return start(BLOCKED.format(blocked=HEAVY, argv=[module, *map(str, argv)], module=module))
+def run_all(calls: list[tuple[str, ...]], blocked: Sequence[str]) -> dict[tuple[str, ...], Answer]:
+    """Run commands in forks of one process, because starting Python takes longer than a command.
+
+    Args:
+        calls: module, package that is to look as if it were not installed (or ""), and arguments.
+        blocked: packages that cannot be imported in this process.
+    """
+    done = start(RUN_ALL, json.dumps([blocked, calls]))
+    assert done.returncode == 0, done.stderr
+    return {call: Answer(*answer) for call, answer in zip(calls, json.loads(done.stdout), strict=True)}
 
 
 def test_import_revmux_imports_nothing_heavy() -> None:
@@ -62,21 +104,6 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         revmux.no_such_name  # noqa: B018
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    file = tmp_path / "reviews.csv"
-    file.write_text("body,stars\nGood.,1\nBad.,0\n")
-    return file
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
-    return folder
 
 
 MISTAKES = {
@@ -155,58 +182,86 @@ MISTAKES = {
 }
 
 
+MISSING: list[tuple[list[str], str, str]] = [
+    (["train"], "ray", "pip install 'revmux[train]'"),
+    (["train"], "mlflow", "pip install 'revmux[mlflow]'"),
+    (["tune"], "optuna", "pip install 'revmux[tune]'"),
+    (["tune"], "matplotlib", "pip install 'revmux[report]'"),
+    (["plan", "--goal.allowance", "1"], "scipy", "pip install 'revmux[plan]'"),
+    (["serve", "--model", "MODEL"], "fastapi", "pip install 'revmux[serve]'"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The paths behind words in capitals."""
+    folder = tmp_path_factory.mktemp("command-line")
+    (folder / "reviews.csv").write_text("body,stars\nGood.,1\nBad.,0\n")
+    for name in ("empty", "model"):
+        (folder / name).mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
+    return {"TABLE": f"{folder}/reviews.csv", "MODEL": f"{folder}/model", "EMPTY": f"{folder}/empty"}
+
+
+def with_places(words: Sequence[str], places: dict[str, str]) -> tuple[str, ...]:
+    return tuple(places.get(word, word) for word in words)
+
+
+@pytest.fixture(scope="module")
+def answers(places: dict[str, str]) -> dict[tuple[str, ...], Answer]:
+    """The answers to all mistakes and to every ``--help``, in a process that cannot import anything heavy."""
+    mistakes = [(module, "", *with_places(argv, places)) for module, argv, _ in MISTAKES.values()]
+    helps = [("ray_jobs.console", "", command, "--help") for command in COMMANDS]
+    return run_all([*mistakes, *helps, ("ray_jobs.console", "", "--help")], HEAVY)
+
+
+@pytest.fixture(scope="module")
+def answers_without_an_extra(places: dict[str, str]) -> dict[tuple[str, ...], Answer]:
+    calls = [("ray_jobs.console", missing, *with_places(argv, places)) for argv, missing, _ in MISSING]
+    return run_all(calls, [])
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_before_anything_heavy_is_imported(
-    mistake: str, tmp_path: Path, table: Path, model: Path
+    mistake: str, answers: dict[tuple[str, ...], Answer], places: dict[str, str]
 ) -> None:
-    (tmp_path / "empty").mkdir()
     module, argv, words = MISTAKES[mistake]
-    places = {"TABLE": str(table), "MODEL": str(model), "EMPTY": str(tmp_path / "empty")}
-    done = light(module, *(places.get(word, word) for word in argv))
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    answer = answers[module, "", *with_places(argv, places)]
+    assert answer.status == 2, answer.err
+    (line,) = answer.err.splitlines()
     assert line.startswith("error: ")
-    assert words.replace("TABLE", str(table)) in line
-    assert not done.stdout
+    assert words.replace("TABLE", places["TABLE"]) in line
+    assert not answer.out
 
 
-@pytest.mark.parametrize("command", [name for commands in console.COMMANDS.values() for name in commands])
-def test_every_command_has_its_own_help(command: str) -> None:
-    done = light("ray_jobs.console", command, "--help")
-    assert done.returncode == 0, done.stderr
-    assert f"revmux {command}" in done.stdout
-    assert "FieldInfo" not in done.stdout
-    assert "Annotated" not in done.stdout
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_own_help(command: str, answers: dict[tuple[str, ...], Answer]) -> None:
+    answer = answers["ray_jobs.console", "", command, "--help"]
+    assert answer.status == 0, answer.err
+    assert f"revmux {command}" in answer.out
+    assert "FieldInfo" not in answer.out
+    assert "Annotated" not in answer.out
 
 
-def test_the_help_lists_every_command() -> None:
-    done = light("ray_jobs.console", "--help")
-    assert done.returncode == 0, done.stderr
+def test_the_help_lists_every_command(answers: dict[tuple[str, ...], Answer]) -> None:
+    answer = answers["ray_jobs.console", "", "--help"]
+    assert answer.status == 0, answer.err
     for commands in console.COMMANDS.values():
         for name, (_, line) in commands.items():
-            assert f"{name:<12}{line}" in done.stdout
+            assert f"{name:<12}{line}" in answer.out
 
 
-@pytest.mark.parametrize(
-    ("argv", "missing", "command"),
-    [
-        (["train"], "ray", "pip install 'revmux[train]'"),
-        (["train"], "mlflow", "pip install 'revmux[mlflow]'"),
-        (["tune"], "optuna", "pip install 'revmux[tune]'"),
-        (["tune"], "matplotlib", "pip install 'revmux[report]'"),
-        (["plan", "--goal.allowance", "1"], "scipy", "pip install 'revmux[plan]'"),
-        (["serve", "--model", "MODEL"], "fastapi", "pip install 'revmux[serve]'"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "missing", "command"), MISSING)
 def test_a_missing_extra_is_answered_with_the_pip_command(
-    argv: list[str], missing: str, command: str, model: Path
+    argv: list[str],
+    missing: str,
+    command: str,
+    answers_without_an_extra: dict[tuple[str, ...], Answer],
+    places: dict[str, str],
 ) -> None:
-    argv = [str(model) if word == "MODEL" else word for word in argv]
-    done = start(
-        f"import sys; sys.modules[{missing!r}] = None\nfrom ray_jobs.console import main\nsys.exit(main({argv!r}))"
-    )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    answer = answers_without_an_extra["ray_jobs.console", missing, *with_places(argv, places)]
+    assert answer.status == 2
+    (line,) = answer.err.splitlines()
     assert line.startswith(f"error: {missing} is not installed")
     assert command in line
 

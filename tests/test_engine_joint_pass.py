@@ -17,7 +17,7 @@ from transformers import BertForSequenceClassification
 import revmux.serving.model_thread
 from revmux.backbone import TokenBatch
 from revmux.serving import Answer, Engine, Expired, InferenceFailed, Limits, PassReport, Task
-from revmux.serving.forward import pad, run_pass
+from revmux.serving.forward import run_pass
 from revmux.serving.scheduling import Group
 
 pytestmark = pytest.mark.numeric
@@ -98,7 +98,7 @@ def test_groups_of_several_tasks_are_prefilled_in_one_batch(serve: Callable[...,
     ]
     tasks = served.engine.tasks
     inputs = [tasks[name].encoder.encode(text).tokens for name in ("plain", "upper") for text in TEXTS[name]]
-    tokens = pad(inputs, tasks["plain"].padder)
+    tokens = tasks["plain"].padder.lists(inputs)
     for name, first in (("plain", 0), ("upper", 6)):
         assert torch.equal(found[name], run_groups(tasks[name], tokens, first, len(TEXTS[name])))  # the same batches
         alone = serve(name)
@@ -130,7 +130,7 @@ def test_plain_answers_are_exact_unless_the_operator_lets_them_share(serve: Call
     assert rounded.batches == {"plain": [10], "upper": []}
     for name in ("plain", "upper"):
         task = exact.engine.task(name)
-        tokens = pad([task.encoder.encode(text).tokens for text in TEXTS[name]], task.padder)
+        tokens = task.padder.lists([task.encoder.encode(text).tokens for text in TEXTS[name]])
         with torch.inference_mode():
             model = task.backbone.model(**tokens).logits
         assert torch.equal(found[0][name], model)

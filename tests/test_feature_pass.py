@@ -154,7 +154,7 @@ def test_a_user_error_in_a_worker_is_printed_on_one_line(recipe: Recipe, task: T
     large = replace(narrow, backbone=replace(recipe.backbone, model=str(folder)))
     tokens = tokenize_task(task, large.backbone, large.store)
     with pytest.raises(UserError, match=r"float16 cannot hold the states of layer 1.*bfloat16 or float32"):
-        fill_stores_for([replace(large, method=MethodConfig(prefill_layers=1))], tokens, CLUSTER)
+        fill_stores_for([replace(large, method=MethodConfig(prefill_layers=1))], tokens, replace(CLUSTER, workers=1))
 
 
 def test_layers_are_checked_before_a_cluster_starts(recipe: Recipe, data: DataConfig, tmp_path: Path) -> None:

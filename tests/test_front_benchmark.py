@@ -11,11 +11,11 @@ import torch
 from numeric import assert_close
 from tiny_models import tiny_classifier
 
+from benchmarks.comparison.systems import Ready
 from benchmarks.front import rivals
 from benchmarks.front.page import front_words
 from benchmarks.front.plot import LOOKS, plot_front
 from benchmarks.front.systems import ablations, recipe_of, systems
-from benchmarks.front.tasks import TASKS, Ready
 from revmux import BackboneShape
 from revmux.data.config import DataConfig
 from revmux.features.config import StoreConfig
@@ -31,7 +31,7 @@ SHAPE = BackboneShape(384, 6, 2, 384, True, 100)
 def ready() -> Ready:
     nothing: Any = None
     data, store = DataConfig("tiny"), StoreConfig()
-    return Ready(TASKS["SST-2"], nothing, nothing, data, BackboneConfig("model"), store, Path("kept"))
+    return Ready("SST-2", nothing, nothing, data, BackboneConfig("model"), store, Path("kept"))
 
 
 def test_every_system_can_be_trained_and_has_its_own_row() -> None:

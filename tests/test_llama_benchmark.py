@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from test_backbone_seq2seq_decoder import backbone_of
 from test_prompts import byte_tokenizer
-from tiny_models import tiny_config
+from tiny_models import WORDS, tiny_config
+from transformers import LlamaForCausalLM
 
 from benchmarks import size
-from benchmarks.llama import prefix
+from benchmarks.llama import __main__ as llama
+from benchmarks.llama import ladders, measure, prefix, tasks
+from benchmarks.llama.answers import answer_words
 from benchmarks.llama.page import llama_words
 from revmux.backbone.decoder import DecoderBackbone
 from revmux.data.tokens import TokenizedSplit
+from revmux.plan.config import MeasureConfig
 
 META = {"machine": {"cores": 2}, "versions": {"torch": "2"}, "commit": "abcdef0123"}
 
@@ -82,3 +89,88 @@ def test_the_table_of_sizes_has_training_and_serving_with_and_without_a_copy_for
     words = size.size_words({"meta": {"data": data}, "rows": rows})["size"].splitlines()
     assert len([line for line in words if line.startswith(f"| {tmp_path} |")]) == 6
     assert all(line.endswith("| 24 GB |") for line in words[2:8])
+
+
+def write_glue(folder: Path, rows: int) -> None:
+    """Sentences of random words in the layout of SST-2, whose label is in the text."""
+    chance = random.Random(0)
+    folder.mkdir(parents=True)
+    for split, count in (("train", rows), ("dev", 20)):
+        lines = ["sentence\tlabel"]
+        for number in range(count):
+            words = chance.sample(WORDS, 6)
+            lines.append(f"{' '.join(words)} {'positive' if number % 2 else 'negative'}\t{number % 2}")
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+
+
+def test_systems_are_measured_row_by_row_on_a_tiny_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_hidden_layers": 30, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    LlamaForCausalLM(tiny_config("llama", **sizes, initializer_range=0.2)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    write_glue(tmp_path / "glue/SST-2", 300)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "TIMING", MeasureConfig(throughput_inputs=8, throughput_batch=8, throughput_pairs=1))
+    settings = ["--glue", str(tmp_path / "glue"), "--parts", "systems", "--tasks", "SST-2", "--limit", "32"]
+    settings += ["--model", str(model)]
+    monkeypatch.setattr(ladders, "COSTS", (0.9,))
+    chosen = ["RevMUX l=15 N=2", "Skip-only, layer 15", "soft prompt", "tuned head", "ladder"]
+    llama.main([*settings, "--systems", *chosen])
+
+    result = json.loads((tmp_path / "runs/llama/limit-32.json").read_text())
+    rows = {(row["title"], row["num_inputs"]): row for row in result["rows"] if row["kind"] != "ladders"}
+    done = {key for key, row in rows.items() if row["accuracy_mean"] is not None}
+    untrained = {("SISO, zero-shot", 1), ("SISO, calibrated", 1), ("SISO, layers above 15 tuned", 1)}
+    trained = {("SISO, tuned head", 1), ("SISO, soft prompt", 1), ("Skip-only, layer 15", 1), ("RevMUX l=15", 2)}
+    assert done == untrained | trained
+    assert all(row["why"] for key, row in rows.items() if key not in done)
+    assert 0.7 < rows["RevMUX l=15", 2]["cost_counted"] < 0.85
+    assert rows["SISO, layers above 15 tuned", 1]["siso_agreement"] == 1.0
+    assert rows["RevMUX l=15", 2]["siso_accuracy"] == rows["SISO, layers above 15 tuned", 1]["accuracy_mean"]
+    measured = [row for row in result["rows"] if row["kind"] == "ladders" and row["accuracy_mean"] is not None]
+    assert [row["systems"] for row in measured] == ["all systems", "early exits alone"]
+    assert all(row["cost_counted"] > 0.4 for row in measured)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a kept row is measured again")
+
+    for name in ("measure_run", "measure_labelled", "untrained_rows"):
+        monkeypatch.setattr(measure, name, refuse)
+    monkeypatch.setattr(tasks, "fit_bias", refuse)
+    llama.main([*settings, "--systems", *chosen])
+    again = json.loads((tmp_path / "runs/llama/limit-32.json").read_text())
+    assert again["rows"] == result["rows"]
+    words = llama_words(result)
+    assert "| RevMUX l=15 | 2 |" in words["llama-systems"]
+    assert "| 94.38 |" in words["llama-systems"]
+    assert "systems have not run yet" in words["llama-systems"]
+    assert "all systems" in words["llama-ladders"]
+
+
+def test_the_answers_compare_a_shared_pass_with_the_best_exit_of_at_most_its_cost() -> None:
+    def row(title: str, method: str, cost: float, accuracy: float, width: int = 1, layer: int = 15) -> dict[str, Any]:
+        figures = {"accuracy_mean": accuracy, "siso_agreement": 0.9, "cost_counted": cost}
+        return figures | {
+            "task": "toy",
+            "title": title,
+            "method": method,
+            "recipe": "strong",
+            "num_inputs": width,
+            "prefill_layers": layer,
+        }
+
+    rows = [
+        row("RevMUX l=15", "revmux", 0.76, 0.86, 2),
+        row("RevMUX l=15", "revmux", 0.57, 0.80, 8),
+        row("RevMUX l=15, without the own-state correction", "revmux", 0.76, 0.85, 2),
+        row("Skip-only, layer 15", "skip-only", 0.5, 0.82),
+        row("Exit head, layer 20", "exit-head", 0.67, 0.84, layer=20),
+        row("Exit head, layer 25", "exit-head", 0.83, 0.99, layer=25),
+    ]
+    words = answer_words(rows)
+    assert "in 2 of 3 cases, at costs from 0.76 to 0.76" in words
+    assert "| RevMUX l=15 | 2 | 0.76 | 86.0 | 90.0 | Exit head, layer 20 | 0.67 | 84.0 | +2.0 |" in words
+    assert "| RevMUX l=15 | 8 | 0.57 | 80.0 | 90.0 | Skip-only, layer 15 | 0.50 | 82.0 | -2.0 |" in words
+    assert "| RevMUX l=15 | 2 | 86.0 | 82.0 | +4.0 | 85.0 | +1.0 |" in words

@@ -46,6 +46,11 @@ from revmux import UserError
 
 
 @pytest.fixture(autouse=True)
+def _empty_store(mlflow_database: Path, tmp_path: Path) -> None:
+    shutil.copy(mlflow_database, tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
@@ -56,7 +61,7 @@ def server(folder: Path, port: int) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
         "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
+        f"sqlite:///{folder}/mlflow.db",
         "--artifacts-destination",
         str(folder / "artifacts"),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import socket
 from dataclasses import fields
 from pathlib import Path
@@ -165,7 +166,8 @@ def test_logs_of_mlflow_show_no_password(capfd: pytest.CaptureFixture[str]) -> N
     assert SECRET not in shown
 
 
-def test_the_parameters_of_a_run_show_no_password(tmp_path: Path) -> None:
+def test_the_parameters_of_a_run_show_no_password(mlflow_database: Path, tmp_path: Path) -> None:
+    shutil.copy(mlflow_database, tmp_path)
     tracker = Tracker(TrackingConfig(), tmp_path)
     with tracker.run("one", {"data": {"source": f"s3://me:{SECRET}@bucket/reviews"}}) as run_id:
         assert tracker.client.get_run(run_id).data.params == {"data.source": "s3://me:***@bucket/reviews"}

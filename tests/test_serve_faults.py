@@ -402,7 +402,7 @@ def _ranking(reply: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "mistake",
     [
-        {"num_replicas": 1000},
+        {"adapters": ["nowhere"]},
         pytest.param({"token_env": "REVMUX_NO_SUCH_TOKEN", "num_cpus": 0.1}, marks=pytest.mark.long),
     ],
 )
@@ -421,4 +421,4 @@ def test_a_failed_deployment_leaves_other_applications_alone(cluster: Cluster, m
     assert left["other"].status == "RUNNING"
     assert httpx.get(f"{cluster.url}/other", timeout=60).text == "still here"
     # The application with this name is replaced only once a deployment starts.
-    assert (APPLICATION in left) == ("num_replicas" in mistake)
+    assert (APPLICATION in left) == ("adapters" in mistake)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import ray_jobs.training.worker
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
-from ray_jobs.training.launch import Trained, launch
+from ray_jobs.training.launch import Trained, TrialHooks, launch
 from ray_jobs.training.resource_wait import lacks_resources
 from ray_jobs.training.worker import WorkerConfig
 from ray_jobs.training.worker_errors import RestartPolicy, WorkerError, error_to_raise, first_error
@@ -103,12 +104,18 @@ Start = Callable[..., Trained]
 
 @pytest.fixture
 def start(
-    two_cores: None, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_cores: None,
+    tiny_model_folder: Path,
+    tiny_csv: Path,
+    mlflow_database: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Start:
-    """Return a function that launches a run whose second worker fails at its fifth step."""
+    """Return a function that launches a run whose second worker, if it has one, fails at its fifth step."""
 
-    def run(fail: Callable[[], None], **cluster: Any) -> Trained:
-        monkeypatch.setattr(ray_jobs.training.worker, "train_worker", partial(one_fails, fail))
+    def run(fail: Callable[[], None] | None, hooks: TrialHooks | None = None, **cluster: Any) -> Trained:
+        if fail is not None:
+            monkeypatch.setattr(ray_jobs.training.worker, "train_worker", partial(one_fails, fail))
         recipe = Recipe(
             BackboneConfig(model=str(tiny_model_folder), max_length=16),
             DataConfig(source=str(tiny_csv)),
@@ -117,10 +124,11 @@ def start(
             store=StoreConfig(root=str(tmp_path / "store")),
             shuffles=1,
         )
+        shutil.copy(mlflow_database, tmp_path)
         tracker = Tracker(TrackingConfig(), tmp_path)
         settings = ClusterConfig(**{"workers": 2, "max_failures": 1, **cluster})
         tokens = tokenize_task(load_task(recipe.data), recipe.backbone, recipe.store)
-        return launch(recipe, tokens, settings, tracker, tmp_path, "run", tmp_path / "adapter")
+        return launch(recipe, tokens, settings, tracker, tmp_path, "run", tmp_path / "adapter", hooks=hooks)
 
     return run
 
@@ -215,10 +223,10 @@ def test_checkpoints_are_removed_once_the_adapter_is_saved(
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(ray_jobs.training.launch, "remove_folder", note_and_remove)
-    start(kill_oneself, workers=1)
+    start(None, TrialHooks(report=lambda metrics: None), workers=1)  # trains in this process
     names = [path.name for path in before]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names)
-    assert tmp_path in before[names.index("adapter_model.safetensors") :], (
+    assert tmp_path in before[len(names) - names[::-1].index("adapter_model.safetensors") :], (
         "the adapter folder is synced after its rename"
     )
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -230,7 +238,7 @@ def test_a_run_reports_missing_machines_and_ends_after_the_limit(
 ) -> None:
     cores = ray.cluster_resources()["CPU"]
     with pytest.raises(UserError) as reported:
-        start(kill_oneself, cpus_per_worker=cores, wait_minutes=0.05)
+        start(kill_oneself, cpus_per_worker=cores, wait_minutes=0.02)
     asked = f"2 × {cores:g} CPU; the cluster has {cores:g} CPU"
     assert asked in str(reported.value)
     assert "--cluster.wait_minutes" in str(reported.value)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison.runs import by_system, fill_stores, row_over_seeds, train_missing
+from benchmarks.comparison.systems import Ready, System, named_runs
 from benchmarks.front.plans import MEASURE, plan_rows
 from benchmarks.front.plot import plot_front
 from benchmarks.front.rivals import rival_rows
-from benchmarks.front.runs import fill_stores, measure_run
-from benchmarks.front.systems import SEEDS, System, ablations, runs, systems
-from benchmarks.front.tasks import TASKS, Ready, ready
+from benchmarks.front.systems import SEEDS, ablations, recipe_of, systems
+from benchmarks.front.tasks import TASKS, ready
 from benchmarks.rows import kept_rows
 from benchmarks.trained import Run, siso_row
-from revmux.adapters.config import load_adapter_config
 from revmux.adapters.folder import load_adapter
 from revmux.estimate.throughput import like_length_batches, paired_throughput
 from revmux.model import plain_classifier
@@ -38,61 +35,15 @@ ABLATED = "sentiment"
 """The task of the ablation."""
 
 
-def train_missing(chosen: Sequence[Run], task: Ready, processes: int) -> None:
-    """Train and measure the runs that have no result yet, in the order given."""
-    missing = [run for run in chosen if not run.is_done]
-    fill_stores(task, missing)
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        started = {pool.submit(measure_run, run, task, 1): run for run in missing}
-        for done, future in enumerate(as_completed(started), 1):
-            accuracy = future.result()["accuracy_mean"]
-            print(f"{task.spec.name} {done}/{len(missing)} {started[future].result.stem}: {accuracy:.1%}", flush=True)
-
-
 def system_rows(found: Sequence[tuple[System, Run]], task: Ready) -> list[dict[str, Any]]:
     """One row per system and N: means over the seeds, their spread, and the throughput of the first seed's adapter."""
-    together: dict[tuple[str, int], list[tuple[System, Run]]] = {}
-    for system, run in found:
-        if run.is_done:
-            together.setdefault((run.title, system.method.num_inputs), []).append((system, run))
-    ratios = kept_rows(
-        task.folder,
-        "throughput",
-        [same[0][1].asked for same in together.values()],
-        partial(throughputs, [same[0][1] for same in together.values()], task),
-    )
-    rows = []
-    for (_, num_inputs), same in together.items():
-        system, run = same[0]
-        results = [json.loads(one.result.read_text()) for _, one in same]
-        means = [result["accuracy_mean"] for result in results]
-        served = [result.get("accuracy_mean_served", result["accuracy_mean"]) for result in results]
-        rows.append(
-            {
-                "table": "ablation" if system.ablation else "front",
-                "title": system.title,
-                "method": system.method.name,
-                "recipe": system.recipe,
-                "lora_rank": run.recipe.method.options.get("lora_rank", 0),
-                "num_inputs": num_inputs,
-                "prefill_layers": system.method.prefill_layers,
-                "exit_layer": run.recipe.method.options.get("layer"),
-                "fallback": 0,
-                "epochs": run.recipe.optim.epochs,
-                "tunable_params": load_adapter_config(results[0]["adapter"]).tunable_parameters,
-                "seeds": len(results),
-                "accuracy_mean": statistics.fmean(means),
-                "accuracy_std": statistics.stdev(means) if len(means) > 1 else None,
-                "accuracy_seeds": means,
-                "accuracy_served": statistics.fmean(served),
-                "siso_accuracy": results[0]["siso_accuracy"],
-                "siso_agreement": statistics.fmean(result["siso_agreement"] for result in results),
-                "cost_counted": results[0]["cost_counted"],
-                "commits": sorted({result["commit"] or "unknown" for result in results}),
-            }
-            | ratios[run.result.stem]
-        )
-    return rows
+    together = by_system(found)
+    first = [same[0][1] for same in together]
+    ratios = kept_rows(task.folder, "throughput", [run.asked for run in first], partial(throughputs, first, task))
+    return [
+        {"table": "ablation" if same[0][0].ablation else "front"} | row_over_seeds(same) | ratios[run.result.stem]
+        for same, run in zip(together, first, strict=True)
+    ]
 
 
 def throughputs(chosen: Sequence[Run], task: Ready) -> dict[str, Any]:
@@ -116,13 +67,14 @@ def measure_task(
     """The rows of one task, and the identity of its data."""
     task = ready(name, glue)
     chosen = [*systems(), *(ablations() if name == ABLATED else ())]
-    found = runs(chosen, task, seeds)
+    found = named_runs(chosen, task, seeds, recipe_of)
     if trains:
+        fill_stores(task, [run for _, run in found])
         train_missing([run for _, run in found], task, processes)
     rows = system_rows(found, task)
     mixed = next((run for system, run in found if system.method == MIXED and run.is_done), None)
     rows += kept_rows(task.folder, "rivals", mixed and mixed.asked, partial(rival_rows, task, mixed, MEASURE))
-    compete = [run for system, run in runs(chosen, task, 1) if run.is_done and not system.ablation]
+    compete = [run for system, run in named_runs(chosen, task, 1, recipe_of) if run.is_done and not system.ablation]
     asked = ([run.asked for run in compete], MEASURE)
     rows += kept_rows(task.folder, "plans", asked, partial(plan_rows, task, compete))
     place = {"family": "bert", "backbone": f"{BackboneConfig().model}, tuned to the task", "task": name}

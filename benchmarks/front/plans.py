@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.front.tasks import Ready
+from benchmarks.comparison.systems import Ready
 from benchmarks.plan.allowances import outcome
 from benchmarks.trained import Run
 from revmux.methods import method_class
@@ -47,8 +47,8 @@ def plan_rows(ready: Ready, runs: Sequence[Run]) -> list[dict[str, Any]]:
             served = verify_served(choice, untouched, folder)
             compared = mark_front([one.candidate.row(float(comparison.search_siso.mean())) for one in choice.judged])
             plan = Plan(choice, served, compared, folder)
-            rows.append(_row(ready.spec.name, kind, allowance, plan, comparison.compared))
-            print(f"{ready.spec.name}, {kind}, {allowance:g} points: {rows[-1]['outcome']}", flush=True)
+            rows.append(_row(ready.name, kind, allowance, plan, comparison.compared))
+            print(f"{ready.name}, {kind}, {allowance:g} points: {rows[-1]['outcome']}", flush=True)
     return rows
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.front.tasks import Ready
+from benchmarks.comparison.systems import Ready
 from benchmarks.trained import Run
 from revmux.adapters.folder import load_adapter
 from revmux.backbone import Backbone, HiddenState, TokenBatch

@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.front.tasks import Ready
-from benchmarks.trained import Run
+from benchmarks.comparison.systems import Ready, System, build_recipe
+from benchmarks.front.tasks import TASKS
 from revmux.methods import method_class
-from revmux.training.config import LossConfig, MethodConfig, Recipe
+from revmux.training.config import MethodConfig, Recipe
 from revmux.training.recipe import exit_head_config
-from revmux.training.recipes import named_recipe
 
 SEEDS = 3
 SHUFFLES = 10
 EXIT_EPOCHS = 3
 """Exit heads on stored states train this many times as long as other adapters, since their epochs cost little."""
-
-
-@dataclass(frozen=True)
-class System:
-    """One row of the comparison.
-
-    Attributes:
-        title: what distinguishes it, unique for each N.
-        method: the method; the recipe's options are added.
-        recipe: the named recipe.
-        loss: settings that differ from the recipe's loss.
-        options: whether the recipe's options apply.
-        seeds: number of runs.
-        ablation: whether it belongs to the ablation, which is measured on one task and is not planned with.
-        first: whether all its seeds run before the systems that are not marked.
-    """
-
-    title: str
-    method: MethodConfig
-    recipe: str = "strong"
-    loss: dict[str, Any] = field(default_factory=dict)
-    options: bool = True
-    seeds: int = SEEDS
-    ablation: bool = False
-    first: bool = False
 
 
 def lora_exit(layer: int, prefill_layers: int = 1) -> MethodConfig:
@@ -98,40 +71,8 @@ def ablations(num_layers: int = 6) -> Iterator[System]:
 
 def recipe_of(system: System, ready: Ready, seed: int) -> Recipe:
     """The recipe of one run."""
-    named, method, spec = named_recipe(system.recipe), system.method, ready.spec
-    kind = method_class(method.name)
-    if system.options:
-        method = replace(method, options=named.options_of(method.name, method.options))
-    epochs = spec.epochs_of(method.num_inputs)
-    if kind.exit_option is not None and not method.options.get("lora_rank"):
+    method = system.method
+    epochs = TASKS[ready.name].epochs_of(method.num_inputs)
+    if method_class(method.name).exit_option is not None and not method.options.get("lora_rank"):
         epochs *= EXIT_EPOCHS
-    loss = dict(system.loss) if kind.matches_teacher else {**system.loss, "infonce_weight": 0.0}
-    return Recipe(
-        ready.backbone,
-        ready.data,
-        method,
-        named.optim_config(epochs=epochs, seed=seed, precision="bfloat16"),
-        LossConfig(**{**named.loss, **loss}),
-        ready.store,
-        SHUFFLES,
-        system.recipe,
-    )
-
-
-def runs(chosen: list[System], ready: Ready, seeds: int) -> list[tuple[System, Run]]:
-    """All runs of a task: those of the marked systems first, and one seed of each system before the next seed."""
-    found = [
-        (
-            system,
-            Run.named(
-                f"{'ablation ' * system.ablation}{system.title}",
-                recipe_of(system, ready, seed),
-                ready.choosing,
-                ready.folder / "runs",
-            ),
-        )
-        for seed in range(seeds)
-        for system in chosen
-        if seed < system.seeds
-    ]
-    return sorted(found, key=lambda one: not one[0].first)
+    return build_recipe(system, ready, epochs, seed, SHUFFLES, precision="bfloat16")

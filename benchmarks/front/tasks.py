@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.comparison.systems import Ready
 from benchmarks.trained import tuned_task_model
 from revmux.data.config import DataConfig
-from revmux.data.task import TaskData, load_task
+from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
 from revmux.plan.build import for_choosing
 from revmux.plan.config import SplitConfig
@@ -68,29 +69,6 @@ TASKS = {
 }
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A task with its frozen task model.
-
-    Attributes:
-        spec: its settings.
-        task: the data; its test split is reported.
-        choosing: the same with the choosing set as its test split; task model and adapters are trained on its train split.
-        data: settings of the data.
-        backbone: the task model.
-        store: where features are stored.
-        folder: folder of everything that is kept.
-    """
-
-    spec: FrontTask
-    task: TaskData
-    choosing: TaskData
-    data: DataConfig
-    backbone: BackboneConfig
-    store: StoreConfig
-    folder: Path
-
-
 def ready(name: str, glue: Path | None) -> Ready:
     """Load a task, and tune its task model if that has not been done.
 
@@ -108,4 +86,4 @@ def ready(name: str, glue: Path | None) -> Ready:
     embedded = BackboneConfig(max_length=spec.max_length)
     model = tuned_task_model(embedded, data, choosing, spec.tuning, 0, folder)
     backbone = BackboneConfig(str(model), max_length=spec.max_length)
-    return Ready(spec, task, choosing, data, backbone, StoreConfig(root=str(folder / "features")), folder)
+    return Ready(name, task, choosing, data, backbone, StoreConfig(root=str(folder / "features")), folder)

@@ -1,4 +1,4 @@
-"""Measure a pretrained LLaMA's prompts and their constant prefix on GLUE; an interrupted run resumes.
+"""Measure a pretrained LLaMA on GLUE: every system, its prompts and their constant prefix; an interrupted run resumes.
 
 python -m benchmarks.llama --glue GLUE
 """
@@ -6,15 +6,22 @@ python -m benchmarks.llama --glue GLUE
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.llama.prefix import measure_prefix
+from benchmarks.llama.measure import WHY, measure_task, unmeasured_task
+from benchmarks.llama.prefix import measure_prefix, titles
 from benchmarks.llama.prompts import MAX_LENGTH, TASKS, measure_prompt
-from benchmarks.rows import kept_rows
+from benchmarks.llama.systems import stored_layers
+from benchmarks.llama.tasks import KEPT, TEACHERS, taught
+from benchmarks.llama.tasks import TASKS as MEASURED
+from benchmarks.rows import kept_file, kept_rows
 from revmux.backbone.decoder import DecoderBackbone
 from revmux.data.config import DataConfig
 from revmux.data.prompt import load_prompt
@@ -22,31 +29,101 @@ from revmux.data.task import load_task
 from revmux.pretrained.config import SMOLLM2_NAME, BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.utils.files import write_json
-from revmux.utils.run_info import describe_run
+from revmux.utils.run_info import describe_run, git_commit
 
-RESULT, KEPT = Path("benchmarks/results/llama.json"), Path("runs/llama")
+RESULT = Path("benchmarks/results/llama.json")
 PREFIX_PROMPT = "sst2-chat"
+PARTS = ("systems", "prompts", "prefix")
+Row = dict[str, Any]
 
 
-def main() -> None:
-    """Measure what is missing, then write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing, and write the result file after every task and part."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.llama", description=__doc__)
     parser.add_argument("--glue", type=Path, required=True, help="folder with SST-2, MRPC and RTE")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--tasks", nargs="+", choices=MEASURED, default=list(MEASURED), help="tasks of the systems")
+    parser.add_argument("--systems", nargs="+", help="parts of the titles of the systems to train, or ladder")
+    parser.add_argument("--seeds", type=int, default=1, help="most runs per system")
+    parser.add_argument("--teacher", choices=TEACHERS, default="tuned", help="the model that adapters stand on")
+    parser.add_argument("--limit", type=int, help="most inputs of every split, in files of their own")
+    parser.add_argument("--processes", type=int, default=1, help="runs at the same time, which share the cores")
+    parser.add_argument("--measured-only", action="store_true", help="train nothing; report the runs that are done")
     parser.add_argument("--pairs", type=int, default=5, help="paired timings of the prefix")
     parser.add_argument("--dtype", default="bfloat16", help="type of the weights for the accuracy of prompts")
-    settings = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for task, short in TASKS.items():
-        for prompt in (short, f"{short}-chat"):
-            measure = partial(measure_prompt, task, prompt, settings.glue, settings.dtype)
-            rows.append(kept_rows(KEPT, prompt, (load_prompt(prompt), settings.dtype), measure))
-    rows += kept_rows(KEPT, "prefix", (settings.pairs, torch.get_num_threads()), partial(_prefix, settings))
-    data = {"source": "GLUE", "tasks": list(TASKS)}
-    meta = describe_run("python -m benchmarks.llama --glue GLUE", data, {"name": SMOLLM2_NAME})
-    write_json(RESULT, {"meta": meta, "rows": rows})
+    parser.add_argument("--model", default=SMOLLM2_NAME, help="the language model, with 30 layers")
+    settings = parser.parse_args(argv)
+    result = RESULT if settings.limit is None else KEPT / f"limit-{settings.limit}.json"
+    if "systems" in settings.parts:
+        for name in settings.tasks:
+            rows, data = _systems(name, settings)
+            _write(result, settings, rows, {name: data})
+    if "prompts" in settings.parts:
+        for task, short in TASKS.items():
+            for prompt in (short, f"{short}-chat"):
+                asked, row = (load_prompt(prompt), settings.dtype), {"kind": "prompt", "task": task, "prompt": prompt}
+                measure = partial(measure_prompt, task, prompt, settings.glue, settings.dtype)
+                if settings.measured_only and not kept_file(KEPT, prompt, asked).is_file():
+                    rows = [row | dict.fromkeys(("selection", "dev", "dev_calibrated")) | {"why": WHY}]
+                else:
+                    rows = [kept_rows(KEPT, prompt, asked, measure)]
+                _write(result, settings, rows, {})
+    if "prefix" in settings.parts:
+        asked = (settings.pairs, torch.get_num_threads())
+        if settings.measured_only and not kept_file(KEPT, "prefix", asked).is_file():
+            rows = [{"kind": "prefix", "title": title, "ratio_median": None, "why": WHY} for title in titles()]
+        else:
+            rows = kept_rows(KEPT, "prefix", asked, partial(_prefix, settings))
+        _write(result, settings, rows, {})
 
 
-def _prefix(settings: argparse.Namespace) -> list[dict[str, Any]]:
+def _systems(name: str, settings: argparse.Namespace) -> tuple[list[Row], Row]:
+    """The rows of one task, and what is known about its data."""
+    place = {"family": "llama", "backbone": settings.model, "task": name, "teacher": settings.teacher}
+    folder = KEPT / (name if settings.limit is None else f"{name}-limit-{settings.limit}") / settings.teacher
+    if settings.measured_only and not folder.is_dir():
+        return [place | row for row in unmeasured_task()], {}
+    threads = max(1, (os.cpu_count() or 1) // settings.processes)
+    torch.set_num_threads(threads)
+    found = taught(MEASURED[name], settings.glue, settings.teacher, stored_layers(), settings.limit, settings.model)
+    rows = measure_task(
+        found, settings.seeds, settings.processes, threads, settings.systems, not settings.measured_only
+    )
+    own = found.unlabelled.choosing.identity
+    data = own | {
+        "commit": git_commit(),
+        "labelled": len(found.labelled.choosing.train),
+        "choosing": own["test"],
+        "test": len(found.unlabelled.task.test),
+    }
+    return [place | row for row in rows], data
+
+
+def _write(result: Path, settings: argparse.Namespace, rows: list[Row], data: Row) -> None:
+    """Write the result file with new rows in place of those that it has of the same systems.
+
+    A row without figures replaces none that has some: they come from an earlier run, on this machine or another.
+    """
+    kept: Row = json.loads(result.read_text()) if result.is_file() else {"meta": {"data": {}}, "rows": []}
+    merged = {_key(row): row for row in kept["rows"]}
+    for row in rows:
+        if "why" not in row or "why" in merged.get(_key(row), row):
+            merged[_key(row)] = row
+    sizes = kept["meta"]["data"] | {name: size for name, size in data.items() if size}
+    meta = describe_run("python -m benchmarks.llama --glue GLUE", sizes, {"name": settings.model})
+    write_json(result, {"meta": meta, "rows": list(merged.values())})
+
+
+def _key(row: Row) -> str:
+    names = ["kind", "task", "teacher", "title", "systems", "most_cost"]
+    if row["kind"] in ("siso", "systems"):  # the width of a ladder is a result
+        names.append("num_inputs")
+    if row["kind"] == "prompt":
+        names.append("prompt")
+    return repr([row.get(name) for name in names])
+
+
+def _prefix(settings: argparse.Namespace) -> list[Row]:
     pretrained = load_pretrained(BackboneConfig(SMOLLM2_NAME, max_length=MAX_LENGTH, prompt=PREFIX_PROMPT))
     backbone = pretrained.backbone.freeze()
     assert isinstance(backbone, DecoderBackbone)

@@ -1,9 +1,11 @@
-"""The tables of the pretrained LLaMA: its prompts, and what their constant prefix saves."""
+"""The texts of the pretrained LLaMA: systems, ladders, prompts, and what their constant prefix saves."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.llama.answers import answer_words
+from benchmarks.llama.tables import ladder_words, system_words
 from benchmarks.rows import verdict
 
 
@@ -12,9 +14,19 @@ def llama_words(result: dict[str, Any]) -> dict[str, str]:
     meta, rows = result["meta"], result["rows"]
     machine = f"{meta['machine']['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`"
     tables = {"prompt": _prompt_table, "prefix": _prefix_table}
-    found = {kind: [row for row in rows if row["kind"] == kind] for kind in tables}
-    names = {"prompt": "llama-prompts", "prefix": "llama-prefix"}
-    return {names[kind]: table(found[kind], machine) for kind, table in tables.items() if found[kind]}
+    measured = [row for row in rows if "why" not in row or row["kind"] in ("siso", "systems", "ladders")]
+    found = {kind: [row for row in measured if row["kind"] == kind] for kind in (*tables, "siso", "systems", "ladders")}
+    words = {f"llama-{name}": "Not measured yet.\n" for name in ("prompts", "prefix", "systems", "ladders", "answers")}
+    for kind, name in (("prompt", "prompts"), ("prefix", "prefix")):
+        if found[kind]:
+            words[f"llama-{name}"] = tables[kind](found[kind], machine)
+    if found["systems"]:
+        words |= {
+            "llama-systems": system_words([*found["siso"], *found["systems"]], meta["data"]) + f" {machine}.\n",
+            "llama-ladders": ladder_words(found["ladders"]),
+            "llama-answers": answer_words(found["systems"]),
+        }
+    return words
 
 
 def _prompt_table(rows: list[dict[str, Any]], machine: str) -> str:

@@ -34,6 +34,15 @@ def measure_prefix(backbone: DecoderBackbone, split: TokenizedSplit, pairs: int)
     return [_row(backbone, without, width, batches, length, pairs) for width in WIDTHS]
 
 
+def titles() -> list[str]:
+    """The titles of all rows."""
+    return [_title(width) for width in WIDTHS]
+
+
+def _title(width: int) -> str:
+    return "the plain model" if width == 1 else f"RevMUX, N = {width}, l = {CUT}"
+
+
 def _row(
     backbone: DecoderBackbone, without: Any, width: int, batches: Sequence[Any], length: int, pairs: int
 ) -> dict[str, Any]:
@@ -45,7 +54,7 @@ def _row(
     counted = 1 - costs[0] / costs[1]
     speedup = paired_throughput(whole, cached, batches, pairs)
     saved = [1 - 1 / value for value in (speedup.least, speedup.median, speedup.most)]
-    title = "the plain model" if width == 1 else f"RevMUX, N = {width}, l = {CUT}"
+    title = _title(width)
     row = ratio_row(f"{title}: time saved / operations saved", [value / counted for value in saved], TARGET)
     print(f"{title}: {speedup.median:.2f} times as fast, {row['ratio_median']:.2f} of what is counted", flush=True)
     return row | {

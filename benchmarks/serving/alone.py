@@ -63,9 +63,9 @@ def random_backbone(model: str, device: torch.device, dtype: torch.dtype) -> Bac
         return cut(AutoModelForSequenceClassification.from_config(config, dtype=dtype)).freeze()
 
 
-def random_tokens(backbone: Backbone, inputs: int) -> TokenBatch:
-    """Return random inputs of 128 tokens: each tensor is (B, S)."""
-    tokens = torch.randint(3, backbone.config.vocab_size, (inputs, LENGTH), device=backbone.device)
+def random_tokens(backbone: Backbone, inputs: int, length: int = LENGTH) -> TokenBatch:
+    """Return random inputs of the same length: each tensor is (B, S)."""
+    tokens = torch.randint(3, backbone.config.vocab_size, (inputs, length), device=backbone.device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 

@@ -165,6 +165,7 @@ class OutputFolder:
                 f"the output has {rows:,} rows, but the input has {wanted:,}; remove the output and start again"
             )
         errors = sum(record.errors for record in records.values())
+        self.place.sweep()  # readers of the folder would find the rows of a killed worker's unfinished file twice
         self.meta.write(MANIFEST_NAME, _json({"rows": rows, "errors": errors, "settings": settings, "parts": parts}))
 
     def remove_manifest(self) -> None:

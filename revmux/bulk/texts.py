@@ -8,11 +8,10 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
 
 from revmux.backbone import TokenBatch
 from revmux.bulk.formats import Rows
+from revmux.data.padding import Padder
 from revmux.data.tokens import TEXTS_AT_ONCE, encode_texts
 from revmux.pretrained.pretrained import Pretrained
 from revmux.pretrained.text_bound import TextBound
@@ -39,35 +38,19 @@ class Tokens:
         lengths: list[int] = np.diff(self.starts).tolist()
         return lengths
 
-    def padded(self, rows: Sequence[int], padder: PreTrainedTokenizerBase) -> TokenBatch:
+    def padded(self, rows: Sequence[int], padder: Padder) -> TokenBatch:
         """Some inputs, padded to the longest of them as the tokenizer pads: each tensor (R, S)."""
         starts, lengths = self.starts[rows], np.diff(self.starts)[rows]  # (R,)
-        longest = int(lengths.max())
-        places = np.arange(longest) - (
-            longest - lengths[:, None] if padder.padding_side == "left" else 0
-        )  # (R or 1, S)
-        present = (places >= 0) & (places < lengths[:, None])  # (R, S)
-        source = (starts[:, None] + places)[present]
-        # Padding lists in Python takes longer than a small model on a GPU.
-        batch = {}
-        for name, fill in _fills(padder, list(self.columns)).items():
-            values = np.full(present.shape, fill, np.int64)
-            values[present] = self.columns[name][source]
-            batch[name] = torch.from_numpy(values)
-        return batch
+        ends = np.cumsum(lengths)
+        source = np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
+        present = padder.present(lengths)  # (R, S)
+        return {name: padder.spread(name, values[source], present) for name, values in self.columns.items()}
 
     def take(self, rows: Sequence[int]) -> Tokens:
         """The tokens of some inputs, in the order of ``rows``."""
         parts = [slice(self.starts[row], self.starts[row + 1]) for row in rows]
         columns = {name: np.concatenate([values[part] for part in parts]) for name, values in self.columns.items()}
         return Tokens(columns, np.cumsum([0, *(part.stop - part.start for part in parts)]))
-
-
-def _fills(padder: PreTrainedTokenizerBase, names: Sequence[str]) -> dict[str, int]:
-    """The value with which a tokenizer pads each tensor."""
-    padded = padder.pad({name: [[1], [1, 1]] for name in names}, return_tensors="np")
-    place = 0 if padder.padding_side == "left" else 1
-    return {name: int(padded[name][0, place]) for name in names}
 
 
 def problem_of(value: Any) -> str | None:

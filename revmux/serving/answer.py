@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from revmux.labels import ScoreFunction, name_labels, rank_many
 from revmux.methods import Siso
 
 
@@ -29,6 +31,8 @@ class Answer(NamedTuple):
         group: number of the last group that the input was in, unique within the engine.
         started: start of the forward pass, on the clock of :func:`time.perf_counter`.
         steps: seconds of the pass per step, see :mod:`revmux.serving.forward`.
+        ranking: the labels and their probabilities, highest first: a row of :func:`revmux.labels.order_labels`, computed for
+            all inputs of a pass at once. None if it is not known.
     """
 
     scores: Tensor
@@ -44,6 +48,7 @@ class Answer(NamedTuple):
     group: int = 0
     started: float = 0.0
     steps: Mapping[str, float] = MappingProxyType({})
+    ranking: tuple[Sequence[int], Sequence[float]] | None = None
 
 
 class Slot(Protocol):
@@ -60,3 +65,16 @@ class Slot(Protocol):
 
     def set_exception(self, exception: BaseException, /) -> None:
         """Set the error in place of an answer."""
+
+
+def rank_answers(
+    answers: Sequence[Answer],
+    label_names: Sequence[str],
+    function: ScoreFunction | None = None,
+    top_k: int | None = None,
+) -> list[list[tuple[str, float]]]:
+    """The labels of each answer with their scores, highest score first, as by :func:`revmux.labels.rank_labels`."""
+    known = [answer.ranking for answer in answers if answer.ranking is not None]
+    if function is None and len(known) == len(answers):
+        return name_labels([order for order, _ in known], [values for _, values in known], label_names, top_k)
+    return rank_many(torch.stack([answer.scores for answer in answers]), label_names, function, top_k)

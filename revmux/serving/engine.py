@@ -19,7 +19,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -339,8 +338,9 @@ class Engine:
                 whole call.
         """
         resolved = tuple(task if isinstance(task, Task) else self.task(task) for task in tasks)
-        if twice := [name for name, number in Counter(task.name for task in resolved).items() if number > 1]:
-            raise UserError(f"task {twice[0]!r} is named twice; name each task once")
+        if len({task.name for task in resolved}) < len(resolved):
+            twice = Counter(task.name for task in resolved).most_common(1)[0][0]
+            raise UserError(f"task {twice!r} is named twice; name each task once")
         deadline = self._check_request(max_multiplex, priority, timeout)
         if not texts or not resolved:
             return [[] for _ in resolved]
@@ -359,11 +359,15 @@ class Engine:
 
     def _reserve(self, tasks: Sequence[Task], inputs: int) -> None:
         """Reserve room for inputs in the queue of every task, or of none."""
-        with ExitStack() as reserved:
+        reserved = 0
+        try:
             for task in tasks:
                 self._queue.reserve(task, inputs)
-                reserved.callback(self._queue.release, task, inputs)
-            reserved.pop_all()
+                reserved += 1
+        finally:
+            if reserved < len(tasks):
+                for task in tasks[:reserved]:
+                    self._queue.release(task, inputs)
 
     def _delivery(self) -> Delivery:
         """The delivery to the running event loop."""

@@ -13,7 +13,6 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.fallback import confidence, resume
@@ -205,9 +204,3 @@ def slots_by_width(groups: Sequence[Group], device: torch.device | str = "cpu") 
 def slot_rows(first: int, group: Group) -> Tensor:
     """Return the rows (N,) in the slots of a group whose members start at row ``first``. Members repeat to fill it."""
     return first + torch.arange(group.width) % len(group.members)
-
-
-def pad(inputs: Sequence[dict[str, list[int]]], padder: PreTrainedTokenizerBase) -> TokenBatch:
-    """Pad R token lists to tensors (R, S), with S the length of the longest list."""
-    columns = {name: [tokens[name] for tokens in inputs] for name in inputs[0]}
-    return dict(padder.pad(columns, return_tensors="pt"))

@@ -15,10 +15,10 @@ from functools import partial
 import torch
 
 from revmux.backbone import HiddenState, TokenBatch
-from revmux.labels import best_labels
+from revmux.labels import best_labels, order_labels
 from revmux.serving.answer import Answer
 from revmux.serving.errors import Draining, InferenceFailed
-from revmux.serving.forward import Outcome, pad, run_pass
+from revmux.serving.forward import Outcome, run_pass
 from revmux.serving.limits import Limits
 from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.parts import Part, lay_out, next_parts
@@ -140,7 +140,7 @@ class ModelThread:
         task, lineup = part.task, part.lineup
         groups, rows = lay_out(part.shares)
         inputs = [ticket.tokens for ticket in rows]
-        padded: Callable[[], TokenBatch] = partial(pad, inputs, task.padder)
+        padded: Callable[[], TokenBatch] = partial(task.padder.lists, inputs)
         prefilled: Callable[[], HiddenState] | None = None
         if trunk is not None and trunk.is_usable:
             places = trunk.rows(inputs)
@@ -202,6 +202,7 @@ class ModelThread:
         self.metrics.record(report)
         numbers = dict(zip(widths, self._group_numbers))
         scores = outcome.scores.unbind()  # R times (C,)
+        rankings = list(zip(*order_labels(outcome.scores)))  # once per pass, because it takes as long for one input
         for index, row in enumerate(answered):
             ticket = tickets[row]
             ticket.future.set_result(
@@ -219,6 +220,7 @@ class ModelThread:
                     group=numbers[outcome.groups[row]],
                     started=started,
                     steps=outcome.steps,
+                    ranking=rankings[row],
                 )
             )
         self._report(report)
@@ -247,7 +249,7 @@ class ModelThread:
             if others:
                 groups = [Group(PLAIN, (index,)) for index in range(len(others))]
                 inputs = [tickets[row].tokens for row in others]
-                plain = run_pass(task.backbone, {}, [], partial(pad, inputs, task.padder), groups, [1] * len(others))
+                plain = run_pass(task.backbone, {}, [], partial(task.padder.lists, inputs), groups, [1] * len(others))
                 agreed += int((best_labels(plain.scores) == best_labels(outcome.scores[others])).sum())
         except Exception:
             logger.exception("the audit of a pass of task %s failed; its answers were already returned", task.name)

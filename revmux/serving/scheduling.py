@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from revmux.errors import UserError
 from revmux.methods import Siso
@@ -57,8 +58,7 @@ def admits(max_multiplex: int | None, num_inputs: int) -> bool:
     return max_multiplex is None or 1 < max_multiplex >= num_inputs
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Inputs that run together in the N slots of one group.
 
     Attributes:
@@ -131,13 +131,13 @@ def form_groups(lengths: Sequence[int], caps: Sequence[int | None], routes: Sequ
         caps: widest group that each input allows, see :meth:`Route.within`.
         routes: routes from :func:`choose_routes`.
     """
-    allowed = {cap: [route for route in routes if route.within(cap)][-1] for cap in set(caps)}
-    best = [allowed[cap] for cap in caps]
+    allowed = {cap: max(place for place, route in enumerate(routes) if route.within(cap)) for cap in set(caps)}
+    best = [allowed[cap] for cap in caps]  # places in routes
     groups: list[Group] = []
     demoted: list[int] = []
     for position in range(len(routes) - 1, -1, -1):
         route = routes[position]
-        members = demoted + [index for index, chosen in enumerate(best) if chosen == route]
+        members = demoted + [index for index, chosen in enumerate(best) if chosen == position]
         members.sort(key=lambda index: -lengths[index])
         left = len(members) % route.width
         full = len(members) - left
@@ -198,12 +198,13 @@ def form_passes(
     """
     passes = []
     for stem in dict.fromkeys(group.route.stem for group in groups):
-        same = [group for group in groups if group.route.stem == stem]
-        same.sort(key=lambda group: -max(lengths[index] for index in group.members))
+        same = [
+            (max([lengths[index] for index in group.members]), group) for group in groups if group.route.stem == stem
+        ]
+        same.sort(key=lambda pair: -pair[0])
         batch: list[Group] = []
         inputs = longest = 0
-        for group in same:
-            length = max(lengths[index] for index in group.members)
+        for length, group in same:
             if batch and ((inputs + len(group.members)) * longest > max_tokens or stretch * length < longest):
                 passes.append(ForwardPass(stem, tuple(batch)))
                 batch, inputs = [], 0

@@ -9,19 +9,17 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from revmux.adapters.config import load_adapter_config
 from revmux.backbone import Backbone
 from revmux.backbone.joint_layers import low_rank_maps
 from revmux.backbone.low_rank import LowRankMap
+from revmux.data.padding import Padder
 from revmux.errors import UserError
 from revmux.features.tokens import tokenizer_digest
 from revmux.ladder import Stage, check_ladder
 from revmux.pretrained.encoder import Encoder
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving.adapters import LineupPlace, LoadedAdapter, admitted, check_stages, load_adapters
-from revmux.serving.forward import pad
 from revmux.serving.limits import Limits
 from revmux.serving.lower_layers import LowerLayers
 from revmux.serving.scheduling import PLAIN, Group, Route, admits, useful_routes
@@ -175,9 +173,9 @@ class Task:
         return Encoder(self.pretrained, self.max_length, self.pairs)
 
     @cached_property
-    def padder(self) -> PreTrainedTokenizerBase:
-        """A tokenizer for use by the model's thread only."""
-        return copy.deepcopy(self.pretrained.tokenizer)
+    def padder(self) -> Padder:
+        """Pads the tokens."""
+        return Padder(copy.deepcopy(self.pretrained.tokenizer))
 
     @property
     def probe_tokens(self) -> dict[str, list[int]]:
@@ -199,7 +197,7 @@ class Task:
         first = self if same is None else same
         self.encoder, self.padder = first.encoder, first.padder
         if self.pretrained.prompt is None:  # the states of a kept prefix depend on all layers
-            tokens = pad([self.probe_tokens], self.padder)
+            tokens = self.padder.lists([self.probe_tokens])
             on_device = {name: tensor.to(self.backbone.device) for name, tensor in tokens.items()}
             self._lower = LowerLayers(self.backbone, on_device)
             self.updates = self._updates_of(self._lower)

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.backbone.low_rank import LowRankMap
+from revmux.data.padding import Padder
 from revmux.pretrained.shared_base import SharedBase
-from revmux.serving.forward import StepClock, pad
+from revmux.serving.forward import StepClock
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Trunk:
 
     Args:
         inputs: the token lists of the inputs of all tasks. An object that several tasks answer is one of the R inputs.
-        padder: a tokenizer of the tasks.
+        padder: pads for the tasks.
         depths: the depths.
         branches: the layers above, if tasks run them in one batch.
 
@@ -50,7 +50,7 @@ class Trunk:
     def __init__(
         self,
         inputs: Sequence[dict[str, list[int]]],
-        padder: PreTrainedTokenizerBase,
+        padder: Padder,
         depths: Iterable[int],
         branches: Branches | None = None,
     ) -> None:
@@ -89,7 +89,7 @@ class Trunk:
     def tokens(self, rows: Sequence[int]) -> TokenBatch:
         """The tokens of some rows, padded to the longest of all R inputs: each (len(rows), S), on the CPU."""
         if self._tokens is None:
-            self._tokens = pad(self._inputs, self._padder)
+            self._tokens = self._padder.lists(self._inputs)
         return {name: tensor[list(rows)] for name, tensor in self._tokens.items()}
 
     def states(self, backbone: Backbone, rows: Sequence[int], depth: int) -> HiddenState:

@@ -1,7 +1,7 @@
 "use strict";
 // The web page of a server. It calls /predict like any client, and reads /metrics once per second while the page is visible.
 const at = (id) => document.getElementById(id);
-const history = [];  // one entry per second of the last minute: {time, inputs, groups, stages}
+const history = [];  // one entry per second of the last minute: {time, inputs, groups, requests, seconds, stages}
 let served = {};  // the tasks of /info by name
 const SECONDS = 60;
 const BEST = 3;  // scores that are shown before "more"
@@ -26,6 +26,7 @@ async function ask(path, body) {
 
 function cell(row, text) {
   const made = row.insertCell();
+  made.dataset.label = row.closest("table").tHead.rows[0].cells[made.cellIndex].textContent;  // for narrow screens
   made.textContent = text;
   return made;
 }
@@ -116,6 +117,15 @@ function total(page, name) {
   return { sum, lines };
 }
 
+// The number of classification requests of all replicas, and the sum of their seconds.
+function requestTimes(page) {
+  const found = { count: 0, sum: 0 };
+  for (const [, kind, labels, value] of page.matchAll(/^revmux_http_request_seconds_(count|sum)\{(.*)\} (\S+)$/gm)) {
+    if (/route="(\/|[^"]*\/(predict|classify|infer))"/.test(labels)) found[kind] += Number(value);
+  }
+  return found;
+}
+
 // The answers of all replicas by task and stage, as {"task\nstage": number}.
 function answersByStage(page) {
   const found = {};
@@ -148,16 +158,25 @@ function showStages(then, now) {
   at("stages").hidden = !body.rows.length;
 }
 
-function draw(id, values, top) {
-  const points = values.map((value, index) => `${600 - 600 * (values.length - 1 - index) / SECONDS},${115 - 110 * value / top}`);
-  at(id).setAttribute("points", points.join(" "));
+// Show the values of the last minute, of which null means that there was none.
+function draw(name, values, digits) {
+  const known = values.filter((value) => value !== null), last = values[values.length - 1];
+  const top = Math.max(...known, 0);
+  const points = values.map((value, index) =>
+    value === null ? "" : `${300 - 300 * (values.length - 1 - index) / (SECONDS - 1)},${76 - 72 * value / (top || 1)}`);
+  at(`${name}-line`).setAttribute("points", points.filter(Boolean).join(" "));
+  at(`${name}-top`).textContent = known.length ? top.toFixed(digits) : "–";
+  return last === null ? "–" : last.toFixed(digits);
 }
 
 async function watch() {
   if (!document.hidden) {
     try {
       const page = await (await ask("metrics")).text();
+      const { count: requests, sum: seconds } = requestTimes(page);
       history.push({
+        requests,
+        seconds,
         time: performance.now(),
         inputs: total(page, "revmux_inputs_total").sum,
         groups: total(page, "revmux_groups_total").sum,
@@ -166,22 +185,21 @@ async function watch() {
       while (history.length > SECONDS + 1) history.shift();
       const steps = history.slice(1).map((now, index) => {
         const then = history[index];
-        const inputs = Math.max(0, now.inputs - then.inputs), groups = now.groups - then.groups;
-        return { rate: 1000 * inputs / (now.time - then.time), width: groups > 0 ? inputs / groups : 0 };
+        // A replica that stops takes its counts with it.
+        const [inputs, groups, requests] = ["inputs", "groups", "requests"].map((name) => Math.max(0, now[name] - then[name]));
+        return {
+          rate: 1000 * inputs / (now.time - then.time),
+          width: groups ? inputs / groups : null,
+          latency: requests ? Math.max(0, 1000 * (now.seconds - then.seconds) / requests) : null,
+        };
       });
       showStages(history[0].stages, history[history.length - 1].stages);
       at("waiting").textContent = total(page, "revmux_queue_inputs").sum;
       at("replicas").textContent = total(page, "revmux_queue_limit").lines;
       if (steps.length) {
-        const last = steps[steps.length - 1];
-        const rates = steps.map((step) => step.rate), widths = steps.map((step) => step.width);
-        const rateTop = Math.max(1, ...rates), widthTop = Math.max(1, ...widths);
-        at("throughput").textContent = last.rate.toFixed(last.rate < 10 ? 1 : 0);
-        at("mean-width").textContent = last.width ? last.width.toFixed(2) : "–";
-        at("throughput-top").textContent = rateTop.toFixed(0);
-        at("width-top").textContent = widthTop.toFixed(1);
-        draw("throughput-line", rates, rateTop);
-        draw("width-line", widths, widthTop);
+        at("throughput").textContent = draw("throughput", steps.map((step) => step.rate), 0);
+        at("mean-width").textContent = draw("width", steps.map((step) => step.width), 2);
+        at("latency").textContent = draw("latency", steps.map((step) => step.latency), 1);
       }
     } catch (failure) {
       at("throughput").textContent = "–";
