@@ -1,7 +1,7 @@
 """The ladder: cheap stages answer the inputs that they are sure about, and the plain model answers the rest.
 
 Each stage is an adapter with a threshold. The first stage answers all inputs. An input whose answer has a confidence
-below the stage's threshold goes on to the next stage, and from the last stage to the plain model. Each input keeps its
+(plain or learned) below the stage's threshold goes on to the next stage, and from the last stage to the plain model. Each input keeps its
 own plain state, which only moves upwards, so no layer of the plain model runs twice for an input::
 
     layers 1..l₁ ─ stage 1 ─ unsure ─ layers l₁+1..l₂ ─ stage 2 ─ unsure ─ … ─ layers l_K+1..L ─ the model's own head
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
+from revmux.deferral import Deferral
 from revmux.errors import UserError
 from revmux.fallback import check_threshold, confidence, own_states, resume
 from revmux.grouping import consecutive_groups, gather_rows
@@ -33,13 +34,29 @@ class Stage:
         model: the backbone with the adapter of this stage.
         threshold: confidence below which an input goes on to the next stage, or to the plain model after the last
             stage. 0 means that all answers are final.
+        deferral: the learned confidence of this stage; None uses the probability of the most likely class.
     """
 
     model: MultiplexedClassifier
     threshold: float = 0.0
+    deferral: Deferral | None = None
 
     def __str__(self) -> str:
         return f"{self.model.method.name}, N = {self.model.num_inputs}"
+
+    def unsure(self, passed: Sequence[Tensor], mask: Tensor) -> Tensor:
+        """Which inputs go on from this stage. An answer that is not finite never does.
+
+        Args:
+            passed: the scores (R, C) of every stage so far; those of this stage are the last.
+            mask: (R, S) bool, True for the tokens of the inputs.
+
+        Returns:
+            (R,) bool.
+        """
+        if self.deferral is None:
+            return confidence(passed[-1]) < self.threshold
+        return self.deferral.confidence(passed, mask.sum(dim=1)) < self.threshold
 
 
 @dataclass(frozen=True)
@@ -132,7 +149,7 @@ class Ladder(nn.Module):
         answers = first_answers(scores, groups)
         if not first.threshold:
             return answers
-        unsure = confidence(scores) < first.threshold
+        unsure = first.unsure([scores], state.mask)
         return climb(self.backbone, self.stages[1:], state, answers, unsure, order, resumes=resumes)
 
     def forward(self, tokens: TokenBatch) -> Tensor:
@@ -221,6 +238,7 @@ def climb(
     mark, device = on_stage or _ignore, state.hidden.device
     keys = (state.mask.sum(dim=1) if order is None else order).cpu()  # (R,)
     scores, last, group = answers.scores.clone(), answers.last.clone(), answers.group.clone()
+    passed = [answers.scores]  # (R, C) for each stage so far
     below = rows  # (U,) the rows of ``state`` with the states of these inputs
     plain = torch.zeros(len(rows), dtype=torch.bool)  # (U,) whether the input only waits for the plain model
     for number, stage in enumerate(stages, 2):
@@ -237,10 +255,12 @@ def climb(
         output = model.run_groups(state, joining[groups].to(device), mark)
         found = gather_rows(output.scores, groups.to(device), len(joining)).float()  # (J, C)
         members = rows[joining]
-        scores[members.to(device)] = found
+        at = members.to(device)
+        scores[at] = found
         last[members] = number
         group[members] = int(group.max()) + 1 + torch.arange(len(joining)) // width
-        goes_on = (confidence(found) < stage.threshold).cpu()  # (J,)
+        passed.append(scores.clone())
+        goes_on = stage.unsure([one[at] for one in passed], state.mask[joining.to(device)]).cpu()  # (J,)
         mark("head")
         plain = torch.ones_like(plain).index_fill(0, joining, False)
         below = torch.cat([plain.nonzero().squeeze(1), joining[goes_on]])

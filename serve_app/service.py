@@ -187,6 +187,7 @@ class Service:
                     "prefill_layers": adapter.config.prefill_layers,
                     "relative_cost": round(lineup.route(adapter).per_input, 4),
                     "threshold": adapter.threshold,
+                    "confidence": "plain" if adapter.config.deferral is None else "learned",
                     "used": lineup.uses(adapter),
                     "metrics": {
                         name: value if math.isfinite(value) else None for name, value in adapter.config.metrics.items()

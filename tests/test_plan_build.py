@@ -28,7 +28,7 @@ from revmux.plan import measure
 from revmux.plan.build import for_choosing, plan_here, train_recipes
 from revmux.plan.candidate import Candidate
 from revmux.plan.config import Goal, MeasureConfig, SplitConfig
-from revmux.plan.files import write_stages
+from revmux.plan.files import PLAN_VERSION, write_stages
 from revmux.plan.measure import Bench, divide
 from revmux.plan.plan import Plan
 from revmux.pretrained.config import BackboneConfig
@@ -102,17 +102,17 @@ def test_a_sentence_and_its_phrases_are_on_the_same_side_of_the_division() -> No
     assert list(again.test["text"]) == list(choosing.test["text"])
 
 
-def test_the_choosing_set_has_two_halves_that_share_no_sentence(task: TaskData) -> None:
+def test_the_choosing_set_has_two_parts_that_share_no_sentence(task: TaskData) -> None:
     texts = [f"a{row} b c d e" for row in range(20)] + [f"A{row} b c" for row in range(20)]
     rows = Dataset.from_dict({"text": texts, "label": [0, 1] * 20})
-    first, second = divide(rows, seed=3)
+    first, second = divide(rows, 0.25, seed=3)
     assert sorted([*first.tolist(), *second.tolist()]) == list(range(40))
-    assert len(second) == 20
+    assert len(first) == 10
     assert {row % 20 for row in first.tolist()}.isdisjoint({row % 20 for row in second.tolist()})
-    assert torch.equal(divide(rows, seed=3)[1], second)
-    assert not torch.equal(divide(rows, seed=4)[1], second)
-    with pytest.raises(UserError, match="3 inputs, too few for two halves"):
-        divide(rows.select(range(3)), seed=0)
+    assert torch.equal(divide(rows, 0.25, seed=3)[1], second)
+    assert not torch.equal(divide(rows, 0.25, seed=4)[1], second)
+    with pytest.raises(UserError, match="3 inputs, too few to be divided"):
+        divide(rows.select(range(3)), 0.25, seed=0)
 
 
 def test_the_cheapest_system_is_chosen_and_its_reasons_are_written(plan: Plan) -> None:
@@ -149,6 +149,9 @@ def test_a_plan_names_the_adapter_of_every_stage_for_bulk_use(plan: Plan, tmp_pa
     (tmp_path / "plan.json").write_text(json.dumps(content))
     found = adapter_sources(BulkConfig(input="rows.csv", output="out", plan=str(tmp_path)))
     assert found == [str(tmp_path / "adapters" / "stage1-n1"), str(tmp_path / "stage2-n2")]
+    (tmp_path / "plan.json").write_text(json.dumps(content | {"version": PLAN_VERSION + 1}))
+    with pytest.raises(UserError, match="reads versions up to 2"):
+        adapter_sources(BulkConfig(input="rows.csv", output="out", plan=str(tmp_path)))
 
 
 def test_served_adapters_contain_their_thresholds_and_answer_as_verified(
@@ -206,7 +209,7 @@ def test_a_promise_that_fails_verification_is_reported(plan: Plan) -> None:
 def test_candidates_are_judged_on_the_stored_answers_of_the_plain_model(plan: Plan, task: TaskData) -> None:
     siso = plan.choice.siso.candidate
     assert set(np.unique(siso.correct)) <= {0.0, 1.0}
-    assert len(siso.correct) + plan.choice.inputs == round(0.2 * len(task.train))
+    assert len(siso.correct) + plan.choice.inputs == round(0.2 * len(task.train)) + len(task.selection)
     for one in plan.choice.judged:
         assert 0 <= one.candidate.fallback <= 1
         assert torch.isfinite(torch.tensor(one.candidate.cost))

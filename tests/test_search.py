@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from revmux.plan.candidate import Candidate, PlannedStage
-from revmux.plan.front import front
+from revmux.deferral import Deferral
+from revmux.plan.candidate import PlannedStage
+from revmux.plan.interval import expected_bound
 from revmux.plan.search import Found, StageScores, search
 
 
@@ -48,7 +50,7 @@ def by_hand(system: list[tuple[StageScores, float]], siso: np.ndarray) -> tuple[
         else:
             cost += system[-1][0].resume_cost
             correct[shuffle, row] = siso[row]
-    return correct.mean(axis=0), cost / correct.size
+    return correct, cost / correct.size
 
 
 def test_every_system_of_two_stages_is_compared_as_if_it_had_run() -> None:
@@ -65,18 +67,19 @@ def test_every_system_of_two_stages_is_compared_as_if_it_had_run() -> None:
     made = []
     for system in systems:
         correct, cost = by_hand(system, siso)
-        stages = tuple(
-            PlannedStage(
-                one.stage.adapter, one.stage.method, one.stage.num_inputs, one.stage.prefill_layers, limit or None
-            )
-            for one, limit in system
-        )
-        made.append(Candidate(stages, correct, round(cost, 9)))
-    best = front(made)
-    assert [round(one.cost, 5) for one in found.front] == [round(one.cost, 5) for one in best]
-    assert [round(one.accuracy, 5) for one in found.front] == [round(one.accuracy, 5) for one in best]
-    for one, same in zip(found.front, best):
-        np.testing.assert_allclose(one.correct, same.correct, atol=1e-6)
+        lost = siso - correct
+        bound = float(expected_bound(lost.mean(), np.abs(lost).mean(), 60, 60, 0.95))
+        made.append((round(cost, 6), round(bound, 6), correct.mean(axis=0)))
+    best: list[tuple[float, float, np.ndarray]] = []
+    for one in sorted(made, key=lambda one: one[:2]):
+        if not best or one[1] < best[-1][1]:
+            best.append(one)
+    assert [one.cost for one in found.front] == pytest.approx([cost for cost, _, _ in best], abs=1e-5)
+    for one, (_, _, correct) in zip(found.front, best):
+        np.testing.assert_allclose(one.correct, correct, atol=1e-6)
+        differing = np.square(siso - correct).mean()
+        bound = expected_bound((siso - correct).mean(), differing, 60, 60, 0.95)
+        assert one.expected_bound == pytest.approx(bound, abs=1e-4)
     assert [one.name for one in found.alone] == ["a", "b", "c"]
 
 
@@ -96,10 +99,10 @@ def test_a_third_stage_extends_the_front_and_shares_fall_from_stage_to_stage() -
     shorter = search(pool, siso, max_stages=2)
 
     def best_at(result: Found, cost: float) -> float:
-        return max((one.accuracy for one in result.front if one.cost <= cost), default=0.0)
+        return min((one.expected_bound for one in result.front if one.cost <= cost), default=np.inf)
 
     for cost in (0.3, 0.4, 0.5, 0.6):
-        assert best_at(found, cost) >= best_at(shorter, cost) >= best_at(search(pool, siso, max_stages=1), cost)
+        assert best_at(found, cost) <= best_at(shorter, cost) <= best_at(search(pool, siso, max_stages=1), cost)
 
 
 def test_a_method_that_cannot_go_on_is_a_system_of_its_own_only() -> None:
@@ -118,6 +121,31 @@ def test_thresholds_are_chosen_from_the_confidences() -> None:
     steps = [found.first.threshold for found in search([one], siso, max_stages=1).front]
     assert len(steps) > 8
     assert all(step is None or 0 < step < 1 for step in steps)
+
+
+def test_a_learned_confidence_is_used_after_the_stages_that_it_was_learned_for() -> None:
+    """Confidences that know every wrong answer: as a first stage alone, or only after the stage ``a``."""
+    random = np.random.default_rng(5)
+    siso = np.ones(400)
+    pool = [adapter(random, name, 400, layer) for name, layer in (("a", 2), ("b", 3), ("c", 6))]
+    deferral = Deferral((1.0,), 0.0)
+
+    def knowing(one: StageScores, *follows: str) -> StageScores:
+        stage = replace(one.stage, deferral=deferral)
+        return replace(one, stage=stage, confidence=one.correct.astype(np.float32), follows=follows)
+
+    first = search([*pool, knowing(pool[0])], siso, [0.5])
+    learned = [one for one in first.front if any(stage.deferral for stage in one.stages)]
+    assert learned
+    assert all(
+        [bool(stage.deferral) for stage in one.stages] == [True, *[False] * (len(one.stages) - 1)] for one in learned
+    )
+    assert [one.name for one in first.alone] == ["a", "b", "c"]
+    later = search([*pool, knowing(pool[2], "a")], siso, [0.5])
+    learned = [one for one in later.front if any(stage.deferral for stage in one.stages)]
+    assert learned
+    assert all([stage.adapter for stage in one.stages[:2]] == ["a", "c"] and one.stages[1].deferral for one in learned)
+    assert all("~" in one.name and "learned confidence is below" in one.describe() for one in learned)
 
 
 def test_an_empty_pool_has_no_front() -> None:

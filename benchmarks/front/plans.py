@@ -42,7 +42,7 @@ def plan_rows(ready: Ready, runs: Sequence[Run]) -> list[dict[str, Any]]:
     for kind, chosen in (("all systems", adapters), ("without multiplexing", alone)):
         comparison = compare(chosen, pretrained, ready.choosing, length, ready.store, MEASURE)
         for allowance in ALLOWANCES:
-            choice = comparison.choose(Goal(allowance), sequences=len(ALLOWANCES))
+            choice = comparison.choose(Goal(allowance))
             folder = ready.folder / f"plan-{kind.split()[0]}-{allowance:g}"
             served = verify_served(choice, untouched, folder)
             compared = mark_front([one.candidate.row(float(comparison.search_siso.mean())) for one in choice.judged])

@@ -37,11 +37,11 @@ def measure(planned: Planned, measuring: MeasureConfig, allowances: Sequence[flo
     untouched = Bench(pretrained, pretrained.tokenize(task.test, max_length), unrounded(first.store), measuring)
     rows = []
     for allowance in allowances:
-        choice = comparison.choose(Goal(allowance), sequences=len(allowances))
+        choice = comparison.choose(Goal(allowance))
         folder = planned.folder / f"allowance-{allowance:g}"
         served = verify_served(choice, untouched, folder)
         compared = mark_front([one.candidate.row(float(comparison.search_siso.mean())) for one in choice.judged])
-        rows.append(_row(planned.name, Plan(choice, served, compared, folder), allowance))
+        rows.append(_row(planned.name, Plan(choice, served, compared, folder), allowance, len(choosing.test)))
         print(f"{planned.name}, {allowance:g} points: {rows[-1]['outcome']}", flush=True)
     identity = task.identity | {"train": len(choosing.train), "choosing": len(choosing.test)}
     return {"rows": rows, "task": identity, "backbone": dict(pretrained.identity)}
@@ -52,7 +52,7 @@ def ratio_name(allowance: float, task: str) -> str:
     return f"verified loss / allowance of {allowance:g} points, {task}"
 
 
-def _row(name: str, plan: Plan, allowance: float) -> dict[str, Any]:
+def _row(name: str, plan: Plan, allowance: float, choosing: int) -> dict[str, Any]:
     """Return the promise, the verification, and the used share of the allowance (at most 1 if the promise was kept)."""
     promise = plan.served[-1]  # the plain model always meets a goal that is only an allowance
     system, seen = promise.judged.candidate, promise.verification
@@ -76,7 +76,7 @@ def _row(name: str, plan: Plan, allowance: float) -> dict[str, Any]:
         "fallback": system.fallback,
         "stages": [stage.name for stage in system.stages],
         "widths": [one.num_inputs for one in plan.served],
-        "choosing_inputs": len(system.correct) + plan.choice.inputs,
+        "choosing_inputs": choosing,
         "promised_loss": promise.judged.best_loss,
         "promised_bound": promise.judged.bound,
         "verified_loss": seen.loss,

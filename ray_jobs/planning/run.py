@@ -122,7 +122,7 @@ def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, ta
     ]
     cores = max(1, int(job.cluster.cpus_per_worker))
     remote = ray.remote(**job.cluster.remote_options)(_plan)
-    tasks = choosing.with_test_only(), task.with_test_only()
+    tasks = choosing.without_train(), task.with_test_only()
     plan: Plan = ray.get(remote.remote(job, adapters, *tasks, folder, command_line(), cores))
     return plan
 

@@ -43,7 +43,7 @@ def register_plan(tracker: Tracker, name: str, plan: Plan, backbone: str, pairs:
             tags = tags_of(system, stage, number)
             if tags["system"] not in known:
                 assert stage.run_id is not None
-                artifact = MODEL_NAME if stage.threshold is None else f"{MODEL_NAME}-{stage.threshold:g}"
+                artifact = MODEL_NAME if stage.threshold is None else f"{MODEL_NAME}-{stage.threshold_name}"
                 artifact += f"-stage{number}" if number > 1 else ""
                 known[tags["system"]] = tracker.register(
                     stage.run_id, Path(folder), name, tags, backbone, pairs, artifact
@@ -77,6 +77,7 @@ def tags_of(system: Candidate, stage: PlannedStage, number: int) -> dict[str, st
         "cost_counted": f"{system.cost_counted:.4f}",
         "throughput_ratio": "none" if system.throughput_ratio is None else f"{system.throughput_ratio:.4f}",
         "fallback_threshold": "none" if stage.threshold is None else f"{stage.threshold:g}",
+        "confidence": "plain" if stage.deferral is None else "learned",
         "fallback_share": f"{stage.going_on:.4f}",
     }
 

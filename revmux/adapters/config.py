@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from revmux.data.prompt import Prompt
+from revmux.deferral import Deferral
 from revmux.errors import UserError
 from revmux.pretrained import hub
 from revmux.pretrained.config import EMBEDDED_MODELS, BackboneConfig, Dtype
@@ -20,7 +21,7 @@ from revmux.version import __version__
 if TYPE_CHECKING:  # adapters are checked before torch is imported
     import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -54,6 +55,7 @@ class AdapterConfig:
         prompt: the prompt in training, as plain data; None if the backbone has a classification head.
         fallback_threshold: confidence below which a served input goes on to the next stage, or to the plain model after
             the last stage, see :mod:`revmux.ladder`; None means that all answers are final.
+        deferral: the learned confidence of this stage, see :class:`revmux.deferral.Deferral`; None uses the plain one.
         stage: the stage of a ladder that the adapter serves, from 1.
         dtype: type of the backbone's weights in training, such as ``bfloat16``; None if it is not recorded.
         tunable_parameters: number of trained weights, without those of the backbone.
@@ -73,6 +75,7 @@ class AdapterConfig:
     metrics: dict[str, float] = field(default_factory=dict)
     prompt: dict[str, Any] | None = None
     fallback_threshold: float | None = None
+    deferral: dict[str, Any] | None = None
     stage: int = 1
     dtype: str | None = None
     tunable_parameters: int = 0
@@ -89,6 +92,11 @@ class AdapterConfig:
         """Whether the adapter was trained on pairs of texts; None if it does not record it."""
         recorded = self.task.get("pairs")
         return recorded if isinstance(recorded, bool) else None
+
+    @property
+    def learned(self) -> Deferral | None:
+        """The learned confidence of this stage."""
+        return None if self.deferral is None else Deferral.from_dict(self.deferral, self.stage, CONFIG_NAME)
 
     def recorded_prompt(self) -> Prompt | None:
         """The prompt, with its classes in the order of the scores."""
@@ -159,6 +167,8 @@ def load_adapter_config(adapter: str | Path, revision: str | None = None) -> Ada
         raise UserError(f"{path} is incomplete ({error}); the folder is damaged, save the adapter again") from None
     if config.stage < 1:
         raise UserError(f"{path} has stage {config.stage}; the stages of a ladder start at 1, write 1 or more")
+    if config.deferral is not None:
+        Deferral.from_dict(config.deferral, config.stage, str(path))
     return config
 
 

@@ -26,7 +26,7 @@ from revmux.bulk.config import BulkConfig
 from revmux.bulk.location import absolute_location, join_location
 from revmux.errors import UserError
 from revmux.features.place import Place
-from revmux.plan.files import PLAN_NAME
+from revmux.plan.files import PLAN_NAME, PLAN_VERSION
 from revmux.pretrained.config import EMBEDDED_MODELS, BackboneConfig
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, load_pretrained
@@ -203,11 +203,16 @@ def _read_plan(plan: str) -> dict[str, Any]:
         if data is None:
             raise FileNotFoundError(f"there is no {place.file(name)}")
         content: dict[str, Any] = json.loads(data.to_pybytes())
-        met, served = content["is_met"], content["served"]
+        met, served, version = content["is_met"], content["served"], content.get("version", 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot read plan {plan!r} ({type(error).__name__}: {error}); name the folder of a plan, or its {PLAN_NAME}"
         ) from None
+    if version > PLAN_VERSION:
+        raise UserError(
+            f"plan {plan!r} has version {version}, and this revmux reads versions up to {PLAN_VERSION}; "
+            "run: pip install --upgrade revmux"
+        )
     if not met or not served:
         raise UserError(f"plan {plan!r} does not meet its goal ({content['why_not']}); make another plan")
     for stage in (stage for one in served for stage in one["stages"]):

@@ -45,12 +45,17 @@ class TaskData:
         """Whether every input is a pair of texts."""
         return "text_pair" in self.train.column_names
 
+    def without_train(self) -> TaskData:
+        """The task without the texts of its train split, to be sent to another machine."""
+        return replace(self, train=_empty(self.train))
+
     def with_test_only(self) -> TaskData:
-        """The task without the texts of its train split and selection set, to be sent to another machine."""
-        train, selection = (
-            Dataset.from_dict({name: [] for name in split.column_names}) for split in (self.train, self.selection)
-        )
-        return replace(self, train=train, selection=selection)
+        """The task without the texts of its train split and selection set."""
+        return replace(self, train=_empty(self.train), selection=_empty(self.selection))
+
+
+def _empty(split: Dataset) -> Dataset:
+    return Dataset.from_dict({name: [] for name in split.column_names})
 
 
 def load_task(config: DataConfig, label_names: list[str] | None = None) -> TaskData:

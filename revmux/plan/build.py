@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from revmux.plan.config import Goal, MeasureConfig, SplitConfig
 from revmux.plan.files import write_plan, write_stages
 from revmux.plan.front import mark_front
 from revmux.plan.interval import Floats
+from revmux.plan.learn import first_stages, later_stages
 from revmux.plan.measure import Bench, TrainedAdapter, divide, log_nothing
 from revmux.plan.plan import Plan, Served
 from revmux.plan.search import search
@@ -95,13 +97,13 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Comparison:
-    """All systems that trained adapters can form, compared on the first half of a choosing set and ready to be tested.
+    """All systems that trained adapters can form, compared on the inputs of the search and ready to be tested.
 
     Attributes:
         bench: runs systems on the choosing set.
-        search_siso: (M₁,) whether SISO was correct on each input of the first half.
-        siso: (M₂,) the same for the second half.
-        test_rows: rows of the second half.
+        search_siso: (M₁,) whether SISO was correct on each input of the search.
+        siso: (M₂,) the same for the inputs of the tests.
+        test_rows: rows of the choosing set that are the inputs of the tests.
         sequence: the systems to test, from the safest to the cheapest.
         others: single adapters without threshold that are not in the sequence.
         compared: number of systems from which the sequence was selected.
@@ -116,15 +118,13 @@ class Comparison:
     compared: int
     _answers: dict[str, Floats] = field(default_factory=dict, init=False, repr=False)
 
-    def choose(self, goal: Goal, sequences: int = 1) -> Choice:
-        """Choose for a goal; ``sequences`` goals that are promised together share the error probability."""
-        return choose(
-            self.search_siso, self.siso, self.sequence, self._answer, goal, self.others, self.compared, sequences
-        )
+    def choose(self, goal: Goal) -> Choice:
+        """Choose for a goal. Each goal is a plan with a promise of its own."""
+        return choose(self.search_siso, self.siso, self.sequence, self._answer, goal, self.others, self.compared)
 
     def _answer(self, system: Candidate) -> Floats:
         if system.name not in self._answers:
-            self.bench.log(f"testing {system.name} on the second half of the choosing set")
+            self.bench.log(f"testing {system.name} on {len(self.test_rows):,} inputs of the choosing set")
             self._answers[system.name] = self.bench.correct(system, self.test_rows)
         return self._answers[system.name]
 
@@ -138,20 +138,27 @@ def compare(
     measure: MeasureConfig,
     log: Callable[[str], None] = log_nothing,
 ) -> Comparison:
-    """Find the front of all systems on the first half of the choosing set, and time its systems on this hardware.
+    """Find the front of all systems, and time its systems on this hardware.
 
-    For the arguments, see :func:`make_plan`.
+    The search uses the selection set and a part of the choosing set, and leaves the larger part to the tests. For the arguments, see :func:`make_plan`.
     """
     bench = Bench(pretrained, pretrained.tokenize(choosing.test, max_length), store, measure, log)
-    search_rows, test_rows = divide(choosing.test, measure.seed)
+    selecting = Bench(pretrained, pretrained.tokenize(choosing.selection, max_length), store, measure, log)
+    search_rows, test_rows = divide(choosing.test, measure.search_share, measure.seed)
     siso = bench.siso
-    scores = bench.scores(adapters, search_rows)
-    found = search(scores, siso[search_rows], measure.thresholds, measure.max_stages)
-    log(f"compared {found.compared:,} systems on {len(search_rows):,} inputs; {len(found.front)} are on the front")
+    search_siso = np.concatenate([siso[search_rows], selecting.siso])
+    selection = selecting.scores(adapters)
+    scores = [one.joined(other) for one, other in zip(bench.scores(adapters, search_rows), selection)]
+    settings = (search_siso, measure.thresholds, measure.max_stages, len(test_rows))
+    pool = [*scores, *first_stages(selection, scores)]
+    found = search(pool, *settings)
+    if later := later_stages(selection, scores, found.front):
+        found = search([*pool, *later], *settings)
+    log(f"compared {found.compared:,} systems on {len(search_siso):,} inputs; {len(found.front)} are on the front")
     sequence = safest_first(bench.timed(safest_first(found.front)))
     listed = {one.name for one in sequence}
     others = [one for one in found.alone if one.name not in listed]
-    return Comparison(bench, siso[search_rows], siso[test_rows], test_rows, sequence, others, found.compared)
+    return Comparison(bench, search_siso, siso[test_rows], test_rows, sequence, others, found.compared)
 
 
 def unrounded(store: StoreConfig) -> StoreConfig:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from revmux.deferral import Deferral
 from revmux.methods import Method, Siso, method_class
 from revmux.plan.front import FrontRow, cost_of
 from revmux.plan.interval import Floats
@@ -23,6 +25,7 @@ class PlannedStage:
         prefill_layers: l, up to which the inputs have plain states and from which they go on.
         threshold: confidence below which an input goes on to the next stage, or to the plain model after the last one;
             None if every answer is final.
+        deferral: the learned confidence of this stage after the stages before it; None uses the plain one.
         going_on: share of all inputs that this stage and all before it did not answer.
         options: settings of the method.
         infonce_weight: λ; NaN if the adapter was not trained with InfoNCE.
@@ -35,6 +38,7 @@ class PlannedStage:
     num_inputs: int
     prefill_layers: int
     threshold: float | None = None
+    deferral: Deferral | None = None
     going_on: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     infonce_weight: float = math.nan
@@ -54,8 +58,21 @@ class PlannedStage:
 
     @property
     def name(self) -> str:
-        """The adapter and its threshold, such as ``revmux-n2-l3-1f0a@0.9``."""
-        return self.adapter if self.threshold is None else f"{self.adapter}@{self.threshold:g}"
+        """The adapter and its threshold, such as ``revmux-n2-l3-1f0a@0.9``; ``~`` marks a learned confidence."""
+        return self.adapter if self.threshold is None else f"{self.adapter}@{self.threshold_name}"
+
+    @property
+    def threshold_name(self) -> str:
+        """The threshold, with a digest of the learned confidence if there is one: ``0.9`` or ``0.9~3f81``."""
+        if self.deferral is None:
+            return f"{self.threshold or 0:g}"
+        return f"{self.threshold or 0:g}~{hashlib.sha256(repr(self.deferral).encode()).hexdigest()[:4]}"
+
+    @property
+    def unsure(self) -> str:
+        """A phrase for when an input goes on, such as ``if its confidence is below 90.0%``."""
+        kind = "confidence" if self.deferral is None else "learned confidence"
+        return f"if its {kind} is below {self.threshold or 0:.1%} ({self.going_on:.0%} of inputs)"
 
     def describe(self) -> str:
         """A phrase that names the stage in a sentence."""
@@ -64,19 +81,21 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One system that could be served, with its results on the first half of the choosing set.
+    """One system that could be served, with its results on the inputs of the search.
 
     Attributes:
         stages: the stages, at least one; a single stage without threshold is an adapter alone, or SISO.
         correct: (M,) share of the groupings in which each input was answered correctly, 0..1.
         cost_counted: operations per input relative to SISO, all stages included.
         throughput_ratio: measured inputs per second relative to SISO, all stages included; None if not measured.
+        expected_bound: the upper bound of the loss that a test will probably find, in points.
     """
 
     stages: tuple[PlannedStage, ...]
     correct: Floats = field(repr=False)
     cost_counted: float
     throughput_ratio: float | None = None
+    expected_bound: float = 0.0
 
     @property
     def first(self) -> PlannedStage:
@@ -115,7 +134,7 @@ class Candidate:
 
     @property
     def accuracy(self) -> float:
-        """Mean accuracy on the first half of the choosing set."""
+        """Mean accuracy on the inputs of the search."""
         return float(self.correct.mean())
 
     @property
@@ -129,14 +148,10 @@ class Candidate:
             return self.first.describe()
         parts = [self.first.describe()]
         for before, after in zip(self.stages, self.stages[1:]):
-            parts.append(
-                f"{after.describe()} if its confidence is below {before.threshold:.1%} ({before.going_on:.0%} of inputs)"
-            )
+            parts.append(f"{after.describe()} {before.unsure}")
         last = self.stages[-1]
         if last.threshold is not None:
-            parts.append(
-                f"the plain model if its confidence is below {last.threshold:.1%} ({last.going_on:.0%} of inputs)"
-            )
+            parts.append(f"the plain model {last.unsure}")
         return ", then ".join(parts)
 
     def row(self, siso_accuracy: float) -> FrontRow:

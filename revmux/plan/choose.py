@@ -1,14 +1,17 @@
 """Choosing the cheapest system for an allowed loss of accuracy, by Pareto Testing.
 
 Every system is compared with the plain model (SISO) on the same inputs, so its loss is a mean of paired differences: per
-input, how often SISO is correct minus how often the system is. The best of many systems looks better than it is. The
-choosing set therefore has two halves (Laufer-Goldshtein et al., 2022, arXiv 2210.07913):
+input, how often SISO is correct minus how often the system is. The best of many systems looks better than it is.
+Therefore some inputs find the systems and others test them (Laufer-Goldshtein et al., 2022, arXiv 2210.07913):
 
-- The first half finds the front of all systems, see :mod:`revmux.plan.search`. It promises nothing.
-- On the second half, the systems of the front are tested one after another, those with the lowest bound on the first half first. A system is
-  accepted if the upper confidence bound of its loss is inside the allowance. The first one that is not ends the sequence.
-  Because it ends there, each test can have the whole error probability: a system whose loss exceeds the allowance is
-  accepted only if the first such system of the sequence is.
+- The search finds the front of all systems, see :mod:`revmux.plan.search`. It promises nothing.
+- The systems of the front are tested one after another, those with the lowest expected bound first. A system is accepted
+  if the upper confidence bound of its loss is inside the allowance.
+
+All systems that a plan accepts keep the allowance together with the goal's confidence. The error probability is divided
+by the fallback procedure (Wiens and Dmitrienko, 2005): most of it belongs to the first test, and each of the next tests
+has a smaller share of its own. An accepted system passes on what it had, so the tests of a sequence without a refusal
+have nearly the whole error probability. A refusal costs what was passed on, and the tests end when nothing is left.
 
 :func:`verify` then compares the served systems with SISO once, on inputs that were not used to choose them.
 """
@@ -17,19 +20,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal
 
 from revmux.errors import UserError
 from revmux.plan.candidate import Candidate, siso_candidate
 from revmux.plan.config import Goal
-from revmux.plan.front import front
 from revmux.plan.interval import Floats, loss_bound, loss_interval
 
 Answer = Callable[[Candidate], Floats]
-"""Runs a system on the second half; returns how often it was correct on each input, 0..1."""
+"""Runs a system on the inputs of the tests; returns how often it was correct on each, 0..1."""
 
 STEP = 0.03
 """Two systems of the sequence differ in cost by at least this share."""
+BUDGET = (0.7, 0.2, 0.1)
+"""Shares of the error probability that the first tests have of their own."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,9 @@ class Judged:
 
     Attributes:
         candidate: the system.
-        search_loss: points lost against SISO on the first half of the choosing set, which chose it for the front.
-        loss: points lost on the second half; None if the system was not tested there. Negative if it is better than SISO.
-        bound: upper confidence bound of the loss, in points, from the second half; None if it was not tested.
+        search_loss: points lost against SISO on the inputs of the search, which chose it for the front.
+        loss: points lost on the inputs of the tests; None if it was not tested. Negative if it is better than SISO.
+        bound: upper confidence bound of the loss, in points, at the confidence of its test; None if it was not tested.
         fits: whether it is accepted and meets the goal.
     """
 
@@ -52,7 +57,7 @@ class Judged:
 
     @property
     def best_loss(self) -> float:
-        """The loss on the second half if it is known, else on the first."""
+        """The loss of the test if there was one, else of the search."""
         return self.search_loss if self.loss is None else self.loss
 
 
@@ -68,7 +73,7 @@ class Choice:
             last one is the chosen system.
         judged: the systems of the sequence, single adapters without threshold, and SISO, cheapest first.
         compared: number of systems from which the sequence was selected.
-        inputs: number of inputs of the second half.
+        inputs: number of inputs of the tests.
         nearest: if no system meets the goal, the one that misses it by least.
         shortfall: how much it misses by, in ``shortfall_unit``.
         shortfall_unit: ``points`` of accuracy or ``times`` SISO's throughput.
@@ -122,16 +127,19 @@ class Verification:
 
 
 def safest_first(candidates: Sequence[Candidate], step: float = STEP) -> list[Candidate]:
-    """The systems to test, from the safest to the cheapest: the front of the candidates that are cheaper than SISO.
+    """The systems to test, from the safest to the cheapest: the front of expected bound and cost, below SISO's cost.
 
     Args:
-        candidates: systems with their answers to the first half.
+        candidates: systems with their answers to the inputs of the search.
         step: a system is left out if it is not cheaper than the one before by this share, except for the cheapest of all.
     """
+    best: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda one: (one.cost, one.expected_bound, one.name)):
+        if candidate.cost < 1 and (not best or candidate.expected_bound < best[-1].expected_bound):
+            best.append(candidate)
     kept: list[Candidate] = []
-    best = [candidate for candidate in reversed(front(candidates)) if candidate.cost < 1]
-    for candidate in best:
-        if not kept or candidate.cost <= (1 - step) * kept[-1].cost or candidate is best[-1]:
+    for candidate in reversed(best):
+        if not kept or candidate.cost <= (1 - step) * kept[-1].cost or candidate is best[0]:
             kept.append(candidate)
     return kept
 
@@ -144,23 +152,20 @@ def choose(
     goal: Goal,
     others: Sequence[Candidate] = (),
     compared: int | None = None,
-    sequences: int = 1,
 ) -> Choice:
-    """Test a sequence of systems on the second half and choose the cheapest that is accepted; SISO is the safe end.
+    """Test a sequence of systems and choose the cheapest that is accepted; SISO is the safe end.
 
     If the goal is a throughput only, the choice is the safest system that is fast enough.
 
     Args:
-        search_siso: (M₁,) whether SISO was correct on each input of the first half, 0 or 1.
-        siso: (M₂,) the same for the second half.
-        sequence: the systems that may be tested, see :func:`safest_first`. Nothing about them may depend on the second half.
-            They are tested in the order of their bounds on the first half.
-        answer: runs a system on the second half. Called only for the systems that are tested.
+        search_siso: (M₁,) whether SISO was correct on each input of the search, 0 or 1.
+        siso: (M₂,) the same for the inputs of the tests.
+        sequence: the systems that may be tested, in their order, see :func:`safest_first`. Nothing about them may depend on
+            the inputs of the tests.
+        answer: runs a system on the inputs of the tests. Called only for the systems that are tested.
         goal: allowance, throughput or both.
         others: systems that are listed beside the sequence and not tested.
         compared: number of systems from which the sequence was selected; None if it was not selected.
-        sequences: number of sequences, such as those of several allowances, that share the error probability, so that all
-            their promises hold together.
 
     Raises:
         UserError: two systems have the same name, or a system answered another number of inputs.
@@ -171,12 +176,11 @@ def choose(
     if len(set(names)) < len(names):
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise UserError(f"two candidates share a name ({', '.join(repeated)}); give each a unique name")
-    confidence = 1 - (1 - goal.confidence) / sequences
 
     def listed(one: Candidate) -> Judged:
         return Judged(one, 100 * (plain.accuracy - one.accuracy))
 
-    def tested(one: Candidate) -> Judged:
+    def tested(one: Candidate, confidence: float) -> Judged:
         correct = answer(one)
         if correct.shape != siso.shape:
             raise UserError(
@@ -190,30 +194,34 @@ def choose(
     fast = [one for one in sequence if _is_fast(one, goal)]
     if goal.allowance is None:
         if fast and not safe[0].fits:
-            safe.append(replace(tested(fast[0]), fits=True))
+            safe.append(replace(tested(fast[0], goal.confidence), fits=True))
     else:
-        # A test on the second half most likely succeeds where the bound on the first half is lowest, which is not always
-        # where the loss is: systems that often disagree with SISO have a wide bound.
-        bounds = {one.name: loss_bound(search_siso - one.correct, confidence) for one in sequence}
-        for one in sorted(fast or sequence, key=lambda one: bounds[one.name]):
-            result = tested(one)
-            if result.bound is None or result.bound > goal.allowance:
-                refused.append(result)
+        passed_on = 0.0
+        for one, share in zip_longest(fast or sequence, BUDGET, fillvalue=None):
+            level = passed_on + (share or 0.0) * (1 - goal.confidence)
+            if one is None or not level:
                 break
-            safe.append(replace(result, fits=_is_fast(one, goal)))
+            result = tested(one, 1 - level)
+            accepted = result.bound is not None and result.bound <= goal.allowance
+            passed_on = level if accepted else 0.0
+            if accepted:
+                safe.append(replace(result, fits=_is_fast(one, goal)))
+            else:
+                refused.append(result)
     known = {one.candidate.name: one for one in (*safe, *refused)}
     judged = sorted((known.get(one.name) or listed(one) for one in everything), key=_by_cost)
     about = compared or len(everything)
-    accepted = sorted((one for one in safe if one.fits), key=_by_cost)
-    if not accepted:
+    fitting = sorted((one for one in safe if one.fits), key=_by_cost)
+    if not fitting:
         assert goal.throughput is not None  # SISO meets every allowance
         if fast and refused and goal.allowance is not None:
-            over = (refused[0].bound or 0.0) - goal.allowance
-            return Choice(goal, None, [], judged, about, len(siso), refused[0], over, "points")
+            nearest = min(refused, key=lambda one: one.bound or 0.0)
+            over = (nearest.bound or 0.0) - goal.allowance
+            return Choice(goal, None, [], judged, about, len(siso), nearest, over, "points")
         nearest = min(safe, key=_by_cost) if goal.allowance is not None else judged[0]
         gap = goal.throughput - 1 / nearest.candidate.cost
         return Choice(goal, None, [], judged, about, len(siso), nearest, gap, "times")
-    return Choice(goal, accepted[0], _widths(accepted, accepted[0]), judged, about, len(siso))
+    return Choice(goal, fitting[0], _widths(fitting, fitting[0]), judged, about, len(siso))
 
 
 def _by_cost(one: Judged) -> tuple[float, float, str]:

@@ -20,7 +20,9 @@ class MeasureConfig:
         throughput_inputs: Inputs per timing. 0 skips the timings and ranks by counted cost.
         throughput_batch: Inputs per forward pass of a timing. At least 1.
         throughput_pairs: Number of timings of SISO and of each system, in turn. At least 1.
-        seed: Random seed of the groupings and of the halves of the choosing set.
+        search_share: Share of the choosing set that finds the front, together with the selection set. The rest tests it.
+            Above 0 and below 1.
+        seed: Random seed of the groupings and of the division of the choosing set.
         price: Price of an hour of this hardware, in any currency: the page then shows the price of a million answers.
             Above 0. Default: no prices.
     """
@@ -31,6 +33,7 @@ class MeasureConfig:
     throughput_inputs: int = 256
     throughput_batch: int = 64
     throughput_pairs: int = 5
+    search_share: float = 0.2
     seed: int = 0
     price: float | None = None
 
@@ -40,6 +43,8 @@ class MeasureConfig:
         for name in ("shuffles", "max_stages", "throughput_batch", "throughput_pairs"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 1 or more")
+        if not 0 < self.search_share < 1:
+            raise UserError(f"search_share is {self.search_share}; choose a share between 0 and 1, such as 0.2")
         if self.throughput_inputs < 0:
             raise UserError(f"throughput_inputs is {self.throughput_inputs}; choose 0 (count only) or more")
         if self.thresholds is not None and any(not 0 <= threshold <= 1 for threshold in self.thresholds):
@@ -50,7 +55,7 @@ class MeasureConfig:
 class SplitConfig:
     """The choosing set: a slice of the train split that is held back from training, to compare the systems on it.
 
-    One half finds the front of all systems. The other half tests the systems of the front.
+    A part of it finds the front of all systems, see :class:`MeasureConfig`. The rest tests the systems of the front.
 
     Args:
         share: Share of the train split to hold back. Above 0 and below 1.

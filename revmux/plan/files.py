@@ -20,6 +20,8 @@ from revmux.plan.plots import plot_front_html, plot_front_png
 from revmux.utils.files import atomic_folder, write_durably, write_json
 
 PLAN_NAME, PAGE_NAME = "plan.json", "plan.md"
+PLAN_VERSION = 2
+"""Version of ``plan.json``. Version 1 had no number and no learned confidences."""
 
 
 def write_stages(system: Candidate, folder: Path) -> tuple[str, ...]:
@@ -34,7 +36,11 @@ def write_stages(system: Candidate, folder: Path) -> tuple[str, ...]:
         config = load_adapter_config(stage.folder)
         share_on = {} if stage.threshold is None else {"share_on": stage.going_on / reached if reached else 0.0}
         config = replace(
-            config, fallback_threshold=stage.threshold, stage=number, metrics={**config.metrics, **share_on}
+            config,
+            fallback_threshold=stage.threshold,
+            deferral=None if stage.deferral is None else asdict(stage.deferral),
+            stage=number,
+            metrics={**config.metrics, **share_on},
         )
         name = f"stage{number}-n{stage.num_inputs}" if system.is_ladder else f"n{stage.num_inputs}"
         folders.append(str(_copy_adapter(Path(stage.folder), config, folder / name)))
@@ -77,6 +83,7 @@ def plan_dict(plan: Plan, meta: dict[str, Any]) -> dict[str, Any]:
     choice = plan.choice
     known = {one.candidate.name: one for one in choice.judged}
     return {
+        "version": PLAN_VERSION,
         "meta": meta,
         "goal": asdict(choice.goal),
         "outcome": plan.outcome,
@@ -121,6 +128,7 @@ def _stage_dict(stage: PlannedStage) -> dict[str, Any]:
         "num_inputs": stage.num_inputs,
         "prefill_layers": stage.prefill_layers,
         "threshold": stage.threshold,
+        "deferral": None if stage.deferral is None else asdict(stage.deferral),
         "going_on": stage.going_on,
     }
 

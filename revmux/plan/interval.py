@@ -1,10 +1,17 @@
 """Confidence limits of a loss of accuracy, from paired differences.
 
-The limits combine the score limits of the share lost and the share won (Newcombe, 1998; Zou and Donner, 2008). They remain
-valid if few inputs differ: zero differences on few inputs do not give a bound of zero.
+On one input, a system loses against the plain model, wins, or is as good. The numbers of the three outcomes follow a
+trinomial distribution. The limits come from the exact unconditional test of a difference of paired shares (Suissa and
+Shuster, 1991; with the nuisance parameter confined to a confidence set, Berger and Boos, 1994). They hold at any
+number of inputs, also if few or none of them differ.
+
+Answers over several groupings give an input a mean between the outcomes. The number of inputs is then the effective
+one, as for the exact limits of shares in surveys (Korn and Graubard, 1998).
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +19,13 @@ from numpy.typing import NDArray
 from revmux.utils.extras import require
 
 Floats = NDArray[np.float64]
+
+OUTSIDE = 0.01
+"""Part of the error probability that the confidence set of the share of inputs that differ may use."""
+SHARES = 25
+"""Values of that share at which the test is computed."""
+PRECISION = 1e-6
+"""Largest error of a limit, as a share."""
 
 
 def loss_bound(differences: Floats, confidence: float) -> float:
@@ -21,58 +35,72 @@ def loss_bound(differences: Floats, confidence: float) -> float:
         differences: (M,) in -1..1, positive if SISO was correct more often.
         confidence: probability that the loss does not exceed the bound.
     """
-    return 100 * float(_loss_interval(differences, _student(confidence, len(differences)))[1])
+    inputs, lost, won = _counts(differences)
+    if lost == inputs:
+        return 100.0
+    optimize = require("scipy.optimize", "plan")
+
+    def excess(loss: float) -> float:
+        return _p_value(inputs, lost, won, loss, OUTSIDE * (1 - confidence)) - (1 - confidence)
+
+    return 100 * float(optimize.brentq(excess, -1.0, 1.0, xtol=PRECISION) + PRECISION)
 
 
 def loss_interval(differences: Floats, confidence: float) -> tuple[float, float]:
     """The two-sided interval of a mean loss, in points; for the arguments, see :func:`loss_bound`."""
-    lower, upper = _loss_interval(differences, _student((1 + confidence) / 2, len(differences)))
-    return 100 * float(lower), 100 * float(upper)
+    each = (1 + confidence) / 2
+    return -loss_bound(-differences, each), loss_bound(differences, each)
 
 
-def _loss_interval(differences: Floats, quantile: float) -> tuple[Floats, Floats]:
-    """The interval of a mean loss, from the limits of the share lost and the share won.
+def expected_bound(loss: Floats, differing: Floats, searched: int, tested: int, confidence: float) -> Floats:
+    """The upper bound that a test will probably find, from the answers to other inputs, in points.
 
-    The distances of the two limits from their means are combined as the root of the sum of their squares.
-
-    Args:
-        differences: (..., M) in -1..1, positive if SISO was correct more often.
-        quantile: quantile of the studentised error on each side.
-
-    Returns:
-        Lower and upper ends, both (...).
-    """
-    lost, won = differences.clip(min=0), (-differences).clip(min=0)
-    lost_lower, lost_upper = _score_limits(lost, quantile)
-    won_lower, won_upper = _score_limits(won, quantile)
-    loss, lost_mean, won_mean = differences.mean(axis=-1), lost.mean(axis=-1), won.mean(axis=-1)
-    lower = loss - np.hypot(lost_mean - lost_lower, won_upper - won_mean)
-    upper = loss + np.hypot(lost_upper - lost_mean, won_mean - won_lower)
-    return lower, upper
-
-
-def _score_limits(shares: Floats, quantile: float) -> tuple[Floats, Floats]:
-    """Wilson's limits of a mean share.
-
-    Shares that are means over groupings vary less than single answers of 0 or 1. The number of inputs is increased by
-    the ratio of the two variances.
+    A system that differs from SISO on few inputs has a bound close to its loss. Of two systems with the same loss, it is
+    therefore the better candidate. One standard error is added, so that a lucky search does not come first.
 
     Args:
-        shares: (..., M) in 0..1.
-        quantile: quantile of the studentised error.
-
-    Returns:
-        Lower and upper limits, both (...).
+        loss: mean loss in the search, any shape.
+        differing: mean squared difference, same shape.
+        searched: number of inputs of the search.
+        tested: number of inputs of the test.
+        confidence: of the test.
     """
-    mean, variance = shares.mean(axis=-1), shares.var(axis=-1)
-    variance_ratio = np.divide(mean * (1 - mean), variance, out=np.ones_like(mean), where=variance > 0)
-    inputs = shares.shape[-1] * variance_ratio
-    centre = mean + quantile**2 / (2 * inputs)
-    reach = quantile * np.sqrt(mean * (1 - mean) / inputs + quantile**2 / (4 * inputs**2))
-    scale = 1 + quantile**2 / inputs
-    return (centre - reach) / scale, (centre + reach) / scale
+    quantile = float(require("scipy.stats", "plan").norm.ppf(confidence))
+    deviation = np.sqrt((differing * searched + 1) / (searched + 1))
+    reach = quantile / math.sqrt(tested) + math.sqrt(1 / searched + 1 / tested)
+    bound: Floats = 100 * (loss + deviation * reach)
+    return bound
 
 
-def _student(level: float, inputs: int) -> float:
-    """Quantile of Student's t for a mean of ``inputs`` values."""
-    return float(require("scipy.stats", "plan").t.ppf(level, max(1, inputs - 1)))
+def _counts(differences: Floats) -> tuple[int, int, int]:
+    """The effective number of inputs, and how many of them are lost and won, rounded towards a larger loss."""
+    size = np.abs(differences).sum()
+    ratio = float(size / np.square(differences).sum()) if size else 1.0  # 1 for a single grouping
+    inputs = math.floor(len(differences) * ratio + 1e-9)
+    lost = min(inputs, math.ceil(float(differences.clip(min=0).sum()) * ratio - 1e-9))
+    won = min(inputs - lost, math.floor(float((-differences).clip(min=0).sum()) * ratio + 1e-9))
+    return inputs, lost, won
+
+
+def _p_value(inputs: int, lost: int, won: int, loss: float, outside: float) -> float:
+    """The probability of counts that speak at least as much for a smaller loss, if the true one is ``loss`` (0..1).
+
+    The statistic is the observed loss minus ``loss``, over its deviation. Given m inputs that differ, the number of lost
+    ones is binomial, so the probability is a sum over m. It is the largest one over the shares of a confidence set, and
+    ``outside``, the probability that the true share is not in this set, is added.
+    """
+    stats, special = require("scipy.stats", "plan"), require("scipy.special", "plan")
+    differ = lost + won
+    lower = float(stats.beta.ppf(outside / 2, differ, inputs - differ + 1)) if differ else 0.0
+    upper = float(stats.beta.ppf(1 - outside / 2, differ + 1, inputs - differ)) if differ < inputs else 1.0
+    lower = max(lower, abs(loss), 1e-12)  # at least |loss| of the inputs differ
+    share = np.geomspace(lower, max(lower, upper), SHARES)[:, None]  # (SHARES, 1)
+    least = max(inputs * abs(loss), 1.0)
+    statistic = (lost - won - inputs * loss) / math.sqrt(max(differ, least))
+    first, last = stats.binom.ppf([1e-9, 1 - 1e-9], inputs, [share[0, 0], share[-1, 0]])
+    counts = np.arange(int(first), int(last) + 1)  # (m,)
+    most = np.floor((counts + inputs * loss + statistic * np.sqrt(np.maximum(counts, least))) / 2 + 1e-9)
+    most = most.clip(max=counts)  # largest number of lost inputs that is as extreme
+    tail = special.bdtr(most.clip(min=0), counts, ((share + loss) / 2 / share).clip(0, 1))
+    tail = np.where(most < 0, 0.0, tail)
+    return float((stats.binom.pmf(counts, inputs, share) * tail).sum(axis=1).max()) + outside

@@ -54,20 +54,25 @@ class TrainedAdapter:
     run_id: str | None = None
 
 
-def divide(split: Dataset, seed: int) -> tuple[Tensor, Tensor]:
-    """The two halves of a choosing set: the rows that find the front and the rows on which it is tested.
+def divide(split: Dataset, search_share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The two parts of a choosing set: the rows that help to find the front and the rows on which it is tested.
 
-    A sentence and its phrases are in the same half, see :func:`revmux.data.split.hold_out`.
+    A sentence and its phrases are in the same part, see :func:`revmux.data.split.hold_out`.
+
+    Args:
+        split: the choosing set.
+        search_share: share of the rows in the first part.
+        seed: random seed.
 
     Raises:
         UserError: the split has fewer than four rows.
     """
     if len(split) < 4:
         raise UserError(
-            f"the choosing set has {len(split)} inputs, too few for two halves; choose a larger choosing.share"
+            f"the choosing set has {len(split)} inputs, too few to be divided; choose a larger choosing.share"
         )
     numbered = split.add_column("row", list(range(len(split))))
-    first, second = hold_out(numbered, len(split) // 2, seed)
+    second, first = hold_out(numbered, max(1, round(search_share * len(split))), seed)
     return torch.tensor(sorted(first["row"])), torch.tensor(sorted(second["row"]))
 
 
@@ -123,32 +128,40 @@ class Bench:
     @cached_property
     def siso(self) -> Floats:
         """(M,) whether the plain model is correct on each input, 0 or 1."""
+        correct: Floats = (self._plain == self.split.labels).double().numpy()
+        return correct
+
+    @cached_property
+    def _plain(self) -> Tensor:
+        """(M,) the classes that the plain model answers."""
         features = self._open([]).with_tokens()
         teacher = [
             features.batch(rows).teacher_scores.argmax(-1).cpu()  # type: ignore[union-attr]
             for rows in torch.arange(len(self.split)).split(256)
         ]
-        correct: Floats = (torch.cat(teacher) == self.split.labels).double().numpy()
-        return correct
+        return torch.cat(teacher)
 
-    def scores(self, adapters: Sequence[TrainedAdapter], rows: Tensor) -> list[StageScores]:
-        """The answers of every adapter to the given rows, with its counted cost."""
+    def scores(self, adapters: Sequence[TrainedAdapter], rows: Tensor | None = None) -> list[StageScores]:
+        """The answers of every adapter to the given rows, all by default, with its counted cost."""
+        rows = torch.arange(len(self.split)) if rows is None else rows
         found = []
         for number, adapter in enumerate(adapters, 1):
-            self.log(f"measuring the loss of {adapter.name} on the choosing set ({number} of {len(adapters)})")
+            self.log(f"measuring the loss of {adapter.name} on {len(rows):,} inputs ({number} of {len(adapters)})")
             found.append(self._scores_of(adapter, rows))
         return found
 
     def _scores_of(self, adapter: TrainedAdapter, rows: Tensor) -> StageScores:
         model = self._model(adapter.folder)
         features = FeatureRows(self._features(model), rows)
-        correct, sure = [], []
+        correct, sure, agrees, answers = [], [], [], []
         with evaluating(model):
             for shuffle in range(1 if model.num_inputs == 1 else self.config.shuffles):
                 groups = served_groups(features.lengths, model.num_inputs, self.config.seed, shuffle)
                 labels, _, scores = predict(model, features, groups)
                 correct.append((labels == features.labels).numpy())
                 sure.append(confidence(scores).numpy())
+                agrees.append((labels == self._plain[rows]).numpy())
+                answers.append(scores.numpy())
         length = max(1, round(float(self.split.lengths.double().mean())))
         cost = count_flops(model.backbone, model.method, model.prefill_layers, length)
         plain = plain_cost(model.backbone, length).per_input
@@ -169,6 +182,9 @@ class Bench:
             cost.prefill / plain,
             resume_cost(model.backbone, model.prefill_layers, length),
             can_go_on=reads_plain_states(model),
+            agrees=np.stack(agrees),
+            scores=np.stack(answers),
+            lengths=_state_lengths(features).numpy(),
         )
 
     def correct(self, system: Candidate, rows: Tensor | None = None) -> Floats:
@@ -206,7 +222,9 @@ class Bench:
         return found
 
     def _ladder(self, system: Candidate) -> Ladder:
-        return Ladder([Stage(self._model(stage.folder), stage.threshold or 0.0) for stage in system.stages])
+        return Ladder(
+            [Stage(self._model(stage.folder), stage.threshold or 0.0, stage.deferral) for stage in system.stages]
+        )
 
     def _model(self, folder: str | None) -> MultiplexedClassifier:
         assert folder is not None
@@ -226,6 +244,13 @@ class Bench:
     @cached_property
     def _weights(self) -> str:
         return backbone_digest(self.pretrained.backbone)
+
+
+def _state_lengths(features: FeatureRows) -> Tensor:
+    """(M,) tokens per input as its states have them: a soft prompt adds some to each."""
+    first = features.batch([0]).prefilled
+    added = 0 if first is None else int(first.mask.sum()) - int(features.lengths[0])
+    return features.lengths + added
 
 
 def reads_plain_states(model: MultiplexedClassifier) -> bool:

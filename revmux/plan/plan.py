@@ -38,7 +38,7 @@ class Plan:
         choice: how they were chosen.
         served: one system per width, narrowest first, or one ladder; the last is the chosen one. Empty if the goal cannot
             be met.
-        rows: the systems that were compared, SISO included, on the first half of the choosing set.
+        rows: the systems that were compared, SISO included, on the inputs of the search.
         folder: the folder of the plan's files.
         siso_rate: inputs per second of SISO on this hardware; None if not measured.
     """

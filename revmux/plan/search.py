@@ -3,7 +3,8 @@
 Every adapter has answered the same inputs, and its correctness and confidence are stored. What a ladder would answer
 follows from them without another forward pass: an input has the answer of the first stage whose confidence reaches its
 threshold, or else the plain model's. All thresholds of all stages are searched together, with matrix products over the
-stored answers.
+stored answers. A system is on the front if no cheaper one has a lower expected bound, see
+:func:`revmux.plan.interval.expected_bound`.
 
 The groups of a later stage hold only the inputs that go on to it, while the stored answers come from groups of all
 inputs. Accuracy in a search is therefore an estimate; the systems of the front run as ladders before one is chosen.
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from revmux.plan.candidate import Candidate, PlannedStage
-from revmux.plan.interval import Floats
+from revmux.plan.interval import Floats, expected_bound
 
 QUANTILES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Shares of an adapter's least confident answers at which thresholds are placed by default."""
@@ -42,6 +43,10 @@ class StageScores:
         prefill_cost: the part of it up to layer l.
         resume_cost: counted operations of resuming one input alone after layer l, relative to SISO.
         can_go_on: whether an input that the adapter is unsure about can go on, and can reach it from another stage.
+        agrees: (S, M) whether each answer is the plain model's.
+        scores: (S, M, C) label scores.
+        lengths: (M,) tokens per input.
+        follows: the adapters of the stages before it, if the confidence was learned for these; None if it may follow any.
     """
 
     stage: PlannedStage
@@ -51,6 +56,21 @@ class StageScores:
     prefill_cost: float
     resume_cost: float
     can_go_on: bool = True
+    agrees: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), bool), repr=False)
+    scores: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32), repr=False)
+    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+    follows: tuple[str, ...] | None = None
+
+    def joined(self, other: StageScores) -> StageScores:
+        """The answers of the same adapter to these inputs and to others."""
+        return replace(
+            self,
+            correct=np.concatenate([self.correct, other.correct], axis=1),
+            confidence=np.concatenate([self.confidence, other.confidence], axis=1),
+            agrees=np.concatenate([self.agrees, other.agrees], axis=1),
+            scores=np.concatenate([self.scores, other.scores], axis=1),
+            lengths=np.concatenate([self.lengths, other.lengths]),
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,7 @@ class Found:
     """The outcome of a search.
 
     Attributes:
-        front: the systems that no other one beats in cost and accuracy, cheapest first.
+        front: the systems that no other one beats in cost and expected bound, cheapest first.
         alone: every adapter without threshold.
         compared: number of systems that were compared, SISO included.
     """
@@ -69,9 +89,14 @@ class Found:
 
 
 def search(
-    scores: Sequence[StageScores], siso: Floats, thresholds: Sequence[float] | None = None, max_stages: int = 3
+    scores: Sequence[StageScores],
+    siso: Floats,
+    thresholds: Sequence[float] | None = None,
+    max_stages: int = 3,
+    tested: int | None = None,
+    confidence: float = 0.95,
 ) -> Found:
-    """Find the front over single adapters and ladders, by counted cost.
+    """Find the front of counted cost and expected bound over single adapters and ladders.
 
     A second stage is searched for every first stage and threshold. A third one is added to the pairs of the front of
     two stages only, with every threshold of the second stage.
@@ -81,8 +106,10 @@ def search(
         siso: (M,) whether SISO was correct, 0 or 1.
         thresholds: thresholds to consider for every adapter; None chooses them from its confidences.
         max_stages: most adapters of a ladder.
+        tested: number of inputs on which the systems will be tested; None for M.
+        confidence: of these tests.
     """
-    table = _Table(scores, siso, thresholds)
+    table = _Table(scores, siso, thresholds, tested or len(siso), confidence)
     alone = [table.candidate((row,)) for row in table.final]
     best, compared = _Front(), 1
     prefixes = table.root()
@@ -109,34 +136,36 @@ class _Prefixes:
         systems: their rows.
         last: (P,) adapter of the last stage; -1 if there is no stage yet.
         unsure: (P, K) whether each answer is still open.
-        right: (P,) number of answers that are final and correct.
+        lost: (P,) number of final answers that are wrong where the plain model is right, minus the opposite.
+        differing: (P,) number of final answers that are right where the plain model is wrong, or the opposite.
         cost: (P,) cost per input so far.
     """
 
     systems: list[Rows]
     last: NDArray[np.int64]
     unsure: NDArray[np.float32]
-    right: Floats
+    lost: Floats
+    differing: Floats
     cost: Floats
 
 
 @dataclass(frozen=True)
 class _Front:
-    """Systems with their cost and accuracy, cheapest first in a front."""
+    """Systems with their cost and expected bound, cheapest first in a front."""
 
     systems: list[Rows] = field(default_factory=list)
     cost: Floats = field(default_factory=lambda: np.zeros(0))
-    accuracy: Floats = field(default_factory=lambda: np.zeros(0))
+    bound: Floats = field(default_factory=lambda: np.zeros(0))
 
     def joined(self, other: _Front) -> _Front:
         """The front of both."""
-        cost, accuracy = np.r_[self.cost, other.cost], np.r_[self.accuracy, other.accuracy]
-        order = np.lexsort((-accuracy, cost))
-        highest = np.maximum.accumulate(np.r_[-np.inf, accuracy[order]])[:-1]
-        kept = order[accuracy[order] > highest + 1e-12]
+        cost, bound = np.r_[self.cost, other.cost], np.r_[self.bound, other.bound]
+        order = np.lexsort((bound, cost))
+        lowest = np.minimum.accumulate(np.r_[np.inf, bound[order]])[:-1]
+        kept = order[bound[order] < lowest - 1e-9]
         own = len(self.systems)
         systems = [self.systems[at] if at < own else other.systems[at - own] for at in kept.tolist()]
-        return _Front(systems, cost[kept], accuracy[kept])
+        return _Front(systems, cost[kept], bound[kept])
 
 
 class _Table:
@@ -146,26 +175,39 @@ class _Table:
         final: the row of each adapter without threshold.
     """
 
-    def __init__(self, scores: Sequence[StageScores], siso: Floats, thresholds: Sequence[float] | None) -> None:
+    def __init__(
+        self,
+        scores: Sequence[StageScores],
+        siso: Floats,
+        thresholds: Sequence[float] | None,
+        tested: int,
+        confidence: float,
+    ) -> None:
         self.scores = list(scores)
+        self.tested, self.level = tested, confidence
         self.shuffles = max((len(one.correct) for one in scores), default=1)
+        self.siso = siso
         self.plain = np.tile(siso.astype(np.float32), self.shuffles)  # (K,)
         self.total = len(self.plain)
         self.final: list[int] = []
         adapters: list[int] = []
         limits: list[float] = []
         for index, one in enumerate(self.scores):
-            self.final.append(len(adapters))
             steps = _thresholds(one, thresholds) if one.can_go_on else []
-            adapters += [index] * (1 + len(steps))
-            limits += [0.0, *steps]
+            if one.follows is None:
+                self.final.append(len(adapters))
+                steps = [0.0, *steps]
+            adapters += [index] * len(steps)
+            limits += steps
         self.adapter, self.limit = np.array(adapters, dtype=np.int64), np.array(limits)
         self.unsure = np.zeros((len(adapters), self.total), np.float32)  # (R, K)
         self.right = np.zeros_like(self.unsure)  # (R, K), whether the answer is final and correct
+        self.lost = np.zeros_like(self.unsure)  # (R, K), SISO's correctness minus that of a final answer
         for row, (index, limit) in enumerate(zip(adapters, limits)):
             one = self.scores[index]
             self.unsure[row] = self._flat(one.confidence) < np.float32(limit)
             self.right[row] = self._flat(one.correct) * (1 - self.unsure[row])
+            self.lost[row] = self.plain * (1 - self.unsure[row]) - self.right[row]
 
     def _flat(self, values: NDArray[np.float32] | NDArray[np.bool_]) -> NDArray[np.float32]:
         """(S, M) to (K,); the one grouping of an adapter with N = 1 counts for all."""
@@ -173,19 +215,22 @@ class _Table:
 
     def root(self) -> _Prefixes:
         """No stage yet: all answers are open and nothing is paid."""
-        return _Prefixes([()], np.array([-1]), np.ones((1, self.total), np.float32), np.zeros(1), np.zeros(1))
+        return _Prefixes(
+            [()], np.array([-1]), np.ones((1, self.total), np.float32), np.zeros(1), np.zeros(1), np.zeros(1)
+        )
 
     def extend(self, prefixes: _Prefixes) -> _Front:
         """Every system that adds one row to a prefix and then falls back to the plain model."""
-        value = self.right + self.unsure * self.plain  # (R, K)
-        accuracy = (prefixes.right[:, None] + prefixes.unsure @ value.T) / self.total  # (P, R)
+        lost = (prefixes.lost[:, None] + prefixes.unsure @ self.lost.T) / self.total  # (P, R)
+        differing = (prefixes.differing[:, None] + prefixes.unsure @ np.abs(self.lost).T) / self.total  # (P, R)
+        bound = self._bound(lost, differing)
         onward = prefixes.unsure @ self.unsure.T / self.total  # (P, R), share that reaches the plain model
         resume = self._per_row([one.resume_cost for one in self.scores])
         cost = self._stage_cost(prefixes) + onward * resume
         legal = self._legal(prefixes)
         first, second = np.nonzero(legal)
         systems = [(*prefixes.systems[p], r) for p, r in zip(first.tolist(), second.tolist())]
-        return _Front(systems, cost[first, second], accuracy[first, second])
+        return _Front(systems, cost[first, second], bound[first, second])
 
     def prefixes(self, best: _Front, depth: int) -> _Prefixes:
         """The combinations that another stage may be added to.
@@ -197,7 +242,8 @@ class _Table:
         """
         with_threshold = [row for row in range(len(self.limit)) if self.limit[row] > 0]
         if depth == 1:
-            systems: list[Rows] = [(row,) for row in with_threshold]
+            first = [not self.scores[index].follows for index in self.adapter.tolist()]
+            systems: list[Rows] = [(row,) for row in with_threshold if first[row]]
         else:
             bases = dict.fromkeys(
                 (rows[:-1], int(self.adapter[rows[-1]])) for rows in best.systems if len(rows) == depth
@@ -207,7 +253,7 @@ class _Table:
             ]
             systems = systems[:: -(-len(systems) // MAX_PREFIXES) or 1]
         unsure = np.ones((len(systems), self.total), np.float32)
-        right, cost = np.zeros(len(systems)), np.zeros(len(systems))
+        lost, differing, cost = (np.zeros(len(systems)) for _ in range(3))
         last = np.full(len(systems), -1)
         for stage in range(depth):
             rows = np.array([system[stage] for system in systems], dtype=np.int64)
@@ -215,10 +261,11 @@ class _Table:
             paid = np.array([before[index] if index >= 0 else 0.0 for index in last.tolist()])
             own = np.array([self.scores[index].cost for index in self.adapter[rows].tolist()])
             cost += unsure.mean(axis=1) * (own - paid)
-            right += (unsure * self.right[rows]).sum(axis=1)
+            lost += (unsure * self.lost[rows]).sum(axis=1)
+            differing += (unsure * np.abs(self.lost[rows])).sum(axis=1)
             unsure *= self.unsure[rows]
             last = self.adapter[rows]
-        return _Prefixes(systems, last, unsure, right, cost)
+        return _Prefixes(systems, last, unsure, lost, differing, cost)
 
     def _stage_cost(self, prefixes: _Prefixes) -> Floats:
         """(P, R) cost per input with one more stage: the plain layers in between and a share of a full group."""
@@ -229,25 +276,35 @@ class _Table:
         return cost
 
     def _legal(self, prefixes: _Prefixes) -> NDArray[np.bool_]:
-        """(P, R) whether a row may follow: its prefill is no shallower, and it is another adapter that can go on."""
+        """(P, R) whether a row may follow.
+
+        Its prefill is no shallower, it is another adapter that can go on, and if its confidence was learned, then after
+        these stages.
+        """
         layers = np.array([one.stage.prefill_layers for one in self.scores])
         usable = np.array([one.can_go_on for one in self.scores])
+        names = [one.stage.adapter for one in self.scores]
         legal = np.ones((len(prefixes.last), len(self.adapter)), dtype=bool)
         reached = prefixes.unsure.mean(axis=1)
         for at, system in enumerate(prefixes.systems):
+            before = tuple(names[index] for index in self.adapter[list(system)].tolist())
+            fits = np.array([one.follows is None or one.follows == before for one in self.scores], dtype=bool)
             if not system:
+                legal[at] = fits[self.adapter]
                 continue
             if reached[at] < MIN_SHARE:
                 legal[at] = False
                 continue
-            used = set(self.adapter[list(system)].tolist())
-            fits = usable & (layers >= layers[prefixes.last[at]])
-            fits[list(used)] = False
+            fits &= usable & (layers >= layers[prefixes.last[at]])
+            fits &= [name not in before for name in names]
             legal[at] = fits[self.adapter]
         return legal
 
     def _per_row(self, values: Sequence[float]) -> Floats:
         return np.array(values)[self.adapter]
+
+    def _bound(self, lost: Floats, differing: Floats) -> Floats:
+        return expected_bound(lost, differing, self.total // self.shuffles, self.tested, self.level)
 
     def candidate(self, rows: Rows) -> Candidate:
         """A system with its answers, averaged over the groupings."""
@@ -265,7 +322,9 @@ class _Table:
         last = self.scores[int(self.adapter[rows[-1]])]
         cost += float(open_.mean(dtype=np.float64)) * last.resume_cost
         correct = (right + open_ * self.plain).reshape(self.shuffles, -1).mean(axis=0, dtype=np.float64)
-        return Candidate(tuple(stages), correct, cost)
+        lost = self.siso - correct
+        bound = float(self._bound(lost.mean(), np.square(lost).mean()))
+        return Candidate(tuple(stages), correct, cost, expected_bound=bound)
 
 
 def _thresholds(one: StageScores, given: Sequence[float] | None) -> list[float]:

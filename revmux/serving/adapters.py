@@ -70,7 +70,7 @@ class LoadedAdapter:
     @property
     def stage(self) -> Stage:
         """The adapter as a stage of a ladder."""
-        return Stage(self.model, self.threshold)
+        return Stage(self.model, self.threshold, self.config.learned)
 
     @property
     def share_on(self) -> float:

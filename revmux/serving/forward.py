@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from revmux.backbone import Backbone, HiddenState, TokenBatch
-from revmux.fallback import confidence, resume
+from revmux.fallback import resume
 from revmux.grouping import gather_rows
 from revmux.ladder import LadderAnswers, Stage, climb
 from revmux.serving.scheduling import PLAIN, Group
@@ -180,7 +180,7 @@ def _multiplexed(
         scores += found
         if stage.threshold:
             members = torch.zeros_like(unsure).index_fill(0, slots.flatten(), True)
-            unsure |= members & (confidence(found) < stage.threshold)
+            unsure |= members & stage.unsure([found], prefilled.mask)
             goes_on = True
         clock.mark("head")
     numbers = torch.tensor([number for number, group in enumerate(groups) for _ in group.members])  # (R,)
