@@ -26,7 +26,8 @@ def candidate(name: str, correct: Any, cost: float, num_inputs: int = 2, **setti
 
 def ladder(name: str, correct: Any, cost: float) -> Candidate:
     stages = tuple(PlannedStage(f"{name}{number}", "exit-head", 1, number, 0.9, 0.1) for number in (1, 2))
-    return Candidate(stages, np.asarray(correct, dtype=float), cost)
+    correct = np.asarray(correct, dtype=float)
+    return Candidate(stages, correct, cost, expected_bound=1 - correct.mean())
 
 
 def same_again(one: Candidate) -> Floats:
@@ -171,9 +172,9 @@ def front_then_bound(siso: Floats, correct: Floats, cost: Floats, allowance: flo
 def test_the_chosen_of_sixty_systems_exceeds_the_allowance_with_at_most_the_nominal_probability() -> None:
     """Sixty systems, all of which truly lose a little more than allowed; choosing any of them is a failure."""
     random = np.random.default_rng(11)
-    worlds, systems, inputs, allowance = 300, 60, 1000, 4.0
+    worlds, systems, inputs, allowance = 100, 60, 1000, 4.0
     failed = failed_before = 0
-    for _ in range(worlds):
+    for world in range(worlds):
         lost = allowance + random.uniform(0.02, 0.3, systems)
         cost = random.uniform(0.2, 0.9, systems)
         siso, correct = two_draws(random, systems, inputs, lost)
@@ -182,15 +183,15 @@ def test_the_chosen_of_sixty_systems_exceeds_the_allowance_with_at_most_the_nomi
         choice = choose(siso[0], siso[1], safest_first(made), lambda one, by=second: by[one.name], Goal(allowance))
         assert choice.chosen is not None
         failed += not choice.chosen.candidate.is_plain
-        failed_before += front_then_bound(siso[0], correct[:, 0], cost, allowance) is not None
+        failed_before += world < 40 and front_then_bound(siso[0], correct[:, 0], cost, allowance) is not None
     error = math.sqrt(0.05 * 0.95 / worlds)
     assert failed / worlds < 0.05 + 2 * error
-    assert failed_before / worlds > 0.2, "one bound per system of the front, on the inputs that chose it, is too weak"
+    assert failed_before / 40 > 0.2, "one bound per system of the front, on the inputs that chose it, is too weak"
 
 
 def test_systems_that_are_safe_are_found_among_those_that_are_not() -> None:
     random = np.random.default_rng(12)
-    worlds, allowance, failed, cheap = 100, 3.0, 0, 0
+    worlds, allowance, failed, cheap = 25, 3.0, 0, 0
     for _ in range(worlds):
         cost = np.linspace(0.25, 0.95, 60)
         lost = 6.0 * (0.95 - cost)  # from 4.2 points at 0.25 to none; 0.45 is the cheapest that is allowed
@@ -232,7 +233,7 @@ def test_few_inputs_without_a_difference_give_a_wide_bound() -> None:
     assert loss_bound(np.zeros(3000), 0.95) < 0.15
 
 
-@pytest.mark.parametrize(("inputs", "lost", "won"), [(60, 0.09, 0.04), (300, 0.03, 0.01), (3000, 0.006, 0.003)])
+@pytest.mark.parametrize(("inputs", "lost", "won"), [(60, 0.09, 0.04), (300, 0.03, 0.01), (1000, 0.008, 0.004)])
 def test_the_bound_holds_at_small_samples_with_the_nominal_probability(inputs: int, lost: float, won: float) -> None:
     """The exact probability that the bound is below the true loss, over all outcomes."""
     most = [int(stats.binom.ppf(1 - 1e-6, inputs, share)) for share in (lost, won)]

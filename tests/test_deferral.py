@@ -217,7 +217,7 @@ def test_what_plain_confidence_does_not_know_is_learned_and_lowers_the_cost_of_t
     learned = later[0].stage.deferral
     assert learned is not None
     passed = [torch.from_numpy(one.scores) for one in scores]
-    again = learned.confidence(passed, torch.from_numpy(scores[0].lengths))
+    again = learned.confidence(passed, torch.from_numpy(scores[0].lengths)[None])
     assert (again < 0.9).float().mean() > 0.05
     near = np.abs(again.numpy()[scores[1].agrees].mean() - 1.0)
     assert near < np.abs(again.numpy()[~scores[1].agrees].mean() - 1.0), "it is higher where the answers agree"

@@ -25,12 +25,12 @@ class PlannedStage:
         prefill_layers: l, up to which the inputs have plain states and from which they go on.
         threshold: confidence below which an input goes on to the next stage, or to the plain model after the last one;
             None if every answer is final.
-        deferral: the learned confidence of this stage after the stages before it; None uses the plain one.
         going_on: share of all inputs that this stage and all before it did not answer.
         options: settings of the method.
         infonce_weight: λ; NaN if the adapter was not trained with InfoNCE.
         folder: adapter folder; None for SISO.
         run_id: MLflow run that trained it; None if there is none.
+        deferral: the learned confidence of this stage after the stages before it; None uses the plain one.
     """
 
     adapter: str
@@ -38,12 +38,12 @@ class PlannedStage:
     num_inputs: int
     prefill_layers: int
     threshold: float | None = None
-    deferral: Deferral | None = None
     going_on: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     infonce_weight: float = math.nan
     folder: str | None = None
     run_id: str | None = None
+    deferral: Deferral | None = None
 
     @property
     def kind(self) -> type[Method]:

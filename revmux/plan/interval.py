@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 OUTSIDE = 0.01
 """Part of the error probability that the confidence set of the share of inputs that differ may use."""
-SHARES = 25
+SHARES = 15
 """Values of that share at which the test is computed."""
 PRECISION = 1e-6
 """Largest error of a limit, as a share."""
@@ -36,14 +36,21 @@ def loss_bound(differences: Floats, confidence: float) -> float:
         confidence: probability that the loss does not exceed the bound.
     """
     inputs, lost, won = _counts(differences)
-    if lost == inputs:
+    mean, reach = (lost - won) / inputs, (6 * math.sqrt(lost + won) + 20) / inputs
+    if mean + reach >= 1:
+        reach = 1 - mean
+    if not reach:
         return 100.0
     optimize = require("scipy.optimize", "plan")
 
     def excess(loss: float) -> float:
         return _p_value(inputs, lost, won, loss, OUTSIDE * (1 - confidence)) - (1 - confidence)
 
-    return 100 * float(optimize.brentq(excess, -1.0, 1.0, xtol=PRECISION) + PRECISION)
+    found = float(optimize.brentq(excess, max(-1.0, mean - reach), mean + reach, xtol=PRECISION)) + PRECISION
+    # Counts are whole numbers, so the p-value does not fall smoothly: a larger loss next to the root may still be possible.
+    step = (found - mean) / 80
+    above = [found + step * number for number in range(8, 0, -1)]
+    return 100 * min(1.0, next((loss + step for loss in above if loss < 1 and excess(loss) > 0), found))
 
 
 def loss_interval(differences: Floats, confidence: float) -> tuple[float, float]:
