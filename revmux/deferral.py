@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from revmux.errors import UserError
+
+if TYPE_CHECKING:  # adapters are checked before torch is imported
+    from torch import Tensor
 
 LARGEST = 30.0
 """Largest size of a feature."""
@@ -81,6 +81,8 @@ def deferral_features(passed: Sequence[Tensor], lengths: Tensor) -> Tensor:
         (..., 2k + 1) float32: for each stage, the log-probability that it gives to the answer of the last one and the
         margin between its two most probable classes; then the logarithm of the length.
     """
+    import torch
+
     logs = [_log_probabilities(scores) for scores in passed]
     answer = logs[-1].argmax(-1, keepdim=True)
     columns = []
@@ -94,5 +96,5 @@ def deferral_features(passed: Sequence[Tensor], lengths: Tensor) -> Tensor:
 def _log_probabilities(scores: Tensor) -> Tensor:
     scores = scores.float()
     if scores.shape[-1] == 1:
-        scores = torch.cat([torch.zeros_like(scores), scores], dim=-1)
+        scores = scores * scores.new_tensor([0.0, 1.0])
     return scores.log_softmax(-1)
