@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from revmux.deferral import Deferral, deferral_features
@@ -71,7 +72,7 @@ def _answers(chain: Sequence[StageScores]) -> tuple[list[Tensor], Tensor]:
     return passed, torch.from_numpy(chain[0].lengths).expand(shuffles, -1)
 
 
-def fit_deferral(passed: Sequence[Tensor], lengths: Tensor, agrees: np.ndarray) -> Deferral | None:
+def fit_deferral(passed: Sequence[Tensor], lengths: Tensor, agrees: NDArray[np.bool_]) -> Deferral | None:
     """Fit the learned confidence of a stage to answers of the stages so far.
 
     Args:

@@ -323,7 +323,7 @@ class _Table:
         cost += float(open_.mean(dtype=np.float64)) * last.resume_cost
         correct = (right + open_ * self.plain).reshape(self.shuffles, -1).mean(axis=0, dtype=np.float64)
         lost = self.siso - correct
-        bound = float(self._bound(lost.mean(), np.square(lost).mean()))
+        bound = float(self._bound(np.array(lost.mean()), np.array(np.square(lost).mean())))
         return Candidate(tuple(stages), correct, cost, expected_bound=bound)
 
 
