@@ -19,7 +19,8 @@ from torch import Tensor
 
 from revmux.adapters.config import load_adapter_config
 from revmux.adapters.folder import load_adapter
-from revmux.bulk import BulkConfig, classify_files
+from revmux.bulk.classify import classify_files
+from revmux.bulk.config import BulkConfig
 from revmux.data.tokens import TokenizedSplit
 from revmux.deferral import Deferral, deferral_features
 from revmux.errors import UserError
