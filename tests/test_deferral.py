@@ -130,7 +130,12 @@ def test_evaluation_server_and_bulk_apply_the_learned_confidence_of_every_stage(
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     output = tmp_path / "answers"
     classify_files(
-        BulkConfig(str(tmp_path / "rows.csv"), str(output), model=str(model), plan=str(tmp_path / "plan.json"))
+        BulkConfig(
+            input=str(tmp_path / "rows.csv"),
+            output=str(output),
+            model=str(model),
+            plan=str(tmp_path / "plan.json"),
+        )
     )
     written = pd.concat([pd.read_parquet(part) for part in sorted(output.glob("*.parquet"))])
     assert written.sort_values("id")["stage"].tolist() == stages
