@@ -45,7 +45,7 @@ class Deferral:
             UserError: the weights are not those of the stage, or a value is not a finite number.
         """
         weights, bias = values.get("weights"), values.get("bias")
-        numbers = [*weights, bias] if isinstance(weights, (list, tuple)) else [None]
+        numbers: list[Any] = [*weights, bias] if isinstance(weights, (list, tuple)) else [None]
         if len(numbers) != 2 * stage + 2 or not all(
             isinstance(number, (int, float)) and math.isfinite(number) for number in numbers
         ):
