@@ -138,7 +138,7 @@ def test_evaluation_server_and_bulk_apply_the_learned_confidence_of_every_stage(
         )
     )
     written = pd.concat([pd.read_parquet(part) for part in sorted(output.glob("*.parquet"))])
-    assert written.sort_values("id")["stage"].tolist() == stages
+    assert written.sort_values("id", key=lambda column: column.astype(int))["stage"].tolist() == stages
 
 
 def test_a_score_that_is_not_finite_does_not_go_on() -> None:
