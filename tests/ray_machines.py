@@ -27,7 +27,6 @@ class Machines:
         environment: environment of the cluster and of its jobs; ``HOME`` is a folder of their own.
         scaling: resources of a machine that the cluster starts on demand and stops when it is idle, at most two at a time.
             The head then has no cores. None starts machines with :meth:`add` only.
-        dashboard: whether the head has a dashboard. Ray Train needs one to free the workers of a driver that was lost.
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class Machines:
         folder: Path,
         environment: Mapping[str, str],
         scaling: Mapping[str, float] | None = None,
-        dashboard: bool = False,
     ) -> None:
         self.folder = folder
         self.environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -46,8 +44,7 @@ class Machines:
             "--head",
             f"--port={self.address.rpartition(':')[2]}",
             f"--temp-dir={folder}/ray",
-            f"--include-dashboard={dashboard}",
-            f"--dashboard-port={free_port()}",
+            "--include-dashboard=false",
         ]
         if scaling is not None:
             self._head_flags += ["--num-cpus=0", f"--autoscaling-config={self._write_autoscaler(scaling)}"]
@@ -115,11 +112,9 @@ class Machines:
         command = [RAY, "start", "--block", "--min-worker-port=0", "--max-worker-port=0", *flags]
         if not any(flag.startswith("--num-cpus") for flag in flags):
             command.append("--num-cpus=1")
-        # Ray Train asks the dashboard of the cluster that it finds, and there may be others on this machine.
-        environment = self.environment | ({} if "--head" in flags else {"RAY_ADDRESS": self.address})
         with (self.folder / f"node-{len(self.running)}.log").open("w") as output:
             started = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=self.environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         self.running.append(started)
         return started

@@ -1,4 +1,4 @@
-"""Sweeps on a cluster of several machines: machines, the head and drivers of trials are lost, and 200 trials are run."""
+"""Sweeps on a cluster of several machines: machines and the head are lost, trials have drivers, and 200 trials are run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 def machines() -> Iterator[Machines]:
     with (
         tempfile.TemporaryDirectory(prefix="sweep-") as folder,  # not pytest's: Ray's socket paths must stay short
-        cluster_of_machines(Path(folder), environment_in(Path(folder)), dashboard=True) as machines,
+        cluster_of_machines(Path(folder), environment_in(Path(folder))) as machines,
     ):
         yield machines
 
@@ -124,7 +124,7 @@ def test_the_same_command_continues_after_the_head_was_killed_and_keeps_the_hist
     assert client.get_run(bad["run_id"]).data.tags["revmux.why"] == bad["why"]
 
 
-def test_drivers_of_trials_run_on_nodes_with_their_labels_and_are_replaced(
+def test_drivers_of_trials_run_on_nodes_with_their_labels(
     machines: Machines, tiny_model_folder: Path, tiny_csv: Path
 ) -> None:
     points = {"methods": ["exit-head"], "exit_layers": [1], "epochs": 60}
@@ -134,13 +134,10 @@ def test_drivers_of_trials_run_on_nodes_with_their_labels_and_are_replaced(
     sweep = Sweep(machines, tiny_model_folder, tiny_csv, points, *flags)
     with sweep.started() as wait:
         wait(lambda: sweep.epochs() and max(sweep.epochs().values()) > 2)
-        (driver,) = processes_named(TRIAL, drivers.pid)
-        driver.kill()
+        assert processes_named(TRIAL, drivers.pid)
         wait()
     log = sweep.log.read_text()
     assert [row["status"] for row in sweep.rows()] == ["done"], log
-    assert "continues in another process: its process was lost" in log
-    assert re.search(r"2 workers \(gloo, cpu, 1 thread each\), step [1-9]", log), "from its last checkpoint"
     assert "sweep: warning: one trial runs at a time" not in log, "there is only one"
 
 
