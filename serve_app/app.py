@@ -18,6 +18,7 @@ from revmux.errors import UserError
 from revmux.utils.environment import replica_environment
 from serve_app.config import AppConfig, LiveConfig, live_tasks
 from serve_app.errors import RETRY_AFTER_SECONDS
+from serve_app.held_tasks import report_held_tasks
 
 if TYPE_CHECKING:
     from serve_app.web import HttpApplication
@@ -50,6 +51,7 @@ class Classifier:
         logging.getLogger("serve_app.tasks").setLevel(logging.INFO)
         self.service = Service(config, serve.get_replica_context().replica_tag)
         self.service.peers = self._peers
+        self.service.tasks.on_loaded = report_held_tasks
         self._ray_metrics = RayMetrics(self.service.metrics.families)
         self._ray_metrics.start()
         self._ready = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -334,6 +335,18 @@ class ServerConfig(AppConfig):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     proxy: Literal["haproxy", "python"] | None = None
+
+    @property
+    def busy_requests(self) -> int | None:
+        """Number of requests from which a replica is busy, so that others help with its tasks; None without such tasks.
+
+        If all replicas hold all tasks, others help as soon as they have less to do. If not, a task that moves has to be
+        loaded, so they help when groups form.
+        """
+        most = self.autoscaling.max_replicas if self.autoscaling else self.num_replicas
+        if most == 1 or len(self.served) == 1:
+            return None
+        return 1 if self.memory_gb is None else max(8, math.ceil(2 * self.plain_load))
 
 
 def server_config(**settings: Any) -> ServerConfig:

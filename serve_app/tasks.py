@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,6 +42,7 @@ class ServedTasks:
         served: the configuration of all tasks, by name.
         adapters: the adapters of each loaded task. Their folders may be gone.
         memory: what the loaded tasks keep in memory.
+        on_loaded: called with the names of the loaded tasks after each change; None calls nothing.
     """
 
     def __init__(self, config: AppConfig, engine: Engine) -> None:
@@ -50,6 +51,7 @@ class ServedTasks:
         self.served: dict[str, TaskConfig] = {}
         self.adapters: dict[str, FetchedAdapters] = {}
         self.memory = MemoryCount()
+        self.on_loaded: Callable[[list[str]], None] | None = None
         self._bases = SharedBases()
         self._changing = threading.Lock()
         self._loading: dict[frozenset[str], asyncio.Future[dict[str, Task]]] = {}
@@ -109,6 +111,7 @@ class ServedTasks:
                 self.memory.remove(name)
             for name in [*(task.name for task in added), *lineups]:
                 self._count(self.engine.task(name))
+            self._report()
             for name, adapters in requested.items():
                 for place, adapter in adapters.items():
                     known = before.get(name, {}).get(place)
@@ -251,6 +254,7 @@ class ServedTasks:
             self.memory.remove(removed)
             if removed == name:
                 return None
+        self._report()
         for place, adapter in adapters.items():
             self._log_loss(name, place, adapter.source)
         return task
@@ -266,6 +270,10 @@ class ServedTasks:
         task = self.engine.task(name)
         adapter = next(adapter for adapter in task.lineup.adapters if adapter.place == place)
         log_loss(adapter.config, source, task.threshold, self.config)
+
+    def _report(self) -> None:
+        if self.on_loaded is not None:
+            self.on_loaded(list(self.engine.tasks))
 
     def _count(self, task: Task) -> None:
         """Count what a task keeps in memory, and log it."""
