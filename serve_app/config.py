@@ -76,8 +76,8 @@ class TaskConfig(_TaskSettings):
     """One task: a frozen task model with its adapters.
 
     Args:
-        model: Task model: a folder with a trained classification head or its URI, or a Hugging Face id. A folder or id may
-            contain a PEFT adapter with a classification head.
+        model: Task model: a folder with a trained classification head or its URI, a Hugging Face id, models:/NAME@ALIAS or
+            runs:/ID/PATH. Each may contain a PEFT adapter with a classification head.
         revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
         dtype: Data type of the frozen weights. Adapters stay in float32. Default: the type that the adapters were trained
             with, otherwise float32.
@@ -126,8 +126,8 @@ class AppConfig(_TaskSettings):
     """Settings of the application. The address that it listens on is a setting of the Serve instance.
 
     Args:
-        model: Frozen task model, if there is one task: a folder with a trained classification head or its URI, or a Hugging Face
-            id.
+        model: Frozen task model, if there is one task: a folder with a trained classification head or its URI, a Hugging Face
+            id, models:/NAME@ALIAS or runs:/ID/PATH.
         revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
         dtype: Data type of the frozen weights. Adapters stay in float32. Default: the type that the adapters were trained
             with, otherwise float32.

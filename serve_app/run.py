@@ -171,14 +171,14 @@ def _set_variable(name: str, value: str | None) -> None:
 def _check_adapters(task: TaskConfig, config: ServerConfig) -> None:
     """Refuse a missing or mismatched model or adapter before anything starts, and log how much each adapter loses.
 
-    Adapters from MLflow are checked and logged by the replicas.
+    Models and adapters from MLflow are checked and logged by the replicas.
     """
-    location = resolve(task.model)
+    location = None if is_mlflow(task.model) else resolve(task.model)
     for adapter in task.adapters:
         if is_mlflow(adapter):
             continue
         adapter_config = load_adapter_config(adapter)
-        if Path(location).is_dir():  # models of the hub are downloaded by the replicas
+        if location is not None and Path(location).is_dir():  # models of the hub are downloaded by the replicas
             check_model(adapter_config, identify(task.model, location, None), adapter, task.model)
         log_loss(adapter_config, adapter, task.threshold, config)
 

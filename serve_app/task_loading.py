@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from revmux.serving import Limits
 from revmux.serving.adapters import LineupPlace, admitted, check_stages, place_of
 from revmux.serving.task import Task
 from serve_app.config import TaskConfig
-from serve_app.sources import fetch_adapter
+from serve_app.sources import fetch_adapter, fetch_model
 
 
 class FetchedAdapter(NamedTuple):
@@ -58,6 +59,7 @@ def load_task(
     limits: Limits,
     device: str,
     bases: SharedBases,
+    downloads: Path,
 ) -> Task:
     """Load a task.
 
@@ -68,6 +70,7 @@ def load_task(
         limits: the limits of the engine.
         device: the device where it runs.
         bases: the base models of the application's tasks.
+        downloads: an existing folder, see :func:`serve_app.sources.fetch_model`.
 
     Raises:
         UserError: the model cannot be loaded, or an adapter does not fit.
@@ -76,8 +79,11 @@ def load_task(
     folders = [adapter.folder for adapter in adapters.values()]
     prompt = task.prompt or recorded_prompt(folders)
     dtype = task.dtype or (recorded_dtype(load_adapter_config(folders[0])) if folders else "float32")
-    backbone = BackboneConfig(task.model, task.revision, task.max_length or 2, dtype, prompt=prompt)
+    model = fetch_model(task.model, downloads)
+    backbone = BackboneConfig(model, task.revision, task.max_length or 2, dtype, prompt=prompt)
     pretrained = load_pretrained(backbone, bases=bases)
+    if model != task.model:
+        pretrained = replace(pretrained, identity={**pretrained.identity, "name": task.model})
     tensors = chain(pretrained.backbone.parameters(), pretrained.backbone.buffers())
     if any(tensor.device.type != device for tensor in tensors):
         pretrained.backbone.to(device)  # writes to all tensors, so not to those that another task reads now

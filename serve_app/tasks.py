@@ -91,7 +91,7 @@ class ServedTasks:
             lineups: dict[str, Lineup] = {}
             for name, adapters in requested.items():
                 if name not in loaded:
-                    added.append(self._loaded(name, tasks[name], adapters))
+                    added.append(self._loaded(name, tasks[name], adapters, Path(downloads)))
                     continue
                 served = self.adapters[name]
                 # The digest finds adapters that were trained again in their folder, and aliases that name another version.
@@ -236,7 +236,7 @@ class ServedTasks:
             raise UnknownTask(name, self.served)
         with TemporaryDirectory(prefix="revmux-adapters-") as downloads:
             adapters = self._fetched(config, Path(downloads))
-            task = self._loaded(name, config, adapters)
+            task = self._loaded(name, config, adapters, Path(downloads))
         self.engine.change([task])
         self.adapters[name] = adapters
         self._count(task)
@@ -262,9 +262,9 @@ class ServedTasks:
     def _fetched(self, task: TaskConfig, downloads: Path) -> FetchedAdapters:
         return fetch_adapters(task, downloads, self.config.max_multiplex)
 
-    def _loaded(self, name: str, task: TaskConfig, adapters: FetchedAdapters) -> Task:
+    def _loaded(self, name: str, task: TaskConfig, adapters: FetchedAdapters, downloads: Path) -> Task:
         device = "cuda" if self.config.num_gpus else "cpu"
-        return load_task(name, task, adapters, self.engine.limits, device, self._bases)
+        return load_task(name, task, adapters, self.engine.limits, device, self._bases, downloads)
 
     def _log_loss(self, name: str, place: LineupPlace, source: str) -> None:
         task = self.engine.task(name)

@@ -36,7 +36,8 @@ from serve_app.config import AppConfig, LiveConfig, server_config
 from serve_app.errors import TooLarge, Unhealthy
 from serve_app.protocol import PredictRequest, parse
 from serve_app.run import base_url, check_port, deploy, shutdown
-from serve_app.sources import fetch_adapter
+from serve_app.service import Service
+from serve_app.sources import fetch_adapter, fetch_model
 
 ROOT = Path(revmux.__file__).parents[1]
 
@@ -542,3 +543,39 @@ def test_adapters_come_from_mlflow_by_run_and_by_alias(
         assert (fetch_adapter(uri, tmp_path) / "adapter_model.safetensors").read_bytes() == weights
     with pytest.raises(UserError, match="models:/toy@nobody"):
         fetch_adapter("models:/toy@nobody", tmp_path)
+
+
+def test_task_models_come_from_mlflow_by_run_and_by_alias(
+    folders: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient()
+    run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts"))).info
+    client.log_artifacts(run.run_id, str(folders[0]), "model")
+    client.log_artifacts(run.run_id, str(folders[1][0]), "adapter")
+    client.create_registered_model("moods")
+    version = client.create_model_version("moods", f"{run.artifact_uri}/model", run.run_id).version
+    client.set_registered_model_alias("moods", "champion", version)
+    config = AppConfig.model_validate(
+        {
+            "tasks": {
+                "alias": {"model": "models:/moods@champion", "adapters": [f"runs:/{run.run_id}/adapter"]},
+                "run": {"model": f"runs:/{run.run_id}/model"},
+            }
+        }
+    )
+    service = Service(config)
+    service.serve(config.served)
+    for name, task in service.engine.tasks.items():
+        assert service.info()["tasks"][name]["model_id"] == config.served[name].model
+        answer = service.engine.submit(["w1 w2"], task=task, max_multiplex=1)[0].result(60)
+        assert torch.equal(answer.scores, plain_scores(load(folders[0]), ["w1 w2"])[0])
+    service.close()
+    for wrong, message in (
+        ("models:/moods@nobody", "cannot download 'models:/moods@nobody' from MLflow"),
+        (f"runs:/{run.run_id}/adapter", "contains 0 task models"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fetch_model(wrong, tmp_path)
