@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = Path(arguments[arguments.index("-f") + 1])
         try:
             edited = closed(file.read_text(), file.parent, os.environ.get(HOST_VARIABLE))
-            if busy := os.environ.get(task_affinity.VARIABLE):
-                edited = task_affinity.with_affinity(_SECTION.split(edited), file.parent, int(busy))
+            if busy := int(os.environ.get(task_affinity.VARIABLE) or 0):
+                edited = task_affinity.with_affinity(_SECTION.split(edited), file.parent, busy)
             write_errors(file.parent)
             file.write_text(edited)
         except (OSError, ValueError, ConfigurationError) as error:

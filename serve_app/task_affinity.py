@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 VARIABLE = "REVMUX_PROXY_BUSY_REQUESTS"
-"""Variable with the number of requests from which a replica is busy. Without it, tasks have no replica of their own."""
+"""Variable with the number of requests from which a replica is busy. Without it, or with 0, tasks have no replica of their own."""
 
 SCRIPT = "tasks.lua"
 
