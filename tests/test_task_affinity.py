@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,10 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(name)
 
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # HAProxy's checks connect and disconnect
+            super().handle()
+
     def log_message(self, *_: Any) -> None:
         pass
 
@@ -66,7 +71,10 @@ class Proxy:
     def __init__(self, folder: Path) -> None:
         self.replicas = {name: Replica(name) for name in ("one", "two", "three", "four")}
         self.url = f"http://127.0.0.1:{free_port()}"
-        servers = "".join(f"    server {name} 127.0.0.1:{own.server_port}\n" for name, own in self.replicas.items())
+        servers = "".join(
+            f"    server {name} 127.0.0.1:{own.server_port} check inter 100ms fall 1\n"
+            for name, own in self.replicas.items()
+        )
         configuration = (
             "global\n    nbthread 2\n"
             "defaults\n    mode http\n    option http-buffer-request\n    balance leastconn\n"
@@ -156,6 +164,7 @@ def test_a_replica_that_is_gone_moves_only_its_own_tasks(proxy: Proxy) -> None:
     gone = proxy.replicas[home[TASKS[0]]]
     gone.shutdown()
     gone.server_close()
+    wait_until(lambda: proxy.ask("/predict", task=TASKS[0]) != gone.name)  # HAProxy checks whether it answers
     found = {task: proxy.ask("/predict", task=task) for task in TASKS}
     assert all(found[task] == home[task] for task in TASKS if home[task] != gone.name)
     assert gone.name not in found.values()
