@@ -31,7 +31,7 @@ class NamedTasks:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (match := TASK_PATH.search(scope["path"])):
             task = match[1] or match[2]
-            scope = scope | {"headers": [*scope["headers"], (_MODEL_HEADER, task.encode())]}
+            scope = {**scope, "headers": [*scope["headers"], (_MODEL_HEADER, task.encode())]}
         await self.app(scope, receive, send)
 
 
