@@ -20,6 +20,8 @@ def report_held_tasks(names: Sequence[str]) -> None:
     """Report the tasks that this replica holds."""
     replica = serve.get_replica_context().replica_id
     try:
-        _get_global_client().record_request_routing_info(RequestRoutingInfo(replica, multiplexed_model_ids=list(names)))
+        controller = _get_global_client()
+        assert controller is not None  # otherwise it raises
+        controller.record_request_routing_info(RequestRoutingInfo(replica, multiplexed_model_ids=list(names)))
     except Exception as error:  # requests are still answered, by any replica
         logger.warning("cannot report the loaded tasks to Serve: %s", error)

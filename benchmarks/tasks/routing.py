@@ -20,7 +20,7 @@ import httpx
 import torch
 from jsonargparse import ArgumentParser
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from benchmarks.rows import kept_rows, ratio_row
 from benchmarks.serving.load import Load, send
@@ -76,10 +76,10 @@ def write_task(folder: Path, width: int) -> tuple[Path, Path]:
         num_attention_heads=4,
         intermediate_size=1024,
         max_position_embeddings=64,
-        num_labels=3,
     )
+    config.num_labels = 3
     BertForSequenceClassification(config).save_pretrained(model)
-    BertTokenizerFast(str(model / "vocab.txt"), model_max_length=64).save_pretrained(model)
+    BertTokenizer(str(model / "vocab.txt"), model_max_length=64).save_pretrained(model)
     pretrained = load_pretrained(BackboneConfig(model=str(model), max_length=LENGTH))
     adapters = build_method("token-split", BackboneShape.of(pretrained.backbone), width, {})
     classifier = MultiplexedClassifier(pretrained.backbone, adapters, 2)
