@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ray_jobs import cli
 from ray_jobs.bulk.config import ClassifyJob
-from ray_jobs.paths import absolute_path
+from ray_jobs.paths import absolute_location
 from revmux.adapters.config import load_adapter_config
 from revmux.bulk.location import with_absolute_paths
 from revmux.bulk.units import list_work
@@ -28,7 +28,7 @@ def main(job: ClassifyJob) -> None:
         Unfinished: units failed (status 3), or the audit stopped the job (status 4).
     """
     check_extras("train", "mlflow", "report")
-    job = replace(job, input=_absolute(job.input, "input"), output=_absolute(job.output, "output"))
+    job = replace(job, input=absolute_location(job.input, "input"), output=absolute_location(job.output, "output"))
     job = with_absolute_paths(job)
     work = list_work(job)
     if job.model is not None:
@@ -38,10 +38,6 @@ def main(job: ClassifyJob) -> None:
     from ray_jobs.bulk.run import run_classify
 
     run_classify(job, work)
-
-
-def _absolute(location: str, setting: str) -> str:
-    return location if "://" in location else str(absolute_path(location, setting))
 
 
 def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_jobs.paths import own_folder
 from ray_jobs.ray_internals import is_head
 from ray_jobs.ray_log import redirect_ray_messages
 from revmux.errors import UserError
@@ -182,12 +183,13 @@ def check_port_number(port: int) -> None:
 
 
 @contextmanager
-def connected(config: ClusterConfig, storage: Path | None = None) -> Iterator[None]:
+def connected(config: ClusterConfig, storage: str | Path | None = None) -> Iterator[None]:
     """Inside the context, this process is connected to the cluster. A local cluster starts and stops with it.
 
     Args:
         config: address and workers.
-        storage: storage folder of the job, for Ray's own messages in ``logs/ray.log``; None prints them instead.
+        storage: storage of the job, in whose folder on this machine Ray's own messages go to ``logs/ray.log``; None prints
+            them instead.
 
     Raises:
         UserError: there is no cluster at the address, or this machine has too few CPUs or GPUs.
@@ -201,7 +203,7 @@ def connected(config: ClusterConfig, storage: Path | None = None) -> Iterator[No
         return
     with ExitStack() as stack:
         if storage is not None:
-            log = storage / "logs" / "ray.log"
+            log = own_folder(storage) / "logs" / "ray.log"
             stack.enter_context(redirect_ray_messages(log))
             print(f"Ray's own messages: {log}", flush=True)
         stack.callback(ray.shutdown)

@@ -19,9 +19,9 @@ from revmux.backbone.llama import LlamaBackbone
 from revmux.backbone.verbalizer import Verbalizer
 from revmux.data.tokens import TokenizedSplit
 from revmux.features.config import StoreConfig
-from revmux.features.lease import Lease
 from revmux.features.online import OnlineFeatures
 from revmux.pretrained.pretrained import Pretrained
+from revmux.utils.lease import Lease
 
 LAYERS, WIDTH, INPUTS, SHARD = 3, 32, 23, 8
 

@@ -160,7 +160,7 @@ def test_a_second_process_waits_for_the_lock_of_a_checkpoint_folder(
 ) -> None:
     """The workers of a killed driver may still run when those of the next driver start."""
     path, reported, entered = tmp_path / "run", SimpleQueue[str](), threading.Event()
-    monkeypatch.setattr("revmux.training.checkpoint._log.warning", lambda words, *values: reported.put(words % values))
+    monkeypatch.setattr("revmux.utils.place._log.warning", lambda words, *values: reported.put(words % values))
 
     def second() -> None:
         with CheckpointFolder(path).locked():
@@ -169,7 +169,7 @@ def test_a_second_process_waits_for_the_lock_of_a_checkpoint_folder(
     with CheckpointFolder(path).locked():
         thread = threading.Thread(target=second)
         thread.start()
-        assert f"another process is still writing checkpoints to {path}" in reported.get(timeout=30)
+        assert f"another process is writing {path}/.lock" in reported.get(timeout=30)
         save(CheckpointFolder(path), 10)
         assert not entered.is_set()
     assert entered.wait(30)

@@ -12,8 +12,8 @@ from numeric import assert_close
 
 from revmux.features.config import StoreConfig
 from revmux.features.online import OnlineFeatures
-from revmux.features.place import Place
 from revmux.features.store import open_features
+from revmux.utils.place import Place
 
 pytestmark = pytest.mark.numeric
 

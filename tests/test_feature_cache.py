@@ -11,8 +11,8 @@ from revmux import UserError
 from revmux.__main__ import main
 from revmux.features.cache_cli import format_stores, list_stores, remove_stores
 from revmux.features.config import StoreConfig
-from revmux.features.place import Place
 from revmux.features.store import open_features
+from revmux.utils.place import Place
 
 pytestmark = pytest.mark.numeric
 

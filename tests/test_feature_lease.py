@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from pyarrow.fs import FileSystem
 
-from revmux.features.lease import Lease
+from revmux.utils.lease import Lease
 
 pytestmark = pytest.mark.numeric
 

@@ -24,8 +24,8 @@ from pyarrow.fs import FileSystem, LocalFileSystem, SubTreeFileSystem
 from revmux import UserError
 from revmux.features.cache_cli import list_stores, remove_stores
 from revmux.features.config import StoreConfig
-from revmux.features.place import Place
 from revmux.features.store import open_features
+from revmux.utils.place import Place
 
 pytestmark = pytest.mark.numeric
 

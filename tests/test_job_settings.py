@@ -224,7 +224,7 @@ def test_a_submitted_feature_job_needs_a_storage_folder_only_for_the_default_sto
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert storage_of(FeaturesJob(store=StoreConfig(root="s3://bucket/features"))) is None
-    assert storage_of(FeaturesJob(storage=str(tmp_path / "runs"))) == tmp_path / "runs"
+    assert storage_of(FeaturesJob(storage=str(tmp_path / "runs"))) == str(tmp_path / "runs")
     with pytest.raises(UserError, match="storage 'runs' is relative"):
         storage_of(FeaturesJob())
 

@@ -250,6 +250,17 @@ def test_parts_that_the_user_brings_are_not_made(render: Render) -> None:
     assert "HF_HOME" not in text
 
 
+def test_no_volume_is_needed_with_an_object_store(render: Render) -> None:
+    with pytest.raises(Exception, match="set mlflow"):
+        render(storage={"enabled": False})
+    objects = render(
+        storage={"enabled": False}, modelCache={"enabled": False}, mlflow={"artifacts": "s3://bucket/mlflow"}
+    )
+    assert not of_kind(objects, "PersistentVolumeClaim")
+    assert "/mnt/revmux/" not in yaml.safe_dump([one for one in objects if one["kind"] != "RayService"])
+    assert "claimName" not in yaml.safe_dump(objects)
+
+
 def test_grafana_finds_the_dashboard_by_its_label(render: Render, everything: Objects) -> None:
     assert not of_kind(render(), "ConfigMap")
     (found,) = of_kind(everything, "ConfigMap")

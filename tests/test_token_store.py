@@ -26,12 +26,12 @@ from revmux.data.tokens import TokenizedSplit
 from revmux.features import shards, tokens
 from revmux.features.cache_cli import list_stores
 from revmux.features.config import StoreConfig
-from revmux.features.lease import Lease
 from revmux.features.tokens import StoredTokens, store_tokens, tokenize_task
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from revmux.training.recipe import prepare, train_here
+from revmux.utils.lease import Lease
 
 LENGTH = 12
 

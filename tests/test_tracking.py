@@ -53,7 +53,7 @@ def test_the_status_of_a_run_follows_its_body(error: type[BaseException] | None,
         with pytest.raises(error):
             body()
     assert found(tracker, begun[0]).info.status == status
-    assert not list(tracker.running.iterdir())
+    assert not list((storage / "running").iterdir())
 
 
 def test_a_run_records_the_command_that_repeats_it(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,11 +98,11 @@ def test_the_next_job_detects_a_run_whose_driver_was_killed_and_resumes_it(stora
     assert run.info.status == "FINISHED"
     assert run.data.params == {"rate": "1", "workers": "2", "more": "new"}
     assert run.data.tags["revmux.changed"] == "workers: 2 → 4"
-    assert not list(again.running.iterdir())
+    assert not list((storage / "running").iterdir())
 
 
 def test_the_marker_of_a_deleted_run_is_removed(storage: Path) -> None:
-    tracker = tracker_of(storage)
-    tracker.running.mkdir()
-    (tracker.running / ("0" * 32)).touch()
-    assert not list(tracker_of(storage).running.iterdir())
+    (storage / "running").mkdir()
+    (storage / "running" / ("0" * 32)).touch()
+    tracker_of(storage)
+    assert not list((storage / "running").iterdir())

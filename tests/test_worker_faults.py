@@ -22,6 +22,7 @@ from ray.train import ControllerError
 
 import ray_jobs.training.launch
 import ray_jobs.training.worker
+import revmux.utils.place
 from ray_jobs.cluster import ClusterConfig
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
@@ -211,7 +212,7 @@ def test_a_lost_worker_is_reported_instead_of_the_broken_connection_of_its_peer(
 def test_checkpoints_are_removed_once_the_adapter_is_saved(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flush, remove, flushed, before = os.fsync, ray_jobs.training.launch.remove_folder, [], []
+    flush, remove, flushed, before = os.fsync, revmux.utils.place.remove_folder, [], []
 
     def note(descriptor: int) -> None:
         flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -222,7 +223,7 @@ def test_checkpoints_are_removed_once_the_adapter_is_saved(
         remove(folder)
 
     monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(ray_jobs.training.launch, "remove_folder", note_and_remove)
+    monkeypatch.setattr(revmux.utils.place, "remove_folder", note_and_remove)
     start(None, TrialHooks(report=lambda metrics: None), workers=1)  # trains in this process
     names = [path.name for path in before]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names)

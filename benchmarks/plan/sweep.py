@@ -57,7 +57,7 @@ def train_online(recipe: Recipe, task: TaskData) -> Evaluation:
 
 def one_after_another(job: TuneJob, folder: Path, online: bool) -> dict[str, int]:
     """Run every trial of the sweep in this process; return the number of trials by status."""
-    sweep = prepare_sweep(job, folder)
+    sweep = prepare_sweep(job, str(folder))
     recipes = [replace(trial.recipe, store=StoreConfig(root=str(folder / "features"))) for trial in sweep.trials]
     if not online:
         layers = sorted({recipe.method.prefill_layers for recipe in recipes})

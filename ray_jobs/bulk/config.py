@@ -19,7 +19,8 @@ class ClassifyJob(BulkConfig):
             the workers that the cluster has room for, and uses more as machines join. A lost worker is replaced; the job
             fails if more than max_failures workers in a row die while they load the model.
         tracking: MLflow tracking.
-        storage: Folder for Ray's log and the default MLflow store. In a submitted job it must be an absolute path.
+        storage: Folder for Ray's log and the default MLflow store, or a URI such as s3://bucket/runs, with which
+            tracking.uri must be set. In a submitted job it must not be a relative path.
         name: Name of the run in MLflow.
         progress_seconds: Seconds between lines of progress. Above 0.
     """

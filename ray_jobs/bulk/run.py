@@ -12,7 +12,7 @@ from ray_jobs.bulk.config import ClassifyJob
 from ray_jobs.bulk.pool import ActorPool
 from ray_jobs.cli import Unfinished
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_storage
+from ray_jobs.paths import recording_storage
 from ray_jobs.tracking.tracker import Tracker
 from revmux.bulk.classify import Report, finish, must_stop, start_progress, warn_agreement
 from revmux.bulk.config import BulkConfig
@@ -41,7 +41,7 @@ def run_classify(job: ClassifyJob, work: Work) -> Report:
         UserError: the settings are wrong, the output has the answers of other settings, or it cannot be written.
         Unfinished: units failed, or the audit stopped the job.
     """
-    storage = absolute_storage(job.storage)
+    storage = recording_storage(job.storage, job.tracking.uri)
     job.cluster.check_here()
     tracker = Tracker(job.tracking, storage)
     with tempfile.TemporaryDirectory() as downloads:
@@ -83,7 +83,7 @@ def _run_units(
     prepared: Job,
     output: OutputFolder,
     progress: Progress,
-    storage: Path,
+    storage: str,
     tracker: Tracker,
     run_id: str,
 ) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 import yaml
 
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_storage, store_in
+from ray_jobs.paths import absolute_path, recording_storage, store_in
 from ray_jobs.planning.config import PlanJob
 from ray_jobs.sweep.run import base_recipe, prepare_sweep, run_sweep
 from ray_jobs.sweep.trials import TrialRow
@@ -32,8 +34,11 @@ from revmux.plan.measure import TrainedAdapter
 from revmux.plan.plan import Plan, describe_system
 from revmux.pretrained.loading import outline
 from revmux.training.recipe import load_backbone
+from revmux.utils.copies import is_uri, join_location
 from revmux.utils.files import recover_folder, write_durably, write_json
+from revmux.utils.place import Place
 from revmux.utils.redact import error_line, without_passwords
+from revmux.utils.stored_folder import publish_folder, reading_folder, writing_folder
 from serve_app.config import server_config
 
 DEPLOY = (
@@ -52,7 +57,9 @@ def run_plan(job: PlanJob) -> Plan:
         UserError: the goal cannot be met, or the loss on the test split exceeds the allowance. The results are already
             written then.
     """
-    storage = absolute_storage(job.storage)
+    absolute_path(job.storage, "storage")  # refuses a URI, with which a sweep has not been tested
+    storage = recording_storage(job.storage, job.tracking.uri)
+    location = join_location(storage, f"plans/{job.name}")
     job = replace(job, store=store_in(storage, job.store))
     job.cluster.check_training()
     backbone, own_labels = outline(job.backbone)
@@ -69,7 +76,7 @@ def run_plan(job: PlanJob) -> Plan:
     with connected(job.cluster, storage):
         check_host(job.host, nodes())
         if own_labels is None:
-            job = replace(job, backbone=replace(job.backbone, model=str(tuned_model(job, choosing, tracker, storage))))
+            job = replace(job, backbone=replace(job.backbone, model=tuned_model(job, choosing, tracker, storage)))
         sweep = prepare_sweep(job, storage, choosing)
         sweep = replace(sweep, trials=[trial for trial in sweep.trials if is_servable(trial.recipe.method, backbone)])
         if not sweep.trials:
@@ -77,21 +84,41 @@ def run_plan(job: PlanJob) -> Plan:
                 "every point of the space tunes the backbone, which a server shares between methods; choose a space with other methods"
             )
         rows, parent = run_sweep(sweep, tracker)
-        plan = measure_on_worker(job, rows, choosing, task, storage / "plans" / job.name)
-    try:
-        versions = register_plan(tracker, job.register, plan, job.backbone.model, task.is_pair)
-    except Exception as error:
-        if is_refusal(error):
-            raise
-        raise UserError(
-            f"the plan is complete ({plan.folder / PAGE_NAME}), but MLflow at {without_passwords(tracker.uri)} cannot be "
-            f"reached ({error_line(error)}); run the same command again later to register the plan"
-        ) from None
-    record(job, plan, versions, tracker, parent)
-    print(summary(job, plan))
+        made = measure_on_worker(job, rows, choosing, task, location)
+    with reading_folder(location) as folder:
+        plan = moved(made, folder, location)
+        try:
+            versions = register_plan(tracker, job.register, plan, job.backbone.model, task.is_pair)
+        except Exception as error:
+            if is_refusal(error):
+                raise
+            raise UserError(
+                f"the plan is complete ({join_location(location, PAGE_NAME)}), but MLflow at {without_passwords(tracker.uri)} "
+                f"cannot be reached ({error_line(error)}); run the same command again later to register the plan"
+            ) from None
+        record(job, plan, versions, tracker, parent)
+        if is_uri(location):
+            publish_folder(folder, location)
+    print(summary(plan, location))
     if not plan.is_met:
         raise UserError(plan.why_not())
     return plan
+
+
+def moved(plan: Plan, folder: Path, location: str) -> Plan:
+    """A plan whose files a worker has written, as another process sees them.
+
+    Args:
+        plan: the plan.
+        folder: its files on this machine.
+        location: its folder or URI, where a server finds its adapters.
+    """
+
+    def adapter(path: str) -> str:
+        return join_location(location, os.path.relpath(path, plan.folder))
+
+    served = [replace(one, folders=tuple(map(adapter, one.folders))) for one in plan.served]
+    return replace(plan, folder=folder, served=served)
 
 
 def is_servable(method: Any, backbone: Any) -> bool:
@@ -101,17 +128,18 @@ def is_servable(method: Any, backbone: Any) -> bool:
     return not built.tunes_backbone
 
 
-def tuned_model(job: PlanJob, choosing: TaskData, tracker: Tracker, storage: Path) -> Path:
-    """Tune a task model without the selection set, or reuse the one of an earlier start; returns its folder."""
-    tuning = FinetuneJob(job.backbone, job.data, job.tuning, job.frozen_layers, job.cluster, job.tracking, str(storage))
-    folder = storage / "task-models" / f"{job.name}-{fingerprint(tuning.recipe(), choosing)}"
-    recover_folder(folder)
-    if not (folder / "config.json").is_file():
-        tune_model(replace(tuning, output=str(folder)), choosing, tracker, storage)
-    return folder
+def tuned_model(job: PlanJob, choosing: TaskData, tracker: Tracker, storage: str) -> str:
+    """Tune a task model without the selection set, or reuse the one of an earlier start; returns its folder or URI."""
+    tuning = FinetuneJob(job.backbone, job.data, job.tuning, job.frozen_layers, job.cluster, job.tracking, storage)
+    location = join_location(storage, f"task-models/{job.name}-{fingerprint(tuning.recipe(), choosing)}")
+    if not is_uri(location):
+        recover_folder(Path(location))
+    if "config.json" not in Place.open(location).files():
+        tune_model(replace(tuning, output=location), choosing, tracker, storage)
+    return location
 
 
-def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, task: TaskData, folder: Path) -> Plan:
+def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, task: TaskData, location: str) -> Plan:
     """Measure the candidates, choose a system and verify it, on a worker that has the device."""
     import ray
 
@@ -123,7 +151,7 @@ def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, ta
     cores = max(1, int(job.cluster.cpus_per_worker))
     remote = ray.remote(**job.cluster.remote_options)(_plan)
     tasks = choosing.without_train(), task.with_test_only()
-    plan: Plan = ray.get(remote.remote(job, adapters, *tasks, folder, command_line(), cores))
+    plan: Plan = ray.get(remote.remote(job, adapters, *tasks, location, command_line(), cores))
     return plan
 
 
@@ -132,7 +160,7 @@ def _plan(
     adapters: list[TrainedAdapter],
     choosing: TaskData,
     task: TaskData,
-    folder: Path,
+    location: str,
     command: str,
     threads: int,
 ) -> Plan:
@@ -140,19 +168,20 @@ def _plan(
     recipe = base_recipe(job)
     pretrained = load_backbone(recipe, task.label_names)
     pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
-    return make_plan(
-        adapters,
-        pretrained,
-        choosing,
-        task,
-        job.goal,
-        folder,
-        job.backbone.max_length,
-        job.store,
-        job.measure,
-        command,
-        partial(print, "plan:", flush=True),
-    )
+    with writing_folder(location) if is_uri(location) else nullcontext(Path(location)) as folder:
+        return make_plan(
+            adapters,
+            pretrained,
+            choosing,
+            task,
+            job.goal,
+            folder,
+            job.backbone.max_length,
+            job.store,
+            job.measure,
+            command,
+            partial(print, "plan:", flush=True),
+        )
 
 
 def record(job: PlanJob, plan: Plan, versions: Versions, tracker: Tracker, parent: str) -> None:
@@ -238,9 +267,9 @@ def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[s
     }
 
 
-def summary(job: PlanJob, plan: Plan) -> str:
-    """A summary of the plan, with the commands that deploy it."""
-    lines = [f"plan: {plan.folder / PAGE_NAME}"]
+def summary(plan: Plan, location: str) -> str:
+    """A summary of the plan in a folder or URI, with the commands that deploy it."""
+    lines = [f"plan: {join_location(location, PAGE_NAME)}"]
     for one in plan.served:
         verified = one.verification
         lines.append(
@@ -248,5 +277,7 @@ def summary(job: PlanJob, plan: Plan) -> str:
             f"(interval {verified.lower:.2f} to {verified.upper:.2f}): {verified.outcome}"
         )
     if plan.is_met:
-        lines += ["deploy it:", *(f"  {line}" for line in DEPLOY), f"  serve deploy {plan.folder / 'serve.yaml'}"]
+        serve = join_location(location, "serve.yaml")
+        lines += ["deploy it:", *(f"  {line}" for line in DEPLOY)]
+        lines += [f"  serve deploy serve.yaml   # a copy of {serve}" if is_uri(location) else f"  serve deploy {serve}"]
     return "\n".join(lines)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_storage, store_in
+from ray_jobs.paths import absolute_path, recording_storage, store_in
 from ray_jobs.ray_internals import retry_out_of_memory_trials
 from ray_jobs.sweep.comparison import record_comparison
 from ray_jobs.sweep.concurrency import (
@@ -32,6 +31,7 @@ from revmux.methods import BackboneShape
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, outline
 from revmux.training.config import Recipe
+from revmux.utils.copies import join_location
 from tune_spaces.points import legal_points
 from tune_spaces.space import SearchSpace, load_space
 
@@ -51,7 +51,7 @@ class Sweep:
         trials: every legal point, cheapest first.
         task: the task's data.
         folder: folder for the rows and trials.
-        storage: absolute storage folder of the job.
+        storage: absolute storage of the job.
     """
 
     job: TuneJob
@@ -59,7 +59,7 @@ class Sweep:
     trials: list[Trial]
     task: TaskData
     folder: SweepFolder
-    storage: Path
+    storage: str
 
 
 def base_recipe(job: TuneJob) -> Recipe:
@@ -75,18 +75,19 @@ def base_recipe(job: TuneJob) -> Recipe:
     )
 
 
-def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> Sweep:
+def prepare_sweep(job: TuneJob, storage: str | Path, task: TaskData | None = None) -> Sweep:
     """Check everything that can be checked before a cluster starts.
 
     Args:
         job: settings of the sweep.
-        storage: absolute storage folder.
+        storage: absolute storage.
         task: the data, if it is already loaded.
 
     Raises:
         UserError: the space has no legal point, the model has no head, the data cannot be read, or the sweep folder
             belongs to another task.
     """
+    storage = str(storage)
     job = replace(job, store=store_in(storage, job.store))
     space = load_space(job.space)
     if job.trials is not None:
@@ -99,7 +100,7 @@ def prepare_sweep(job: TuneJob, storage: Path, task: TaskData | None = None) -> 
         print(f"left out: {reason}", flush=True)
     task = task or load_task(job.data, own_labels)
     identity = {"data": task.identity["sha256"], "model": identity_of(job.backbone)["sha256"] or job.backbone.model}
-    folder = SweepFolder(storage / "sweeps" / job.name, identity)
+    folder = SweepFolder(join_location(storage, f"sweeps/{job.name}"), identity)
     trials = make_trials(points, task, backbone, mean_length(job.backbone, task))
     return Sweep(job, space, trials, task, folder, storage)
 
@@ -115,7 +116,10 @@ def run_sweep(sweep: Sweep, tracker: Tracker) -> tuple[list[TrialRow], str]:
             tracker.log_data(parent, sweep.task.identity)
         rows = run_trials(sweep, tracker, parent)
         title = f"{sweep.task.identity['source']} on {job.backbone.model.rpartition('/')[2]}, selection set"
-        record_comparison(tracker, parent, rows, folder.path, title)
+        try:
+            record_comparison(tracker, parent, rows, folder.path, title)
+        finally:
+            folder.keep_own_files()
     return rows, parent
 
 
@@ -134,7 +138,7 @@ def run_trials(sweep: Sweep, tracker: Tracker, parent: str) -> list[TrialRow]:
         tokens = tokenize_task(sweep.task, job.backbone, job.store)
         recipes = [trial.recipe for trial in sweep.trials]
         fill_stores_for(recipes, tokens, job.cluster, concurrent * job.cluster.workers)
-        shutil.rmtree(folder.path / "tune", ignore_errors=True)  # from an earlier start; the rows hold its results
+        folder.place.child("tune").remove_all()  # from an earlier start; the rows hold its results
         tuner = make_tuner(sweep, tokens, tracker, parent, rows, search, concurrent)
         with retry_out_of_memory_trials():
             tuner.fit()
@@ -245,7 +249,8 @@ def make_tuner(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(folder.path),
+            storage_path=folder.place.path,
+            storage_filesystem=None if folder.place.local else folder.place.filesystem,
             verbose=0,
             callbacks=[progress],
             failure_config=tune.FailureConfig(job.cluster.max_failures),
@@ -255,11 +260,12 @@ def make_tuner(
 
 def run_tune(job: TuneJob) -> list[TrialRow]:
     """Run the whole job: check every point, connect to the cluster, run the trials, and record the comparison."""
-    storage = absolute_storage(job.storage)
+    absolute_path(job.storage, "storage")  # refuses a URI, with which a sweep has not been tested
+    storage = recording_storage(job.storage, job.tracking.uri)
     sweep = prepare_sweep(job, storage)
     tracker = Tracker(job.tracking, storage)
     with connected(job.cluster, storage):
         rows, _ = run_sweep(sweep, tracker)
     done = sum(row.status == "done" for row in rows)
-    print(f"sweep: {done} of {len(rows)} trials done: {sweep.folder.path / 'sweep.json'}")
+    print(f"sweep: {done} of {len(rows)} trials done: {join_location(sweep.folder.location, 'sweep.json')}")
     return rows

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.launch import TrialHooks, launch
 from revmux.errors import UserError
 from revmux.features.tokens import TokenizedTask
+from revmux.utils.copies import join_location
 
 
 def run_trial(
@@ -33,7 +33,7 @@ def run_trial(
     task: TokenizedTask,
     cluster: ClusterConfig,
     tracking: TrackingConfig,
-    storage: Path,
+    storage: str,
     folder: SweepFolder,
     parent: str,
     earlier_runs: Mapping[str, str],
@@ -46,7 +46,7 @@ def run_trial(
         task: the tokens of the data.
         cluster: workers of the trial.
         tracking: with an explicit URI.
-        storage: storage folder of the job.
+        storage: storage of the job.
         folder: folder of the sweep.
         parent: MLflow run of the sweep.
         earlier_runs: MLflow run of each trial of an earlier start, by name.
@@ -66,7 +66,8 @@ def run_trial(
         tune.report(row.metrics if row.status == "done" else {FAILED: True})
         return
     started = time.perf_counter()
-    output, tracker = folder.path / "trials" / trial.name, Tracker(tracking, storage, command)
+    output = join_location(folder.location, f"trials/{trial.name}")
+    tracker = Tracker(tracking, storage, command)
     inside = trains_in_process(cluster)
     if inside:
         gc.collect()  # free the models of the previous trial
@@ -79,7 +80,7 @@ def run_trial(
         hooks = TrialHooks(callbacks=[TuneReportCallback()], stopping=trial_stop_check())
     hooks = replace(hooks, earlier_run=earlier_runs.get(trial.name))
     try:
-        trained = launch(trial.recipe, task, cluster, tracker, folder.path, trial.name, output, parent, hooks=hooks)
+        trained = launch(trial.recipe, task, cluster, tracker, folder.location, trial.name, output, parent, hooks=hooks)
     except Exception as error:
         if inside and not isinstance(error, UserError):
             raise
@@ -92,7 +93,7 @@ def run_trial(
         "metrics": trained.metrics,
         "cost_counted": trained.metrics["cost_counted"],
         "seconds": time.perf_counter() - started,
-        "adapter": str(trained.folder),
+        "adapter": trained.folder,
         "run_id": trained.run_id,
     }
     folder.write(row_of(trial, "done", **figures))

@@ -6,15 +6,16 @@ import json
 import logging
 import math
 import re
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ray_jobs.training.launch import RUN_ID_FILE, fingerprint
+from ray_jobs.paths import own_folder
+from ray_jobs.training.launch import fingerprint, read_run_id
 from revmux.backbone import Backbone
 from revmux.data.task import TaskData
 from revmux.data.tokens import TokenizedSplit
@@ -24,12 +25,14 @@ from revmux.methods import BackboneShape, Siso, build_method
 from revmux.plan.front import FrontRow, mark_front
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_tokenizer
+from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import Recipe
-from revmux.utils.files import write_durably, write_json
+from revmux.utils.copies import join_location
+from revmux.utils.place import Place
 from revmux.utils.redact import without_passwords
 
 _log = logging.getLogger(__name__)
-ROWS, CURVES, IDENTITY = "rows", "curves", "sweep-identity.json"
+ROWS, CURVES, IDENTITY, PARENT = "rows", "curves", "sweep-identity.json", "parent-run.txt"
 EPOCH, ACCURACY = "epoch", "selection_accuracy"
 """Keys of what a trial reports after each epoch."""
 FAILED = "failed"
@@ -141,84 +144,121 @@ class SweepFolder:
     """The folder of a sweep.
 
     Args:
-        path: created if missing.
+        location: folder or URI, created if missing.
         identity: identity of the data and the backbone.
+
+    Attributes:
+        place: the folder.
+        path: the folder of this machine's own files of the sweep; the folder itself, unless it is a URI.
 
     Raises:
         UserError: the folder contains a sweep on other data or another backbone.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path = path
-        file = path / IDENTITY
-        if file.is_file():
-            found = json.loads(file.read_text())
+    def __init__(self, location: str | Path, identity: dict[str, Any]) -> None:
+        self.location, self.path = str(location), own_folder(location)
+        self.place = Place.open(self.location)
+        self.place.create()
+        if IDENTITY in self.place.files():
+            found = json.loads(self.place.get(IDENTITY))
             for key, value in identity.items():
                 if found.get(key) != value:
                     raise UserError(
-                        f"sweep folder {str(path)!r} belongs to a sweep with {key} {found.get(key)!r}, but this sweep has "
+                        f"sweep folder {self.location!r} belongs to a sweep with {key} {found.get(key)!r}, but this sweep has "
                         f"{value!r}; choose another --name"
                     )
         else:
-            write_json(file, identity)
+            self.place.put(IDENTITY, _json(identity))
 
     def write(self, row: TrialRow) -> None:
         """Write the row of a trial."""
-        write_json(self.path / ROWS / f"{row.trial}.json", asdict(row))
+        rows = self._rows()
+        rows.create()
+        rows.put(f"{row.trial}.json", _json(asdict(row)))
 
     def forget(self, row: TrialRow) -> None:
         """Delete a row, so that its trial is tried again."""
-        (self.path / ROWS / f"{row.trial}.json").unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            self._rows().remove_file(f"{row.trial}.json")
 
     def read(self, trials: Sequence[Trial]) -> dict[str, TrialRow]:
         """The rows of the given trials that have ended, by name. A trial whose row is damaged is tried again."""
+        rows = self._rows()
+        present = set(rows.files())
         found: dict[str, TrialRow] = {}
         for trial in trials:
-            file = self.path / ROWS / f"{trial.name}.json"
-            if not file.is_file():
+            name = f"{trial.name}.json"
+            if name not in present:
                 continue
             try:
-                found[trial.name] = TrialRow(**json.loads(file.read_bytes()))
+                found[trial.name] = TrialRow(**json.loads(rows.get(name)))
             except (ValueError, TypeError) as error:
-                _log.warning("%s is damaged (%s); its trial is tried again", file, error)
+                _log.warning("%s is damaged (%s); its trial is tried again", rows.file(name), error)
         return found
 
     def write_curve(self, trial: Trial, curve: Mapping[int, float]) -> None:
         """Write a trial's selection accuracy per epoch, with which later trials are compared after a restart."""
-        write_json(self.path / CURVES / f"{trial.name}.json", {str(epoch): curve[epoch] for epoch in sorted(curve)})
+        curves = self.place.child(CURVES)
+        curves.create()
+        curves.put(f"{trial.name}.json", _json({str(epoch): curve[epoch] for epoch in sorted(curve)}))
 
     def curves(self, trials: Sequence[Trial]) -> dict[str, dict[int, float]]:
         """The curves of the given trials, by name. A damaged one is omitted."""
+        curves = self.place.child(CURVES)
+        present = set(curves.files())
         found: dict[str, dict[int, float]] = {}
         for trial in trials:
-            file = self.path / CURVES / f"{trial.name}.json"
-            if file.is_file():
+            name = f"{trial.name}.json"
+            if name in present:
                 try:
-                    content = json.loads(file.read_bytes())
+                    content = json.loads(curves.get(name))
                     found[trial.name] = {int(epoch): float(accuracy) for epoch, accuracy in content.items()}
                 except (ValueError, TypeError, AttributeError) as error:
-                    _log.warning("%s is damaged (%s); early stopping does without it", file, error)
+                    _log.warning("%s is damaged (%s); early stopping does without it", curves.file(name), error)
         return found
 
     def run_id(self, trial: Trial) -> str | None:
         """The MLflow run of a trial that has not finished; None if it has not started one."""
-        for file in (self.path / "checkpoints").glob(f"{trial.name}-*/{RUN_ID_FILE}"):
-            return file.read_text().strip() or None
+        for folder in self._checkpoints(trial):
+            if run_id := read_run_id(folder):
+                return run_id
         return None
+
+    def _checkpoints(self, trial: Trial) -> list[Place]:
+        checkpoints = self.place.child("checkpoints")
+        return [checkpoints.child(name) for name in checkpoints.folders() if name.startswith(f"{trial.name}-")]
+
+    def _rows(self) -> Place:
+        return self.place.child(ROWS)
 
     def remove_checkpoints(self, trial: Trial) -> None:
         """Delete the checkpoints of a trial that will not continue."""
-        for folder in (self.path / "checkpoints").glob(f"{trial.name}-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._checkpoints(trial):
+            name = folder.path.rpartition("/")[2]
+            CheckpointFolder(join_location(self.location, f"checkpoints/{name}")).remove()
 
     def parent(self) -> str | None:
         """The MLflow run id of the sweep; None before its first start."""
-        file = self.path / "parent-run.txt"
-        return (file.read_text().strip() or None) if file.is_file() else None
+        try:
+            return self.place.get(PARENT).decode().strip() or None
+        except FileNotFoundError:
+            return None
 
     def set_parent(self, run_id: str) -> None:
         """Write the MLflow run id of the sweep."""
-        write_durably(self.path / "parent-run.txt", run_id + "\n")
+        self.place.put(PARENT, f"{run_id}\n".encode())
+
+    def keep_own_files(self) -> None:
+        """Copy the files in :attr:`path` to the folder if it is a URI."""
+        if self.place.local:
+            return
+        for file in self.path.iterdir():
+            if file.is_file():
+                self.place.put(file.name, file.read_bytes())
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def front_rows(rows: Sequence[TrialRow]) -> list[FrontRow]:

@@ -56,7 +56,8 @@ EXAMPLE = "The plot is thin, but I enjoyed every minute of it."
 
 def run_tour(job: QuickstartJob, screen: Screen | None = None) -> None:
     """Run every step and stop everything that was started."""
-    storage = absolute_storage(job.storage)
+    storage = absolute_path(job.storage, "storage")
+    absolute_storage(job.storage)
     results = absolute_path(job.results, "--results") if job.results else storage / "results.json"
     plot = absolute_path(job.plot, "--plot") if job.plot else storage / "front.png"
     check_port("127.0.0.1", job.port)
@@ -144,9 +145,9 @@ class Tour:
         ):
             tuning = self.job.tuning_job(tracking, self.storage)
             with self.working("Starting the workers", {tuning.name: "task model"}):
-                trained = tune_model(tuning, self.choosing, self.tracker, self.storage)
+                trained = tune_model(tuning, self.choosing, self.tracker, str(self.storage))
             self.screen.line(f"The model is right on {trained.metrics['accuracy_mean']:.1%} of the choosing set.")
-        return str(trained.folder)
+        return trained.folder
 
     def recipes(self, plan_job: PlanJob, backbone: Backbone) -> list[Recipe]:
         """The settings of the runs on the task model, checked against the shape of the backbone."""
@@ -168,7 +169,7 @@ class Tour:
         trials = make_trials(recipes, self.choosing, backbone, mean_length(plan_job.backbone, self.choosing))
         order = {recipe: index for index, recipe in enumerate(map(repr, recipes))}
         trials.sort(key=lambda trial: order[repr(trial.recipe)])
-        return Sweep(plan_job, SearchSpace(), trials, self.choosing, folder, self.storage)
+        return Sweep(plan_job, SearchSpace(), trials, self.choosing, folder, str(self.storage))
 
     def fill(self, sweep: Sweep, plan_job: PlanJob) -> None:
         """Store the frozen model's states."""
@@ -227,7 +228,7 @@ class Tour:
             with self.working("Measuring the systems on this machine", {}):
                 cores = self.job.cluster.workers * self.job.cluster.cpus_per_worker
                 on_all_cores = replace(plan_job, cluster=replace(plan_job.cluster, cpus_per_worker=cores))
-                plan = measure_on_worker(on_all_cores, rows, self.choosing, self.task, folder)
+                plan = measure_on_worker(on_all_cores, rows, self.choosing, self.task, str(folder))
                 versions = register_plan(self.tracker, NAME, plan, plan_job.backbone.model, self.task.is_pair)
                 record(plan_job, plan, versions, self.tracker, parent)
             for one in plan.served:

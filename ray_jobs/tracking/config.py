@@ -11,7 +11,7 @@ class TrackingConfig:
 
     Args:
         uri: MLflow tracking URI: a database or a server. On several machines name a server that all of them reach. Default:
-            an SQLite file in the storage folder.
+            an SQLite file in the storage, which must then be a folder.
         experiment: Name of the MLflow experiment.
     """
 

@@ -11,20 +11,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from revmux.errors import UserError
-from revmux.utils.files import atomic_folder, make_folder, write_json
+from revmux.utils.copies import join_location
+from revmux.utils.lease import RUN_LIFETIME
+from revmux.utils.place import Place
 from revmux.utils.redact import error_line
+from revmux.utils.stored_folder import reading_folder, writing_folder
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Param
@@ -36,6 +38,7 @@ TRIES, GIVE_UP_SECONDS = 10, 3600.0
 """Attempts, and seconds since the first one, after which a record that fails while the server answers is quarantined."""
 LOCAL = "local-"
 """Prefix of run ids created while the server was unreachable. The server's own ids replace them later."""
+_RECORD = re.compile(r"[0-9].*\.json")
 FILES, IDS, QUARANTINE = "files", "ids.json", "quarantine"
 REFUSALS = frozenset(
     {
@@ -63,20 +66,22 @@ class Outbox:
     """Waiting records in a folder that all processes of a job reach.
 
     Args:
-        folder: created with the first waiting record.
+        folder: folder or URI, created with the first waiting record.
         client: MLflow's client.
     """
 
-    def __init__(self, folder: Path, client: Any) -> None:
+    def __init__(self, folder: str | Path, client: Any) -> None:
         self.folder, self.client = folder, client
+        self.place = Place.open(str(folder))
         self.is_away = False
         self._retry_at = 0.0  # on the monotonic clock
 
     def __len__(self) -> int:
         return len(self._waiting())
 
-    def _waiting(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*.json")) if self.folder.is_dir() else []
+    def _waiting(self) -> list[str]:
+        """The names of the records, in the order in which they were made."""
+        return [name for name in self.place.files() if _RECORD.fullmatch(name)]
 
     def send(self, call: str, run_id: str, **values: Any) -> None:
         """Send a record after all waiting records of its run; keep it if MLflow does not accept it now.
@@ -125,29 +130,35 @@ class Outbox:
         self.is_away, self._retry_at = True, time.monotonic() + RETRY_SECONDS
 
     def _keep(self, record: dict[str, Any]) -> None:
-        number = 1 + max((int(file.name.partition("-")[0]) for file in self._waiting()), default=0)
+        number = 1 + max((int(file.partition("-")[0]) for file in self._waiting()), default=0)
         name = f"{number:020d}-{uuid.uuid4().hex[:8]}-{record['run_id']}"
         if record["call"] == "artifacts":  # keep a copy, since the original may change
             source, target = Path(record["values"]["path"]), Path(FILES, name)
-            with atomic_folder(self.folder / target) as temporary:
+            with writing_folder(join_location(str(self.folder), str(target))) as temporary:
                 if source.is_dir():
                     shutil.copytree(source, temporary, dirs_exist_ok=True)
                 else:
                     shutil.copy2(source, temporary)
                     target /= source.name
             record["values"]["path"] = str(target)
-        write_json(self.folder / f"{name}.json", record)
+        self.place.create()
+        self._write(f"{name}.json", record)
+
+    def _write(self, name: str, content: Any) -> None:
+        self.place.put(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def flush(self) -> int:
         """Send waiting records; returns how many are left."""
         if not self._waiting():
             return 0
         try:
-            with FileLock(str(self.folder / "lock"), timeout=0):
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(self.place.exclusive("lock", wait=False, lifetime=RUN_LIFETIME))
+                except UserError:  # another process is sending them
+                    return len(self)
                 while self._send_waiting():
                     pass
-        except Timeout:  # another process is sending them
-            pass
         except OSError as error:
             _log.warning("cannot send the records in %s (%s)", self.folder, error_line(error))
         return len(self)
@@ -160,11 +171,13 @@ class Outbox:
         for file in self._waiting():
             record: dict[str, Any] = {}
             try:
-                record = _read(file)
+                record = self._read(file)
                 if self._is_held(record, held, early):
                     continue
                 self._deliver(record)
             except Exception as error:
+                if not record and isinstance(error, OSError):
+                    raise
                 if isinstance(error, _Unsendable) or is_refusal(error):
                     self._quarantine(file, error)
                 elif not self._server_answers():
@@ -210,7 +223,7 @@ class Outbox:
     def _creation_waits(self, run_id: str) -> bool:
         for file in self._waiting():
             with suppress(_Unsendable):
-                if _run_of(file) == run_id and _read(file)["call"] == "create":
+                if _run_of(file) == run_id and self._read(file)["call"] == "create":
                     return True
         return False
 
@@ -221,31 +234,32 @@ class Outbox:
             return False
         return True
 
-    def _is_given_up(self, file: Path, record: dict[str, Any]) -> bool:
+    def _is_given_up(self, file: str, record: dict[str, Any]) -> bool:
         now = time.time()
         failed = record.setdefault("failed", {"tries": 0, "since": now})
         failed["tries"] += 1
         if failed["tries"] >= TRIES and now - failed["since"] >= GIVE_UP_SECONDS:
             return True
-        write_json(file, record)
+        self._write(file, record)
         return False
 
-    def _quarantine(self, file: Path, error: Exception) -> None:
-        folder = self.folder / QUARANTINE
-        make_folder(folder / FILES)
-        os.replace(file, folder / file.name)
-        copied = self.folder / FILES / file.stem
-        if copied.is_dir():
-            os.replace(copied, folder / FILES / file.stem)
+    def _quarantine(self, file: str, error: Exception) -> None:
+        folder, copied = self.place.child(QUARANTINE), f"{FILES}/{_stem(file)}"
+        folder.create()
+        self.place.move(file, folder)
+        for name in self.place.child(copied).files_below():
+            self.place.move(f"{copied}/{name}", folder)
+        self.place.child(copied).remove_all()
         _log.warning(
             "a record in the outbox cannot be sent to MLflow (%s); it was moved to %s, and later records are sent",
             error_line(error),
-            folder / file.name,
+            folder.file(file),
         )
 
-    def _remove(self, file: Path) -> None:
-        file.unlink(missing_ok=True)
-        shutil.rmtree(self.folder / FILES / file.stem, ignore_errors=True)
+    def _remove(self, file: str) -> None:
+        with suppress(FileNotFoundError):
+            self.place.remove_file(file)
+        self.place.child(f"{FILES}/{_stem(file)}").remove_all()
 
     def _deliver(self, record: dict[str, Any]) -> None:
         from mlflow.entities import Metric, Param
@@ -255,7 +269,7 @@ class Outbox:
             case "create":
                 tags = {key: self.resolve(value) for key, value in values["tags"].items()}
                 made = self.client.create_run(values["experiment_id"], values["start_time"], tags, values["name"])
-                write_json(self.folder / IDS, self._ids() | {record["run_id"]: made.info.run_id})
+                self._write(IDS, self._ids() | {record["run_id"]: made.info.run_id})
             case "batch":
                 metrics = [Metric(key, float(value), when, step) for key, value, when, step in values["metrics"]]
                 self.client.log_batch(run_id, metrics, [Param(key, value) for key, value in values["params"]])
@@ -269,22 +283,49 @@ class Outbox:
             case "input":
                 self.client.log_inputs(run_id, [dataset_input(values["dataset"], values["tags"])])
             case "artifacts":
-                path = self.folder / values["path"]  # absolute, or a copy in this folder
-                if not path.exists():
-                    raise _Unsendable(f"{path} is missing")
-                log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-                log(run_id, str(path), values["artifact_path"])
+                with self._artifacts(values["path"]) as path:
+                    if not path.exists():
+                        raise _Unsendable(f"{values['path']} is missing")
+                    log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+                    log(run_id, str(path), values["artifact_path"])
             case unknown:
                 raise _Unsendable(f"unknown kind {unknown!r}")
 
-    def _ids(self) -> dict[str, str]:
-        file = self.folder / IDS
+    @contextmanager
+    def _artifacts(self, path: str) -> Iterator[Path]:
+        """The file or folder of a record: an absolute path, or a copy in this folder."""
+        if os.path.isabs(path):
+            yield Path(path)
+            return
+        files, name, *below = Path(path).parts
+        with reading_folder(join_location(str(self.folder), f"{files}/{name}")) as copied:
+            yield copied.joinpath(*below)
+
+    def _read(self, file: str) -> dict[str, Any]:
+        """Read a record.
+
+        Raises:
+            _Unsendable: the file is damaged or cannot be read.
+            OSError: the object store of the outbox cannot be reached.
+        """
         try:
-            return dict(json.loads(file.read_text()))
+            record = json.loads(self.place.get(file))
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and not self.place.local:
+                raise
+            raise _Unsendable(f"the file is damaged: {error}") from None
+        kinds = {"call": str, "run_id": str, "values": dict}
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+            raise _Unsendable("the file is damaged: it does not contain a record")
+        return record
+
+    def _ids(self) -> dict[str, str]:
+        try:
+            return dict(json.loads(self.place.get(IDS)))
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError) as error:
-            self._quarantine(file, error)
+            self._quarantine(IDS, error)
             return {}
 
     def resolve(self, run_id: str) -> str:
@@ -292,26 +333,14 @@ class Outbox:
         return self._ids().get(run_id, run_id) if run_id.startswith(LOCAL) else run_id
 
 
-def _run_of(file: Path) -> str | None:
+def _stem(file: str) -> str:
+    return file.removesuffix(".json")
+
+
+def _run_of(file: str) -> str | None:
     """The run id in a record's file name; None for a file of an older version."""
-    parts = file.stem.split("-", 2)
+    parts = _stem(file).split("-", 2)
     return parts[2] if len(parts) == 3 else None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Read a record.
-
-    Raises:
-        _Unsendable: the file is damaged or cannot be read.
-    """
-    try:
-        record = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _Unsendable(f"the file is damaged: {error}") from None
-    kinds = {"call": str, "run_id": str, "values": dict}
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
-        raise _Unsendable("the file is damaged: it does not contain a record")
-    return record
 
 
 class BufferedClient:
@@ -319,10 +348,10 @@ class BufferedClient:
 
     Args:
         uri: URI of the store.
-        outbox: folder for waiting records.
+        outbox: folder or URI for waiting records.
     """
 
-    def __init__(self, uri: str, outbox: Path) -> None:
+    def __init__(self, uri: str, outbox: str | Path) -> None:
         from mlflow import MlflowClient
 
         # By default a request is retried for minutes while a training step waits.

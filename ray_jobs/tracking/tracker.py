@@ -7,19 +7,21 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
+from ray_jobs.paths import own_folder
 from ray_jobs.tracking.command_line import command_line
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.outbox import BufferedClient, is_refusal
 from ray_jobs.tracking.pyfunc import MODEL_NAME, save_pyfunc
 from revmux.errors import UserError
+from revmux.utils.copies import is_uri, join_location
 from revmux.utils.extras import require
+from revmux.utils.lease import RUN_LIFETIME
+from revmux.utils.place import Place
 from revmux.utils.redact import error_line, redact_logs, without_passwords
 from revmux.utils.run_info import git_commit
 
@@ -32,14 +34,14 @@ class Tracker:
 
     Args:
         config: store and experiment.
-        storage: the job's storage folder, which contains the default store.
+        storage: the job's storage, a folder or URI. A folder contains the default store.
         command: command to record with every run; by default that of this process.
 
     Raises:
         UserError: mlflow is not installed, or the store cannot be opened.
     """
 
-    def __init__(self, config: TrackingConfig, storage: Path, command: str | None = None) -> None:
+    def __init__(self, config: TrackingConfig, storage: str | Path, command: str | None = None) -> None:
         require("mlflow", "mlflow")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         for noisy in ("mlflow", "alembic"):
@@ -49,14 +51,17 @@ class Tracker:
             logging.CRITICAL
         )  # it prints a traceback for what it raises
         self.command = command or command_line()
-        self.uri = config.uri or f"sqlite:///{storage / 'mlflow.db'}"
-        self.outbox, self.running = storage / "outbox", storage / "running"
+        own, location = own_folder(storage), str(storage)
+        self.uri = config.uri or f"sqlite:///{own / 'mlflow.db'}"
+        self.outbox, self.running = join_location(location, "outbox"), Place.open(join_location(location, "running"))
         try:
             self.client = BufferedClient(self.uri, self.outbox)
             experiment = self.client.get_experiment_by_name(config.experiment)
             if experiment is None:
-                location = (storage / "mlartifacts").as_uri() if is_database(self.uri) else None
-                self.experiment_id = self.client.create_experiment(config.experiment, artifact_location=location)
+                files = join_location(location, "mlartifacts") if is_uri(location) else (own / "mlartifacts").as_uri()
+                self.experiment_id = self.client.create_experiment(
+                    config.experiment, artifact_location=files if is_database(self.uri) else None
+                )
             else:
                 self.experiment_id = experiment.experiment_id
         except Exception as error:
@@ -85,7 +90,7 @@ class Tracker:
             resume: id of a run to resume.
 
         Raises:
-            UserError: the storage folder cannot be written.
+            UserError: the storage cannot be written.
         """
         from mlflow.exceptions import MlflowException
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -94,14 +99,14 @@ class Tracker:
         if parent is not None:
             tags[MLFLOW_PARENT_RUN_ID] = parent
         run_id = resume or self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
-        try:
-            self.running.mkdir(parents=True, exist_ok=True)
-            alive = FileLock(self.running / run_id).acquire()
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.running} ({error.strerror or error}); make room there or choose another --storage folder"
-            ) from error
-        with alive:
+        with ExitStack() as stack:
+            try:
+                self.running.create()
+                stack.enter_context(self.running.exclusive(run_id, lifetime=RUN_LIFETIME))
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to {self.running.path} ({error_line(error)}); make room there or choose another --storage"
+                ) from error
             if resume is not None:
                 self.client.update_run(run_id, status="RUNNING")
             self._log_params(run_id, flatten(params), resume is not None)
@@ -116,7 +121,11 @@ class Tracker:
 
     def _end(self, run_id: str, status: str) -> None:
         self.client.set_terminated(run_id, status)
-        (self.running / run_id).unlink(missing_ok=True)
+        self._remove_marker(run_id)
+
+    def _remove_marker(self, run_id: str) -> None:
+        if self.running.local:  # elsewhere the lease removes its file itself
+            Path(self.running.file(run_id)).unlink(missing_ok=True)
 
     def _log_params(self, run_id: str, params: Mapping[str, Any], resumed: bool) -> None:
         from mlflow.entities import Param
@@ -135,11 +144,15 @@ class Tracker:
         self.client.log_batch(run_id, params=[Param(key, text) for key, text in texts.items() if key not in logged])
 
     def end_abandoned(self) -> None:
-        """Mark runs of this storage folder as KILLED if their process was killed, that is, no longer holds the run's lock."""
-        for file in self.running.glob("*"):
-            with suppress(Timeout, FileNotFoundError), FileLock(file, timeout=0):
+        """Mark runs of this storage as KILLED if their process was killed, that is, no longer holds the run's lock."""
+        for run_id in self.running.files():
+            with ExitStack() as stack:
                 try:
-                    status = self.client.get_run(file.name).info.status
+                    stack.enter_context(self.running.exclusive(run_id, wait=False, lifetime=RUN_LIFETIME))
+                except UserError:  # its process is alive
+                    continue
+                try:
+                    status = self.client.get_run(run_id).info.status
                 except Exception as error:
                     if not is_refusal(error):
                         continue  # the server cannot be reached
@@ -147,10 +160,10 @@ class Tracker:
                 if status == "RUNNING":
                     when = time.strftime("%Y-%m-%d %H:%M:%S")
                     self.client.set_tag(
-                        file.name, "revmux.killed", f"its process ended without reporting a status; found at {when}"
+                        run_id, "revmux.killed", f"its process ended without reporting a status; found at {when}"
                     )
-                    self.client.set_terminated(file.name, "KILLED")
-                file.unlink(missing_ok=True)
+                    self.client.set_terminated(run_id, "KILLED")
+                self._remove_marker(run_id)
 
     def children(self, parent: str) -> list[Run]:
         """The trials of a sweep, oldest first."""

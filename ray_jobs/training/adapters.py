@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_path, absolute_storage, store_in
+from ray_jobs.paths import absolute_location, recording_storage, store_in
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import TrainJob
 from ray_jobs.training.feature_pass import fill_stores_for
 from ray_jobs.training.launch import Trained, launch, load_checked
 from revmux.data.task import TaskData
 from revmux.features.tokens import tokenize_task
+from revmux.utils.copies import join_location
+from revmux.utils.stored_folder import reading_folder
 
 
-def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: Path) -> list[Trained]:
+def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: str) -> list[Trained]:
     """Train the job's adapters on a connected cluster, one run after another.
 
     Args:
         job: settings, with the store's root set.
         task: the data.
         tracker: records the runs.
-        storage: absolute storage folder.
+        storage: absolute storage.
     """
-    output = absolute_path(job.output, "output") if job.output else storage / "adapters"
+    output = absolute_location(job.output, "output") if job.output else join_location(storage, "adapters")
     recipes, done = job.recipes(), []
     print(f"features: stored in {job.store.root}", flush=True)
     tokens = tokenize_task(task, job.backbone, job.store)
     if job.cluster.workers > 1:  # a single worker fills the store itself just as well
         fill_stores_for(list(recipes.values()), tokens, job.cluster)
     for name, recipe in recipes.items():
-        trained = launch(recipe, tokens, job.cluster, tracker, storage, name, output / name, checkpoint=job.checkpoint)
+        target = join_location(output, name)
+        trained = launch(recipe, tokens, job.cluster, tracker, storage, name, target, checkpoint=job.checkpoint)
         metrics = trained.metrics
         print(
             f"{name}: accuracy {metrics['accuracy_mean']:.1%} ± {metrics['accuracy_std']:.1%} over {job.shuffles} "
@@ -43,7 +45,8 @@ def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: Pat
             tags |= {"prefill_layers": recipe.method.prefill_layers}
             tags |= {key: f"{metrics[key]:.4f}" for key in ("accuracy_mean", "siso_accuracy", "cost_counted")}
             backbone = job.backbone.model if job.register_backbone else None
-            version = tracker.register(trained.run_id, trained.folder, job.register, tags, backbone, task.is_pair)
+            with reading_folder(trained.folder) as adapter:
+                version = tracker.register(trained.run_id, adapter, job.register, tags, backbone, task.is_pair)
             print(f"registered: models:/{job.register}/{version}")
         done.append(trained)
     return done
@@ -51,7 +54,7 @@ def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: Pat
 
 def run_train(job: TrainJob) -> list[Trained]:
     """Run the whole job: read the data, connect to the cluster, then train, evaluate and record one adapter per N."""
-    storage = absolute_storage(job.storage)
+    storage = recording_storage(job.storage, job.tracking.uri)
     job = replace(job, store=store_in(storage, job.store))
     job.cluster.check_training()
     task = load_checked(list(job.recipes().values()), job.cluster.workers)

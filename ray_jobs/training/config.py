@@ -27,8 +27,9 @@ class FinetuneJob:
             model.
         cluster: Workers and the Ray cluster that they run on.
         tracking: MLflow tracking.
-        storage: Folder for checkpoints and the default MLflow store. In a submitted job it must be an absolute path.
-        output: Folder for the task model. Default: task-model in the storage folder.
+        storage: Folder for checkpoints and the default MLflow store, or a URI such as s3://bucket/runs, with which
+            tracking.uri must be set. In a submitted job it must not be a relative path.
+        output: Folder or URI for the task model. Default: task-model in the storage.
         name: Name of the run. A run of the same name and the same settings resumes from its last checkpoint.
         soft_prompt: Number of trainable vectors to put before every input of a language model, such as 20. They are
             tuned instead of the model's weights. Requires --backbone.prompt. 0 tunes the weights.
@@ -82,8 +83,7 @@ class FeaturesJob:
             be trained. Legal values: 0 to the number of layers. The teacher's scores are always stored.
         store: Feature store. On several machines, set a root that all of them reach: a shared folder or a URI.
         cluster: Workers and the Ray cluster that they run on.
-        storage: Folder for the stores, unless store.root is set. In a submitted job it must be an absolute
-            path.
+        storage: Folder or URI for the stores, unless store.root is set. In a submitted job it must not be a relative path.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -109,8 +109,8 @@ class TrainJob:
         shuffles: Number of random groupings of the test split to average the reported accuracy over. At least 1.
         cluster: Workers and the Ray cluster that they run on.
         tracking: MLflow tracking.
-        storage: Folder for checkpoints, features and the default MLflow store. In a submitted job it must be an absolute
-            path.
+        storage: Folder for checkpoints, features and the default MLflow store, or a URI such as s3://bucket/runs, with
+            which tracking.uri must be set. In a submitted job it must not be a relative path.
         register: Name of a registered model in MLflow. Each adapter becomes a version of it, tagged with its N, l, cost
             and accuracy. The server and mlflow.pyfunc.load_model load it as models:/NAME/VERSION. Default: adapters are
             not registered.
@@ -175,7 +175,8 @@ class EvaluateJob:
         seed: Random seed of the groupings.
         cluster: Resources of the one worker that evaluates, and the Ray cluster that it runs on.
         tracking: MLflow tracking.
-        storage: Folder for features and the default MLflow store. In a submitted job it must be an absolute path.
+        storage: Folder for features and the default MLflow store, or a URI such as s3://bucket/runs, with which
+            tracking.uri must be set. In a submitted job it must not be a relative path.
         output: JSON file for the metrics. Default: evaluate-ADAPTER.json in the storage folder.
     """
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_path, absolute_storage, store_in
+from ray_jobs.paths import absolute_location, recording_storage, store_in
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import EvaluateJob
 from revmux.adapters.compatibility import check_prompt
@@ -23,7 +23,8 @@ from revmux.features.tokens import TokenizedTask, tokenize_task
 from revmux.pretrained.loading import check_answers, inspect, load_pretrained
 from revmux.training.evaluation import evaluate_both
 from revmux.training.recipe import relative_cost_at, stored_layers
-from revmux.utils.files import write_json
+from revmux.utils.copies import join_location
+from revmux.utils.stored_folder import write_json_at
 
 
 def evaluate_adapter(job: EvaluateJob, task: TokenizedTask) -> dict[str, float]:
@@ -69,10 +70,10 @@ class ShuffleProgress:
 
 def run_evaluate(job: EvaluateJob) -> dict[str, float]:
     """Run the whole job: read the data, evaluate the adapter on a worker, and record its metrics."""
-    storage = absolute_storage(job.storage)
+    storage = recording_storage(job.storage, job.tracking.uri)
     job = replace(job, store=store_in(storage, job.store))
     name = f"evaluate-{Path(job.adapter).name}"
-    output = absolute_path(job.output, "output") if job.output else storage / f"{name}.json"
+    output = absolute_location(job.output, "output") if job.output else join_location(storage, f"{name}.json")
     config = load_adapter_config(job.adapter)
     job.cluster.check_here()
     if isinstance(job.backbone.prompt, Prompt):
@@ -94,7 +95,7 @@ def run_evaluate(job: EvaluateJob) -> dict[str, float]:
             tokens = tokenize_task(task, job.backbone, job.store, ["test"])
             figures: dict[str, float] = ray.get(remote.remote(job, tokens))
         tracker.log_metrics(run_id, figures)
-    write_json(output, {"adapter": job.adapter, "data": task.identity, "shuffles": job.shuffles, "metrics": figures})
+    write_json_at(output, {"adapter": job.adapter, "data": task.identity, "shuffles": job.shuffles, "metrics": figures})
     print(json.dumps(figures, indent=2))
     print(f"figures: {output}")
     return figures

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +22,13 @@ from revmux.features.tokens import TokenizedTask
 from revmux.methods import BackboneShape, method_class
 from revmux.pretrained.identity import identify, identity_of, resolve
 from revmux.pretrained.loading import check_answers, outline
+from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import CheckpointConfig, MethodConfig, Recipe
 from revmux.training.recipe import check, makes_head
-from revmux.utils.files import atomic_folder, remove_folder, write_durably
+from revmux.utils.copies import join_location
+from revmux.utils.place import Place
+from revmux.utils.redact import error_line
+from revmux.utils.stored_folder import publish_folder, reading_folder
 
 if TYPE_CHECKING:
     from ray_jobs.training.worker import WorkerConfig
@@ -38,13 +41,13 @@ class Trained:
     """The result of a run.
 
     Attributes:
-        folder: folder of the adapter or task model.
+        folder: folder or URI of the adapter or task model.
         method: the method that was trained.
         metrics: figures on the test split, cost, and number of tunable weights.
         run_id: id of the MLflow run.
     """
 
-    folder: Path
+    folder: str
     method: MethodConfig
     metrics: dict[str, float]
     run_id: str
@@ -89,9 +92,9 @@ def launch(
     task: TokenizedTask,
     cluster: ClusterConfig,
     tracker: Tracker,
-    storage: Path,
+    storage: str | Path,
     name: str,
-    output: Path,
+    output: str | Path,
     parent: str | None = None,
     checkpoint: CheckpointConfig | None = None,
     hooks: TrialHooks | None = None,
@@ -103,9 +106,9 @@ def launch(
         task: its tokens.
         cluster: workers and their resources; already connected.
         tracker: records the run.
-        storage: absolute folder for checkpoints, on a disk that every worker reaches.
+        storage: absolute folder or URI for checkpoints, which every worker reaches.
         name: name of the run; the same name with the same recipe resumes.
-        output: folder to write the result to.
+        output: folder or URI to write the result to.
         parent: MLflow run id of the sweep that the run belongs to.
         checkpoint: when to save checkpoints; by default at the end of each epoch.
         hooks: hooks of a sweep's trial.
@@ -120,11 +123,12 @@ def launch(
     from ray_jobs.training.worker import RESULT_NAME, WorkerConfig
 
     hooks = hooks or TrialHooks()
-    run_folder = storage / "checkpoints" / f"{name}-{fingerprint(recipe, task)}"
-    run_id_file = run_folder / RUN_ID_FILE
-    former_run = previous_run_id(run_id_file, tracker) or hooks.earlier_run
+    output = str(output)
+    run_folder = join_location(str(storage), f"checkpoints/{name}-{fingerprint(recipe, task)}")
+    place = Place.open(run_folder)
+    former_run = previous_run_id(place, tracker) or hooks.earlier_run
     with tracker.run(name, run_params(recipe, cluster), parent, former_run) as run_id:
-        write_run_id(run_id_file, run_id)
+        write_run_id(place, run_id)
         tracker.log_data(run_id, task.identity)
         # MLflow's comparison plots start with the first metric logged, which would otherwise be the machine's load.
         tracker.log_metrics(run_id, {"accuracy_mean": math.nan})
@@ -143,10 +147,10 @@ def launch(
             keep_backbone=hooks.report is not None,
         )
         metrics = fit(worker, cluster, hooks)
-        with atomic_folder(output) as temporary:
-            shutil.copytree(run_folder / RESULT_NAME, temporary, dirs_exist_ok=True)
-        record_result(tracker, run_id, recipe, metrics, output)
-        remove_folder(run_folder)
+        with reading_folder(join_location(run_folder, RESULT_NAME)) as result:
+            publish_folder(result, output)
+            record_result(tracker, run_id, recipe, metrics, result)
+        CheckpointFolder(run_folder).remove()
     return Trained(output, recipe.method, metrics, run_id)
 
 
@@ -176,6 +180,8 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
     # Ray Train's patch of print() shows lines twice and hides the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     logging.getLogger("ray.train.v2.api.config").setLevel(logging.WARNING)  # it announces each local run
+    place = Place.open(worker.folder)
+    storage_path, _, run_name = place.path.rpartition("/")
     waiting = WorkerWait(worker.title, cluster.wait_minutes)
     trainer = TorchTrainer(
         # Not as train_loop_config, which Ray Train shows, and whose modules its controller would import before it starts
@@ -193,8 +199,9 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
             backend="nccl" if cluster.use_gpu else "gloo", timeout_s=round(60 * cluster.collective_minutes)
         ),
         run_config=RunConfig(
-            name=worker.folder.name,
-            storage_path=str(worker.folder.parent),
+            name=run_name,
+            storage_path=storage_path,
+            storage_filesystem=None if place.local else place.filesystem,
             failure_config=FailureConfig(max_failures=-1),  # RestartPolicy counts
             callbacks=[*hooks.callbacks, RestartPolicy(worker.title, cluster.max_failures), waiting],
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -217,33 +224,42 @@ def number_of_workers(cluster: ClusterConfig) -> int | tuple[int, int]:
     return cluster.workers if cluster.min_workers in (None, cluster.workers) else (cluster.min_workers, cluster.workers)
 
 
-def previous_run_id(file: Path, tracker: Tracker) -> str | None:
+def previous_run_id(folder: Place, tracker: Tracker) -> str | None:
     """The MLflow run id that an earlier start of this run wrote; None if there is none or MLflow no longer has it."""
-    run_id = file.read_text().strip() if file.is_file() else None
+    run_id = read_run_id(folder)
     return run_id if tracker.has_run(run_id) else None
 
 
-def record_result(tracker: Tracker, run_id: str, recipe: Recipe, metrics: dict[str, float], output: Path) -> None:
+def read_run_id(folder: Place) -> str | None:
+    """The MLflow run id that :func:`write_run_id` wrote; None if there is none."""
+    try:
+        return folder.get(RUN_ID_FILE).decode().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def record_result(tracker: Tracker, run_id: str, recipe: Recipe, metrics: dict[str, float], result: Path) -> None:
     """Log the final metrics and the finished folder to MLflow."""
     best = metrics.get(
         "selection_accuracy", math.nan
     )  # under its own name it would add a point to the curve of the epochs
     final = {name: value for name, value in metrics.items() if name != "selection_accuracy"}
     tracker.log_metrics(run_id, final | {"best_selection_accuracy": best})
-    tracker.log_folder(run_id, output, "task-model" if method_class(recipe.method.name).is_plain else "adapter")
+    tracker.log_folder(run_id, result, "task-model" if method_class(recipe.method.name).is_plain else "adapter")
 
 
-def write_run_id(file: Path, run_id: str) -> None:
+def write_run_id(folder: Place, run_id: str) -> None:
     """Write the MLflow run id beside the checkpoints, so that a resumed run continues in the same MLflow run.
 
     Raises:
         UserError: the folder cannot be created or written.
     """
     try:
-        write_durably(file, run_id + "\n")
+        folder.filesystem.create_dir(folder.path, recursive=True)
+        folder.put(RUN_ID_FILE, f"{run_id}\n".encode())
     except OSError as error:
         raise UserError(
-            f"cannot write to {file.parent} ({error.strerror or error}); make room there or choose another --storage folder"
+            f"cannot write to {folder.path} ({error_line(error)}); make room there or choose another --storage"
         ) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from ray.experimental import tqdm_ray
@@ -26,7 +25,7 @@ class TrainProgress:
         trainer: the trainer, positioned at the step from which it starts; rates count only later steps.
         tracking_uri: MLflow store.
         run_id: the MLflow run to log to.
-        outbox: folder for records while MLflow cannot be reached.
+        outbox: folder or URI for records while MLflow cannot be reached.
         live: whether to draw a bar.
         interval: seconds between lines, and between points of MLflow's ``live/`` curves, within an epoch.
     """
@@ -37,7 +36,7 @@ class TrainProgress:
         trainer: Trainer,
         tracking_uri: str,
         run_id: str,
-        outbox: Path,
+        outbox: str,
         live: bool,
         interval: float = 30.0,
     ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ray_jobs.cluster import connected
 from ray_jobs.paths import absolute_storage, store_in
@@ -35,8 +34,8 @@ def run_features(job: FeaturesJob) -> None:
     print(f"features: complete in {job.store.root}; revmux cache ls --root {job.store.root}")
 
 
-def storage_of(job: FeaturesJob) -> Path | None:
-    """The storage folder; None for a submitted job that sets only ``store.root``, which needs no other folder."""
+def storage_of(job: FeaturesJob) -> str | None:
+    """The storage; None for a submitted job that sets only ``store.root``, which needs no other folder."""
     if job.store.root is not None and in_submitted_job() and job.storage == FeaturesJob.storage:
         return None
     return absolute_storage(job.storage)

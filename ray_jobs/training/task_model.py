@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_path, absolute_storage, store_in
+from ray_jobs.paths import absolute_location, recording_storage, store_in
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import FinetuneJob
 from ray_jobs.training.launch import Trained, launch, load_checked
 from revmux.data.task import TaskData
 from revmux.features.config import StoreConfig
 from revmux.features.tokens import tokenize_task
+from revmux.utils.copies import join_location
 
 
-def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: Path) -> Trained:
+def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: str) -> Trained:
     """Tune the task model on a connected cluster with data that is already loaded."""
-    output = absolute_path(job.output, "output") if job.output else storage / "task-model"
+    output = absolute_location(job.output, "output") if job.output else join_location(storage, "task-model")
     recipe = replace(job.recipe(), store=store_in(storage, StoreConfig()))
     tokens = tokenize_task(task, recipe.backbone, recipe.store)
     trained = launch(recipe, tokens, job.cluster, tracker, storage, job.name, output, checkpoint=job.checkpoint)
@@ -27,7 +27,7 @@ def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: Path
 
 def run_finetune(job: FinetuneJob) -> Trained:
     """Run the whole job: read the data, connect to the cluster, then tune, evaluate and record the task model."""
-    storage = absolute_storage(job.storage)
+    storage = recording_storage(job.storage, job.tracking.uri)
     job.cluster.check_training()
     task = load_checked([job.recipe()], job.cluster.workers)
     tracker = Tracker(job.tracking, storage)

@@ -29,8 +29,10 @@ from revmux.training.config import CheckpointConfig, Recipe
 from revmux.training.distributed import fail_together, rank_and_world
 from revmux.training.recipe import Prepared, prepare
 from revmux.training.trainer import load_weights
-from revmux.utils.files import atomic_folder
+from revmux.utils.copies import join_location
 from revmux.utils.out_of_memory import is_out_of_memory
+from revmux.utils.redact import without_passwords
+from revmux.utils.stored_folder import writing_folder
 
 RESULT_NAME = "result"
 PEER_SECONDS = 10.0
@@ -46,10 +48,10 @@ class WorkerConfig:
         task: location of the tokens that the driver stored.
         title: name of the run in printed lines.
         threads: CPU threads per worker.
-        folder: folder for the run's checkpoints and result, on a disk that every worker reaches.
+        folder: folder or URI for the run's checkpoints and result, which every worker reaches.
         checkpoint: when to save checkpoints.
         tracking_uri: MLflow store.
-        outbox: folder for records while MLflow cannot be reached.
+        outbox: folder or URI for records while MLflow cannot be reached.
         run_id: the MLflow run to log to.
         progress: whether to draw a bar.
         report: called with the metrics of each epoch.
@@ -60,10 +62,10 @@ class WorkerConfig:
     task: TokenizedTask
     title: str
     threads: int
-    folder: Path
+    folder: str
     checkpoint: CheckpointConfig
     tracking_uri: str = field(repr=False)  # it may contain a password
-    outbox: Path
+    outbox: str
     run_id: str
     progress: bool
     report: Callable[[dict[str, float]], None]
@@ -156,7 +158,7 @@ def train(config: WorkerConfig, worker_stack: ExitStack) -> dict[str, float]:
     }  # figures against a teacher are NaN if there is none
     with fail_together():
         if first:
-            write_result(config.folder / RESULT_NAME, prepared, metrics)
+            write_result(join_location(config.folder, RESULT_NAME), prepared, metrics)
     return metrics
 
 
@@ -172,18 +174,18 @@ def describe_workers() -> str:
     return f"{world} worker{'s' * (world > 1)} ({backend}{assigned_device().type}, {threads} thread{'s' * (threads > 1)} each)"
 
 
-def write_result(folder: Path, prepared: Prepared, metrics: dict[str, float]) -> None:
-    """Call :func:`save_result` atomically.
+def write_result(location: str, prepared: Prepared, metrics: dict[str, float]) -> None:
+    """Call :func:`save_result` for a folder or URI, which is complete afterwards or unchanged.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
     try:
-        with atomic_folder(folder) as temporary:
+        with writing_folder(location) as temporary:
             save_result(temporary, prepared, metrics)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write the result to {folder} ({error}); make room there and run the same command again: "
+            f"cannot write the result to {without_passwords(location)} ({error}); make room there and run the same command again: "
             "training is complete and its checkpoint is kept"
         ) from error
 

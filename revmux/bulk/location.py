@@ -14,8 +14,8 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 from revmux.bulk.config import BulkConfig
 from revmux.bulk.formats import FORMATS
 from revmux.errors import UserError
-from revmux.features.place import Place
 from revmux.pretrained.config import EMBEDDED_MODELS
+from revmux.utils.place import Place
 
 Config = TypeVar("Config", bound=BulkConfig)
 _WILDCARD = re.compile(r"[*?\[]")
@@ -62,14 +62,6 @@ def with_absolute_paths(config: Config) -> Config:
 def absolute_location(location: str) -> str:
     """A local path as an absolute path; a URI unchanged."""
     return location if "://" in location else os.path.abspath(os.path.expanduser(location))
-
-
-def join_location(folder: str, name: str) -> str:
-    """The location of a name below a folder or URI; an absolute path or a URI unchanged."""
-    if "://" in name or os.path.isabs(name):
-        return name
-    path, mark, query = folder.partition("?") if "://" in folder else (folder, "", "")
-    return f"{path.rstrip('/')}/{name}{mark}{query}"
 
 
 def list_files(source: str) -> InputFiles:

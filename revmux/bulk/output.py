@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from revmux.bulk.units import Unit
 from revmux.errors import UserError
-from revmux.features.place import Place
+from revmux.utils.place import Place
 
 META = "_revmux"
 JOB_NAME, MANIFEST_NAME, TIME_NAME = "job.json", "manifest.json", "time.json"

@@ -23,9 +23,8 @@ from revmux.adapters.config import (
     recorded_dtype,
 )
 from revmux.bulk.config import BulkConfig
-from revmux.bulk.location import absolute_location, join_location
+from revmux.bulk.location import absolute_location
 from revmux.errors import UserError
-from revmux.features.place import Place
 from revmux.plan.files import PLAN_NAME, PLAN_VERSION
 from revmux.pretrained.config import EMBEDDED_MODELS, BackboneConfig
 from revmux.pretrained.identity import identity_of
@@ -33,6 +32,8 @@ from revmux.pretrained.loading import check_answers, load_pretrained
 from revmux.serving.adapters import check_stages
 from revmux.serving.limits import Limits
 from revmux.serving.task import Task
+from revmux.utils.copies import join_location
+from revmux.utils.place import Place
 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 16384
 """Default number of tokens per pass. On a CPU, the states of more tokens do not fit into the caches."""

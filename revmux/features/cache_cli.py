@@ -10,9 +10,9 @@ from pyarrow.fs import FileSystem
 from revmux.errors import UserError
 from revmux.features.budget import GIGABYTE
 from revmux.features.config import default_root
-from revmux.features.place import Place
 from revmux.features.precision import Precision, noted_precision
 from revmux.features.shards import META, read_notes, read_object
+from revmux.utils.place import Place
 
 
 @dataclass(frozen=True)

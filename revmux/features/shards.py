@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from revmux.errors import UserError
-from revmux.features.place import Place, Sink
+from revmux.utils.place import Place, Sink
 
 FORMAT = 3
 META = "meta.json"

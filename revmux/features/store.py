@@ -20,7 +20,6 @@ from revmux.features.budget import GIGABYTE, StoreSize, predict_size
 from revmux.features.config import StoreConfig, default_root
 from revmux.features.key import backbone_digest, combine
 from revmux.features.online import OnlineFeatures
-from revmux.features.place import Place
 from revmux.features.precision import Precision, noted_precision, spread
 from revmux.features.reader import StoredColumns, StoredFeatures, TeacherFeatures
 from revmux.features.shards import (
@@ -36,6 +35,7 @@ from revmux.features.shards import (
 )
 from revmux.features.writer import FeaturePass
 from revmux.pretrained.pretrained import Pretrained
+from revmux.utils.place import Place
 
 _log = logging.getLogger(__name__)
 AGREEMENT = 0.05

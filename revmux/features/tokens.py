@@ -33,7 +33,6 @@ from revmux.data.tokens import SplitTokens, TokenBlock, TokenDigest, token_block
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig, default_root
 from revmux.features.key import combine
-from revmux.features.place import Place
 from revmux.features.reader import StoredColumns, as_rows
 from revmux.features.shards import (
     FORMAT,
@@ -48,6 +47,7 @@ from revmux.features.shards import (
 )
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_tokenizer
+from revmux.utils.place import Place
 
 SPLITS = ("train", "selection", "test")
 PART_BLOCKS = 4

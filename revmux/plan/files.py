@@ -17,6 +17,7 @@ from revmux.estimate.price import price_per_million
 from revmux.plan.candidate import Candidate, PlannedStage
 from revmux.plan.plan import Plan, describe_system
 from revmux.plan.plots import plot_front_html, plot_front_png
+from revmux.utils.copies import local_path
 from revmux.utils.files import atomic_folder, write_durably, write_json
 
 PLAN_NAME, PAGE_NAME = "plan.json", "plan.md"
@@ -43,7 +44,7 @@ def write_stages(system: Candidate, folder: Path) -> tuple[str, ...]:
             metrics={**config.metrics, **share_on},
         )
         name = f"stage{number}-n{stage.num_inputs}" if system.is_ladder else f"n{stage.num_inputs}"
-        folders.append(str(_copy_adapter(Path(stage.folder), config, folder / name)))
+        folders.append(str(_copy_adapter(local_path(stage.folder), config, folder / name)))
         reached = stage.going_on
     return tuple(folders)
 

@@ -16,21 +16,24 @@ import io
 import json
 import logging
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from revmux.errors import UserError
-from revmux.utils.files import write_durably, write_json
+from revmux.utils.lease import RUN_LIFETIME
+from revmux.utils.place import Place
+from revmux.utils.redact import error_line, without_passwords
 
 _log = logging.getLogger(__name__)
 FORMAT = 1
+_MANIFEST = re.compile(r"step-(\d{8})\.json")
 
 
 @dataclass(frozen=True)
@@ -56,41 +59,39 @@ class CheckpointFolder:
     """The checkpoints of one run. One process writes at a time: the one that holds the lock, see :meth:`locked`.
 
     Args:
-        path: the folder, created when the first checkpoint is saved, on a disk that every worker can read.
+        location: the folder or URI, created when the first checkpoint is saved, which every worker can read.
         keep: number of checkpoints to keep.
+
+    Raises:
+        UserError: the URI cannot be opened.
     """
 
-    def __init__(self, path: Path, keep: int = 2) -> None:
-        self.path = path
+    def __init__(self, location: str | Path, keep: int = 2) -> None:
+        self.place = Place.open(str(location))
+        self.name = without_passwords(str(location))
         self.keep = keep
+        self._still_locked: Callable[[], bool] = lambda: True
         self._known: dict[str, dict[str, Any]] = {}  # valid files and their manifest entries
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder's lock while checkpoints are read and written; wait if another process holds it.
 
-        The workers of a killed driver can keep running for a while after the next driver has started its own.
+        The workers of a killed driver can keep running for a while after the next driver has started its own. On an object
+        store, the lock is a lease that the holder renews.
 
         Raises:
             UserError: the folder cannot be created or written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock")
+        with ExitStack() as stack:
             try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                _log.warning("another process is still writing checkpoints to %s; waiting for it to end", self.path)
-                lock.acquire()
-        except OSError as error:
-            raise UserError(
-                f"cannot write checkpoints to {self.path} ({error.strerror or error}); make room there, or choose "
-                "another storage folder"
-            ) from error
-        try:
+                self.place.filesystem.create_dir(self.place.path, recursive=True)
+                self._still_locked = stack.enter_context(self.place.exclusive(".lock", lifetime=RUN_LIFETIME))
+            except OSError as error:
+                raise UserError(
+                    f"cannot write checkpoints to {self.name} ({error_line(error)}); make room there, or choose another storage"
+                ) from error
             yield
-        finally:
-            lock.release()
 
     def save(self, step: int, state: dict[str, Any], best: dict[str, Tensor], best_epoch: int) -> None:
         """Add a checkpoint and delete the oldest.
@@ -102,23 +103,28 @@ class CheckpointFolder:
             best_epoch: the epoch that ``best`` is from.
 
         Raises:
-            UserError: the disk is full or a write fails; earlier checkpoints are untouched.
+            UserError: the disk is full or a write fails; earlier checkpoints are untouched. Or another process has acquired
+                the folder's lease, because this one was suspended or cut off.
         """
         state_name, best_name = f"step-{step:08d}.pt", f"best-{best_epoch:08d}.pt"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self._still_locked():
+                raise UserError(
+                    f"another process continues this run and writes its checkpoints to {self.name}; this process lost its "
+                    "lease, because it could not renew it in time"
+                )
             files = {state_name: self._write(state_name, state)}
             known = self._known.get(best_name)
             if known is None or not self._has(best_name, known):
                 known = self._write(best_name, best)
             files[best_name] = known
             manifest = {"format": FORMAT, "step": step, "files": files}
-            write_json(self._manifest(step), manifest)
+            self.place.put(_manifest(step), (json.dumps(manifest, indent=2) + "\n").encode())
         except OSError as error:
             with suppress(OSError):
                 self._delete_unlisted()
             raise UserError(
-                f"cannot write the checkpoint of step {step} to {self.path} ({error.strerror or error}); {self._remedy()}"
+                f"cannot write the checkpoint of step {step} to {self.name} ({error_line(error)}); {self._remedy()}"
             ) from error
         self._known = {best_name: files[best_name]}
         with suppress(OSError):  # files that cannot be deleted now are tried again after the next checkpoint
@@ -136,10 +142,10 @@ class CheckpointFolder:
                 return self._read(step)
             except _Damaged as damage:
                 damages.append(f"step {step}: {damage}")
-                _log.warning("skipped the checkpoint of step %d in %s: it is damaged (%s)", step, self.path, damage)
+                _log.warning("skipped the checkpoint of step %d in %s: it is damaged (%s)", step, self.name, damage)
         if damages:
             raise UserError(
-                f"every checkpoint in {self.path} is damaged ({'; '.join(damages)}); delete that folder to restart training"
+                f"every checkpoint in {self.name} is damaged ({'; '.join(damages)}); delete that folder to restart training"
             )
         return None
 
@@ -153,23 +159,27 @@ class CheckpointFolder:
             return self._read(step)
         except _Damaged as damage:
             raise UserError(
-                f"this worker cannot read the checkpoint of step {step} in {self.path} that rank 0 has read ({damage}); "
-                "choose a storage folder on a disk that every worker can read"
+                f"this worker cannot read the checkpoint of step {step} in {self.name} that rank 0 has read ({damage}); "
+                "choose a storage that every worker can read"
             ) from None
 
-    def _steps(self) -> list[int]:
-        return sorted(
-            (int(path.stem.partition("-")[2]) for path in self.path.glob(f"step-{'[0-9]' * 8}.json")), reverse=True
-        )
+    def remove(self) -> None:
+        """Remove the folder. If this is interrupted, what is left has no checkpoint, not a damaged one."""
+        if not self.place.local:
+            with suppress(OSError):
+                for step in self._steps():
+                    self._remove(_manifest(step))
+        self.place.remove_all()
 
-    def _manifest(self, step: int) -> Path:
-        return self.path / f"step-{step:08d}.json"
+    def _steps(self) -> list[int]:
+        found = [_MANIFEST.fullmatch(name) for name in self.place.files()]
+        return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def _write(self, name: str, value: Any) -> dict[str, Any]:
         buffer = io.BytesIO()
         torch.save(value, buffer)
         content = buffer.getbuffer()
-        write_durably(self.path / name, content)
+        self.place.put(name, content)
         return file_digest(content)
 
     def _read(self, step: int) -> Checkpoint:
@@ -177,9 +187,9 @@ class CheckpointFolder:
         values = {}
         for name, entry in files.items():
             try:
-                content = (self.path / name).read_bytes()
-            except OSError as error:
-                raise _Damaged(f"{name}: {error.strerror}") from None
+                content = self._get(name)
+            except FileNotFoundError:
+                raise _Damaged(f"{name} is missing") from None
             if file_digest(content) != entry:
                 raise _Damaged(f"{name} has {len(content)} bytes and does not match the checksum in its manifest")
             try:
@@ -191,15 +201,35 @@ class CheckpointFolder:
                 self._known = {name: entry}
         return Checkpoint(step, values["step"], values["best"])
 
+    def _get(self, name: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            FileNotFoundError: it is missing.
+            _Damaged: the disk cannot read it.
+            UserError: an object store cannot be reached, which does not damage a file.
+        """
+        try:
+            return self.place.get(name)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if self.place.local:
+                raise _Damaged(f"{name}: {error_line(error)}") from None
+            raise UserError(
+                f"cannot read the checkpoints in {self.name} ({error_line(error)}); run the same command again when it can "
+                "be read"
+            ) from error
+
     def _files(self, step: int) -> dict[str, dict[str, Any]]:
         """The files that a manifest lists, the state first."""
         try:
-            manifest = json.loads(self._manifest(step).read_bytes())
+            manifest = json.loads(self._get(_manifest(step)))
             files = dict(sorted(manifest["files"].items(), reverse=True))
             if [name.partition("-")[0] for name in files] != ["step", "best"]:
                 raise ValueError(f"lists {', '.join(files) or 'no files'}")
-        except OSError as error:
-            raise _Damaged(f"its manifest: {error.strerror}") from None
+        except FileNotFoundError:
+            raise _Damaged("its manifest is missing") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _Damaged("its manifest is incomplete") from None
         if manifest.get("format") != FORMAT:
@@ -214,7 +244,7 @@ class CheckpointFolder:
         kept = [old for old in self._steps() if old <= step and self._is_complete(old)][: self.keep]
         for old in self._steps():
             if old > step or old < min(kept, default=step):
-                self._manifest(old).unlink(missing_ok=True)
+                self._remove(_manifest(old))
         self._delete_unlisted()
 
     def _is_complete(self, step: int) -> bool:
@@ -225,10 +255,7 @@ class CheckpointFolder:
             return False
 
     def _has(self, name: str, entry: dict[str, Any]) -> bool:
-        try:
-            return (self.path / name).stat().st_size == int(entry["bytes"])
-        except OSError:
-            return False
+        return self.place.size_of(name) == int(entry["bytes"])
 
     def _delete_unlisted(self) -> None:
         """Delete files that no manifest lists, including those of an interrupted write."""
@@ -237,19 +264,29 @@ class CheckpointFolder:
             try:
                 listed |= self._files(step).keys()
             except _Damaged:
-                listed |= {path.name for path in self._data_files()}  # it may list any of them
-        for path in self._data_files():
-            if path.name not in listed:
-                path.unlink(missing_ok=True)
+                listed |= set(self._data_files())  # it may list any of them
+        for name in self._data_files():
+            if name not in listed:
+                self._remove(name)
 
-    def _data_files(self) -> Iterator[Path]:
-        for pattern in ("step-*.pt", "best-*.pt", ".step-*", ".best-*"):
-            yield from self.path.glob(pattern)
+    def _remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self.place.remove_file(name)
+
+    def _data_files(self) -> list[str]:
+        known = ("step-", "best-", ".step-", ".best-")
+        return [name for name in self.place.files() if name.startswith(known) and not _MANIFEST.fullmatch(name)]
 
     def _remedy(self) -> str:
-        steps = self._steps()
-        remedy = "make room there, or choose another storage folder"
+        steps = []
+        with suppress(OSError):
+            steps = self._steps()
+        remedy = "make room there, or choose another storage"
         return f"{remedy}; the same command then resumes from step {steps[0]}" if steps else remedy
+
+
+def _manifest(step: int) -> str:
+    return f"step-{step:08d}.json"
 
 
 def file_digest(content: bytes | memoryview) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
@@ -25,6 +26,14 @@ def is_uri(location: str) -> bool:
 def path_form(location: str) -> Path:
     """A location as a path whose name and suffix are those of the file or folder. A URI's path cannot be opened."""
     return Path(location.partition("?")[0] if is_uri(location) else location).expanduser()
+
+
+def join_location(folder: str, name: str) -> str:
+    """The location of a name below a folder or URI; an absolute path or a URI unchanged."""
+    if "://" in name or os.path.isabs(name):
+        return name
+    path, mark, query = folder.partition("?") if "://" in folder else (folder, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{query}"
 
 
 def local_path(location: str) -> Path:

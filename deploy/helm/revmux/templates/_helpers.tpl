@@ -17,6 +17,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if $image.digest }}{{ $image.repository }}@{{ $image.digest }}{{ else }}{{ $image.repository }}:{{ $image.tag }}{{ end }}
 {{- end }}
 
+{{- define "revmux.artifacts" -}}
+{{- if not (or .Values.mlflow.artifacts .Values.storage.enabled) }}{{ fail "storage.enabled is false, so set mlflow.artifacts to a URI such as s3://my-bucket/mlflow" }}{{ end -}}
+{{ .Values.mlflow.artifacts | default (printf "%s/mlflow" .Values.storage.path) }}
+{{- end }}
 {{- define "revmux.claim" -}}{{ .Values.storage.existingClaim | default (printf "%s-storage" (include "revmux.name" .)) }}{{- end }}
 
 {{- define "revmux.redisAddress" -}}
@@ -83,14 +87,18 @@ spec:
       {{- end }}
       resources: {{- toYaml .group.resources | nindent 8 }}
       volumeMounts:
+        {{- if $values.storage.enabled }}
         - {name: storage, mountPath: {{ $values.storage.path }}}
+        {{- end }}
         {{- if $values.modelCache.enabled }}
         - {name: models, mountPath: {{ $values.modelCache.path }}}
         {{- end }}
         - {name: shared-memory, mountPath: /dev/shm}
   volumes:
+    {{- if $values.storage.enabled }}
     - name: storage
       persistentVolumeClaim: {claimName: {{ include "revmux.claim" .root }}}
+    {{- end }}
     {{- if $values.modelCache.enabled }}
     - name: models
       persistentVolumeClaim: {claimName: {{ include "revmux.name" .root }}-models}

@@ -14,13 +14,18 @@ from typing import Any
 from pyarrow.fs import FileSystem, FileType
 
 _log = logging.getLogger(__name__)
+LIFETIME = 120.0
+"""Seconds after which a lease that was not renewed expires."""
+RUN_LIFETIME = 60.0
+""":data:`LIFETIME` of the leases of runs: how long the next start of a run waits after its process was killed."""
 
 
 class Lease:
-    """A lease file.
+    """A lease file: its holder, and when it was renewed and expires.
 
-    Object stores have no atomic creation, so this is best effort. If two processes write the file within ``settle``
-    seconds, both may continue. They would then write identical files.
+    pyarrow has no conditional writes, so this is best effort: a holder reads the file before it writes it, and once more
+    ``settle`` seconds after it acquired it. If the clocks of two machines differ by more than ``lifetime``, or a write takes
+    longer than ``settle`` seconds, both may continue. What they write must allow that.
 
     Args:
         filesystem: the filesystem of the file.
@@ -36,7 +41,7 @@ class Lease:
         self,
         filesystem: FileSystem,
         path: str,
-        lifetime: float = 120.0,
+        lifetime: float = LIFETIME,
         settle: float = 0.5,
         poll: float = 2.0,
         sleep: Callable[[float], None] = time.sleep,
@@ -52,10 +57,10 @@ class Lease:
         logged = False
         while True:
             other = self._read()
-            if other is None or self.now() - other["renewed"] > self.lifetime:
+            if other is None or self.now() > other["expires"]:
                 self._write()
                 self.sleep(self.settle)
-                if self._holds():
+                if self.holds():
                     return True
             elif not wait:
                 return False
@@ -83,21 +88,25 @@ class Lease:
         finally:
             done.set()
             keeper.join()
-            self.release()
+            try:
+                self.release()
+            except OSError as error:
+                _log.warning("%s could not be removed (%s); it expires", self.path, error)
 
     def renew(self) -> None:
         """Write the current time to the lease file."""
-        if self._holds():
+        if self.holds():
             self._write()
         else:
-            _log.warning("another process has acquired %s; both continue and write the same files", self.path)
+            _log.warning("another process has acquired %s", self.path)
 
     def release(self) -> None:
         """Remove the lease file."""
-        if self._holds():
+        if self.holds():
             self.filesystem.delete_file(self.path)
 
-    def _holds(self) -> bool:
+    def holds(self) -> bool:
+        """Whether no other process has acquired the lease meanwhile."""
         content = self._read()
         return content is not None and content["holder"] == self.holder
 
@@ -111,8 +120,10 @@ class Lease:
         except FileNotFoundError:  # released just now
             return None
         except ValueError:  # incomplete: it is being written, or its writer died
-            return {"holder": "", "renewed": info.mtime.timestamp() if info.mtime else 0.0}
+            return {"holder": "", "expires": (info.mtime.timestamp() if info.mtime else 0.0) + self.lifetime}
 
     def _write(self) -> None:
+        now = self.now()
+        content = {"holder": self.holder, "renewed": now, "expires": now + self.lifetime}
         with self.filesystem.open_output_stream(self.path) as stream:
-            stream.write(json.dumps({"holder": self.holder, "renewed": self.now()}).encode())
+            stream.write(json.dumps(content).encode())

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from revmux.errors import UserError
-from revmux.features.lease import Lease
-from revmux.utils.files import TEMPORARY, publish_file
+from revmux.utils.files import TEMPORARY, publish_file, remove_folder, write_durably
+from revmux.utils.lease import LIFETIME, Lease
 from revmux.utils.redact import error_line
 
 _log = logging.getLogger(__name__)
@@ -123,12 +123,22 @@ class Place:
         """Sorted names of the files in the folder."""
         return self._names(FileType.File)
 
+    def files_below(self) -> list[str]:
+        """Sorted names of the files in the folder and its subfolders, relative to the folder."""
+        infos = self._infos(recursive=True)
+        return sorted(info.path[len(self.path) + 1 :] for info in infos if info.type == FileType.File)
+
     def folders(self) -> list[str]:
         """Sorted names of the subfolders."""
         return self._names(FileType.Directory)
 
     def _names(self, kind: FileType) -> list[str]:
         return sorted(info.base_name for info in self._infos() if info.type == kind)
+
+    def size_of(self, name: str) -> int | None:
+        """The size of a file in bytes; None if it does not exist."""
+        size: int | None = self.filesystem.get_file_info(self.file(name)).size
+        return size
 
     def size(self) -> int:
         """Total size in bytes of all files in the folder and its subfolders."""
@@ -155,6 +165,31 @@ class Place:
         # A closed map keeps its pages for the buffers that refer to it, but needs no file descriptor.
         with pa.memory_map(path) if self.local else self.filesystem.open_input_file(path) as stream:
             return stream.read_buffer()
+
+    def get(self, name: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            OSError: it does not exist or cannot be read.
+        """
+        with self.filesystem.open_input_file(self.file(name)) as stream:
+            content: bytes = stream.read()
+        return content
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Write a file of any size in one piece.
+
+        A local file is complete or does not exist. On another filesystem, a failure may leave a part of it there, so that
+        something written later must show that it is complete.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.local:
+            write_durably(Path(self.file(name)), data)
+            return
+        with self.filesystem.open_output_stream(self.file(name)) as stream:
+            stream.write(data)
 
     def digest(self, name: str) -> str | None:
         """Hash of a local file's bytes; None if it cannot be read. A process reads an unchanged file once."""
@@ -233,6 +268,11 @@ class Place:
                 with suppress(FileNotFoundError):  # its writer has just finished
                     self.remove_file(name)
 
+    def move(self, name: str, target: Place) -> None:
+        """Move a file to the same name in another folder of the filesystem."""
+        Place(self.filesystem, target.file(name).rpartition("/")[0]).create()
+        self.filesystem.move(self.file(name), target.file(name))
+
     def remove_file(self, name: str) -> None:
         """Remove a file in the folder."""
         self.filesystem.delete_file(self.file(name))
@@ -241,24 +281,36 @@ class Place:
         """Remove a subfolder with its content."""
         self.filesystem.delete_dir(self.file(name))
 
+    def remove_all(self) -> None:
+        """Remove this folder with its content, if it exists. No error is raised if some of it cannot be removed."""
+        if self.local:
+            remove_folder(Path(self.path))
+            return
+        with suppress(OSError):
+            self.filesystem.delete_dir(self.path)
+
     @contextmanager
-    def exclusive(self, name: str, wait: bool = True) -> Iterator[None]:
+    def exclusive(self, name: str, wait: bool = True, lifetime: float = LIFETIME) -> Iterator[Callable[[], bool]]:
         """Hold a lock across processes: a file lock if local, otherwise a lease file.
 
         Args:
             name: name of the lock file in this folder.
             wait: whether to wait if another process holds the lock.
+            lifetime: seconds after which the lease of a process that was killed expires.
+
+        Yields:
+            A function that returns whether no other process has acquired the lock meanwhile.
 
         Raises:
             UserError: another process holds the lock and ``wait`` is False.
         """
         busy = UserError(f"{self.file(name)}: another process is writing there; wait until it has finished")
         if not self.local:
-            lease = Lease(self.filesystem, self.file(name))
+            lease = Lease(self.filesystem, self.file(name), lifetime)
             if not lease.acquire(wait):
                 raise busy
             with lease.kept():
-                yield
+                yield lease.holds
             return
         Path(self.path).mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.file(name))
@@ -270,6 +322,6 @@ class Place:
             _log.warning("another process is writing %s; waiting for it", self.file(name))
             lock.acquire()
         try:
-            yield
+            yield lambda: True
         finally:
             lock.release()
