@@ -103,6 +103,7 @@ def write_glue(folder: Path, rows: int) -> None:
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.long
 def test_systems_are_measured_row_by_row_on_a_tiny_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tmp_path / "model"
     tokenizer = byte_tokenizer()
