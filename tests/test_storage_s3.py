@@ -15,16 +15,23 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from polling import wait_until
 from pyarrow.fs import FileSelector, FileType, S3FileSystem, copy_files
 from ray_machines import Machines, cluster_of_machines, kill_group
 from safetensors.torch import load
 
+from ray_jobs import cli, finetune, plan, tune
+from ray_jobs.planning.config import PlanJob
+from ray_jobs.sweep.config import TuneJob
 from ray_jobs.tracking import outbox as outbox_module
 from ray_jobs.tracking.config import TrackingConfig
 from ray_jobs.tracking.tracker import Tracker
+from ray_jobs.training.config import FinetuneJob
 from revmux import UserError
+from revmux.bulk.config import BulkConfig
+from revmux.bulk.system import adapter_sources
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.utils.stored_folder import publish_folder, reading_folder, writing_folder
 
@@ -229,3 +236,40 @@ def test_training_without_a_common_disk_continues_after_its_driver_was_killed(
     runs = client.search_runs([experiment.experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"] * 2, "the second start continued the run of the first"
     assert all(client.list_artifacts(run.info.run_id, "adapter") for run in runs)
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_task_model_a_sweep_and_a_plan_are_on_the_store(
+    s3: S3FileSystem, bucket: str, mlflow_database: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(folder)
+    database, space, storage = folder / "mlflow.db", folder / "space.yaml", f"{bucket}/runs"
+    database.write_bytes(mlflow_database.read_bytes())
+    space.write_text("{num_inputs: [2, 4], prefill_layers: [1], infonce_weight: [0.25], epochs: 1}")
+    common = ["--data.source", f"{bucket}/tiny.csv", "--storage", storage, "--tracking.uri", f"sqlite:///{database}"]
+    common += ["--backbone.max_length", "16", "--optim.batch_size", "8", "--cluster.workers", "1"]
+    first = ["--backbone.model", f"{bucket}/model", "--optim.epochs", "1"]
+    assert cli.run(finetune.main, FinetuneJob, None, [*common, *first]) == 0
+    swept = [*common, "--backbone.model", f"{storage}/task-model", "--space", str(space), "--shuffles", "1"]
+    swept += ["--name", "one", "--concurrent_trials", "1"]
+    assert cli.run(tune.main, TuneJob, None, swept) == 0
+    # The plan continues the sweep of the same name only on its own data; here it runs another one.
+    measured = ["--measure.throughput_inputs", "0", "--measure.thresholds", "[0.0]", "--goal.allowance", "100"]
+    assert cli.run(plan.main, PlanJob, None, [*swept, *measured, "--name", "two"]) == 0
+    rows = [json.loads(s3.open_input_file(path).readall()) for path in files(s3, storage, "sweeps/one/rows/")]
+    assert [row["status"] for row in rows] == ["done", "done"]
+    assert all(row["adapter"].startswith(f"{storage}/sweeps/one/trials/") for row in rows)
+    assert files(s3, storage, r"sweeps/one/(sweep\.json|front\.png)$")
+    place = f"{storage}/plans/two"
+    written = json.loads(s3.open_input_file(f"{place}/plan.json".removeprefix("s3://")).readall())
+    assert written["registered"]["versions"]
+    page = yaml.safe_load(s3.open_input_file(f"{place}/serve.yaml".removeprefix("s3://")).readall())
+    assert page["applications"][0]["args"]["adapters"][-1] == "models:/plan@champion"
+    config = BulkConfig(input="rows.csv", output="out", plan=place)
+    assert all(files(s3, source, "adapter_config.json") for source in adapter_sources(config))
+    assert not files(s3, storage, "/(checkpoints|running)/")
+    assert {path.name for path in folder.iterdir()} == {"mlflow.db", "space.yaml"}, "nothing else was written here"

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_path, recording_storage, store_in
+from ray_jobs.paths import recording_storage, store_in
 from ray_jobs.planning.config import PlanJob
 from ray_jobs.sweep.run import base_recipe, prepare_sweep, run_sweep
 from ray_jobs.sweep.trials import TrialRow
@@ -57,7 +57,6 @@ def run_plan(job: PlanJob) -> Plan:
         UserError: the goal cannot be met, or the loss on the test split exceeds the allowance. The results are already
             written then.
     """
-    absolute_path(job.storage, "storage")  # refuses a URI, with which a sweep has not been tested
     storage = recording_storage(job.storage, job.tracking.uri)
     location = join_location(storage, f"plans/{job.name}")
     job = replace(job, store=store_in(storage, job.store))

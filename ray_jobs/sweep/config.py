@@ -60,7 +60,8 @@ class TuneJob:
         concurrent_trials: Maximum number of trials that run at the same time. At least 1. Default: as many as the present
             resources allow. On a cluster that scales with demand, set the number that it may grow to.
         tracking: MLflow tracking.
-        storage: Folder for checkpoints, trials and the default MLflow store. In a submitted job it must be an absolute path.
+        storage: Folder for checkpoints, trials and the default MLflow store, or a URI such as s3://bucket/runs, with which
+            tracking.uri must be set. In a submitted job it must not be a relative path.
         name: Name of the sweep. The same name with the same task model and data resumes where it stopped.
         recipe: Named recipe of all trials: strong, paper, or a YAML file. It supplies the optimizer, the loss and the methods'
             options, which the space and the other settings override one by one.

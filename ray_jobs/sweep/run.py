@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.cluster import connected
-from ray_jobs.paths import absolute_path, recording_storage, store_in
+from ray_jobs.paths import recording_storage, store_in
 from ray_jobs.ray_internals import retry_out_of_memory_trials
 from ray_jobs.sweep.comparison import record_comparison
 from ray_jobs.sweep.concurrency import (
@@ -260,7 +260,6 @@ def make_tuner(
 
 def run_tune(job: TuneJob) -> list[TrialRow]:
     """Run the whole job: check every point, connect to the cluster, run the trials, and record the comparison."""
-    absolute_path(job.storage, "storage")  # refuses a URI, with which a sweep has not been tested
     storage = recording_storage(job.storage, job.tracking.uri)
     sweep = prepare_sweep(job, storage)
     tracker = Tracker(job.tracking, storage)
