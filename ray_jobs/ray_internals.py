@@ -1,4 +1,4 @@
-"""The only module that uses undocumented parts of Ray. Each use has a test in tests/test_ray_internals.py.
+"""The only module of the jobs that uses undocumented parts of Ray. Each use has a test in tests/test_ray_internals.py.
 
 Ray may change these parts without notice. Run those tests first after an upgrade of Ray.
 """

@@ -1,7 +1,8 @@
 """Tell Ray Serve which tasks a replica holds, so that Serve's own router prefers it for them.
 
 Serve has this mechanism for models that ``serve.multiplexed`` loads, in a cache that counts models. The tasks here are
-limited by their memory, so replicas report them to Serve's controller themselves.
+limited by their memory, so replicas report them to Serve's controller themselves. This is the only module of the server
+that imports undocumented parts of Ray; tests/test_serve_routing.py shows after an upgrade whether they still work.
 """
 
 from __future__ import annotations
