@@ -14,10 +14,10 @@ import pytest
 from feature_stores import bert, corrupt, expect_equal, pretrained, shard_files, small_store, split
 
 from revmux import UserError
-from revmux.features import place
 from revmux.features.config import StoreConfig
 from revmux.features.shards import ShardSet, ShardWriter
 from revmux.features.store import StoreBuilder, open_features
+from revmux.utils import place
 
 pytestmark = pytest.mark.numeric
 

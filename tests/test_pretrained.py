@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from numeric import assert_close
 from tiny_models import write_tiny_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
 from revmux.backbone import TokenBatch
@@ -168,3 +169,10 @@ def test_a_model_without_a_head_gets_a_new_head_with_the_labels_of_the_task(tmp_
     loaded = load_pretrained(config(folder), ["bad", "good"])
     assert not loaded.has_head
     assert loaded.backbone.label_names == ["bad", "good"]
+
+
+def test_models_that_are_loaded_in_several_threads_leave_transformers_as_it_was(tiny_model_folder: Path) -> None:
+    tie_weights = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: load_pretrained(config(tiny_model_folder)), range(12)))
+    assert PreTrainedModel.tie_weights is tie_weights

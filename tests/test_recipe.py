@@ -16,6 +16,7 @@ from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.pretrained import Pretrained
+from revmux.training import kept_backbone
 from revmux.training.config import MethodConfig, OptimConfig, Recipe
 from revmux.training.recipe import load_backbone, prepare, train_here
 
@@ -74,6 +75,7 @@ def test_runs_of_one_process_share_the_frozen_backbone_and_train_the_same_weight
         return prepared.model.method.state_dict()
 
     monkeypatch.setattr(revmux.training.recipe, "load_backbone", load)
+    monkeypatch.setattr(kept_backbone, "_kept", {})  # another test of this process may have kept one
     alone = train(keep=False, num_inputs=2)
     for before in ({"num_inputs": 4}, {"name": "exit-head", "num_inputs": 1, "options": {"layer": 3, "lora_rank": 2}}):
         train(keep=True, **before)

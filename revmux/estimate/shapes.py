@@ -14,6 +14,7 @@ from revmux.data.prompt import Prompt
 from revmux.errors import UserError
 from revmux.estimate.presets import PRESETS, check_shape_name
 from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.creation import CREATION
 from revmux.pretrained.identity import load_model_config, resolve
 from revmux.pretrained.loading import outline
 from revmux.pretrained.task_model import read_prompt
@@ -83,7 +84,7 @@ def _from_config(config: Any, dtype: torch.dtype) -> Backbone:
     """A classifier, or a language model with two label words."""
     classifies = any("SequenceClassification" in name for name in config.architectures or [])
     words = Verbalizer(label_names=("no", "yes"), token_ids=((1,), (2,)))
-    with torch.device("meta"):
+    with CREATION, torch.device("meta"):
         if classifies or config.model_type not in GENERATIVE_TYPES:
             return cut(AutoModelForSequenceClassification.from_config(config, dtype=dtype))
         return cut(language_model_class(config).from_config(config, dtype=dtype), words)

@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from revmux.errors import UserError
+from revmux.pretrained.creation import CREATION
 from revmux.utils.extras import check_extras
 from revmux.utils.files import atomic_folder, make_folder, recover_folder, user_cache, write_json
 from revmux.utils.redact import error_line
@@ -186,7 +187,8 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
         config = AutoConfig.from_pretrained(file.parent, **named)
         if config.model_type not in BACKBONES:
             raise unsupported(config.model_type, file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
+        with CREATION:
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
     except UserError:
         raise
@@ -195,10 +197,11 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
             f"cannot read {file} as a GGUF model ({error_line(error)}); name a GGUF file of a LLaMA"
         ) from None
     # Transformers refuses to save a model that it read from a GGUF file, so its weights move to a model without that mark.
-    with torch.device("meta"):
-        plain = type(model)(config)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
+    with CREATION:
+        with torch.device("meta"):
+            plain = type(model)(config)
+        plain.load_state_dict(model.state_dict(), assign=True)
+        plain.tie_weights()
     with atomic_folder(folder) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -23,6 +23,7 @@ from revmux.errors import UserError
 from revmux.methods import BackboneShape
 from revmux.pretrained import hub
 from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.creation import CREATION
 from revmux.pretrained.identity import identify, load_model_config, resolve, weights_sha256
 from revmux.pretrained.location import has_head, no_answers
 from revmux.pretrained.peft_adapter import PeftAdapter, add_updates, load_base, load_merged, read_peft_adapter
@@ -52,14 +53,14 @@ def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
     model_config = load_model_config(location, config)
     prompt = _prompt_of(config, location, model_config)
     if prompt is None:
-        with torch.device("meta"):
+        with CREATION, torch.device("meta"):
             backbone = cut(AutoModelForSequenceClassification.from_config(model_config))
         return backbone, backbone.label_names if _has_head(model_config) else None
     names = list(prompt.labels) or None
     tokenizer = _load_tokenizer(config, location)
     placeholder = Verbalizer(("0", "1"), ((0,), (1,)))  # the data determines the classes of a prompt without labels
     verbalizer = placeholder if names is None else prompt.verbalizer(tokenizer)
-    with torch.device("meta"):
+    with CREATION, torch.device("meta"):
         backbone = cut(language_model_class(model_config).from_config(model_config), verbalizer)
         if (soft_prompt := read_soft_prompt(location, config.revision)) is not None:
             backbone.add_soft_prompt(len(soft_prompt))
@@ -186,7 +187,7 @@ def _load_classifier(
         }
         if model_config.pad_token_id is None:
             arguments["pad_token_id"] = tokenizer.pad_token_id  # a decoder's head needs it to find the end of a text
-    with _quiet():
+    with CREATION, _quiet():
         return AutoModelForSequenceClassification.from_pretrained(location, **_weights(config), **arguments), None
 
 
@@ -197,14 +198,14 @@ def _shared_base(config: BackboneConfig, adapter: PeftAdapter, bases: SharedBase
     weights = identify(adapter.base, location, own.revision)["sha256"]
 
     def load() -> SharedBase:
-        with _quiet():
+        with CREATION, _quiet():
             return load_base(location, model_config, **_weights(own))
 
     return bases.base((weights, model_config.to_json_string(), config.dtype, config.attention), load)
 
 
 def _load_language_model(config: BackboneConfig, location: str, model_config: Any) -> Any:
-    with _quiet():
+    with CREATION, _quiet():
         model, loading = language_model_class(model_config).from_pretrained(
             location, **_weights(config), output_loading_info=True
         )

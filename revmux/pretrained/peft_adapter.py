@@ -26,6 +26,7 @@ from transformers import (
 from revmux.backbone.low_rank import LowRankFactors, can_update, updated_model
 from revmux.errors import UserError
 from revmux.pretrained import hub
+from revmux.pretrained.creation import CREATION
 from revmux.pretrained.location import CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, check_task_type, peft_settings
 from revmux.pretrained.shared_base import SharedBase
 from revmux.utils.extras import require
@@ -215,9 +216,10 @@ def load_merged(
         UserError: the package peft is missing, PEFT cannot load or merge the adapter, or weights of the head are missing.
     """
     peft = require("peft", "peft")
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        base_location, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **arguments
-    )
+    with CREATION:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            base_location, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **arguments
+        )
     saved = adapter.saved_weights()
     new = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
     _check_complete(adapter, [name for name in new if name not in saved])
@@ -242,9 +244,10 @@ def load_base(location: str, config: PretrainedConfig, **arguments: Any) -> Shar
         config: its own configuration.
         arguments: arguments of ``from_pretrained``.
     """
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        location, config=config, output_loading_info=True, **arguments
-    )
+    with CREATION:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            location, config=config, output_loading_info=True, **arguments
+        )
     return SharedBase(model, loading["missing_keys"])
 
 
