@@ -6,10 +6,10 @@ let served = {};  // the tasks of /info by name
 const SECONDS = 60;
 const BEST = 3;  // scores that are shown before "more"
 const SAMPLES = [
-  "Return the sum of the array elements over a given axis.",
-  "Open a session bound to this engine.",
-  "Apply a 2D convolution over an input signal.",
   "A gripping film from start to finish.",
+  "The plot is thin, but I enjoyed every minute of it.",
+  "Two hours that felt like four.",
+  "The battery died after a week, and nobody answered my letters.",
 ];
 
 async function ask(path, body) {
