@@ -17,7 +17,7 @@ def bulk_words(result: dict[str, Any]) -> dict[str, str]:
         f"{name}: {one['rows']:,} rows of {one['tokens']:g} tokens on average" for name, one in data.items()
     )
     how = (
-        f"{targets.count('met')} of {len(targets)} targets met. {settings['pairs']} rounds, {settings['group_pairs']} for groups and {settings['large_pairs']} for the large file. {sizes}. {machine['cores']} cores, "
+        f"{targets.count('met')} of {len(targets)} targets met. {settings['pairs']} rounds, {settings['group_pairs']} for groups with {settings['group_scale']:g} times the rows, and {settings['large_pairs']} for the large file. {sizes}. {machine['cores']} cores, "
         f"{settings['threads']} threads per model; torch {meta['versions']['torch']}, ray {meta['versions']['ray']}, commit "
         f"`{(meta['commit'] or 'unknown')[:8]}`."
     )
