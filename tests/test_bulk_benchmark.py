@@ -64,7 +64,7 @@ def test_the_page_shows_targets_and_what_was_not_measured() -> None:
         ratio_row("peak memory", [1.2], 1.1) | {"bound": "at most"},
     ]
     meta = {
-        "settings": {"pairs": 3, "group_pairs": 3, "large_pairs": 1, "threads": 2},
+        "settings": {"pairs": 3, "group_pairs": 3, "group_scale": 4.0, "large_pairs": 1, "threads": 2},
         "machine": {"cores": 2},
         "commit": "abcdefghij",
     }
