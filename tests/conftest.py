@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import S3FileSystem
 
     from revmux.pretrained.pretrained import Pretrained
+    from revmux.serving import Engine
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before any Hugging Face import, so that no test waits for a network
 gc.disable()  # until the tests are collected: imports make many objects and few cycles
@@ -171,6 +172,23 @@ def serving_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from serving_models import write_model
 
     return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def pretrained(serving_model: Path) -> Pretrained:
+    """The tiny task model of the tests of the engine."""
+    from serving_models import load
+
+    return load(serving_model)
+
+
+@pytest.fixture
+def make_engine(pretrained: Pretrained, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+    """See :func:`serving_models.engines_not_started`."""
+    from serving_models import engines_not_started
+
+    with engines_not_started(pretrained, tmp_path) as make:
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from numeric import assert_close
-from serving_models import WORDS, engines_not_started, load, plain_scores, text, write_adapter
+from serving_models import WORDS, load, plain_scores, text, write_adapter
 from torch import Tensor
 
 from revmux.errors import EmptyText, TextError
@@ -20,17 +20,6 @@ from revmux.pretrained.task_model import save_task_model
 from revmux.serving import Engine
 
 pytestmark = pytest.mark.numeric
-
-
-@pytest.fixture
-def pretrained(serving_model: Path) -> Pretrained:
-    return load(serving_model)
-
-
-@pytest.fixture
-def make_engine(pretrained: Pretrained, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    with engines_not_started(pretrained, tmp_path) as make:
-        yield make
 
 
 def test_a_single_input_is_bit_for_bit_the_plain_model(

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving_models import engines_not_started, load, plain_scores, text, write_adapter
+from serving_models import plain_scores, text, write_adapter
 
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Engine
 
 pytestmark = pytest.mark.numeric
-
-
-@pytest.fixture
-def pretrained(serving_model: Path) -> Pretrained:
-    return load(serving_model)
-
-
-@pytest.fixture
-def make_engine(pretrained: Pretrained, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    with engines_not_started(pretrained, tmp_path) as make:
-        yield make
 
 
 def test_the_audit_counts_how_often_answers_agree_with_the_plain_model(

@@ -5,31 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from serving_models import engines_not_started, load, plain_scores, text
+from serving_models import plain_scores, text
 
 from revmux.errors import EmptyText
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Draining, Engine, InferenceFailed
 
 pytestmark = pytest.mark.numeric
-
-
-@pytest.fixture
-def pretrained(serving_model: Path) -> Pretrained:
-    return load(serving_model)
-
-
-@pytest.fixture
-def make_engine(pretrained: Pretrained, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    with engines_not_started(pretrained, tmp_path) as make:
-        yield make
 
 
 def test_a_failing_batch_fails_its_own_requests_and_no_others(

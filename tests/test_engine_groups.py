@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from serving_models import CUT, engines_not_started, load, plain_scores, text, write_adapter
+from serving_models import CUT, plain_scores, text, write_adapter
 
 from revmux.errors import UserError
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Engine, Limits
 
 pytestmark = pytest.mark.numeric
-
-
-@pytest.fixture
-def pretrained(serving_model: Path) -> Pretrained:
-    return load(serving_model)
-
-
-@pytest.fixture
-def make_engine(pretrained: Pretrained, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    with engines_not_started(pretrained, tmp_path) as make:
-        yield make
 
 
 @pytest.mark.parametrize(("waiting", "width"), [(1, 1), (3, 1), (64, 4)])

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-from serving_models import engines_not_started, load, text
+from serving_models import text
 
 from revmux.errors import TextError
-from revmux.pretrained.pretrained import Pretrained
 from revmux.serving import Draining, Engine, Overloaded
 
 pytestmark = pytest.mark.numeric
-
-
-@pytest.fixture
-def pretrained(serving_model: Path) -> Pretrained:
-    return load(serving_model)
-
-
-@pytest.fixture
-def make_engine(pretrained: Pretrained, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    with engines_not_started(pretrained, tmp_path) as make:
-        yield make
 
 
 def test_cancelled_requests_leave_the_queue_and_are_not_computed(make_engine: Callable[..., Engine]) -> None:
