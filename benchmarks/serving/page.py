@@ -66,7 +66,7 @@ def path_words(result: Row) -> dict[str, str]:
         lines.append(f"| {row['name']} | {target} | {row['ratio_median']:.4g} ({figures}) | {spent} | {verdict(row)} |")
     before = f" **before** is commit `{meta['before'][:8]}`." if meta["before"] else ""
     how = (
-        f"{meta['legs']} runs of wrk per figure, one server after the other. {meta['machine']['cores']} cores, shared with wrk; "
+        f"{meta['legs']} runs of wrk per figure, the servers in turn. {meta['machine']['cores']} cores, shared with wrk; "
         f"ray {meta['versions']['ray']}, commit `{(meta['commit'] or 'unknown')[:8]}`.{before}"
     )
     table = "\n".join(lines)

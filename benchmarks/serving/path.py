@@ -117,8 +117,8 @@ def engine_seconds(url: str) -> float | None:
     return replica.get("cpu_seconds")
 
 
-def measure_form(form: Form, model: Path, settings: PathSettings, folder: Path) -> dict[str, Any]:
-    """Measure one form of the server on the tiny model: legs by the number of texts per request."""
+def measure_form(form: Form, model: Path, seconds: float, folder: Path) -> dict[str, Any]:
+    """Measure one leg of one form of the server on the tiny model: what it answered, by the number of texts per request."""
     texts = [" ".join(f"w{(start + step) % 60}" for step in range(8)) for start in range(60)]
     single = [{"inputs": text} for text in texts]
     batch = [{"inputs": [[texts[(start + step) % 60]] for step in range(32)]} for start in range(60)]
@@ -128,20 +128,34 @@ def measure_form(form: Form, model: Path, settings: PathSettings, folder: Path) 
             send = partial(load, f"{url}/predict", bodies, connections)
             send(2, folder)  # a warm-up: one-time work is not measured
             cpu, engine = cpu_seconds(server), engine_seconds(url)
-            legs = [send(settings.seconds, folder) for _ in range(settings.legs)]
-            requests = sum(leg.requests for leg in legs)
+            leg = send(seconds, folder)
             spent = {kind: after - cpu[kind] for kind, after in cpu_seconds(server).items()}
             found[str(count)] = {
-                "per_second": [leg.per_second for leg in legs],
-                "p50_seconds": statistics.median(leg.p50 for leg in legs),
-                "p99_seconds": statistics.median(leg.p99 for leg in legs),
-                "cpu_ms": {kind: round(1000 * seconds / requests, 4) for kind, seconds in spent.items()},
+                "per_second": leg.per_second,
+                "p50_seconds": leg.p50,
+                "p99_seconds": leg.p99,
+                "cpu_ms": {kind: round(1000 * used / leg.requests, 4) for kind, used in spent.items()},
                 "engine_ms": None
                 if engine is None
-                else round(1000 * ((engine_seconds(url) or 0) - engine) / requests / count, 4),
+                else round(1000 * ((engine_seconds(url) or 0) - engine) / leg.requests / count, 4),
                 "connections": connections,
             }
     return found
+
+
+def over_legs(legs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join the legs of one form and number of texts: every leg's requests per second, and medians of all else."""
+
+    def middle(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return round(statistics.median(known), 5) if known else None
+
+    return {
+        "per_second": [leg["per_second"] for leg in legs],
+        **{name: middle([leg[name] for leg in legs]) for name in ("p50_seconds", "p99_seconds", "engine_ms")},
+        "cpu_ms": {kind: middle([leg["cpu_ms"][kind] for leg in legs]) for kind in legs[0]["cpu_ms"]},
+        "connections": legs[0]["connections"],
+    }
 
 
 def tiny_rows(forms: dict[str, dict[str, Any]]) -> list[Row]:
@@ -248,12 +262,12 @@ def _measure(settings: PathSettings, folder: Path, keep: Path) -> tuple[list[Row
     model = tiny_model(folder / "tiny")
     forms = [] if settings.before is None else [Form("before", settings.before.resolve())]
     forms += [Form("Python proxy", ROOT, ("--proxy", "python")), Form("HAProxy", ROOT, ("--proxy", "haproxy"))]
-    measured = {
-        form.name: kept_rows(
-            keep, form.name.replace(" ", "-"), about, partial(measure_form, form, model, settings, folder)
-        )
-        for form in forms
-    }
+    legs: dict[str, list[dict[str, Any]]] = {form.name: [] for form in forms}
+    for leg in range(settings.legs):  # the forms alternate, because the speed of a machine changes within minutes
+        for form in forms:
+            measure = partial(measure_form, form, model, settings.seconds, folder)
+            legs[form.name].append(kept_rows(keep, f"{form.name.replace(' ', '-')}-{leg}", about, measure))
+    measured = {name: {count: over_legs([leg[count] for leg in own]) for count in own[0]} for name, own in legs.items()}
     workload = embedded_workload(Settings(), folder)
     texts = {workload.name: {"texts": len(workload.texts), "tokens": workload.mean_length, "sha256": workload.digest}}
     embedded: Callable[[], list[Row]] = partial(measure_embedded, workload, settings, folder)
