@@ -39,7 +39,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULT = Path("benchmarks/results/serving-path.json")
 KEPT = Path("runs/serving-path")
 TINY = "BERT, 2 layers, d = 64"
-EMBEDDED_CONNECTIONS = 64
+EMBEDDED_BATCH = 128
+"""Inputs per forward pass, for both servers. While a pass runs, the inputs of the next one wait."""
 FASTER, FASTER_BATCH, PER_SECOND, ENGINE_MS, OF_COUNTED, OF_INFINITY = 6.0, 3.0, 1200.0, 0.1, 0.75, 1.0
 
 
@@ -183,13 +184,22 @@ def measure_embedded(workload: Workload, settings: PathSettings, folder: Path) -
     """Return the rows of the embedded encoder: groups of eight against N = 1, and N = 1 against Infinity."""
     cut, width = 1, 8
     adapters = ",".join(workload.adapters(cut))
-    flags = ["--model", str(workload.folder), "--adapters", adapters, "--max_queue", "4096", "--max_batch", "32"]
+    flags = [
+        "--model",
+        str(workload.folder),
+        "--adapters",
+        adapters,
+        "--max_queue",
+        "4096",
+        "--max_batch",
+        str(EMBEDDED_BATCH),
+    ]
     seconds = 2 * settings.seconds
     plain, grouped, theirs = [], [], []
 
     def ours(url: str, multiplex: int) -> WrkLeg:
         bodies = [{"inputs": text, "max_multiplex": multiplex} for text in workload.texts]
-        return load(f"{url}/predict", bodies, EMBEDDED_CONNECTIONS, seconds, folder)
+        return load(f"{url}/predict", bodies, 2 * EMBEDDED_BATCH, seconds, folder)
 
     with serving(Form("HAProxy", ROOT, ("--proxy", "haproxy")), flags, folder) as (url, _):
         for multiplex in (1, width):
@@ -206,12 +216,12 @@ def measure_embedded(workload: Workload, settings: PathSettings, folder: Path) -
         if settings.infinity is None:
             return rows
         bodies: list[dict[str, Any]] = [{"model": workload.folder.name, "input": [text]} for text in workload.texts]
-        with infinity_server(settings.infinity, workload.folder, 32, 1) as other:
+        with infinity_server(settings.infinity, workload.folder, EMBEDDED_BATCH, 1) as other:
             plain.clear()
-            load(f"{other}/classify", bodies, EMBEDDED_CONNECTIONS, seconds, folder)  # a warm-up
+            load(f"{other}/classify", bodies, 2 * EMBEDDED_BATCH, seconds, folder)  # a warm-up
             for _ in range(settings.legs):
                 plain.append(ours(url, 1).per_second)
-                theirs.append(load(f"{other}/classify", bodies, EMBEDDED_CONNECTIONS, seconds, folder).per_second)
+                theirs.append(load(f"{other}/classify", bodies, 2 * EMBEDDED_BATCH, seconds, folder).per_second)
     name = f"{workload.name}: our N = 1 / infinity-emb"
     row = ratio_row(name, [mine / other for mine, other in zip(plain, theirs)], OF_INFINITY)
     return [*rows, row | {"plain_per_second": plain, "rival_per_second": theirs}]

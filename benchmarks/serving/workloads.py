@@ -109,7 +109,7 @@ def shape_workload(settings: Settings, folder: Path) -> Workload:
     shape = settings.shape
     model = write_shape(folder / "shape", shape)
     tokenizer = load_pretrained(BackboneConfig(str(model))).tokenizer
-    sizes = Sizes(max_batch=16, alone=24, plain=48, grouped=240, rivals=64, quiet=20, half=40)
+    sizes = Sizes(max_batch=32, alone=24, plain=64, grouped=256, rivals=64, quiet=20, half=40)
     texts = texts_of_length(tokenizer, LENGTH, 64)
     return Workload("shape", shape.name, model, texts, sizes.times(settings.scale), shape == Shape())
 
@@ -121,7 +121,7 @@ def embedded_workload(settings: Settings, folder: Path) -> Workload:
     found = list(load_task(source).test["text"])
     lengths = map(len, pretrained.tokenizer(found)["input_ids"])
     texts = [text for text, length in zip(found, lengths) if length <= LENGTH]  # so that no server truncates any
-    sizes = Sizes(max_batch=32, alone=128, plain=192, grouped=384, rivals=256, quiet=100, half=400)
+    sizes = Sizes(max_batch=64, alone=128, plain=256, grouped=768, rivals=256, quiet=100, half=400)
     return Workload("embedded", EMBEDDED_NAME, model, texts, sizes.times(settings.scale), False)
 
 
