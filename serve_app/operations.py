@@ -8,8 +8,8 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from serve_app import examples
+from serve_app.backend import Backend
 from serve_app.metrics import page
-from serve_app.service import Service
 
 STATIC = Path(__file__).parent / "static"
 _PAGE_HEADERS = {
@@ -18,27 +18,27 @@ _PAGE_HEADERS = {
 }
 
 
-def operations_routes(service: Service) -> APIRouter:
+def operations_routes(backend: Backend) -> APIRouter:
     """Return the routes ``/health``, ``/info``, ``/metrics`` and ``GET /``."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/health", responses=examples.failures())
     async def health() -> JSONResponse:
         """Check that the model of one task answers a test input, each time another task. Otherwise return 503."""
-        await service.probe()
+        await backend.probe()
         return JSONResponse({"status": "ok"})
 
     @router.get("/info", responses=examples.failures())
     async def info() -> JSONResponse:
         """Return the served tasks, their adapters, and all limits."""
-        return JSONResponse(service.info())
+        return JSONResponse(await backend.describe())
 
     @router.get("/metrics", responses=examples.failures(), response_class=Response)
     async def metrics() -> Response:
         """Return the metrics of all replicas for Prometheus, each labeled with its replica."""
-        by_replica = {service.replica: service.metrics.families()}
-        if service.peers is not None:
-            by_replica |= await service.peers()
+        by_replica = {backend.replica: backend.metrics.families()}
+        if backend.peers is not None:
+            by_replica |= await backend.peers()
         return Response(page(by_replica), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/", include_in_schema=False)

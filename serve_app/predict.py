@@ -10,15 +10,15 @@ from fastapi.responses import JSONResponse, Response
 
 from revmux.errors import TextError
 from revmux.pretrained.encoder import Text
-from revmux.serving import Answer, Task, UnknownTask
+from revmux.serving import Answer
 from serve_app import examples
+from serve_app.backend import Backend, Classify, TaskAnswers, TaskNames
 from serve_app.body import read_body
 from serve_app.classify import ClassifyRequest, model_list
 from serve_app.errors import TooLarge
 from serve_app.headers import reply_headers
 from serve_app.open_inference import InferRequest, model_metadata, server_metadata
 from serve_app.protocol import PredictRequest, RequestOptions, parse
-from serve_app.service import Service
 
 _FAILURES = examples.failures(400, 404, 408, 413, 422, 424, 429, 504)
 
@@ -29,11 +29,11 @@ class Endpoints:
     """The endpoints for classification.
 
     Args:
-        service: the service of the replica.
+        backend: classifies.
     """
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
 
     async def predict(self, request: Request, task: str | None) -> Response:
         """Answer a request of text-embeddings-inference. The path may name the task."""
@@ -41,15 +41,16 @@ class Endpoints:
         parsed = parse(await self._body(request), PredictRequest)
         if task is not None and parsed.task not in (None, task):
             raise TextError(f"the path names task {task!r} and the body names {parsed.task!r}; name only one of them")
-        # Looked up once, because tasks can be added, removed and replaced before the answer is ready.
+        # Found once, because tasks can be added, removed and replaced before the answer is ready.
         if parsed.tasks is not None:
-            return await self._predict_several(await self._several(parsed, task), parsed, started)
-        resolved = await self.service.tasks.get(task or parsed.task)
+            return await self._predict_several(await self.backend.find(self._several(parsed, task)), parsed, started)
+        classify = await self.backend.find([task or parsed.task])
         texts = parsed.texts
-        [answers] = await self._classify([resolved], texts, parsed)
-        return self._reply(parsed.reply(answers, resolved.label_names), texts, answers, started)
+        [found] = await self._classify(classify, texts, parsed)
+        return self._reply(parsed.reply(found.answers, found.label_names), texts, found.answers, started)
 
-    async def _several(self, parsed: PredictRequest, task: str | None) -> list[Task]:
+    @staticmethod
+    def _several(parsed: PredictRequest, task: str | None) -> TaskNames:
         """The tasks of a request that names several.
 
         Args:
@@ -60,61 +61,52 @@ class Endpoints:
             raise TextError(
                 f"the request names the task {named!r} and also tasks; send tasks to /predict, without a task"
             )
-        names = self.service.tasks.names if parsed.tasks == "*" else parsed.tasks
-        if not names:
-            raise UnknownTask(None, ())
-        return await self.service.tasks.several(names)
+        assert parsed.tasks is not None
+        return parsed.tasks
 
-    async def _predict_several(self, tasks: list[Task], parsed: PredictRequest, started: float) -> Response:
+    async def _predict_several(self, classify: Classify, parsed: PredictRequest, started: float) -> Response:
         texts = parsed.texts
-        found = await self._classify(tasks, texts, parsed)
-        content = {task.name: parsed.reply(answers, task.label_names) for task, answers in zip(tasks, found)}
-        return self._reply(content, texts, [answer for answers in found for answer in answers], started)
+        found = await self._classify(classify, texts, parsed)
+        content = {one.task: parsed.reply(one.answers, one.label_names) for one in found}
+        return self._reply(content, texts, [answer for one in found for answer in one.answers], started)
 
     async def infer(self, request: Request, task: str | None) -> Response:
         """Answer a request of the Open Inference Protocol."""
         started = perf_counter()
-        resolved = await self.service.tasks.get(task)
+        classify = await self.backend.find([task])
         parsed = parse(await self._body(request), InferRequest)
         texts = parsed.inputs[0].texts
-        [answers] = await self._classify([resolved], texts, parsed.parameters)
-        return self._reply(parsed.reply(resolved.name, answers, resolved.label_names), texts, answers, started)
+        [found] = await self._classify(classify, texts, parsed.parameters)
+        return self._reply(parsed.reply(found.task, found.answers, found.label_names), texts, found.answers, started)
 
     async def classify(self, request: Request, task: str | None) -> Response:
         """Answer a request of vLLM's classification API, whose body names the task as its model."""
         started = perf_counter()
         parsed = parse(await self._body(request), ClassifyRequest)
-        resolved = await self.service.tasks.get(task or parsed.model)
+        classify = await self.backend.find([task or parsed.model])
         texts = parsed.texts
-        [answers] = await self._classify([resolved], texts, parsed)
-        return self._reply(parsed.reply(resolved.name, answers, resolved.label_names), texts, answers, started)
+        [found] = await self._classify(classify, texts, parsed)
+        return self._reply(parsed.reply(found.task, found.answers, found.label_names), texts, found.answers, started)
 
-    async def _classify(self, tasks: list[Task], texts: list[Text], options: RequestOptions) -> list[list[Answer]]:
-        """Classify all texts of a request with each task.
+    def _classify(self, classify: Classify, texts: list[Text], options: RequestOptions) -> Awaitable[list[TaskAnswers]]:
+        """Classify all texts of a request.
 
         Raises:
             TooLarge: the request has more texts than allowed. Other errors: see
                 :meth:`revmux.serving.Engine.answer_tasks`.
         """
-        limit = self.service.config.max_texts
+        limit = self.backend.config.max_texts
         if len(texts) > limit:
             raise TooLarge(
                 f"the request has {len(texts)} texts, at most {limit} are allowed; send fewer texts per request"
             )
-        return await self.service.engine.answer_tasks(
-            texts,
-            tasks,
-            bool(options.truncate),
-            options.max_multiplex,
-            priority=options.priority or 0,
-            timeout=None if options.timeout_ms is None else options.timeout_ms / 1000,
-        )
+        return classify(texts, options)
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self.service.config.max_body_bytes, self.service.config.body_seconds)
+        return await read_body(request, self.backend.config.max_body_bytes, self.backend.config.body_seconds)
 
     def _reply(self, content: object, texts: list[Text], answers: list[Answer], started: float) -> Response:
-        device = "gpu" if self.service.config.num_gpus else "cpu"
+        device = "gpu" if self.backend.config.num_gpus else "cpu"
         headers = reply_headers(texts, answers, perf_counter() - started, device)
         return JsonReply(orjson.dumps(content), headers, answers)
 
@@ -186,14 +178,14 @@ def classify_routes(endpoints: Endpoints) -> APIRouter:
     @router.get("/v1/models", responses=examples.failures())
     async def models() -> JSONResponse:
         """Return the served tasks."""
-        return JSONResponse(model_list(endpoints.service.tasks.names, started))
+        return JSONResponse(model_list(endpoints.backend.task_names, started))
 
     return router
 
 
 def open_inference_routes(endpoints: Endpoints) -> APIRouter:
     """Return the routes under ``/v2``: health, metadata and inference. Each task is a model of the protocol."""
-    service = endpoints.service
+    backend = endpoints.backend
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
     @router.get("", responses=examples.failures())
@@ -209,19 +201,18 @@ def open_inference_routes(endpoints: Endpoints) -> APIRouter:
     @router.get("/health/ready", responses=examples.failures())
     async def ready() -> JSONResponse:
         """Check that the model of one task answers a test input, each time another task. Otherwise return 503."""
-        await service.probe()
+        await backend.probe()
         return JSONResponse({"ready": True})
 
     @router.get("/models/{task}", responses=examples.failures(404))
     async def model(task: str) -> JSONResponse:
         """Return the input and output tensors of a task."""
-        return JSONResponse(model_metadata(task, len((await service.tasks.get(task)).label_names)))
+        return JSONResponse(model_metadata(task, len(await backend.label_names(task))))
 
     @router.get("/models/{task}/ready", responses=examples.failures(404))
     async def model_ready(task: str) -> JSONResponse:
         """Check that the model of this task answers a test input. Return 200 if it does, otherwise 503."""
-        await service.tasks.get(task)
-        await service.probe(task)
+        await backend.probe(task)
         return JSONResponse({"name": task, "ready": True})
 
     @router.post(

@@ -7,7 +7,8 @@ import itertools
 import logging
 import math
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -15,14 +16,17 @@ from prometheus_client.core import Metric
 
 import revmux
 from revmux.errors import UserError
-from revmux.serving import Engine
+from revmux.pretrained.encoder import Text
+from revmux.serving import Engine, UnknownTask
 from revmux.serving.task import Task
 from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
+from serve_app.backend import Classify, TaskAnswers, TaskNames
 from serve_app.config import AppConfig, TaskConfig, live_tasks
 from serve_app.errors import Unhealthy
 from serve_app.kept_memory import memory_info
 from serve_app.metrics import ReplicaMetrics
+from serve_app.protocol import RequestOptions
 from serve_app.tasks import ServedTasks
 from serve_app.tracing import tracing_from_environment
 
@@ -90,6 +94,40 @@ class Service:
         else:
             self.update_error = None
 
+    @property
+    def task_names(self) -> list[str]:
+        """The names of all tasks, also of those that are not loaded."""
+        return self.tasks.names
+
+    async def find(self, names: TaskNames) -> Classify:
+        """Find tasks, after loading them if necessary, see :meth:`serve_app.backend.Backend.find`."""
+        names = self.tasks.names if names == "*" else names
+        if not names:
+            raise UnknownTask(None, ())
+        return partial(self._classify, await self.tasks.several(names))
+
+    async def _classify(
+        self, tasks: Sequence[Task], texts: Sequence[Text], options: RequestOptions
+    ) -> list[TaskAnswers]:
+        found = await self.engine.answer_tasks(
+            texts,
+            tasks,
+            bool(options.truncate),
+            options.max_multiplex,
+            priority=options.priority or 0,
+            timeout=None if options.timeout_ms is None else options.timeout_ms / 1000,
+        )
+        return [TaskAnswers(task.name, task.label_names, answers) for task, answers in zip(tasks, found)]
+
+    async def label_names(self, task: str) -> Sequence[str]:
+        """Return the labels of a task, after loading it if necessary."""
+        [found] = await self.tasks.several([task])
+        return found.label_names
+
+    async def describe(self) -> dict[str, Any]:
+        """Return :meth:`info`."""
+        return self.info()
+
     async def probe(self, task: str | None = None) -> None:
         """Check that the model of one task answers a short text. Without a name, each call asks the next task.
 
@@ -98,10 +136,11 @@ class Service:
         passes begin or end.
 
         Raises:
-            Unhealthy: no task is loaded, a model failed, the model's thread has ended, or no pass has begun or ended
+            UnknownTask: there is no such task.
+            Unhealthy: no task is loaded, the task cannot be loaded, a model failed, the model's thread has ended, or no pass has begun or ended
                 for ``stuck_seconds``.
         """
-        name = self._next_task() if task is None else task
+        name = self._next_task() if task is None else (await self.tasks.get(task)).name
         if not self.engine.alive:
             raise Unhealthy("the model's thread has ended")
         try:

@@ -153,40 +153,44 @@ class ServedTasks:
             UnknownTask: there is no such task, or there are several and no name is given.
             Unhealthy: the task cannot be loaded.
         """
-        if self.config.memory_gb is None:
-            return self.engine.task(name)
-        known = self.served
-        if name is None and len(known) == 1:
-            name = next(iter(known))
-        if name is None:
-            raise UnknownTask(name, known)
         [task] = await self.several([name])
         return task
 
-    async def several(self, names: Sequence[str]) -> list[Task]:
+    async def several(self, names: Sequence[str | None]) -> list[Task]:
         """Return several tasks, after loading those that are not loaded. None of them is removed for another meanwhile.
 
+        Args:
+            names: names of tasks; None is the only task.
+
         Raises:
-            UnknownTask: there is no task of one of the names.
+            UnknownTask: there is no task of one of the names, or there are several and no name is given.
             UserError: they do not fit into memory together.
             Unhealthy: one of them cannot be loaded.
         """
         if self.config.memory_gb is None:
             return [self.engine.task(name) for name in names]
-        for name in names:
-            if name not in self.served:
-                raise UnknownTask(name, self.served)
+        named = [self._named(name) for name in names]
+        for name in named:
             self._last_use[name] = next(self._uses)
         loaded = self.engine.tasks
-        if all(name in loaded for name in names):
-            return [loaded[name] for name in names]
-        key = frozenset(names)
+        if all(name in loaded for name in named):
+            return [loaded[name] for name in named]
+        key = frozenset(named)
         if key not in self._loading:
-            self._loading[key] = asyncio.ensure_future(asyncio.to_thread(self._load_together, list(names)))
+            self._loading[key] = asyncio.ensure_future(asyncio.to_thread(self._load_together, named))
             self._loading[key].add_done_callback(lambda _: self._loading.pop(key))
         # Shielded, because other requests may wait for the same tasks.
         found = await asyncio.shield(self._loading[key])
-        return [found[name] for name in names]
+        return [found[name] for name in named]
+
+    def _named(self, name: str | None) -> str:
+        """The name of a served task; None is the only one."""
+        known = self.served
+        if name is None and len(known) == 1:
+            return next(iter(known))
+        if name is None or name not in known:
+            raise UnknownTask(name, known)
+        return name
 
     def _load_together(self, names: Sequence[str]) -> dict[str, Task]:
         """Load those of the tasks that are not loaded. A caller keeps the returned tasks even if others replace them.

@@ -13,6 +13,7 @@ import revmux
 from serve_app import errors as failures
 from serve_app import examples
 from serve_app.auth import BearerAuth
+from serve_app.backend import Backend
 from serve_app.classify import ClassifyRequest
 from serve_app.fast_path import FastPath
 from serve_app.metrics import ReplicaMetrics
@@ -20,7 +21,6 @@ from serve_app.open_inference import InferRequest
 from serve_app.operations import STATIC, operations_routes
 from serve_app.predict import Endpoints, classify_routes, open_inference_routes, predict_routes
 from serve_app.protocol import PredictRequest
-from serve_app.service import Service
 
 DESCRIPTION = """Text classification by frozen models, with several requests per forward pass.
 
@@ -50,9 +50,9 @@ class HttpApplication:
             await self.api(scope, receive, send)
 
 
-def create_app(service: Service) -> HttpApplication:
-    """Build the HTTP application of a service."""
-    endpoints = Endpoints(service)
+def create_app(backend: Backend) -> HttpApplication:
+    """Build the HTTP application of a replica."""
+    endpoints = Endpoints(backend)
     # FastAPIOffline serves Swagger's files itself, so the pages need no network.
     api = FastAPIOffline(
         title="RevMUX", version=revmux.__version__, description=DESCRIPTION, redoc_url=None, redirect_slashes=False
@@ -60,13 +60,13 @@ def create_app(service: Service) -> HttpApplication:
     failures.install(api)
     for make in (predict_routes, classify_routes, open_inference_routes):
         api.include_router(make(endpoints))
-    api.include_router(operations_routes(service))
+    api.include_router(operations_routes(backend))
     api.mount("/static", StaticFiles(directory=STATIC))
-    if service.tokens:
-        api.add_middleware(BearerAuth, tokens=service.tokens)
-    api.add_middleware(Measured, metrics=service.metrics)
-    _describe(api, bool(service.tokens))
-    return HttpApplication(FastPath(endpoints, service.tokens, service.metrics, service.tracing), api)
+    if backend.tokens:
+        api.add_middleware(BearerAuth, tokens=backend.tokens)
+    api.add_middleware(Measured, metrics=backend.metrics)
+    _describe(api, bool(backend.tokens))
+    return HttpApplication(FastPath(endpoints, backend.tokens, backend.metrics, backend.tracing), api)
 
 
 def _describe(app: FastAPI, needs_token: bool) -> None:
