@@ -21,7 +21,7 @@ from benchmarks.precision import precision_words
 from benchmarks.serving.page import path_words, serving_words
 from benchmarks.size import size_words
 from benchmarks.systems.page import systems_words
-from benchmarks.tasks.page import tasks_words
+from benchmarks.tasks.page import routing_words, tasks_words
 from benchmarks.training.page import training_words
 from revmux.methods import method_class
 from revmux.plan.report import comparison_table, row_name
@@ -67,6 +67,7 @@ WRITERS = {
     "gpu": gpu_words,
     "precision": precision_words,
     "quickstart": quickstart_words,
+    "routing": routing_words,
     "systems": systems_words,
     "tasks": tasks_words,
     "training": training_words,

@@ -1,45 +1,50 @@
-"""python -m benchmarks.tasks.routing: group widths with and without a replica for each task.
+"""python -m benchmarks.tasks.routing: what it is worth that each task has a replica of its own.
 
-Several replicas serve many tasks on one base model with random weights. Clients in a closed loop ask all tasks equally
-often. Once HAProxy sends each task to its replica, and once to the replica with the fewest requests, which knows nothing
-of tasks. A wider group costs less per input, so the inputs per group say what the choice of the replica is worth.
+Four replicas serve 200 tasks on one base. Clients in a closed loop ask all tasks equally often. In one leg, requests name
+their task, and HAProxy sends each task to its replica. In the other leg, the same requests name a list with this one task,
+which HAProxy sends to the replica with the fewest requests; the replicas do the same work for both. The legs alternate on
+the same running server. A wider group costs less per input, so the inputs per group, counted by the replicas, say what the
+choice of the replica is worth.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import statistics
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import httpx
-import torch
 from jsonargparse import ArgumentParser
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from benchmarks.rows import kept_rows, ratio_row
-from benchmarks.serving.load import Load, send
-from revmux.adapters.folder import describe_adapter, save_adapter
-from revmux.methods import BackboneShape, build_method
-from revmux.model import MultiplexedClassifier
+from benchmarks.serving import wrk
+from benchmarks.serving.servers import free_port
+from benchmarks.serving.settings import WIDTHS, Row, Shape
+from benchmarks.serving.workloads import texts_of_length
+from benchmarks.tasks.multiplexed import write_tasks
+from revmux.errors import UserError
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
 from revmux.utils.files import write_json
 from revmux.utils.run_info import describe_run
 from serve_app.config import server_config
 from serve_app.run import deploy, shutdown
-from serve_app.task_affinity import VARIABLE
 
 RESULT = Path("benchmarks/results/routing.json")
 KEPT = Path("runs/routing")
-WORDS = [f"w{index}" for index in range(200)]
-LENGTH = 32  # tokens that a task accepts
 TARGET = 2.0
+BODIES = 20_000  # sent in turn, so that a leg repeats few of them
+TEXTS = 64
+DRAIN_SECONDS = 120.0
+_COUNTERS = ("inputs", "groups", "cost", "requests")
 
 
 @dataclass(frozen=True)
@@ -49,128 +54,179 @@ class Settings:
     Args:
         tasks: number of tasks.
         replicas: number of replicas.
-        connections: requests in flight.
-        requests: requests per leg.
-        width: N of the adapter.
-        port: TCP port of the server.
+        connections: requests in flight, one load after the other. The target is that of the last one.
+        pairs: pairs of legs per load.
+        seconds: seconds per leg.
+        shape: shape of the base.
+        cut: number of layers that each input passes alone.
+        tokens: tokens per text.
+
+    Raises:
+        UserError: a number is too small.
     """
 
     tasks: int = 200
     replicas: int = 4
-    connections: int = 800
-    requests: int = 6000
-    width: int = 4
-    port: int = 8731
+    connections: list[int] = field(default_factory=lambda: [400, 800])
+    pairs: int = 3
+    seconds: int = 12
+    shape: Shape = field(default_factory=lambda: Shape(128, 6, 4, 512))
+    cut: int = 2
+    tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "replicas"):
+            if getattr(self, name) < 2:
+                raise UserError(f"{name} is {getattr(self, name)}; choose 2 or more")
+        for name, value in (("pairs", self.pairs), ("seconds", self.seconds), ("connections", min(self.connections))):
+            if value < 1:
+                raise UserError(f"{name} is {value}; choose 1 or more")
 
 
-def write_task(folder: Path, width: int) -> tuple[Path, Path]:
-    """Write a task model with random weights and an untrained adapter, and return both folders."""
-    model = folder / "model"
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 5,
-        hidden_size=256,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        intermediate_size=1024,
-        max_position_embeddings=64,
-    )
-    config.num_labels = 3
-    BertForSequenceClassification(config).save_pretrained(model)
-    BertTokenizer(str(model / "vocab.txt"), model_max_length=64).save_pretrained(model)
-    pretrained = load_pretrained(BackboneConfig(model=str(model), max_length=LENGTH))
-    adapters = build_method("token-split", BackboneShape.of(pretrained.backbone), width, {})
-    classifier = MultiplexedClassifier(pretrained.backbone, adapters, 2)
-    described = describe_adapter(classifier, pretrained, LENGTH, {"source": "random"})
-    return model, save_adapter(classifier, described, folder / "adapter")
-
-
-def measure(settings: Settings, by_task: bool) -> dict[str, float]:
-    """Run one leg.
+class Server:
+    """The running server.
 
     Args:
+        url: its base URL.
         settings: settings of the benchmark.
-        by_task: whether HAProxy sends each task to its replica.
-
-    Returns:
-        The inputs per group, the replicas that answered a task, and the requests per second.
+        texts: texts of the requests.
+        folder: folder for wrk's script.
     """
-    if not by_task:
-        os.environ[VARIABLE] = "0"
-    with TemporaryDirectory(prefix="revmux-routing-") as folder:
-        model, adapter = write_task(Path(folder), settings.width)
-        task = {"model": str(model), "adapters": [str(adapter)]}
-        names = [f"task-{number}" for number in range(settings.tasks)]
+
+    def __init__(self, url: str, settings: Settings, texts: Sequence[str], folder: Path) -> None:
+        self.url = url
+        self.settings = settings
+        self.folder = folder
+        chosen = random.Random(0)
+        self.requests = [(f"task-{chosen.randrange(settings.tasks)}", chosen.choice(texts)) for _ in range(BODIES)]
+
+    def leg(self, by_task: bool, connections: int, seconds: int) -> dict[str, float]:
+        """Send requests for some seconds, and return what the clients and the replicas counted.
+
+        Args:
+            by_task: whether each task has its replica.
+            connections: requests in flight.
+            seconds: duration.
+        """
+        bodies = [
+            {"task": task, "inputs": text} if by_task else {"tasks": [task], "inputs": text}
+            for task, text in self.requests
+        ]
+        before = self._counts()
+        sent = wrk.load(f"{self.url}/predict", bodies, connections, seconds, self.folder)
+        after = self._counts()
+        found = {name: after[name] - before[name] for name in _COUNTERS}
+        total = {name: counts.total() for name, counts in found.items()}
+        most: Counter[str] = Counter()
+        for (task, _), number in found["requests"].items():
+            most[task] = max(most[task], number)
+        return {
+            "inputs_per_group": round(total["inputs"] / total["groups"], 3),
+            "cost_per_input": round(total["cost"] / total["inputs"], 4),
+            "home_share": round(most.total() / total["requests"], 4),
+            "per_second": round(sent.per_second, 2),
+            "p50_seconds": round(sent.p50, 3),
+            "p99_seconds": round(sent.p99, 3),
+        }
+
+    def _counts(self) -> dict[str, Counter[tuple[str, str]]]:
+        """The counters by name, and then by task and replica, once no input waits and every replica has reported.
+
+        Raises:
+            RuntimeError: that takes too long.
+        """
+        deadline = time.monotonic() + DRAIN_SECONDS
+        wanted = tuple(f"revmux_{name}" for name in (*_COUNTERS, "queue_inputs"))
+        while True:
+            page = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).raise_for_status().text
+            found: dict[str, Counter[tuple[str, str]]] = {name: Counter() for name in (*_COUNTERS, "queue_inputs")}
+            lines = "".join(f"{line}\n" for line in page.splitlines() if line.startswith(wanted))
+            for family in text_string_to_metric_families(lines):
+                for sample in family.samples:
+                    name = sample.name.removeprefix("revmux_").removesuffix("_total")
+                    if name in found:
+                        found[name][sample.labels["task"], sample.labels["replica"]] += sample.value
+            replicas = {replica for _, replica in found["requests"]}
+            if len(replicas) == self.settings.replicas and not found["queue_inputs"].total():
+                return found
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{len(replicas)} replicas reported, with {found['queue_inputs'].total():g} waiting inputs"
+                )
+            time.sleep(0.2)
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Start the server, and return the rows of all loads."""
+    with TemporaryDirectory(prefix="revmux-routing-") as name:
+        folder = Path(name)
+        tasks = write_tasks(folder, settings.shape, settings.cut, settings.tokens, settings.tasks)
+        tokenizer = load_pretrained(BackboneConfig(str(folder / "base"))).tokenizer
         config = server_config(
-            tasks=dict.fromkeys(names, task),
+            tasks=tasks,
             num_replicas=settings.replicas,
             num_cpus=(os.cpu_count() or 1) / settings.replicas,
             threads=1,
-            port=settings.port,
+            port=free_port(),
             proxy="haproxy",
         )
-        chosen = random.Random(0)
-        bodies = [
-            {"task": chosen.choice(names), "inputs": " ".join(chosen.choices(WORDS, k=24))}
-            for _ in range(settings.requests)
-        ]
         try:
             url = deploy(config, timeout_seconds=600)
-            leg = send(Load(f"{url}/predict", bodies, settings.connections))
-            counts = _counts(url)
+            server = Server(url, settings, texts_of_length(tokenizer, settings.tokens, TEXTS), folder)
+            for by_task in (True, False):  # a warm-up: one-time work is not measured
+                server.leg(by_task, settings.connections[0], settings.seconds)
+            return [row for connections in settings.connections for row in _rows(server, connections)]
         finally:
             shutdown()
-            os.environ.pop(VARIABLE, None)
-    inputs, groups = (sum(counts[f"revmux_{name}_total"].values()) for name in ("inputs", "groups"))
-    answered = [key for key, number in counts["revmux_requests_total"].items() if number]
-    return {
-        "inputs_per_group": inputs / groups,
-        "replicas_per_task": len(answered) / len({name for name, _ in answered}),
-        "requests_per_second": leg.per_second,
-        "p50_seconds": leg.p50,
+
+
+def _rows(server: Server, connections: int) -> list[Row]:
+    settings = server.settings
+    legs: dict[str, list[dict[str, float]]] = {"by_task": [], "fewest_requests": []}
+    for _ in range(settings.pairs):
+        for name, found in legs.items():
+            found.append(server.leg(name == "by_task", connections, settings.seconds))
+    medians = {
+        name: {key: statistics.median(leg[key] for leg in found) for key in found[0]} for name, found in legs.items()
     }
-
-
-def _counts(url: str) -> dict[str, dict[tuple[str, str], float]]:
-    """The counters of all replicas, by name and then by task and replica."""
-    found: dict[str, dict[tuple[str, str], float]] = {}
-    page = httpx.get(f"{url}/metrics", timeout=60, trust_env=False).raise_for_status().text
-    for family in text_string_to_metric_families(page):
-        for sample in family.samples:
-            if "task" in sample.labels and "replica" in sample.labels:
-                by_task = found.setdefault(sample.name, {})
-                key = sample.labels["task"], sample.labels["replica"]
-                by_task[key] = by_task.get(key, 0) + sample.value
-    return found
-
-
-def rows(settings: Settings, keep: Path) -> list[dict[str, Any]]:
-    """Return the rows, from the legs that were kept and those that are measured now."""
-    by_task, other = (
-        kept_rows(keep, name, asdict(settings), lambda chosen=chosen: measure(settings, chosen))  # type: ignore[misc]
-        for name, chosen in (("by-task", True), ("fewest-requests", False))
-    )
-    row = ratio_row(
-        "inputs per group, each task on its replica / on the replica with the fewest requests",
-        [by_task["inputs_per_group"] / other["inputs_per_group"]],
-        TARGET,
-    )
-    return [row | {"by_task": by_task, "fewest_requests": other}]
+    how = f"{connections} connections: each task on its replica / on the replica with the fewest requests"
+    target = TARGET if connections == settings.connections[-1] else None
+    return [
+        ratio_row(
+            f"{figure}, {how}",
+            [mine[key] / other[key] for mine, other in zip(legs["by_task"], legs["fewest_requests"])],
+            target if key == "inputs_per_group" else None,
+        )
+        | medians
+        | {"connections": connections}
+        for key, figure in (("inputs_per_group", "inputs per group"), ("per_second", "requests per second"))
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what has not been measured yet, then write the result file."""
-    parser = ArgumentParser(prog="python -m benchmarks.tasks.routing", description="Group widths by choice of replica.")
+    """Measure what has not been measured yet, then write the result file; return 2 for invalid arguments."""
+    parser = ArgumentParser(
+        prog="python -m benchmarks.tasks.routing", description="Measure what a replica of its own is worth to a task."
+    )
     parser.add_class_arguments(Settings, as_group=False)
     parser.add_argument("--result", type=Path, default=RESULT, help="result file to write")
-    parser.add_argument("--keep", type=Path, default=KEPT, help="folder in which measured legs are kept")
+    parser.add_argument("--keep", type=Path, default=KEPT, help="folder in which measured rows are kept")
     parsed = parser.parse_args(argv)
-    settings = Settings(**{item.name: getattr(parsed, item.name) for item in fields(Settings)})
-    found = rows(settings, parsed.keep)
-    meta = describe_run("python -m benchmarks.tasks.routing", {"texts": "random words"}, {"weights": "random"})
-    write_json(parsed.result, {"meta": meta | {"settings": asdict(settings)}, "rows": found})
+    try:
+        chosen = parser.instantiate(parsed).as_dict()
+        result, keep = chosen.pop("result"), chosen.pop("keep")
+        settings = Settings(**chosen)
+        wrk.check_wrk()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = kept_rows(keep, "routing", asdict(settings), lambda: measure(settings))
+    data = {"texts": "random words", "tokens": settings.tokens}
+    backbone = {"name": settings.shape.name, "weights": "random"}
+    meta = describe_run("python -m benchmarks.tasks.routing", data, backbone) | {
+        "settings": asdict(settings) | {"widths": WIDTHS}
+    }
+    write_json(result, {"meta": meta, "rows": found})
     return 0
 
 

@@ -13,15 +13,12 @@ from safetensors import SafetensorError, safe_open
 from revmux.adapters.config import MERGE_LIMIT, WEIGHTS_NAME, AdapterConfig, load_adapter_config, local_adapter_folder
 from revmux.adapters.folder import load_adapter
 from revmux.errors import UserError
-from revmux.estimate.flops import count_flops, plain_cost
 from revmux.fallback import check_threshold
 from revmux.ladder import Stage
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained.pretrained import Pretrained
+from revmux.serving.route_cost import route_of
 from revmux.serving.scheduling import Route, admits
-
-COUNTED_LENGTH = 64
-"""Tokens per input for which costs are counted. Costs relative to the plain model hardly depend on it."""
 
 
 class LineupPlace(NamedTuple):
@@ -166,7 +163,7 @@ def load_adapters(
         model = load_adapter(folder, pretrained, merge_limit=merge_limit)
         effective = (config.fallback_threshold if threshold is None else threshold) or 0.0
         check_threshold(effective, model.method, str(source))
-        adapters.append(LoadedAdapter(str(source), config, model, _route(model), effective))
+        adapters.append(LoadedAdapter(str(source), config, model, route_of(model), effective))
     return adapters
 
 
@@ -182,17 +179,6 @@ def _check_frozen(folder: Path, config: AdapterConfig) -> None:
             f"adapter {str(folder)!r} ({config.method}) tuned the backbone, which all adapters share; "
             "serve adapters that were trained on a frozen backbone"
         )
-
-
-def _route(model: MultiplexedClassifier) -> Route:
-    backbone, method, width = model.backbone, model.method, model.num_inputs
-    length = min(COUNTED_LENGTH, backbone.max_length - method.added_tokens)
-    plain = plain_cost(backbone, length).per_input
-    cost = count_flops(backbone, method, model.prefill_layers, length)
-    if method.prepares_tokens:  # the tokens differ per slot, so filling slots with repeated inputs saves nothing
-        return Route(width, f"slots of {width}", 0.0, width * cost.per_input / plain, method.name)
-    shared = width * (cost.per_input - cost.prefill)
-    return Route(width, f"layer {model.prefill_layers}", cost.prefill / plain, shared / plain, method.name)
 
 
 def points_lost(config: AdapterConfig) -> float | None:

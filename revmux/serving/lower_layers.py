@@ -9,7 +9,6 @@ that belongs to none of them.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -19,20 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from revmux.backbone import Backbone, TokenBatch
-
-_WITHOUT_EFFECT = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "classifier_dropout",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "transformers_version",
-    }
-)
-"""Settings of a model's configuration that have no effect on the states of its layers."""
+from revmux.serving.architecture import architecture_of
 
 
 class LowerLayers:
@@ -44,7 +30,7 @@ class LowerLayers:
     """
 
     def __init__(self, backbone: Backbone, tokens: TokenBatch) -> None:
-        self._architecture = _architecture(backbone)
+        self._architecture = architecture_of(backbone)
         self._weights: list[tuple[Tensor, ...]] = []  # those that the embedding, layer 1, layer 2, … read
         with torch.no_grad(), _Recorder(backbone) as recorder:
             state = backbone.embed(tokens)
@@ -66,13 +52,6 @@ class LowerLayers:
             if len(own) != len(others) or any(one is not two for one, two in zip(own, others)):
                 return max(depth - 1, 0)
         return depth
-
-
-def _architecture(backbone: Backbone) -> tuple[Any, ...]:
-    config = backbone.config
-    settings = {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_EFFECT}
-    kernel = getattr(config, "_attn_implementation", None)
-    return type(backbone), type(backbone.model), kernel, json.dumps(settings, sort_keys=True, default=str)
 
 
 class _Recorder(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,10 +22,9 @@ def check_types(settings: type, values: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: a value has the wrong type.
     """
-    types = get_type_hints(settings)
     for name, value in values.items():
         try:
-            TypeAdapter(types[name]).validate_python(value, strict=True)
+            _checker(settings, name).validate_python(value, strict=True)
         except ValidationError as error:
             # The code that uses a choice checks it, with an error that lists the legal values.
             wrong = [problem for problem in error.errors() if problem["type"] != "literal_error"]
@@ -33,3 +33,9 @@ def check_types(settings: type, values: Mapping[str, Any], where: str) -> None:
                 raise UserError(
                     f"{where}: {place} is {wrong[0]['input']!r:.80}: {wrong[0]['msg'].lower()}; correct it"
                 ) from None
+
+
+@cache
+def _checker(settings: type, name: str) -> TypeAdapter[Any]:
+    """Checks a field of a dataclass. Building one takes far longer than a check."""
+    return TypeAdapter(get_type_hints(settings)[name])
