@@ -2,8 +2,10 @@
 
 Inputs of a task form groups only within a replica, and a replica may have to load a task for its first request. Each task
 therefore has its own order of the replicas (rendezvous hashing), which stays the same for the others when a replica comes
-or goes. A request goes to the first one that is not busy. Requests that name no task, or several, go to the replica with
-the fewest requests. Uses the standard library alone, like :mod:`serve_app.haproxy`.
+or goes. A request goes to the first one that is not busy: the task's own replica may hold more requests than the others do
+on average, because it answers many at once and is then empty, and others help only if they hold fewer. If all are busy, and
+for requests that name no task, or several, it is the replica with the fewest requests. Uses the standard library alone, like
+:mod:`serve_app.haproxy`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,12 @@ VARIABLE = "REVMUX_PROXY_BUSY_REQUESTS"
 """Variable with the number of requests from which a replica is busy. Without it, or with 0, tasks have no replica of their own."""
 
 SCRIPT = "tasks.lua"
+
+OWN_SHARE, HELP_SHARE = 1.5, 0.75
+"""Requests that the own replica of a task may hold, and those up to which another one helps, relative to the mean per replica.
+
+A replica that runs its requests in large passes holds between none and twice the mean, with no more work than the others.
+"""
 
 _SCRIPT = """\
 local BUSY = %(busy)d
@@ -46,10 +54,10 @@ core.register_action("choose_replica", {"http-req"}, function(txn, backend)
         end
     end
     table.sort(replicas, function(one, other) return one.rank < other.rank end)
-    -- When all replicas are busy, none gets many more requests than the others.
-    local busy = math.max(BUSY, 1.25 * (total + 1) / #replicas)
-    for _, replica in ipairs(replicas) do
-        if replica.held < busy then
+    local mean = (total + 1) / #replicas
+    for place, replica in ipairs(replicas) do
+        local share = place == 1 and %(own_share)g or %(help_share)g
+        if replica.held + 1 <= math.max(BUSY, share * mean) then
             txn:set_var("txn.replica", replica.name)
             return
         end
@@ -89,5 +97,6 @@ def with_affinity(sections: Iterable[str], folder: Path, busy: int) -> str:
         f"[{json.dumps(name)}] = {{{', '.join(json.dumps(server) for server in servers)}}}"
         for name, servers in replicas.items()
     )
-    (folder / SCRIPT).write_text(_SCRIPT % {"busy": busy, "replicas": table})
+    settings = {"busy": busy, "own_share": OWN_SHARE, "help_share": HELP_SHARE, "replicas": table}
+    (folder / SCRIPT).write_text(_SCRIPT % settings)
     return "".join(edited)

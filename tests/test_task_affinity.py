@@ -155,7 +155,7 @@ def test_no_replica_gets_many_more_requests_than_the_others_when_all_are_busy(pr
         for replica in proxy.replicas.values():
             replica.gate.set()
         counts = Counter(request.result() for request in held)
-    assert max(counts.values()) <= 11  # 1.25 times the mean, and what arrives in the same moment
+    assert max(counts.values()) <= 15  # 1.5 times the mean, and what arrives in the same moment
     assert len(counts) == 4
 
 
