@@ -160,7 +160,7 @@ def test_a_second_process_waits_for_the_lock_of_a_checkpoint_folder(
 ) -> None:
     """The workers of a killed driver may still run when those of the next driver start."""
     path, reported, entered = tmp_path / "run", SimpleQueue[str](), threading.Event()
-    monkeypatch.setattr("revmux.utils.place._log.warning", lambda words, *values: reported.put(words % values))
+    monkeypatch.setattr("revmux.utils.lock._log.warning", lambda words, *values: reported.put(words % values))
 
     def second() -> None:
         with CheckpointFolder(path).locked():

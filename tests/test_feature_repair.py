@@ -17,7 +17,7 @@ from revmux import UserError
 from revmux.features.config import StoreConfig
 from revmux.features.shards import ShardSet, ShardWriter
 from revmux.features.store import StoreBuilder, open_features
-from revmux.utils import place
+from revmux.utils import content_hash
 
 pytestmark = pytest.mark.numeric
 
@@ -54,11 +54,11 @@ def test_a_process_hashes_a_shard_again_only_if_it_changed(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens = pretrained(bert()), split()
-    monkeypatch.setattr(place, "SETTLED_NS", 0)
+    monkeypatch.setattr(content_hash, "SETTLED_NS", 0)
     open_features(model, tokens, [1], config)
     hashed: list[str] = []
     monkeypatch.setattr(
-        place.hashlib, "file_digest", lambda file, kind: hashed.append(file.name) or file_digest(file, kind)
+        content_hash.hashlib, "file_digest", lambda file, kind: hashed.append(file.name) or file_digest(file, kind)
     )
     open_features(model, tokens, [1], config)
     assert not hashed

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from revmux.errors import UserError
-from revmux.utils.place import Place, Sink
+from revmux.utils.content_hash import Sink
+from revmux.utils.place import Place
 
 FORMAT = 3
 META = "meta.json"

@@ -18,7 +18,8 @@ from revmux.pretrained import hub
 from revmux.pretrained.config import EMBEDDED_MODELS, EMBEDDED_NAME, EMBEDDED_SHA256, BackboneConfig
 from revmux.pretrained.gguf import SUFFIX, source_digests
 from revmux.pretrained.location import locate
-from revmux.pretrained.peft_adapter import merged_config, read_peft_adapter
+from revmux.pretrained.peft_adapter import read_peft_adapter
+from revmux.pretrained.peft_model import merged_config
 from revmux.utils.redact import error_line
 
 _identities: dict[tuple[str, int, float], str] = {}

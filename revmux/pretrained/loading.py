@@ -26,7 +26,8 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.creation import CREATION
 from revmux.pretrained.identity import identify, load_model_config, resolve, weights_sha256
 from revmux.pretrained.location import has_head, no_answers
-from revmux.pretrained.peft_adapter import PeftAdapter, add_updates, load_base, load_merged, read_peft_adapter
+from revmux.pretrained.peft_adapter import PeftAdapter, read_peft_adapter
+from revmux.pretrained.peft_model import add_updates, load_base, load_merged
 from revmux.pretrained.pretrained import Pretrained
 from revmux.pretrained.shared_base import SharedBase, SharedBases
 from revmux.pretrained.task_model import read_pairs, read_prompt, read_soft_prompt

@@ -21,7 +21,8 @@ from revmux.serving.errors import Draining, InferenceFailed
 from revmux.serving.forward import Outcome, run_pass
 from revmux.serving.limits import Limits
 from revmux.serving.metrics import Metrics, PassReport
-from revmux.serving.parts import Part, lay_out, next_parts
+from revmux.serving.part import Part, lay_out
+from revmux.serving.parts import next_parts
 from revmux.serving.queue import PullQueue, Ticket
 from revmux.serving.scheduling import PLAIN, Group
 from revmux.serving.task import Task

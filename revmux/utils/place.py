@@ -2,65 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import xxhash
-from filelock import FileLock, Timeout
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from revmux.errors import UserError
+from revmux.utils.content_hash import Sink, file_digest
 from revmux.utils.files import TEMPORARY, publish_file, remove_folder, write_durably
-from revmux.utils.lease import LIFETIME, Lease
+from revmux.utils.lease import LIFETIME
+from revmux.utils.lock import exclusive
 from revmux.utils.redact import error_line
 
-_log = logging.getLogger(__name__)
 BLOCK = 8 * 2**20
 """Bytes that are copied at a time, so that files of any size need little memory."""
-SETTLED_NS = 10**9
-"""Age from which a file's time of change tells whether it changes again; file systems store times with limited precision."""
-_digests: dict[tuple[str, int, int, int], str] = {}
-
-
-class Sink:
-    """A file that is being written, with the hash of what was written so far.
-
-    Args:
-        stream: the file, opened for writing.
-
-    Attributes:
-        size: bytes written.
-        closed: always False; whoever opened the file closes it.
-    """
-
-    closed = False
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._hash, self.size = stream, xxhash.xxh3_128(), 0
-
-    def write(self, data: Any) -> int:
-        """Append bytes."""
-        view = memoryview(data)
-        self._stream.write(view)
-        self._hash.update(view)
-        self.size += view.nbytes
-        return view.nbytes
-
-    def flush(self) -> None:
-        """Do nothing: the file is flushed when it is complete."""
-
-    def digest(self) -> str:
-        """Hash of the bytes written so far, as :meth:`Place.digest` computes it."""
-        return self._hash.hexdigest()
 
 
 class Place:
@@ -193,18 +153,7 @@ class Place:
 
     def digest(self, name: str) -> str | None:
         """Hash of a local file's bytes; None if it cannot be read. A process reads an unchanged file once."""
-        try:
-            with open(self.file(name), "rb") as file:
-                status = os.fstat(file.fileno())
-                key = (self.file(name), status.st_ino, status.st_size, status.st_ctime_ns)
-                if key in _digests:
-                    return _digests[key]
-                found = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-        except OSError:
-            return None
-        if time.time_ns() - status.st_ctime_ns > SETTLED_NS:
-            _digests[key] = found
-        return found
+        return file_digest(self.file(name))
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file atomically: it is either complete and on disk, or does not exist under its name.
@@ -289,39 +238,14 @@ class Place:
         with suppress(OSError):
             self.filesystem.delete_dir(self.path)
 
-    @contextmanager
-    def exclusive(self, name: str, wait: bool = True, lifetime: float = LIFETIME) -> Iterator[Callable[[], bool]]:
-        """Hold a lock across processes: a file lock if local, otherwise a lease file.
+    def exclusive(
+        self, name: str, wait: bool = True, lifetime: float = LIFETIME
+    ) -> AbstractContextManager[Callable[[], bool]]:
+        """Hold a lock across processes, see :func:`revmux.utils.lock.exclusive`.
 
         Args:
             name: name of the lock file in this folder.
             wait: whether to wait if another process holds the lock.
             lifetime: seconds after which the lease of a process that was killed expires.
-
-        Yields:
-            A function that returns whether no other process has acquired the lock meanwhile.
-
-        Raises:
-            UserError: another process holds the lock and ``wait`` is False.
         """
-        busy = UserError(f"{self.file(name)}: another process is writing there; wait until it has finished")
-        if not self.local:
-            lease = Lease(self.filesystem, self.file(name), lifetime)
-            if not lease.acquire(wait):
-                raise busy
-            with lease.kept():
-                yield lease.holds
-            return
-        Path(self.path).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.file(name))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if not wait:
-                raise busy from None
-            _log.warning("another process is writing %s; waiting for it", self.file(name))
-            lock.acquire()
-        try:
-            yield lambda: True
-        finally:
-            lock.release()
+        return exclusive(self.filesystem, self.file(name), wait, lifetime)
