@@ -14,7 +14,6 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -115,44 +114,42 @@ class Server:
         before = self._counts()
         sent = wrk.load(f"{self.url}/predict", bodies, connections, seconds, self.folder)
         after = self._counts()
-        found = {name: after[name] - before[name] for name in _COUNTERS}
-        total = {name: counts.total() for name, counts in found.items()}
-        most: Counter[str] = Counter()
-        for (task, _), number in found["requests"].items():
-            most[task] = max(most[task], number)
+        total = {name: sum(after[name].values()) - sum(before[name].values()) for name in _COUNTERS}
+        most: dict[str, float] = {}  # the requests of a task that one replica answered, by task
+        for key, number in after["requests"].items():
+            most[key[0]] = max(most.get(key[0], 0.0), number - before["requests"].get(key, 0.0))
         return {
             "inputs_per_group": round(total["inputs"] / total["groups"], 3),
             "cost_per_input": round(total["cost"] / total["inputs"], 4),
-            "home_share": round(most.total() / total["requests"], 4),
+            "home_share": round(sum(most.values()) / total["requests"], 4),
             "per_second": round(sent.per_second, 2),
             "p50_seconds": round(sent.p50, 3),
             "p99_seconds": round(sent.p99, 3),
         }
 
-    def _counts(self) -> dict[str, Counter[tuple[str, str]]]:
+    def _counts(self) -> dict[str, dict[tuple[str, str], float]]:
         """The counters by name, and then by task and replica, once no input waits and every replica has reported.
 
         Raises:
             RuntimeError: that takes too long.
         """
+        names = (*_COUNTERS, "queue_inputs")
         deadline = time.monotonic() + DRAIN_SECONDS
-        wanted = tuple(f"revmux_{name}" for name in (*_COUNTERS, "queue_inputs"))
         while True:
             page = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).raise_for_status().text
-            found: dict[str, Counter[tuple[str, str]]] = {name: Counter() for name in (*_COUNTERS, "queue_inputs")}
-            lines = "".join(f"{line}\n" for line in page.splitlines() if line.startswith(wanted))
-            for family in text_string_to_metric_families(lines):
+            lines = [line for line in page.splitlines() if line.startswith(tuple(f"revmux_{name}" for name in names))]
+            found: dict[str, dict[tuple[str, str], float]] = {name: {} for name in names}
+            for family in text_string_to_metric_families("\n".join([*lines, ""])):
                 for sample in family.samples:
-                    name = sample.name.removeprefix("revmux_").removesuffix("_total")
-                    if name in found:
-                        found[name][sample.labels["task"], sample.labels["replica"]] += sample.value
-            replicas = {replica for _, replica in found["requests"]}
-            if len(replicas) == self.settings.replicas and not found["queue_inputs"].total():
+                    counts = found.get(sample.name.removeprefix("revmux_").removesuffix("_total"))
+                    if counts is not None:
+                        key = sample.labels["task"], sample.labels["replica"]
+                        counts[key] = counts.get(key, 0.0) + sample.value
+            replicas, waiting = {replica for _, replica in found["requests"]}, sum(found["queue_inputs"].values())
+            if len(replicas) == self.settings.replicas and not waiting:
                 return found
             if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"{len(replicas)} replicas reported, with {found['queue_inputs'].total():g} waiting inputs"
-                )
+                raise RuntimeError(f"{len(replicas)} replicas reported, with {waiting:g} waiting inputs")
             time.sleep(0.2)
 
 
