@@ -98,6 +98,7 @@ class Server:
         self.folder = folder
         chosen = random.Random(0)
         self.requests = [(f"task-{chosen.randrange(settings.tasks)}", chosen.choice(texts)) for _ in range(BODIES)]
+        self._before = self._counts()
 
     def leg(self, by_task: bool, connections: int, seconds: int) -> dict[str, float]:
         """Send requests for some seconds, and return what the clients and the replicas counted.
@@ -111,9 +112,9 @@ class Server:
             {"task": task, "inputs": text} if by_task else {"tasks": [task], "inputs": text}
             for task, text in self.requests
         ]
-        before = self._counts()
+        before = self._before
         sent = wrk.load(f"{self.url}/predict", bodies, connections, seconds, self.folder)
-        after = self._counts()
+        after = self._before = self._counts()
         total = {name: sum(after[name].values()) - sum(before[name].values()) for name in _COUNTERS}
         most: dict[str, float] = {}  # the requests of a task that one replica answered, by task
         for key, number in after["requests"].items():
@@ -128,13 +129,14 @@ class Server:
         }
 
     def _counts(self) -> dict[str, dict[tuple[str, str], float]]:
-        """The counters by name, and then by task and replica, once no input waits and every replica has reported.
+        """The counters by name, and then by task and replica, once no input waits or runs and every replica has reported.
 
         Raises:
             RuntimeError: that takes too long.
         """
         names = (*_COUNTERS, "queue_inputs")
         deadline = time.monotonic() + DRAIN_SECONDS
+        before: dict[tuple[str, str], float] = {}
         while True:
             page = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).raise_for_status().text
             lines = [line for line in page.splitlines() if line.startswith(tuple(f"revmux_{name}" for name in names))]
@@ -146,11 +148,12 @@ class Server:
                         key = sample.labels["task"], sample.labels["replica"]
                         counts[key] = counts.get(key, 0.0) + sample.value
             replicas, waiting = {replica for _, replica in found["requests"]}, sum(found["queue_inputs"].values())
-            if len(replicas) == self.settings.replicas and not waiting:
+            if len(replicas) == self.settings.replicas and not waiting and found["inputs"] == before:
                 return found
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{len(replicas)} replicas reported, with {waiting:g} waiting inputs")
-            time.sleep(0.2)
+            before = found["inputs"]
+            time.sleep(0.5)
 
 
 def measure(settings: Settings) -> list[Row]:
