@@ -43,6 +43,7 @@ TARGET = 2.0
 BODIES = 20_000  # sent in turn, so that a leg repeats few of them
 TEXTS = 64
 DRAIN_SECONDS = 120.0
+WARM_UP_SECONDS = 6
 _COUNTERS = ("inputs", "groups", "cost", "requests")
 
 
@@ -68,7 +69,7 @@ class Settings:
     replicas: int = 4
     connections: list[int] = field(default_factory=lambda: [400, 800])
     pairs: int = 3
-    seconds: int = 12
+    seconds: int = 16
     shape: Shape = field(default_factory=lambda: Shape(128, 6, 4, 512))
     cut: int = 2
     tokens: int = 32
@@ -174,7 +175,7 @@ def measure(settings: Settings) -> list[Row]:
             url = deploy(config, timeout_seconds=600)
             server = Server(url, settings, texts_of_length(tokenizer, settings.tokens, TEXTS), folder)
             for by_task in (True, False):  # a warm-up: one-time work is not measured
-                server.leg(by_task, settings.connections[0], settings.seconds)
+                server.leg(by_task, settings.connections[-1], min(settings.seconds, WARM_UP_SECONDS))
             return [row for connections in settings.connections for row in _rows(server, connections)]
         finally:
             shutdown()
