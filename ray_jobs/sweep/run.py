@@ -196,6 +196,7 @@ def make_tuner(
         concurrent: number of trials that run at the same time.
     """
     from ray import tune
+    from ray.tune.logger import JsonLoggerCallback
 
     from ray_jobs.sweep.early_stopping import FrontScheduler
     from ray_jobs.sweep.reporting import SweepReporter
@@ -236,6 +237,8 @@ def make_tuner(
     # Tune's tables would hide the lines of SweepReporter, which prints each error on one line without a traceback.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    # MLflow has the metrics. Tune itself reads only the files of its JSON logger at the end.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -252,7 +255,7 @@ def make_tuner(
             storage_path=folder.place.path,
             storage_filesystem=None if folder.place.local else folder.place.filesystem,
             verbose=0,
-            callbacks=[progress],
+            callbacks=[JsonLoggerCallback(), progress],
             failure_config=tune.FailureConfig(job.cluster.max_failures),
         ),
     )

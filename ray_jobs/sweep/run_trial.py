@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def run_trial(
     tracker = Tracker(tracking, storage, command)
     inside = trains_in_process(cluster)
     if inside:
-        gc.collect()  # free the models of the previous trial
+        _free_former_trial()
         if cluster.use_gpu:
             torch.cuda.empty_cache()  # other processes may share the GPU
         # A stopped trial ends its MLflow run first. If that took longer than this time, the next trial would fail.
@@ -98,3 +99,18 @@ def run_trial(
     }
     folder.write(row_of(trial, "done", **figures))
     tune.report(trained.metrics)
+
+
+@cache
+def _set_imports_aside() -> None:
+    """Keep the garbage collector away from the objects of libraries, which are far more than those of a trial."""
+    import ray_jobs.training.worker  # noqa: F401  # a trial would import it later
+
+    gc.collect()
+    gc.freeze()
+
+
+def _free_former_trial() -> None:
+    """Free the models of the previous trial in this process."""
+    _set_imports_aside()
+    gc.collect()
