@@ -61,6 +61,8 @@ def absolute_storage(storage: str) -> str:
         UserError: see :func:`absolute_location`; or it cannot be created or written.
     """
     location = absolute_location(storage, "storage")
+    import pyarrow as pa
+
     from revmux.utils.place import Place
 
     try:
@@ -72,7 +74,7 @@ def absolute_storage(storage: str) -> str:
             place = Place.open(location)
         place.put(".write-test", b"")
         place.remove_file(".write-test")
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:  # the latter from Azure
         raise UserError(
             f"storage {without_passwords(storage)!r} cannot be written ({error_line(error)}); choose a writable folder or URI"
         ) from None

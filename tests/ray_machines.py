@@ -27,6 +27,7 @@ class Machines:
         environment: environment of the cluster and of its jobs; ``HOME`` is a folder of their own.
         scaling: resources of a machine that the cluster starts on demand and stops when it is idle, at most two at a time.
             The head then has no cores. None starts machines with :meth:`add` only.
+        dashboard: port of the head's dashboard, which also accepts jobs; without it, the head has none.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Machines:
         folder: Path,
         environment: Mapping[str, str],
         scaling: Mapping[str, float] | None = None,
+        dashboard: int | None = None,
     ) -> None:
         self.folder = folder
         self.environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -44,8 +46,10 @@ class Machines:
             "--head",
             f"--port={self.address.rpartition(':')[2]}",
             f"--temp-dir={folder}/ray",
-            "--include-dashboard=false",
+            f"--include-dashboard={str(dashboard is not None).lower()}",
         ]
+        if dashboard is not None:
+            self._head_flags += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
         if scaling is not None:
             self._head_flags += ["--num-cpus=0", f"--autoscaling-config={self._write_autoscaler(scaling)}"]
             # The fake provider starts the machines as processes on this one.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+import pyarrow as pa
 from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
@@ -16,6 +17,7 @@ from revmux.bulk.formats import FORMATS
 from revmux.errors import UserError
 from revmux.pretrained.config import EMBEDDED_MODELS
 from revmux.utils.place import Place
+from revmux.utils.redact import error_line, without_passwords
 
 Config = TypeVar("Config", bound=BulkConfig)
 _WILDCARD = re.compile(r"[*?\[]")
@@ -71,10 +73,15 @@ def list_files(source: str) -> InputFiles:
         source: a file, folder or glob, on the local disk or as a URI.
 
     Raises:
-        UserError: the URI cannot be opened, nothing is there, or a file has an unknown suffix.
+        UserError: the URI cannot be opened or listed, nothing is there, or a file has an unknown suffix.
     """
     place, pattern = open_source(source)
-    infos = _matches(place, pattern) if pattern else _named(place, source)
+    try:
+        infos = _matches(place, pattern) if pattern else _named(place, source)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"cannot list input {without_passwords(source)!r} ({error_line(error)}); check the location and its credentials"
+        ) from None
     known: list[FileInfo] = []
     ignored: list[FileInfo] = []
     for info in sorted(infos, key=lambda info: info.path):
@@ -112,7 +119,7 @@ def open_source(source: str) -> tuple[Place, str]:
         The place, and the pattern after it, which is empty without a wildcard.
 
     Raises:
-        UserError: pyarrow cannot open the URI.
+        UserError: the URI cannot be opened.
     """
     scheme, separator, rest = source.rpartition("://")
     path, mark, query = rest.partition("?") if separator else (rest, "", "")

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from revmux.errors import UserError
 from revmux.utils.files import atomic_file, atomic_folder, make_folder, user_cache
+from revmux.utils.object_store import open_uri
 from revmux.utils.redact import error_line, without_passwords
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "hf", "file")
@@ -55,13 +56,13 @@ def local_copy(uri: str) -> Path:
         uri: URI that pyarrow opens.
 
     Raises:
-        UserError: nothing is there, it cannot be read, or the copy cannot be written.
+        UserError: nothing is there, it cannot be opened or read, or the copy cannot be written.
     """
     import pyarrow as pa
-    from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
+    from pyarrow.fs import FileSelector, FileType, LocalFileSystem, copy_files
 
+    filesystem, path = open_uri(uri)
     try:
-        filesystem, path = FileSystem.from_uri(uri)
         info = filesystem.get_file_info(path)
         is_folder = info.type == FileType.Directory
         found = filesystem.get_file_info(FileSelector(path, recursive=True)) if is_folder else [info]

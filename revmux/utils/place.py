@@ -17,7 +17,7 @@ from revmux.utils.content_hash import Sink, file_digest
 from revmux.utils.files import TEMPORARY, publish_file, remove_folder, write_durably
 from revmux.utils.lease import LIFETIME
 from revmux.utils.lock import exclusive
-from revmux.utils.redact import error_line
+from revmux.utils.object_store import open_uri
 
 BLOCK = 8 * 2**20
 """Bytes that are copied at a time, so that files of any size need little memory."""
@@ -47,18 +47,13 @@ class Place:
             filesystem: the filesystem of the path ``root``. By default, the local disk.
 
         Raises:
-            UserError: pyarrow cannot open the URI.
+            UserError: see :func:`revmux.utils.object_store.open_uri`.
         """
         if filesystem is not None:
             return cls(filesystem, root)
         if "://" not in root:
             return cls(LocalFileSystem(), os.path.abspath(os.path.expanduser(root)))
-        try:
-            return cls(*FileSystem.from_uri(root))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(
-                f"cannot open {root!r} ({error_line(error)}); name a folder, or a URI such as s3://, gs://, hdfs:// or file://"
-            ) from None
+        return cls(*open_uri(root))
 
     def child(self, name: str) -> Place:
         """A subfolder."""
@@ -185,7 +180,7 @@ class Place:
             else:
                 with self.filesystem.open_output_stream(self.file(temporary)) as stream:
                     yield (sink := Sink(stream))
-                self.filesystem.move(self.file(temporary), self.file(final(sink.digest())))
+                self._rename(self.file(temporary), self.file(final(sink.digest())))
         except OSError as error:
             raise UserError(
                 f"cannot write {self.file(name)} ({error}); free some space there or choose another folder, "
@@ -220,7 +215,14 @@ class Place:
     def move(self, name: str, target: Place) -> None:
         """Move a file to the same name in another folder of the filesystem."""
         Place(self.filesystem, target.file(name).rpartition("/")[0]).create()
-        self.filesystem.move(self.file(name), target.file(name))
+        self._rename(self.file(name), target.file(name))
+
+    def _rename(self, source: str, target: str) -> None:
+        try:
+            self.filesystem.move(source, target)
+        except NotImplementedError:  # an account of Azure without hierarchical namespaces
+            self.filesystem.copy_file(source, target)
+            self.filesystem.delete_file(source)
 
     def remove_file(self, name: str) -> None:
         """Remove a file in the folder."""
