@@ -8,8 +8,11 @@ import hmac
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -41,12 +44,18 @@ ACCOUNT, KEY = (
 
 
 def google() -> Iterator[str]:
-    server = pytest.importorskip("gcp_storage_emulator.server")
-    port = free_port()
-    emulator = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-    emulator.start()
-    yield f"gs://anonymous@bucket?scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=10"
-    emulator.stop()
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    from gcp_storage_emulator.handlers.buckets import create_bucket
+    from gcp_storage_emulator.storage import Storage
+
+    storage = Storage(use_memory_fs=True)
+    create_bucket("bucket", storage)
+    # The emulator's own server answers one connection at a time.
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(emulator.RequestHandler, storage))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"gs://anonymous@bucket?scheme=http&endpoint_override=127.0.0.1:{server.server_port}&retry_limit_seconds=10"
+    server.shutdown()
+    server.server_close()
 
 
 def azure() -> Iterator[str]:
