@@ -8,15 +8,14 @@ import hmac
 import shutil
 import socket
 import subprocess
-import threading
+import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from functools import partial
-from http.server import ThreadingHTTPServer
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlencode
 
 import fsspec.registry
+import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 from polling import wait_until
@@ -29,9 +28,9 @@ from ray_jobs import cli, train
 from ray_jobs.paths import absolute_storage
 from ray_jobs.training.config import TrainJob
 from revmux import UserError
+from revmux.bulk import location
 from revmux.bulk.classify import classify_files
 from revmux.bulk.config import BulkConfig
-from revmux.bulk.location import list_files
 from revmux.utils.copies import join_location
 from revmux.utils.place import Place
 
@@ -43,27 +42,10 @@ ACCOUNT, KEY = (
 """The account that every Azurite has, by its documentation."""
 
 
-def google() -> Iterator[str]:
-    emulator = pytest.importorskip("gcp_storage_emulator.server")
-    from gcp_storage_emulator.handlers.buckets import create_bucket
-    from gcp_storage_emulator.storage import Storage
-
-    storage = Storage(use_memory_fs=True)
-    create_bucket("bucket", storage)
-    # The emulator's own server answers one connection at a time.
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(emulator.RequestHandler, storage))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"gs://anonymous@bucket?scheme=http&endpoint_override=127.0.0.1:{server.server_port}&retry_limit_seconds=10"
-    server.shutdown()
-    server.server_close()
-
-
-def azure() -> Iterator[str]:
-    if AZURITE is None:
-        pytest.skip("azurite-blob is not installed; run: npm install -g azurite")
-    port = free_port()
-    flags = ["--blobPort", str(port), "--inMemoryPersistence", "--silent", "--skipApiVersionCheck"]
-    process = subprocess.Popen([AZURITE, *flags], stdout=subprocess.DEVNULL, start_new_session=True)
+@contextmanager
+def emulator(port: int, *command: str) -> Iterator[None]:
+    """Run a server until the end of the context, which begins when it listens."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def listens() -> bool:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
@@ -71,13 +53,29 @@ def azure() -> Iterator[str]:
         return False
 
     try:
-        wait_until(listens)
+        wait_until(listens, failure=lambda: None if process.poll() is None else f"{command} ended")
+        yield
+    finally:
+        kill_group(process)
+
+
+def google() -> Iterator[str]:
+    pytest.importorskip("gcp_storage_emulator")
+    port = free_port()
+    with emulator(port, sys.executable, str(Path(__file__).with_name("gcs_emulator.py")), str(port)):
+        yield f"gs://anonymous@bucket?scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=10"
+
+
+def azure() -> Iterator[str]:
+    if AZURITE is None:
+        pytest.skip("azurite-blob is not installed; run: npm install -g azurite")
+    port = free_port()
+    flags = ["--blobPort", str(port), "--inMemoryPersistence", "--silent", "--skipApiVersionCheck"]
+    with emulator(port, AZURITE, *flags):
         uri = f"abfs://{ACCOUNT}@127.0.0.1:{port}/bucket?enable_tls=false&{access()}"
         filesystem, bucket = FileSystem.from_uri(uri)
         filesystem.create_dir(bucket)
         yield uri
-    finally:
-        kill_group(process)
 
 
 def access() -> str:
@@ -170,7 +168,7 @@ def test_an_adapter_is_trained_and_classifies_on_the_store(
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     known = fsspec.registry.known_implementations
     monkeypatch.setitem(known, "cloud", {"class": "nosuchpackage.Cloud", "err": "Please install nosuchpackage"})
-    for opened in (absolute_storage, list_files, Place.open):
+    for opened in (absolute_storage, location.list_files, Place.open):
         with pytest.raises(
             UserError, match=r"'fsspec\+cloud://bucket' \(Please install nosuchpackage\); install that package"
         ):
@@ -179,8 +177,15 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         absolute_storage("fsspec+nosuch://bucket")
 
 
-def test_a_cloud_without_credentials_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"storage 'abfs://.* cannot be written"):
-        absolute_storage("abfs://account@127.0.0.1:1/bucket")
-    with pytest.raises(UserError, match="cannot list input 'abfs://"):
-        list_files("abfs://account@127.0.0.1:1/bucket")
+def test_errors_of_a_cloud_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow reports missing credentials of Azure by an error of its own."""
+
+    def refuse(*_: object) -> None:
+        raise pa.ArrowException("Unknown error: no credentials")
+
+    monkeypatch.setattr(Place, "put", refuse)
+    with pytest.raises(UserError, match=r"storage 'fsspec.*' cannot be written \(Unknown error: no credentials\)"):
+        absolute_storage("fsspec+memory:///bucket")
+    monkeypatch.setattr(location, "_named", refuse)
+    with pytest.raises(UserError, match=r"cannot list input 'fsspec.*' \(Unknown error: no credentials\)"):
+        location.list_files("fsspec+memory:///bucket")
