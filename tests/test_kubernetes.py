@@ -24,8 +24,9 @@ helm = pytest.importorskip("helm_python.chart", reason="helm-python-sdk has no w
 
 CHART = Path(__file__).parents[1] / "deploy/helm/revmux"
 VALUES = CHART / "values.yaml"
-CRDS = "REVMUX_KUBERAY_CRDS"
-"""Environment variable with the folder of KubeRay's custom resource definitions, which the nightly workflow sets."""
+CRDS = "REVMUX_CRDS"
+"""Environment variable with the folders of the custom resource definitions of KubeRay and of the Prometheus Operator, as in
+PATH; the nightly workflow sets it."""
 KUBERNETES = "1.32"
 
 Objects = list[dict[str, Any]]
@@ -102,17 +103,19 @@ def test_kubernetes_accepts_every_object(everything: Objects) -> None:
             kubernetes_validate.validate(found, KUBERNETES, strict=True)
 
 
-@pytest.mark.skipif(CRDS not in os.environ, reason=f"{CRDS} is not set to a folder with KubeRay's definitions")
-def test_kuberay_accepts_every_object(everything: Objects) -> None:
-    pages = [yaml.safe_load(file.read_text()) for file in Path(os.environ[CRDS]).glob("ray.io_*.yaml")]
+@pytest.mark.skipif(CRDS not in os.environ, reason=f"{CRDS} is not set to folders with definitions")
+def test_the_operators_accept_every_object(everything: Objects) -> None:
+    folders = [Path(folder) for folder in os.environ[CRDS].split(os.pathsep)]
+    pages = [yaml.safe_load(file.read_text()) for folder in folders for file in folder.glob("*.yaml")]
     versions = {page["spec"]["names"]["kind"]: page["spec"]["versions"] for page in pages}
-    checked = 0
+    checked = set()
     for found in everything:
-        if found["apiVersion"] == "ray.io/v1":
-            (schema,) = [one["schema"]["openAPIV3Schema"] for one in versions[found["kind"]] if one["name"] == "v1"]
-            jsonschema.validate(found, strict(schema) | {"additionalProperties": True})
-            checked += 1
-    assert checked == 3
+        group, _, version = found["apiVersion"].partition("/")
+        if group in ("ray.io", "monitoring.coreos.com"):
+            (schema,) = [one["schema"] for one in versions[found["kind"]] if one["name"] == version]
+            jsonschema.validate(found, strict(schema["openAPIV3Schema"]) | {"additionalProperties": True})
+            checked.add(found["kind"])
+    assert checked == {"RayService", "RayJob", "RayCronJob", "PodMonitor", "ScrapeConfig"}
 
 
 def strict(schema: Any) -> Any:
@@ -233,6 +236,29 @@ def test_the_example_jobs_have_valid_settings(everything: Objects) -> None:
     flags = shlex.split(classify["spec"]["jobTemplate"]["entrypoint"])
     assert flags[:3] == ["python", "-m", "ray_jobs.classify"]
     assert cli.parse(ClassifyJob, None, flags[3:]).cluster.use_gpu
+
+
+def test_pods_have_the_places_secrets_and_caches_of_the_values(render: Render) -> None:
+    place = {"nodeSelector": {"gpu": "l4"}, "tolerations": [{"key": "spot", "operator": "Exists"}]}
+    for cluster in ray_clusters(render(**commented_examples(), envSecret="revmux-env", gpuWorkers=place)):
+        (gpu,) = [group for group in cluster["workerGroupSpecs"] if group["groupName"] == "gpu"]
+        pod = gpu["template"]["spec"]
+        assert {name: pod[name] for name in place} == place
+        (container,) = pod["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": "revmux-env"}}]
+        (home,) = [variable["value"] for variable in container["env"] if variable["name"] == "HF_HOME"]
+        assert home in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_the_server_changes_over_to_a_new_image_and_keeps_a_worker(everything: Objects) -> None:
+    (service,) = of_kind(everything, "RayService")
+    assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
+    (budget,) = of_kind(everything, "PodDisruptionBudget")
+    assert budget["spec"]["minAvailable"] == 1
+    labels = [
+        group["template"]["metadata"]["labels"] for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    ]
+    assert all(budget["spec"]["selector"]["matchLabels"].items() <= found.items() for found in labels)
 
 
 def test_parts_that_the_user_brings_are_not_made(render: Render) -> None:
