@@ -48,7 +48,7 @@ def page_commands() -> list[str]:
     tools = {line.split()[0] for line in lines} | {"python"}
     text = re.sub(r"^```.*?^```", "", PAGE, flags=re.S | re.M)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
-    return lines + [span for span in spans if span.split()[0] in tools and len(span.split()) > 2]
+    return lines + [span for span in spans if re.match(r"python \S|\S+ \S+ \S", span) and span.split()[0] in tools]
 
 
 COMMANDS = list(dict.fromkeys(page_commands()))
