@@ -49,6 +49,28 @@ def test_the_embedded_backbone_is_identified_by_its_hash(minilm: Pretrained) -> 
     assert not minilm.has_head
 
 
+def test_weights_are_loaded_straight_to_a_device(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    usual = load_pretrained(config(tiny_model_folder)).backbone.state_dict()
+    straight = load_pretrained(config(tiny_model_folder), device="cpu").backbone.state_dict()
+    assert usual.keys() == straight.keys()
+    assert all(torch.equal(value, straight[name]) for name, value in usual.items())
+    asked = []
+
+    class Refused(Exception):
+        pass
+
+    def from_pretrained(*_: object, **settings: object) -> None:
+        asked.append(settings.get("device_map"))
+        raise Refused
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", from_pretrained)
+    for device in (None, torch.device("cuda", 0)):
+        with pytest.raises(Refused):
+            load_pretrained(config(tiny_model_folder), device=device)
+    assert asked == [None, {"": torch.device("cuda", 0)}]
+
+
 def test_altered_weights_of_the_embedded_backbone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "EMBEDDED_SHA256", "0" * 64)
     with pytest.raises(UserError, match=f"has sha256 {EMBEDDED_SHA256}, not 0000.*pip install --force-reinstall"):

@@ -30,7 +30,7 @@ from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import LossConfig, MethodConfig, Negatives, OptimConfig, Recipe
-from revmux.training.distributed import mean_over_workers
+from revmux.training.distributed import mean_over_workers, rank_and_world
 from revmux.training.losses import ContrastSet
 from revmux.training.recipe import check, prepare
 from revmux.training.trainer import Trainer, load_weights
@@ -454,6 +454,27 @@ def test_two_workers_tune_a_backbone_with_unused_weights(
     first, second = run_workers(trained, 2, str(tiny_model_folder), tiny_rows, name, prefill, options)
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[weight]) for weight, value in first.items())
+
+
+def frozen_and_trained(folder: str, rows: list[dict[str, str]]) -> list[float]:
+    """Sums of the weights after a trainer was made, where each worker started with other ones."""
+    pretrained = load_pretrained(BackboneConfig(model=folder, max_length=12))
+    backbone = pretrained.backbone.freeze()
+    model = MultiplexedClassifier(backbone, build_method("revmux", BackboneShape.of(backbone), 2, {}), 1)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.fill_(float(rank_and_world()[0]))
+    data = split(pretrained, rows)
+    Trainer(model, data, data, OptimConfig(epochs=1, batch_size=8), LossConfig())
+    return [float(sum(value.sum() for value in part.parameters())) for part in (model.backbone, model.method)]
+
+
+def test_workers_share_the_weights_that_are_trained_and_send_no_frozen_ones(
+    run_workers: Callable, tiny_model_folder: Path, tiny_rows: list
+) -> None:
+    (first, trained), (second, also_trained) = run_workers(frozen_and_trained, 2, str(tiny_model_folder), tiny_rows)
+    assert first == 0.0 < second
+    assert trained == also_trained == 0.0
 
 
 EVERY_METHOD = pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def check_answers(config: BackboneConfig) -> None:
 
 
 def load_pretrained(
-    config: BackboneConfig, label_names: list[str] | None = None, bases: SharedBases | None = None
+    config: BackboneConfig,
+    label_names: list[str] | None = None,
+    bases: SharedBases | None = None,
+    device: torch.device | str | None = None,
 ) -> Pretrained:
     """Load a model with its head, or with the label words of its prompt, and cut it.
 
@@ -93,6 +97,8 @@ def load_pretrained(
             head, or the prompt its own classes.
         bases: bases of PEFT adapters, and tokenizers, that the result may share. Nothing of it may be trained then. LoRA
             is not merged. Without it, everything is the result's own, and PEFT adapters are merged.
+        device: where saved weights are loaded to without a copy on the CPU, which needs accelerate. Everything else is on
+            the CPU, and the caller moves it.
 
     Raises:
         UserError: the model is unknown, its family is unsupported, its head, weights or tokenizer are missing, the
@@ -111,12 +117,12 @@ def load_pretrained(
     tokenizer = _load_tokenizer(config, location, bases)
     base: SharedBase | None = None
     if prompt is None:
-        model, base = _load_classifier(config, location, model_config, label_names, tokenizer, bases)
+        model, base = _load_classifier(config, location, model_config, label_names, tokenizer, bases, device)
         backbone = cut(model)
     else:
         prompt = prompt.with_labels(label_names)
         verbalizer = prompt.verbalizer(tokenizer)
-        backbone = cut(_load_language_model(config, location, model_config), verbalizer)
+        backbone = cut(_load_language_model(config, location, model_config, device), verbalizer)
         _keep_prefix(backbone, prompt, tokenizer)
     if isinstance(backbone, GenerativeBackbone):
         backbone.soft_prompt = read_soft_prompt(location, config.revision)
@@ -162,6 +168,7 @@ def _load_classifier(
     label_names: list[str] | None,
     tokenizer: PreTrainedTokenizerBase,
     bases: SharedBases | None,
+    device: torch.device | str | None,
 ) -> tuple[Any, SharedBase | None]:
     """Load a model with the checkpoint's head, or with a newly initialized head for these classes.
 
@@ -189,7 +196,9 @@ def _load_classifier(
         if model_config.pad_token_id is None:
             arguments["pad_token_id"] = tokenizer.pad_token_id  # a decoder's head needs it to find the end of a text
     with CREATION, _quiet():
-        return AutoModelForSequenceClassification.from_pretrained(location, **_weights(config), **arguments), None
+        return AutoModelForSequenceClassification.from_pretrained(
+            location, **_weights(config, device), **arguments
+        ), None
 
 
 def _shared_base(config: BackboneConfig, adapter: PeftAdapter, bases: SharedBases) -> SharedBase:
@@ -205,10 +214,12 @@ def _shared_base(config: BackboneConfig, adapter: PeftAdapter, bases: SharedBase
     return bases.base((weights, model_config.to_json_string(), config.dtype, config.attention), load)
 
 
-def _load_language_model(config: BackboneConfig, location: str, model_config: Any) -> Any:
+def _load_language_model(
+    config: BackboneConfig, location: str, model_config: Any, device: torch.device | str | None
+) -> Any:
     with CREATION, _quiet():
         model, loading = language_model_class(model_config).from_pretrained(
-            location, **_weights(config), output_loading_info=True
+            location, **_weights(config, device), output_loading_info=True
         )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
@@ -218,8 +229,10 @@ def _load_language_model(config: BackboneConfig, location: str, model_config: An
     return model
 
 
-def _weights(config: BackboneConfig) -> dict[str, Any]:
+def _weights(config: BackboneConfig, device: torch.device | str | None = None) -> dict[str, Any]:
+    straight = device is not None and importlib.util.find_spec("accelerate") is not None
     return {
+        **({"device_map": {"": device}} if straight else {}),
         "revision": config.revision,
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attention,

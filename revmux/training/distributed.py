@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -45,6 +45,13 @@ def from_first(value: Value) -> Value:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors on every worker with those of rank 0."""
+    if rank_and_world()[1] > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def prepare(
     key = f"{recipe.backbone!r} {task.label_names} {device}"
     kept = take_backbone(key) if keep and not makes_head(recipe) else None
     torch.manual_seed(recipe.optim.seed)  # for a newly created head
-    pretrained = load_backbone(recipe, task.label_names) if kept is None else kept[0]
+    pretrained = load_backbone(recipe, task.label_names, device) if kept is None else kept[0]
     check_labels(pretrained, task)
     backbone = pretrained.backbone.freeze().to(device)
     backbone.gradient_checkpointing = recipe.optim.gradient_checkpointing
@@ -220,14 +220,18 @@ def layers_read(recipe: Recipe, shape: BackboneShape) -> list[int] | None:
     return stored_layers(built, method.prefill_layers)
 
 
-def load_backbone(recipe: Recipe, label_names: list[str]) -> Pretrained:
+def load_backbone(recipe: Recipe, label_names: list[str], device: torch.device | str = "cpu") -> Pretrained:
     """The backbone of a run, with a new head or label words only if the run asks for them.
 
     Args:
         recipe: the run.
         label_names: the task's classes.
+        device: where the caller moves it. Saved weights are loaded there at once, unless the run makes a new head, whose
+            random values are drawn on the CPU.
     """
-    return load_pretrained(recipe.backbone, label_names if makes_head(recipe) or recipe.backbone.prompt else None)
+    straight = None if makes_head(recipe) or torch.device(device).type == "cpu" else device
+    names = label_names if makes_head(recipe) or recipe.backbone.prompt else None
+    return load_pretrained(recipe.backbone, names, device=straight)
 
 
 def makes_head(recipe: Recipe) -> bool:

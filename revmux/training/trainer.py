@@ -26,7 +26,14 @@ from revmux.grouping import EpochSchedule, local_rows
 from revmux.model import MultiplexedClassifier
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import LossConfig, OptimConfig
-from revmux.training.distributed import fail_together, from_first, mean_over_workers, rank_and_world, shares
+from revmux.training.distributed import (
+    copy_from_first,
+    fail_together,
+    from_first,
+    mean_over_workers,
+    rank_and_world,
+    shares,
+)
 from revmux.training.evaluation import evaluate
 from revmux.training.losses import ContrastSet, gather_from_workers
 from revmux.training.step import TrainStep
@@ -144,8 +151,13 @@ class Trainer:
         self.train_step = TrainStep(model, loss, half_width=optim.precision == "bfloat16")
         self.step: nn.Module = self.train_step
         if self.world > 1:
+            copy_from_first(
+                self.parameters
+            )  # each worker has loaded the frozen weights, which may be gigabytes, itself
             # A tuned backbone has parameters that a method may not use: its own head, layers above the exit.
-            self.step = DistributedDataParallel(self.train_step, find_unused_parameters=model.method.tunes_prefill)
+            self.step = DistributedDataParallel(
+                self.train_step, init_sync=False, find_unused_parameters=model.method.tunes_prefill
+            )
         self.groups_per_step = optim.batch_size // model.num_inputs
         self.shares = shares(self.groups_per_step, self.world)
         self.steps_per_epoch = -(-len(train) // (self.groups_per_step * model.num_inputs))
