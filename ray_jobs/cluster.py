@@ -18,10 +18,11 @@ from revmux.errors import UserError
 from revmux.utils.environment import compute_environment
 from revmux.utils.extras import require
 
+POLLING = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+"""After each epoch, workers wait until Ray Train polls their reports. By default it polls every 2 seconds."""
 LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this machine is not preempted
-    # After each epoch, workers wait until Ray Train polls their reports. By default it polls every 2 seconds.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    POLLING: "0.2",
 }
 GIGABYTE = 10**9
 

@@ -42,13 +42,13 @@ EPOCHS, EVERY = 14, 7
 TRAIN_WORKER = "RayTrainWorker"
 
 
-def recipe(model: Path, data: Path, store: Path, epochs: int = EPOCHS, dropout: float = 0.1) -> Recipe:
+def recipe(model: Path, data: Path, store: Path, epochs: int = EPOCHS, dropout: float = 0.1, batch: int = 4) -> Recipe:
     named = named_recipe()
     return Recipe(
         backbone=BackboneConfig(model=str(model), max_length=16),
         data=DataConfig(source=str(data)),
         method=MethodConfig("revmux", 2, 1, named.options_of("revmux", {"dropout": dropout})),
-        optim=named.optim_config(epochs=epochs, batch_size=4),
+        optim=named.optim_config(epochs=epochs, batch_size=batch),
         loss=named.loss_config(),
         store=StoreConfig(root=str(store)),
         shuffles=2,
@@ -66,9 +66,11 @@ class Ended:
     steps_per_epoch: int = 0
 
 
-def run_undisturbed(model: str, data: str, folder: str, epochs: int = EPOCHS, dropout: float = 0.1) -> dict[str, Any]:
+def run_undisturbed(
+    model: str, data: str, folder: str, epochs: int = EPOCHS, dropout: float = 0.1, batch: int = 4
+) -> dict[str, Any]:
     """Train the same recipe without Ray, in each process of a gloo group."""
-    asked = recipe(Path(model), Path(data), Path(folder) / "store", epochs, dropout)
+    asked = recipe(Path(model), Path(data), Path(folder) / "store", epochs, dropout, batch)
     prepared = prepare(asked, load_task(DataConfig(source=data)))
     trainer = prepared.trainer()
     list(trainer.run())
@@ -265,24 +267,27 @@ def test_training_resumes_after_a_node_is_lost_and_replaced(
 def test_training_shrinks_and_grows_with_the_cluster(
     job: TrainJob, machines: Machines, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
 ) -> None:
-    """Two workers, one after a loss, and two again when a machine has joined: the weights of a run that was left alone."""
-    epochs = 80
-    run_undisturbed(str(tiny_model_folder), str(tiny_csv), str(tmp_path), epochs, 0.0)  # dropout depends on the rank
-    job.flags += ["--cluster.min_workers", "1", "--cluster.resize_minutes", "0.05", "--optim.epochs", str(epochs)]
+    """Four workers, two after a loss, and four again when machines have joined: the weights of an undisturbed run."""
+    epochs, batch = 120, 8
+    # Dropout depends on the rank.
+    run_undisturbed(str(tiny_model_folder), str(tiny_csv), str(tmp_path), epochs, dropout=0.0, batch=batch)
+    job.flags += ["--cluster.workers", "4", "--cluster.min_workers", "2", "--cluster.resize_minutes", "0.05"]
+    job.flags += ["--optim.epochs", str(epochs), "--optim.batch_size", str(batch)]
     job.flags += ["--method.options", '{"dropout": 0.0}']
-    second = machines.add()
+    _, *lost = [machines.add() for _ in range(3)]
 
     def sizes() -> list[str]:
         return re.findall(r"(\d) workers? \(.*each\), step", job.log.read_text())
 
     with job.started() as process:
-        wait_until(lambda: sizes() and list(job.storage.glob("checkpoints/*/step-*.json")), process, job.log)
-        while sizes()[-1] == "1":  # the second machine may join after the start
-            wait_until(lambda: sizes()[-1] == "2", process, job.log)
-        machines.lose(second)
-        wait_until(lambda: sizes()[-1] == "1", process, job.log)
-        machines.add()
+        wait_until(lambda: list(job.storage.glob("checkpoints/*/step-*.json")), process, job.log)
+        wait_until(lambda: sizes()[-1] == "4", process, job.log)  # machines may join after the start
+        for machine in lost:
+            machines.lose(machine)
         wait_until(lambda: sizes()[-1] == "2", process, job.log)
+        for _ in lost:
+            machines.add()
+        wait_until(lambda: sizes()[-1] == "4", process, job.log)
         assert process.wait() == 0, job.log.read_text()
     assert max(job.starts()) > 0  # it continued from a checkpoint
     weights, expected = (

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_jobs.cluster import ClusterConfig
+from ray_jobs.cluster import POLLING, ClusterConfig
 from ray_jobs.tracking.tracker import Tracker
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
@@ -179,6 +179,7 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
 
     # Ray Train's patch of print() shows lines twice and hides the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault(POLLING, "0.5")  # on a cluster of several machines; passed on to Ray Train's controller
     logging.getLogger("ray.train.v2.api.config").setLevel(logging.WARNING)  # it announces each local run
     place = Place.open(worker.folder)
     storage_path, _, run_name = place.path.rpartition("/")
