@@ -167,10 +167,11 @@ def evaluated(folder: str, rows: list[dict[str, str]]) -> tuple[list[float], flo
     return found.accuracies, found.siso_agreement, predict(model, data, shuffled_groups(len(data), 2, 0))[0]
 
 
+@pytest.mark.parametrize("inputs", [37, 2], ids=["an odd number of groups", "one group"])
 def test_workers_divide_the_groups_and_return_the_same_result(
-    run_workers: Callable, tiny_model_folder: Path, tiny_rows: list
+    inputs: int, run_workers: Callable, tiny_model_folder: Path, tiny_rows: list
 ) -> None:
-    rows = tiny_rows[:37]  # 19 groups: an odd number, the last of them short
+    rows = tiny_rows[:inputs]
     expected = evaluated(str(tiny_model_folder), rows)
     for accuracies, agreement, predicted in run_workers(evaluated, 2, str(tiny_model_folder), rows):
         assert accuracies == expected[0]

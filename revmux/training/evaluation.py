@@ -184,7 +184,8 @@ def predict(model: MultiplexedClassifier, features: Features, groups: Tensor, ba
     labels = torch.full((len(features),), -1, dtype=torch.long)
     teacher = torch.full_like(labels, -1)
     scores = torch.full((len(features), model.backbone.num_labels), -torch.inf)
-    for chunk in ordered.split(max(1, batch_size // model.num_inputs)):
+    # A worker without a group takes no part; split() would return an empty chunk.
+    for chunk in ordered.split(max(1, batch_size // model.num_inputs)) if len(ordered) else ():
         rows, inside = local_rows(chunk)
         batch = features.batch(rows)
         inside = inside.to(batch.labels.device)
