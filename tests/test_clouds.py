@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
-import fsspec.registry
 import pyarrow as pa
 import pytest
+from fsspec.registry import known_implementations
 from mlflow import MlflowClient
 from polling import wait_until
 from pyarrow import csv
@@ -133,6 +133,7 @@ def test_an_adapter_is_trained_and_classifies_on_the_store(
     mlflow_database: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     database = tmp_path / "mlflow.db"
@@ -155,10 +156,13 @@ def test_an_adapter_is_trained_and_classifies_on_the_store(
     ]
     flags += [f"--tracking.uri=sqlite:///{database}", "--cluster.workers=1", "--cluster.address=local"]
     assert cli.run(train.main, TrainJob, None, flags) == 0
+    signature = parse_qs(urlsplit(store).query).get("sig", ["no signature"])[0]
+    assert quote(signature, safe="") not in capsys.readouterr().out
     adapter = join_location(storage, "adapters/revmux-n2-l1")
     assert "adapter_config.json" in Place.open(adapter).files()
     output = join_location(store, "out")
-    assert classify_files(BulkConfig(input=data, output=output, model=model, adapter=adapter)).is_complete
+    config = BulkConfig(input=data, output=output, model=model, adapter=adapter, column_prefix="predicted_")
+    assert classify_files(config).is_complete
     found = Place.open(output)
     (part,) = [name for name in found.files() if name.endswith(".csv")]
     assert len(csv.read_csv(found.filesystem.open_input_stream(found.file(part)))) == 80
@@ -166,8 +170,9 @@ def test_an_adapter_is_trained_and_classifies_on_the_store(
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = fsspec.registry.known_implementations
-    monkeypatch.setitem(known, "cloud", {"class": "nosuchpackage.Cloud", "err": "Please install nosuchpackage"})
+    monkeypatch.setitem(
+        known_implementations, "cloud", {"class": "nosuchpackage.Cloud", "err": "Please install nosuchpackage"}
+    )
     for opened in (absolute_storage, location.list_files, Place.open):
         with pytest.raises(
             UserError, match=r"'fsspec\+cloud://bucket' \(Please install nosuchpackage\); install that package"

@@ -22,6 +22,7 @@ from revmux.bulk.progress import Progress, Reporter
 from revmux.bulk.summary import SUMMARY_NAMES, write_summary
 from revmux.bulk.system import adapter_sources
 from revmux.bulk.units import Work
+from revmux.utils.redact import without_passwords
 from serve_app.sources import fetch_adapter, is_mlflow
 
 FAILED_UNITS, STOPPED_BY_AUDIT = 3, 4
@@ -143,7 +144,7 @@ def _print_report(report: Report, prepared: Job) -> None:
         print(f"classify: the answers agree with the plain model in {totals.agreement}")
     if warning := warn_agreement(totals.agreement, prepared.system.promised_agreement):
         print(f"classify: warning: {warning}")
-    print(f"classify: summary: {report.output}/_revmux/{SUMMARY_NAMES[0]}", flush=True)
+    print(f"classify: summary: {without_passwords(report.output)}/_revmux/{SUMMARY_NAMES[0]}", flush=True)
 
 
 def _check(report: Report, job: ClassifyJob) -> None:

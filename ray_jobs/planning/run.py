@@ -98,7 +98,7 @@ def run_plan(job: PlanJob) -> Plan:
         record(job, plan, versions, tracker, parent)
         if is_uri(location):
             publish_folder(folder, location)
-    print(summary(plan, location))
+    print(without_passwords(summary(plan, location)))
     if not plan.is_met:
         raise UserError(plan.why_not())
     return plan

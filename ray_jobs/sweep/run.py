@@ -32,6 +32,7 @@ from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, outline
 from revmux.training.config import Recipe
 from revmux.utils.copies import join_location
+from revmux.utils.redact import without_passwords
 from tune_spaces.points import legal_points
 from tune_spaces.space import SearchSpace, load_space
 
@@ -269,5 +270,6 @@ def run_tune(job: TuneJob) -> list[TrialRow]:
     with connected(job.cluster, storage):
         rows, _ = run_sweep(sweep, tracker)
     done = sum(row.status == "done" for row in rows)
-    print(f"sweep: {done} of {len(rows)} trials done: {join_location(sweep.folder.location, 'sweep.json')}")
+    table = join_location(sweep.folder.location, "sweep.json")
+    print(f"sweep: {done} of {len(rows)} trials done: {without_passwords(table)}")
     return rows

@@ -13,6 +13,7 @@ from ray_jobs.training.launch import Trained, launch, load_checked
 from revmux.data.task import TaskData
 from revmux.features.tokens import tokenize_task
 from revmux.utils.copies import join_location
+from revmux.utils.redact import without_passwords
 from revmux.utils.stored_folder import reading_folder
 
 
@@ -27,7 +28,7 @@ def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: str
     """
     output = absolute_location(job.output, "output") if job.output else join_location(storage, "adapters")
     recipes, done = job.recipes(), []
-    print(f"features: stored in {job.store.root}", flush=True)
+    print(f"features: stored in {without_passwords(job.store.root)}", flush=True)
     tokens = tokenize_task(task, job.backbone, job.store)
     if job.cluster.workers > 1:  # a single worker fills the store itself just as well
         fill_stores_for(list(recipes.values()), tokens, job.cluster)
@@ -38,7 +39,7 @@ def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: str
         print(
             f"{name}: accuracy {metrics['accuracy_mean']:.1%} ± {metrics['accuracy_std']:.1%} over {job.shuffles} "
             f"shuffles (SISO {metrics['siso_accuracy']:.1%}), agreement {metrics['siso_agreement']:.1%}, "
-            f"cost {metrics['cost_counted']:.2f} of SISO: {trained.folder}"
+            f"cost {metrics['cost_counted']:.2f} of SISO: {without_passwords(trained.folder)}"
         )
         if job.register:
             tags = {"method": recipe.method.name, "num_inputs": recipe.method.num_inputs}

@@ -24,6 +24,7 @@ from revmux.pretrained.loading import check_answers, inspect, load_pretrained
 from revmux.training.evaluation import evaluate_both
 from revmux.training.recipe import relative_cost_at, stored_layers
 from revmux.utils.copies import join_location
+from revmux.utils.redact import without_passwords
 from revmux.utils.stored_folder import write_json_at
 
 
@@ -40,7 +41,7 @@ def evaluate_adapter(job: EvaluateJob, task: TokenizedTask) -> dict[str, float]:
     if layers is None:
         features = OnlineFeatures(split, pretrained.backbone)
     else:
-        print(f"evaluate: features of {len(split):,} inputs, stored in {job.store.root}", flush=True)
+        print(f"evaluate: features of {len(split):,} inputs, stored in {without_passwords(job.store.root)}", flush=True)
         store = open_features(pretrained, split, layers, job.store)
         features = store.at(layers[0]) if layers else store.with_tokens()
     figures = evaluate_both(model, features, job.shuffles, job.seed, on_shuffle=ShuffleProgress()).metrics()
@@ -97,5 +98,5 @@ def run_evaluate(job: EvaluateJob) -> dict[str, float]:
         tracker.log_metrics(run_id, figures)
     write_json_at(output, {"adapter": job.adapter, "data": task.identity, "shuffles": job.shuffles, "metrics": figures})
     print(json.dumps(figures, indent=2))
-    print(f"figures: {output}")
+    print(f"figures: {without_passwords(output)}")
     return figures

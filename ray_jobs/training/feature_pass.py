@@ -28,6 +28,7 @@ from revmux.pretrained.loading import inspect
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import Recipe
 from revmux.training.recipe import check_labels, layers_read, load_backbone, tokens_of
+from revmux.utils.redact import without_passwords
 
 Work = list[tuple[FeaturePass, SplitTokens]]
 
@@ -66,7 +67,7 @@ def fill_stores(
         total = sum(len(todo.layout.rows(index)) for todo, _ in work for index in todo.missing)
         if total:
             names = ", ".join(map(str, sorted({layer for todo, _ in work for layer in todo.layers}))) or "none"
-            print(f"features: {total:,} inputs, layers {names}: {recipe.store.root}", flush=True)
+            print(f"features: {total:,} inputs, layers {names}: {without_passwords(recipe.store.root)}", flush=True)
             if total <= (recipe.store.shard_inputs or PART_INPUTS) and cluster.is_this_machine:
                 losses = _write_in_process(work, pretrained, total)
             else:

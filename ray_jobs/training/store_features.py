@@ -16,6 +16,7 @@ from revmux.features.tokens import tokenize_task
 from revmux.methods import BackboneShape
 from revmux.pretrained.loading import check_answers, inspect
 from revmux.training.config import Recipe
+from revmux.utils.redact import without_passwords
 
 
 def run_features(job: FeaturesJob) -> None:
@@ -31,7 +32,8 @@ def run_features(job: FeaturesJob) -> None:
     recipe = Recipe(job.backbone, job.data, store=job.store)
     with connected(job.cluster, storage):
         fill_stores(recipe, job.layers, tokenize_task(task, job.backbone, job.store), job.cluster)
-    print(f"features: complete in {job.store.root}; revmux cache ls --root {job.store.root}")
+    root = without_passwords(job.store.root)
+    print(f"features: complete in {root}; revmux cache ls --root {root}")
 
 
 def storage_of(job: FeaturesJob) -> str | None:

@@ -13,6 +13,7 @@ from revmux.data.task import TaskData
 from revmux.features.config import StoreConfig
 from revmux.features.tokens import tokenize_task
 from revmux.utils.copies import join_location
+from revmux.utils.redact import without_passwords
 
 
 def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: str) -> Trained:
@@ -21,7 +22,8 @@ def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: str)
     recipe = replace(job.recipe(), store=store_in(storage, StoreConfig()))
     tokens = tokenize_task(task, recipe.backbone, recipe.store)
     trained = launch(recipe, tokens, job.cluster, tracker, storage, job.name, output, checkpoint=job.checkpoint)
-    print(f"task model: {trained.folder}, accuracy on the test split {trained.metrics['accuracy_mean']:.1%}")
+    accuracy = trained.metrics["accuracy_mean"]
+    print(f"task model: {without_passwords(trained.folder)}, accuracy on the test split {accuracy:.1%}")
     return trained
 
 
