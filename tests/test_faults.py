@@ -268,7 +268,7 @@ def test_training_shrinks_and_grows_with_the_cluster(
     job: TrainJob, machines: Machines, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
 ) -> None:
     """Four workers, two after a loss, and four again when machines have joined: the weights of an undisturbed run."""
-    epochs, batch = 120, 8
+    epochs, batch = 90, 8
     # Dropout depends on the rank.
     run_undisturbed(str(tiny_model_folder), str(tiny_csv), str(tmp_path), epochs, dropout=0.0, batch=batch)
     job.flags += ["--cluster.workers", "4", "--cluster.min_workers", "2", "--cluster.resize_minutes", "0.05"]
