@@ -251,7 +251,12 @@ def test_jobs_and_the_server_run_as_the_page_says(tiny_model_folder: Path, tiny_
     del train["tracking"]
     with (
         tempfile.TemporaryDirectory(prefix="ops-", dir="/tmp") as name,  # Ray's socket paths must stay short
-        cluster_of_machines(Path(name), environment_in(Path(name)), dashboard=dashboard) as machines,
+        cluster_of_machines(
+            Path(name),
+            # For `serve deploy`, which asks at port 8265 otherwise.
+            environment_in(Path(name)) | {"RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}"},
+            dashboard=dashboard,
+        ) as machines,
     ):
         folder = Path(name)
         machines.add("--num-cpus=0", '--resources={"driver": 1}')
