@@ -127,7 +127,7 @@ def test_the_same_command_continues_after_the_head_was_killed_and_keeps_the_hist
 def test_drivers_of_trials_run_on_nodes_with_their_labels(
     machines: Machines, tiny_model_folder: Path, tiny_csv: Path
 ) -> None:
-    points = {"methods": ["exit-head"], "exit_layers": [1], "epochs": 60}
+    points = {"methods": ["exit-head"], "exit_layers": [1], "epochs": 15}
     drivers = machines.add("--num-cpus=0", "--labels=role=drivers")
     machines.add()
     flags = ["--cluster.workers=2", "--cluster.driver_labels={role: drivers}", "--cluster.driver_memory=0.1"]
