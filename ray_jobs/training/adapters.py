@@ -28,7 +28,7 @@ def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: str
     """
     output = absolute_location(job.output, "output") if job.output else join_location(storage, "adapters")
     recipes, done = job.recipes(), []
-    print(f"features: stored in {without_passwords(job.store.root)}", flush=True)
+    print(f"features: stored in {without_passwords(str(job.store.root))}", flush=True)
     tokens = tokenize_task(task, job.backbone, job.store)
     if job.cluster.workers > 1:  # a single worker fills the store itself just as well
         fill_stores_for(list(recipes.values()), tokens, job.cluster)

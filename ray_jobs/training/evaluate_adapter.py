@@ -41,7 +41,10 @@ def evaluate_adapter(job: EvaluateJob, task: TokenizedTask) -> dict[str, float]:
     if layers is None:
         features = OnlineFeatures(split, pretrained.backbone)
     else:
-        print(f"evaluate: features of {len(split):,} inputs, stored in {without_passwords(job.store.root)}", flush=True)
+        print(
+            f"evaluate: features of {len(split):,} inputs, stored in {without_passwords(str(job.store.root))}",
+            flush=True,
+        )
         store = open_features(pretrained, split, layers, job.store)
         features = store.at(layers[0]) if layers else store.with_tokens()
     figures = evaluate_both(model, features, job.shuffles, job.seed, on_shuffle=ShuffleProgress()).metrics()

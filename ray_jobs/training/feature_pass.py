@@ -67,7 +67,9 @@ def fill_stores(
         total = sum(len(todo.layout.rows(index)) for todo, _ in work for index in todo.missing)
         if total:
             names = ", ".join(map(str, sorted({layer for todo, _ in work for layer in todo.layers}))) or "none"
-            print(f"features: {total:,} inputs, layers {names}: {without_passwords(recipe.store.root)}", flush=True)
+            print(
+                f"features: {total:,} inputs, layers {names}: {without_passwords(str(recipe.store.root))}", flush=True
+            )
             if total <= (recipe.store.shard_inputs or PART_INPUTS) and cluster.is_this_machine:
                 losses = _write_in_process(work, pretrained, total)
             else:

@@ -32,7 +32,7 @@ def run_features(job: FeaturesJob) -> None:
     recipe = Recipe(job.backbone, job.data, store=job.store)
     with connected(job.cluster, storage):
         fill_stores(recipe, job.layers, tokenize_task(task, job.backbone, job.store), job.cluster)
-    root = without_passwords(job.store.root)
+    root = without_passwords(str(job.store.root))
     print(f"features: complete in {root}; revmux cache ls --root {root}")
 
 
