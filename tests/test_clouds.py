@@ -19,7 +19,7 @@ import pytest
 from fsspec.registry import known_implementations
 from mlflow import MlflowClient
 from polling import wait_until
-from pyarrow import csv
+from pyarrow import parquet
 from pyarrow.fs import FileSystem, copy_files
 from ray_machines import kill_group
 from serving_http import free_port
@@ -164,8 +164,8 @@ def test_an_adapter_is_trained_and_classifies_on_the_store(
     config = BulkConfig(input=data, output=output, model=model, adapter=adapter, column_prefix="predicted_")
     assert classify_files(config).is_complete
     found = Place.open(output)
-    (part,) = [name for name in found.files() if name.endswith(".csv")]
-    assert len(csv.read_csv(found.filesystem.open_input_stream(found.file(part)))) == 80
+    (part,) = [name for name in found.files() if name.endswith(".parquet")]
+    assert len(parquet.read_table(found.filesystem.open_input_file(found.file(part)))) == 80
     assert Place.open(join_location(storage, "running")).files() == []
 
 
