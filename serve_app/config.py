@@ -17,6 +17,9 @@ from revmux.serving import Limits
 ONLY_TASK = "default"
 """The name of the task if the configuration describes only one."""
 
+FRONT_END_CPUS = 0.1
+"""CPU cores that Ray reserves for a front end. It takes more under load, up to one."""
+
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -166,6 +169,8 @@ class AppConfig(_TaskSettings):
         token_env: Name of an environment variable with a bearer token, set where the replicas run.
         drain_seconds: Seconds that a stopping replica has to answer the requests that it holds.
         num_replicas: Number of copies of the model.
+        front_ends: Number of processes per replica that answer HTTP, so that Python's work for HTTP does not limit a fast model.
+            1 answers in the process of the model itself. It cannot be combined with autoscaling.
         autoscaling: Replicas that follow the load, instead of num_replicas. Default: none.
         num_cpus: CPU cores per replica.
         num_gpus: GPUs per replica, fractions too. 0 runs on the CPU.
@@ -194,6 +199,7 @@ class AppConfig(_TaskSettings):
     token_env: str | None = None
     drain_seconds: float = Field(default=20.0, ge=0)
     num_replicas: int = Field(default=1, ge=1)
+    front_ends: int = Field(default=1, ge=1)
     autoscaling: Autoscaling | None = None
     num_cpus: float = Field(default=1.0, gt=0)
     num_gpus: float = Field(default=0.0, ge=0)
@@ -240,6 +246,15 @@ class AppConfig(_TaskSettings):
             raise ValueError(
                 f"max_ongoing_requests ({self.ongoing_requests}) exceeds what the queues and a forward pass can hold "
                 f"({held}), so a full replica would never pass requests to another; choose at most {held}, or omit it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _front_ends_have_a_fixed_number_of_engines(self) -> AppConfig:
+        if self.autoscaling is not None and self.front_ends > 1:
+            raise ValueError(
+                f"front_ends ({self.front_ends}) and autoscaling are both given, but Serve would not see the requests that "
+                "front ends pass on; set front_ends to 1, or num_replicas instead of autoscaling"
             )
         return self
 

@@ -1,8 +1,9 @@
 """Tell Ray Serve which tasks a replica holds, so that Serve's own router prefers it for them.
 
 Serve has this mechanism for models that ``serve.multiplexed`` loads, in a cache that counts models. The tasks here are
-limited by their memory, so replicas report them to Serve's controller themselves. This is the only module of the server
-that uses undocumented parts of Ray. Where a version of Ray lacks them, any replica answers any task.
+limited by their memory, so replicas report them to Serve's controller themselves. This module and
+:mod:`serve_app.interface` are the only ones of the server that use undocumented parts of Ray. Where a version of Ray lacks
+them, any replica answers any task.
 """
 
 from __future__ import annotations

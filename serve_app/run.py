@@ -24,7 +24,7 @@ from revmux.errors import UserError
 from revmux.pretrained.identity import identify, resolve
 from revmux.utils.extras import require
 from serve_app.auth import read_tokens
-from serve_app.config import AppConfig, ServerConfig, TaskConfig
+from serve_app.config import FRONT_END_CPUS, AppConfig, ServerConfig, TaskConfig
 from serve_app.measured_loss import log_loss
 from serve_app.ray_environment import ENABLE_VARIABLE, proxy_kind, ray_environment
 from serve_app.sources import is_mlflow
@@ -65,7 +65,7 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     from ray import serve
     from ray.serve.schema import ServeStatus
 
-    from serve_app.app import build
+    from serve_app.app import ENGINE, build
 
     host = config.host
     if not ray.is_initialized():
@@ -91,7 +91,10 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
         url = base_url(config.host, config.port)
         _wait_healthy(url, timeout_seconds)
         if "ray" in _started:  # on another cluster, replicas write these lines themselves
-            for line in serve.get_app_handle(APPLICATION).memory_lines.remote().result(timeout_s=timeout_seconds):
+            model = serve.get_app_handle(APPLICATION)
+            if config.front_ends > 1:
+                model = serve.get_deployment_handle(ENGINE, APPLICATION)
+            for line in model.memory_lines.remote().result(timeout_s=timeout_seconds):
                 logger.info("%s", line)
     except BaseException as error:
         shutdown()
@@ -186,7 +189,8 @@ def _check_adapters(task: TaskConfig, config: ServerConfig) -> None:
 def _shortage(config: ServerConfig, resources: dict[str, float]) -> str | None:
     """What the cluster has too little of for the replicas, as text."""
     replicas = config.autoscaling.min_replicas if config.autoscaling else config.num_replicas
-    for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
+    front_ends = config.front_ends * FRONT_END_CPUS if config.front_ends > 1 else 0.0
+    for kind, each in (("CPU", config.num_cpus + front_ends), ("GPU", config.num_gpus)):
         required, available = replicas * each, resources.get(kind, 0.0)
         if required > available:
             return f"{replicas} replicas need {each:g} {kind} each, {required:g} in total, but the cluster has {available:g}"

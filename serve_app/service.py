@@ -193,6 +193,7 @@ class Service:
             "memory_used_gb": self.tasks.memory.total / 1e9,
             "needs_token": bool(self.tokens),
             "num_replicas": config.num_replicas,
+            "front_ends": config.front_ends,
             "autoscaling": config.autoscaling.model_dump() if config.autoscaling else None,
             "threads": engine.threads,
             "replica": {"name": self.replica, "cpu_seconds": engine.cpu_seconds, **engine.stats()},

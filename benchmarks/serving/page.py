@@ -55,14 +55,14 @@ def path_words(result: Row) -> dict[str, str]:
     """Return the text for the mark of the request path."""
     meta, rows = result["meta"], result["rows"]
     lines = [
-        "| figure | target | median (min–max) | CPU ms per request: replica, proxy | result |",
+        "| figure | target | median (min–max) | CPU ms per request: replica (or front ends + engine), proxy | result |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         sign = "≤" if row.get("bound") == "at most" else "≥"
         target = "–" if row["target"] is None else f"{sign} {row['target']:g}"
         figures = "–".join(f"{row[key]:.4g}" for key in ("ratio_min", "ratio_max"))
-        spent = "–" if "cpu_ms" not in row else f"{row['cpu_ms']['replica']:.2f}, {row['cpu_ms']['proxy']:.2f}"
+        spent = _cpu_time(row["cpu_ms"]) if "cpu_ms" in row else "–"
         lines.append(f"| {row['name']} | {target} | {row['ratio_median']:.4g} ({figures}) | {spent} | {verdict(row)} |")
     before = f" **before** is commit `{meta['before'][:8]}`." if meta["before"] else ""
     how = (
@@ -70,4 +70,20 @@ def path_words(result: Row) -> dict[str, str]:
         f"ray {meta['versions']['ray']}, commit `{(meta['commit'] or 'unknown')[:8]}`.{before}"
     )
     table = "\n".join(lines)
-    return {"serving-path": f"{table}\n\n{how}\n"}
+    bounds = [_bound(row) for row in rows if "engine" in row.get("cpu_ms", {})]
+    return {"serving-path": "\n\n".join([table, how, *bounds]) + "\n"}
+
+
+def _cpu_time(spent: dict[str, float]) -> str:
+    """CPU milliseconds per request of the replica, or of its front ends and its engine, and of the proxy."""
+    replica = [f"{spent[kind]:.2f}" for kind in ("replica", "front_ends", "engine") if kind in spent]
+    return f"{' + '.join(replica)}, {spent['proxy']:.2f}"
+
+
+def _bound(row: Row) -> str:
+    """What front ends and an engine could answer if each process had a core of its own, by their CPU time."""
+    front_ends, engine = (1000 / row["cpu_ms"][kind] for kind in ("front_ends", "engine"))
+    return (
+        f"{row['name']}: by their CPU time, a front end that has a core of its own answers {front_ends:.0f} requests per second, "
+        f"and an engine {engine:.0f}, so more than {engine / front_ends:.1f} front ends per engine would not answer more."
+    )

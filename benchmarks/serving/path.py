@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -99,17 +100,21 @@ def serving(form: Form, flags: Sequence[str], folder: Path) -> Iterator[tuple[st
 
 
 def cpu_seconds(server: psutil.Process) -> dict[str, float]:
-    """CPU seconds so far of the replica and of the proxy."""
-    found = {"replica": 0.0, "proxy": 0.0}
+    """CPU seconds so far of the replica and of the proxy. A replica with front ends is ``front_ends`` and ``engine``."""
+    found = {"classifier": 0.0, "engine": 0.0, "proxy": 0.0}
     for process in server.children(recursive=True):
         try:
             line, times = " ".join(process.cmdline()), process.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        kind = "replica" if "ServeReplica" in line else "proxy" if "ProxyActor" in line or "haproxy -db" in line else ""
+        kind = "proxy" if "ProxyActor" in line or "haproxy -db" in line else ""
+        if match := re.search(r"ServeReplica:\w+:(classifier|engine)", line):
+            kind = match[1]
         if kind:
             found[kind] += times.user + times.system
-    return found
+    if found["engine"]:
+        return {"front_ends": found["classifier"], "engine": found["engine"], "proxy": found["proxy"]}
+    return {"replica": found["classifier"], "proxy": found["proxy"]}
 
 
 def engine_seconds(url: str) -> float | None:
@@ -272,6 +277,7 @@ def _measure(settings: PathSettings, folder: Path, keep: Path) -> tuple[list[Row
     model = tiny_model(folder / "tiny")
     forms = [] if settings.before is None else [Form("before", settings.before.resolve())]
     forms += [Form("Python proxy", ROOT, ("--proxy", "python")), Form("HAProxy", ROOT, ("--proxy", "haproxy"))]
+    forms += [Form("HAProxy, 2 front ends", ROOT, ("--proxy", "haproxy", "--front_ends", "2"))]
     legs: dict[str, list[dict[str, Any]]] = {form.name: [] for form in forms}
     for leg in range(settings.legs):  # the forms alternate, because the speed of a machine changes within minutes
         for form in forms:
