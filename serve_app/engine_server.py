@@ -120,7 +120,8 @@ class EngineServer:
         self._is_left.clear()
         if self.sessions:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._is_left.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._is_left.wait()
         self.refuses = True
         running = [task for session in self.sessions for task in session.running.values()]
         if running:

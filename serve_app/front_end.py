@@ -144,7 +144,8 @@ class FrontEnd:
             Unhealthy: it does not answer, or this front end has no engine.
         """
         try:
-            await asyncio.wait_for(self._ask("probe", task=task), PROBE_SECONDS)
+            async with asyncio.timeout(PROBE_SECONDS):
+                await self._ask("probe", task=task)
         except TimeoutError:
             raise Unhealthy(f"the engine {self.engine} has not answered for {PROBE_SECONDS:g} s") from None
 
@@ -172,7 +173,8 @@ class FrontEnd:
                 logger.warning("cannot look for an engine: %s: %s", type(error).__name__, error)
             needs_one = self._link is None or self._link.is_draining
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), RETRY_SECONDS if needs_one else BALANCE_SECONDS)
+                async with asyncio.timeout(RETRY_SECONDS if needs_one else BALANCE_SECONDS):
+                    await self._changed.wait()
 
     async def _look(self, needs_one: bool) -> None:
         found = [one for one in await self._engines() if one.version == VERSION and not one.is_draining]

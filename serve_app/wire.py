@@ -100,7 +100,10 @@ class Connection(asyncio.Protocol):
         self._received += data
         try:
             while self.is_open and (frame := self._take()) is not None:
-                for message in orjson.loads(frame):
+                messages = orjson.loads(frame)
+                if not isinstance(messages, list):
+                    raise TypeError("a frame must be a list of messages")
+                for message in messages:
                     self._on_message(message)
         except Exception as error:
             logger.warning("a connection between front end and engine ends: %s: %s", type(error).__name__, error)

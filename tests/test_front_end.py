@@ -421,10 +421,11 @@ def test_a_draining_engine_answers_what_it_holds_while_its_front_end_goes_to_ano
 def test_a_draining_engine_goes_on_answering_while_there_is_no_other_until_its_time_is_over(service: Service) -> None:
     async def main() -> None:
         async with attached(service) as (front, server):
-            draining = asyncio.create_task(server.drain(0.5))
+            draining = asyncio.create_task(server.drain(SECONDS))
             await until(lambda: front._link is not None and front._link.is_draining)
             assert len(await classify(front, ["mood"], ["w1"])) == 1
-            await draining
+            draining.cancel()
+            await server.drain(0)
             with pytest.raises((Unhealthy, Draining)):
                 await classify(front, ["mood"], ["w1"])
 

@@ -412,6 +412,19 @@ def test_a_full_replica_passes_requests_on() -> None:
         server_config(model="m", max_queue=300, max_ongoing_requests=429)
 
 
+def test_front_ends_share_what_their_engine_may_hold_and_take_no_gpu() -> None:
+    from serve_app.app import build
+
+    front_ends = build(AppConfig(model="m", num_replicas=2, front_ends=3, num_gpus=1, num_cpus=2))._bound_deployment
+    engines = front_ends.init_args[1]._bound_deployment
+    assert (front_ends.name, front_ends.num_replicas, front_ends.max_ongoing_requests) == ("classifier", 6, 214)
+    assert (engines.name, engines.num_replicas) == ("engine", 2)
+    for deployment, cpus, gpus in ((front_ends, 0.1, 0), (engines, 2, 1)):
+        assert (deployment.ray_actor_options["num_cpus"], deployment.ray_actor_options["num_gpus"]) == (cpus, gpus)
+    assert set(engines.user_config["tasks"]) == {"default"}
+    assert not front_ends.user_config
+
+
 def test_autoscaling_waits_until_replicas_answer_in_groups() -> None:
     with pytest.raises(UserError, match=r"target_ongoing_requests \(32\) is not above plain_load \(40\)"):
         server_config(model="m", plain_load=40, autoscaling={})
