@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import orjson
 import torch
@@ -90,10 +91,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport. The event loop calls this first."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # that of uvloop is no subclass
         self.is_open = True
-        _watch(transport.get_extra_info("socket"))
+        _watch(transport.get_extra_info("socket").fileno())
 
     def data_received(self, data: bytes) -> None:
         """Take apart what arrived, and pass on each message."""
@@ -204,12 +204,13 @@ def _frame(messages: Sequence[bytes]) -> bytes:
     return len(content).to_bytes(_HEAD, "big") + content
 
 
-def _watch(connected: socket.socket) -> None:
+def _watch(descriptor: int) -> None:
     """Let the system end a connection whose other machine is gone."""
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _SILENCE.items():
-        if (option := getattr(socket, name, None)) is not None:
-            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+    with socket.socket(fileno=os.dup(descriptor)) as same:  # the socket of uvloop sets no options
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _SILENCE.items():
+            if (option := getattr(socket, name, None)) is not None:
+                same.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def pack_answer(answer: Answer, traced: bool) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import torch
+import uvloop
 from pydantic import ValidationError
 from serving_http import USUAL, held_in_a_pass, serving
 from serving_models import text
@@ -53,7 +54,9 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(main, SECONDS))
+    """Run in the event loop of Serve's replicas, which differs from Python's own."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(asyncio.wait_for(main, SECONDS))
 
 
 async def until(condition: Callable[[], object]) -> None:
