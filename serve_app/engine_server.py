@@ -8,6 +8,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -189,7 +190,7 @@ class _Session:
             self.connection.send({"kind": "error", "id": number, **packed})
 
     async def _classify(self, message: Message) -> list[Any]:
-        options = RequestOptions.model_construct(**message["options"])
+        options = _options(*message["options"])
         classify = await self.service.find(message["tasks"])
         texts = [text if isinstance(text, str) else (text[0], text[1]) for text in message["texts"]]
         return [
@@ -209,3 +210,13 @@ class _Session:
     async def _describe(self, _: Message) -> Any:
         described = await self.service.describe()
         return orjson.loads(orjson.dumps(described, option=orjson.OPT_NON_STR_KEYS))  # numbers as keys become strings
+
+
+@lru_cache(maxsize=256)  # most requests have the same
+def _options(
+    truncate: bool | None, max_multiplex: int | None, priority: float | None, timeout_ms: float | None
+) -> RequestOptions:
+    """Options that the front end has checked."""
+    return RequestOptions.model_construct(
+        truncate=truncate, max_multiplex=max_multiplex, priority=priority, timeout_ms=timeout_ms
+    )

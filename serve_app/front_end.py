@@ -122,12 +122,7 @@ class FrontEnd:
         return partial(self._classify, names)
 
     async def _classify(self, names: TaskNames, texts: Sequence[Text], options: RequestOptions) -> list[TaskAnswers]:
-        chosen = {
-            "truncate": options.truncate,
-            "max_multiplex": options.max_multiplex,
-            "priority": options.priority,
-            "timeout_ms": options.timeout_ms,
-        }
+        chosen = (options.truncate, options.max_multiplex, options.priority, options.timeout_ms)
         found = await self._ask("classify", tasks=names, texts=texts, options=chosen)
         return [TaskAnswers(task, labels, unpack_answers(packed)) for task, labels, packed in found]
 

@@ -39,6 +39,7 @@ Message = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 _HEAD = 4
+_SCORES, _STARTED, _STEPS = map(Answer._fields.index, ("scores", "started", "steps"))
 _SILENCE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
 """Options that end a connection, after about ten seconds, whose other machine is gone; as far as the system has them."""
 
@@ -222,8 +223,11 @@ def pack_answer(answer: Answer, traced: bool) -> list[Any]:
         answer: the answer.
         traced: whether the steps are wanted.
     """
-    found = answer._replace(scores=answer.scores.tolist(), started=perf_counter() - answer.started, steps={})  # type: ignore[arg-type]
-    return list(found._replace(steps=dict(answer.steps)) if traced else found)
+    fields: list[Any] = list(answer)
+    fields[_SCORES] = answer.scores.tolist()
+    fields[_STARTED] = perf_counter() - answer.started
+    fields[_STEPS] = dict(answer.steps) if traced else {}
+    return fields
 
 
 def unpack_answers(packed: Sequence[Sequence[Any]]) -> list[Answer]:

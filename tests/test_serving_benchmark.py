@@ -191,16 +191,21 @@ def test_the_page_shows_the_request_path_with_its_cpu_time() -> None:
         ratio_row("HAProxy / before", [5.0, 6.5, 7.0], 6.0),
         ratio_row("requests per second", [1300.0], 1200.0) | {"cpu_ms": {"replica": 0.5, "proxy": 0.051}},
         ratio_row("CPU ms per text", [0.2], 0.1) | {"bound": "at most"},
-        ratio_row("2 front ends", [900.0], None) | {"cpu_ms": {"front_ends": 0.6, "engine": 0.25, "proxy": 0.1}},
+        ratio_row("HAProxy", [1300.0], None) | {"cpu_ms": {"replica": 0.7, "proxy": 0.1}, "engine_ms": 0.1, "texts": 2},
+        ratio_row("HAProxy, 2 front ends", [900.0], None)
+        | {"cpu_ms": {"front_ends": 0.4, "engine": 0.45, "proxy": 0.1}, "engine_ms": 0.1, "texts": 2},
     ]
     meta = {"machine": {"cores": 2}, "legs": 3, "versions": {"ray": "2"}, "commit": None, "before": "a" * 40}
     words = path_words({"meta": meta, "rows": rows})["serving-path"]
     assert "| HAProxy / before | ≥ 6 | 6.5 (5–7) | – | met |" in words
     assert "| requests per second | ≥ 1200 | 1300 (1300–1300) | 0.50, 0.05 | met |" in words
     assert "| CPU ms per text | ≤ 0.1 | 0.2 (0.2–0.2) | – | missed |" in words
-    assert "| 2 front ends | – | 900 (900–900) | 0.60 + 0.25, 0.10 | – |" in words
-    assert "a front end that has a core of its own answers 1667 requests per second, and an engine 4000" in words
-    assert "more than 2.4 front ends per engine" in words
+    assert "| HAProxy, 2 front ends | – | 900 (900–900) | 0.40 + 0.45, 0.10 | – |" in words
+    assert (
+        "a request with 2 texts takes 0.50 ms of CPU time in one process, or 0.40 ms in a front end and 0.25 ms in"
+        in words
+    )
+    assert "one process to 2000 requests per second, each front end to 2500, and an engine to 4000" in words
     assert "**before** is commit `aaaaaaaa`" in words
 
 

@@ -70,8 +70,13 @@ def path_words(result: Row) -> dict[str, str]:
         f"ray {meta['versions']['ray']}, commit `{(meta['commit'] or 'unknown')[:8]}`.{before}"
     )
     table = "\n".join(lines)
-    bounds = [_bound(row) for row in rows if "engine" in row.get("cpu_ms", {})]
-    return {"serving-path": "\n\n".join([table, how, *bounds]) + "\n"}
+    named = {row["name"]: row for row in rows}
+    shares = [
+        _shares(row, named[row["name"].removesuffix(", 2 front ends")])
+        for row in rows
+        if "engine" in row.get("cpu_ms", {})
+    ]
+    return {"serving-path": "\n\n".join([table, how, *shares]) + "\n"}
 
 
 def _cpu_time(spent: dict[str, float]) -> str:
@@ -80,10 +85,27 @@ def _cpu_time(spent: dict[str, float]) -> str:
     return f"{' + '.join(replica)}, {spent['proxy']:.2f}"
 
 
-def _bound(row: Row) -> str:
-    """What front ends and an engine could answer if each process had a core of its own, by their CPU time."""
-    front_ends, engine = (1000 / row["cpu_ms"][kind] for kind in ("front_ends", "engine"))
-    return (
-        f"{row['name']}: by their CPU time, a front end that has a core of its own answers {front_ends:.0f} requests per second, "
-        f"and an engine {engine:.0f}, so more than {engine / front_ends:.1f} front ends per engine would not answer more."
+def _shares(row: Row, alone: Row) -> str:
+    """What limits front ends, their engine, and a process that does both, by CPU time.
+
+    Args:
+        row: the row of a server with front ends.
+        alone: the row of the same server in one process.
+    """
+    front_end, engine, one = (
+        row["cpu_ms"]["front_ends"],
+        _without_model(row, "engine"),
+        _without_model(alone, "replica"),
     )
+    limits = [f"{1000 / spent:.0f}" for spent in (one, front_end, engine)]
+    return (
+        f"Not counting the model's thread, a request with {row['texts']} text{'s' * (row['texts'] > 1)} takes {one:.2f} ms of CPU "
+        f"time in one process, or {front_end:.2f} ms in a front end and {engine:.2f} ms in the engine. These parts alone limit "
+        f"one process to {limits[0]} requests per second, each front end to {limits[1]}, and an engine to {limits[2]}."
+    )
+
+
+def _without_model(row: Row, process: str) -> float:
+    """CPU milliseconds per request of a process besides the thread of the model."""
+    spent: float = row["cpu_ms"][process] - row["engine_ms"] * row["texts"]
+    return spent

@@ -179,7 +179,7 @@ def tiny_rows(forms: dict[str, dict[str, Any]]) -> list[Row]:
         for name, form in forms.items():
             target = PER_SECOND if (name, count) == ("HAProxy", "1") else None
             row = ratio_row(f"{TINY}, {what}: requests per second, {name}", form[count]["per_second"], target)
-            rows.append(row | {key: value for key, value in form[count].items() if key != "per_second"})
+            rows.append(row | {"texts": int(count)} | {k: v for k, v in form[count].items() if k != "per_second"})
     engine = ours["32"]["engine_ms"]
     row = ratio_row(f"{TINY}, 32 texts per request: CPU ms of the model's thread per text", [engine], ENGINE_MS)
     return [*rows, row | {"bound": "at most"}]
