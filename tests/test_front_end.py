@@ -12,6 +12,9 @@ import httpx
 import pytest
 import torch
 import uvloop
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import ValidationError
 from serving_http import USUAL, held_in_a_pass, serving
 from serving_models import text
@@ -27,6 +30,7 @@ from serve_app.errors import TooLarge, Unhealthy, refusal
 from serve_app.front_end import FrontEnd
 from serve_app.protocol import RequestOptions
 from serve_app.service import Service
+from serve_app.tracing import Tracing
 from serve_app.web import create_app
 from serve_app.wire import Address, in_frames, pack_error, unpack_error
 
@@ -191,6 +195,32 @@ def test_http_replies_are_the_same_in_both_forms(service: Service) -> None:
                     assert "revmux_http_requests_total" in counted
             for request, here, there in zip(REQUESTS, *found):
                 assert here == there, request
+
+    run(main())
+
+
+def test_a_front_end_traces_requests_down_to_the_steps_of_the_engine(service: Service) -> None:
+    trace, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    spans = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+
+    async def main() -> None:
+        async with engines(service) as [server]:
+            front = FrontEnd(service.config, "front-1", addresses(server))
+            front.tracing = Tracing(provider)
+            await front.start()
+            transport = httpx.ASGITransport(create_app(front))  # type: ignore[arg-type]
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                body = {"inputs": "w1", "task": "mood", "max_multiplex": 1}
+                reply = await client.post("/predict", json=body, headers={"traceparent": f"00-{trace}-{caller}-01"})
+            assert reply.headers["traceparent"].startswith(f"00-{trace}-")
+            found = {span.name: span for span in spans.get_finished_spans()}
+            assert {"POST /predict", "tokenize", "queue", "pass", "plain"} <= found.keys()
+            assert {f"{span.context.trace_id:032x}" for span in found.values()} == {trace}
+            root, ran = found["POST /predict"], found["pass"]
+            assert root.start_time <= ran.start_time < ran.end_time <= root.end_time  # type: ignore[operator]
+            await front.close()
 
     run(main())
 
