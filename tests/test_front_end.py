@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import httpx
@@ -28,6 +29,7 @@ from serve_app.config import AppConfig, TaskConfig
 from serve_app.engine_server import EngineServer
 from serve_app.errors import TooLarge, Unhealthy, refusal
 from serve_app.front_end import FrontEnd
+from serve_app.interface import replica_interface
 from serve_app.protocol import RequestOptions
 from serve_app.service import Service
 from serve_app.tracing import Tracing
@@ -525,6 +527,25 @@ def test_front_ends_know_at_once_which_tasks_are_served(serving_tasks: dict[str,
 
     run(main())
     assert told == [["default"], ["default", "second"]]
+
+
+@pytest.mark.parametrize(
+    ("host", "found"),
+    [
+        ("127.0.0.1", ("127.0.0.1", "127.0.0.1")),
+        ("10.0.0.7", ("10.0.0.7", "10.0.0.7")),
+        ("0.0.0.0", ("0.0.0.0", "10.0.0.5")),
+        (None, ("10.0.0.5", "10.0.0.5")),
+    ],
+)
+def test_engines_listen_where_the_http_servers_of_replicas_do(
+    monkeypatch: pytest.MonkeyPatch, host: str | None, found: tuple[str, str]
+) -> None:
+    """None stands for a version of Ray that does not tell."""
+    client = None if host is None else SimpleNamespace(http_config=SimpleNamespace(host=host))
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.5")
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
+    assert replica_interface() == found
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, "many"])
