@@ -26,7 +26,7 @@ def open_uri(uri: str) -> tuple[FileSystem, str]:
             f"cannot open {without_passwords(uri)!r} ({error_line(error)}); install that package on every machine, or choose "
             "s3://, gs:// or abfs://, which need none"
         ) from None
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         raise UserError(
             f"cannot open {without_passwords(uri)!r} ({error_line(error)}); name a folder, or a URI such as s3://, gs://, "
             "abfs://, hdfs:// or file://"
