@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,9 +43,10 @@ def routing_words(result: dict[str, Any]) -> dict[str, str]:
                 f"| {connections} | {name} | {found['inputs_per_group']:.2f} | {found['cost_per_input']:.3f} | "
                 f"{found['per_second']:.0f} | {found['p50_seconds']:.2f} |"
             )
-    home = min(row["by_task"]["home_share"] for row in rows)
+    home = {leg: statistics.mean(row[leg]["home_share"] for row in by_load.values()) for leg in legs}
     how = (
-        f"Cost is counted in inputs of the plain model. At least {home:.0%} of the requests for a task went to its replica. "
+        f"Cost is counted in inputs of the plain model. On average, {home['by_task']:.0%} of the requests for a task "
+        f"went to the same replica, and {home['fewest_requests']:.0%} in the other legs. "
         f"{settings['tasks']} tasks on {settings['replicas']} replicas: {meta['backbone']['name']} with LoRA per task above layer "
         f"{settings['cut']}, and adapters of N = {', '.join(map(str, settings['widths']))}, all with random weights; "
         f"texts of {settings['tokens']} tokens. Medians of {settings['pairs']} legs of {settings['seconds']} s each. "
