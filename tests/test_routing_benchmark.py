@@ -93,6 +93,12 @@ def test_both_legs_run_on_one_server(tmp_path: Path) -> None:
     assert all(f"| {row['name']} |" in page for row in found["rows"])
 
 
+def test_the_page_shows_every_ratio_of_the_recorded_result() -> None:
+    recorded = json.loads((Path(__file__).parents[1] / routing.RESULT).read_text())
+    page = routing_words(recorded)["routing"]
+    assert all(f"| {row['name']} |" in page for row in recorded["rows"])
+
+
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert routing.main(["--replicas", "1"]) == 2
     assert "replicas is 1" in capsys.readouterr().err
