@@ -107,6 +107,28 @@ def test_groups_of_several_tasks_are_prefilled_in_one_batch(serve: Callable[...,
         assert_close(found[name], scores(expected), layers=LAYERS)
 
 
+def test_full_groups_join_first_if_more_inputs_wait_than_a_pass_can_hold(serve: Callable[..., Served]) -> None:
+    served = serve("plain", "upper", max_batch=6)
+    waiting = served.engine.submit(TEXTS["plain"][:4], task="plain")
+    waiting += served.engine.submit(TEXTS["upper"][:3], task="upper")
+    served.engine.start()
+    scores(waiting)
+    served.engine.close()
+    assert [(report.task, len(report.widths)) for report in served.reports] == [
+        ("plain", 4),
+        ("upper", 2),
+        ("upper", 1),
+    ]
+
+    roomy = serve("plain", "upper", max_batch=6)
+    waiting = roomy.engine.submit(TEXTS["plain"][:2], task="plain")
+    waiting += roomy.engine.submit(TEXTS["upper"][:1], task="upper")
+    roomy.engine.start()
+    scores(waiting)
+    roomy.engine.close()
+    assert roomy.batches == {"plain": [3], "upper": []}  # nothing waits for another pass, so all run at once
+
+
 @torch.inference_mode()
 def run_groups(task: Task, tokens: TokenBatch, first: int, inputs: int) -> torch.Tensor:
     """The scores of some inputs in groups of two, after a prefill of all."""

@@ -1,8 +1,12 @@
-"""The inputs of other tasks that join a pass."""
+"""The inputs of other tasks that join a pass: full groups first, because an input of a wider group costs less.
+
+If more inputs wait than a pass can hold, those that do not fill a group join only if half of the pass is left. Otherwise they
+wait for more inputs of their task, at the latest until its turn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from revmux.serving.limits import Limits
@@ -45,6 +49,14 @@ class Joiners:
         for ticket in self._first.tickets:
             for other in ticket.joint:
                 asked.setdefault(other.task, []).append(other)
+        has_queue = self._waiting > self._limits.max_batch  # some inputs wait for another pass in any case
+        found = self._sweep(asked, only_full=has_queue)
+        if has_queue and self._room > self._limits.max_batch / 2:
+            found += self._sweep(asked, only_full=False)
+        return found
+
+    def _sweep(self, asked: Mapping[Task, Sequence[Ticket]], only_full: bool) -> list[Part]:
+        """Claim tickets of every task, in the order of their turns."""
         found: list[Part] = []
         for task in self._queue.turns():
             if task is self._first.task or not self._room:
@@ -52,19 +64,30 @@ class Joiners:
             has_base = self._first.is_plain and self._first.task.has_base_of(task)
             common = self._first.task.layers_in_common(task)
             if common or has_base:
-                found += self._parts_of(task, common, has_base, asked.get(task, []))
+                found += self._parts_of(task, common, has_base, asked.get(task, []), only_full)
         return found
 
-    def _parts_of(self, task: Task, common: int, has_base: bool, asked: Sequence[Ticket]) -> list[Part]:
+    def _parts_of(
+        self, task: Task, common: int, has_base: bool, asked: Sequence[Ticket], only_full: bool
+    ) -> list[Part]:
+        """Claim tickets of one task.
+
+        Args:
+            task: the task.
+            common: number of lowest layers that it has in common with the first part's task.
+            has_base: whether it has the same base, so that all layers can run in one batch.
+            asked: its tickets with texts of the first part.
+            only_full: whether groups with vacant slots and without such a ticket are left out.
+        """
         tickets = self._queue.waiting(asked)
+        same = set(tickets)
         has_groups = len(task.lineup.routes) > 1
         if (
             not self._is_fixed
             and (has_groups or has_base or self._limits.share_plain)
             and task.pads_like(self._first.task)
         ):
-            known = set(tickets)
-            tickets += [ticket for ticket in self._queue.first(task, self._room) if ticket not in known]
+            tickets += [ticket for ticket in self._queue.first(task, self._room) if ticket not in same]
         tickets = tickets[: self._room]
         lineup = task.lineup
         found = []
@@ -73,6 +96,8 @@ class Joiners:
             groups = [(group.route, [tickets[index] for index in group.members]) for group in forward.groups]
             tried = {ticket for _, members in groups for ticket in members}
             depth = common if forward.stem == PLAIN.stem else prefill_layers(lineup, groups[0][0])
+            if only_full:
+                groups = [group for group in groups if len(group[1]) == group[0].width or not same.isdisjoint(group[1])]
             if forward.stem == PLAIN.stem and has_base:
                 part: Part | None = Part(task, lineup, self._claim_admitted(groups, True), depth, first_branch=0)
             elif forward.stem == PLAIN.stem and not self._limits.share_plain:
