@@ -71,8 +71,11 @@ def closed(configuration: str, errors: Path, host: str | None = None) -> str:
             lines += [f"    errorfile {status} {errors / f'{status}.http'}" for status in _ERRORS]
             section = section.rstrip("\n") + "\n" + "\n".join(lines) + "\n"
         elif title == "backend default_backend":
-            body = json.dumps({"error": "no application has this path", "error_type": "not_found"})
-            section = f"{title}\n    http-request return status 404 content-type application/json string '{body}'\n"
+            # A proxy that has just started knows no application either, so clients should ask again.
+            error = "this proxy knows no application for this path yet; retry later"
+            body = json.dumps({"error": error, "error_type": "unhealthy"})
+            answer = f"content-type application/json string '{body}' hdr retry-after 1"
+            section = f"{title}\n    http-request return status 503 {answer}\n"
         elif title in _OPEN and host is not None:
             section = re.sub(r"^( *bind ).*(:\d+)", rf"\g<1>{_bindable(host)}\g<2>", section, flags=re.MULTILINE)
         elif title not in _OPEN and re.search(r"^ *bind ", section, re.MULTILINE):

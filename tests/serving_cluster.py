@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import psutil
 import pytest
 import torch
 import yaml
@@ -160,6 +161,17 @@ def kill_replica(deployment: str) -> None:
     kill(f"SERVE_REPLICA::{APPLICATION}#{deployment}#")
 
 
+def kill_proxy(cluster: Cluster) -> None:
+    """Kill the process that listens on the port of the cluster."""
+    if cluster.proxy == "python":
+        kill("SERVE_PROXY_ACTOR")
+        return
+    port = httpx.URL(cluster.url).port
+    for process in psutil.process_iter(["name"]):
+        if process.info["name"] == "haproxy" and any(at.laddr.port == port for at in process.net_connections("tcp")):
+            process.kill()
+
+
 class Load:
     """Clients that send requests without a pause and repeat those that were temporarily refused.
 
@@ -199,8 +211,8 @@ class Load:
         wait_until(lambda: self.answered >= goal)
 
     def check(self) -> None:
-        assert not self.swapped
-        assert not self.unclean
+        assert self.swapped == [], self.swapped
+        assert self.unclean == [], self.unclean
         assert set(self.statuses) <= {200, 429, 503, "broken"}
 
     def _ask_on(self) -> None:

@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Served:
-    """An engine with adapters of N = 2 that is not started, so that a test can fill the queue first."""
+    """An engine with an adapter per task that is not started, so that a test can fill the queue first."""
 
     def __init__(self, folders: dict[str, Path], adapters: dict[str, Path], **limits: Any) -> None:
         self.reports: list[PassReport] = []
@@ -68,10 +68,13 @@ class Served:
 
 @pytest.fixture
 def serve(folders: dict[str, Path], tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    adapters = {name: write_adapter(tmp_path / name, load(folder), 2) for name, folder in folders.items()}
     made: list[Served] = []
 
-    def build(*tasks: str, **limits: Any) -> Served:
+    def build(*tasks: str, width: int = 2, **limits: Any) -> Served:
+        adapters = {
+            name: write_adapter(tmp_path / str(len(made)) / name, load(folder), width)
+            for name, folder in folders.items()
+        }
         made.append(Served({task: folders[task] for task in tasks or TEXTS}, adapters, **limits))
         return made[-1]
 
@@ -107,26 +110,18 @@ def test_groups_of_several_tasks_are_prefilled_in_one_batch(serve: Callable[...,
         assert_close(found[name], scores(expected), layers=LAYERS)
 
 
-def test_full_groups_join_first_if_more_inputs_wait_than_a_pass_can_hold(serve: Callable[..., Served]) -> None:
-    served = serve("plain", "upper", max_batch=6)
+@pytest.mark.parametrize(
+    ("max_batch", "batches"), [(6, {"plain": [4], "upper": [3]}), (16, {"plain": [7], "upper": []})]
+)
+def test_groups_that_are_not_full_join_only_if_a_pass_can_hold_all_that_waits(
+    max_batch: int, batches: dict[str, list[int]], serve: Callable[..., Served]
+) -> None:
+    served = serve("plain", "upper", width=4, max_batch=max_batch)
     waiting = served.engine.submit(TEXTS["plain"][:4], task="plain")
     waiting += served.engine.submit(TEXTS["upper"][:3], task="upper")
     served.engine.start()
     scores(waiting)
-    served.engine.close()
-    assert [(report.task, len(report.widths)) for report in served.reports] == [
-        ("plain", 4),
-        ("upper", 2),
-        ("upper", 1),
-    ]
-
-    roomy = serve("plain", "upper", max_batch=6)
-    waiting = roomy.engine.submit(TEXTS["plain"][:2], task="plain")
-    waiting += roomy.engine.submit(TEXTS["upper"][:1], task="upper")
-    roomy.engine.start()
-    scores(waiting)
-    roomy.engine.close()
-    assert roomy.batches == {"plain": [3], "upper": []}  # nothing waits for another pass, so all run at once
+    assert served.batches == batches
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from polling import wait_until
-from serving_cluster import Cluster, Load, answers, deployed, kill, kill_replica, replicas
+from serving_cluster import Cluster, Load, answers, deployed, kill_proxy, kill_replica, replicas
 from serving_http import HOSTILE, connected, free_port, read_reply, talk
 from serving_models import WORDS
 
@@ -94,7 +94,7 @@ def test_requests_lost_with_their_replica_get_a_retryable_error(cluster: Cluster
 def test_a_killed_proxy_is_restarted(cluster: Cluster) -> None:
     with Load(cluster) as clients:
         clients.wait_for(100)
-        kill("SERVE_PROXY_ACTOR" if cluster.proxy == "python" else "SERVE_HA_PROXY_ACTOR")
+        kill_proxy(cluster)
         wait_until(lambda: clients.statuses["broken"] > 0)
         clients.wait_for(200)
     clients.check()
