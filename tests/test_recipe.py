@@ -57,9 +57,9 @@ def test_runs_of_one_process_share_the_frozen_backbone_and_train_the_same_weight
 ) -> None:
     loaded: list[Recipe] = []
 
-    def load(recipe: Recipe, label_names: list[str]) -> Pretrained:
+    def load(recipe: Recipe, *more: Any) -> Pretrained:
         loaded.append(recipe)
-        return load_backbone(recipe, label_names)
+        return load_backbone(recipe, *more)
 
     def train(keep: bool, **method: Any) -> dict[str, Tensor]:
         recipe = Recipe(
