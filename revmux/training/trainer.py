@@ -151,9 +151,8 @@ class Trainer:
         self.train_step = TrainStep(model, loss, half_width=optim.precision == "bfloat16")
         self.step: nn.Module = self.train_step
         if self.world > 1:
-            copy_from_first(
-                self.parameters
-            )  # each worker has loaded the frozen weights, which may be gigabytes, itself
+            # Each worker has loaded the frozen weights, which may be gigabytes, itself.
+            copy_from_first(self.parameters)
             # A tuned backbone has parameters that a method may not use: its own head, layers above the exit.
             self.step = DistributedDataParallel(
                 self.train_step, init_sync=False, find_unused_parameters=model.method.tunes_prefill
