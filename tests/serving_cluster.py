@@ -261,3 +261,15 @@ class Load:
             clean = False
         if not clean:
             self.unclean.append(f"{reply.status_code}: {reply.text[:200]}")
+
+
+def update_under_load(cluster: Cluster) -> Load:
+    """Replace all replicas while clients send requests, and return these clients."""
+    before = replicas(cluster.url)
+    with Load(cluster) as clients:
+        clients.wait_for(50)
+        cluster.deploy(max_texts=48)
+        wait_until(lambda: (found := cluster.complete()) and not found & before)
+        clients.wait_for(100)
+    clients.check()
+    return clients

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from polling import wait_until
-from serving_cluster import Cluster, Load, answers, deployed, kill_proxy, kill_replica, replicas
+from serving_cluster import Cluster, Load, answers, deployed, kill_proxy, kill_replica, replicas, update_under_load
 from serving_http import HOSTILE, connected, free_port, read_reply, talk
 from serving_models import WORDS
 
@@ -132,13 +132,7 @@ def _widths(url: str) -> list[int]:
 
 @pytest.mark.long
 def test_a_rolling_update_loses_no_request(cluster: Cluster) -> None:
-    before = replicas(cluster.url)
-    with Load(cluster) as clients:
-        clients.wait_for(50)
-        cluster.deploy(max_texts=48)
-        wait_until(lambda: (found := cluster.complete()) and not found & before)
-        clients.wait_for(100)
-    clients.check()
+    clients = update_under_load(cluster)
     assert set(clients.statuses) == {200}
     assert httpx.get(f"{cluster.url}/info", timeout=30).json()["max_client_batch_size"] == 48
 

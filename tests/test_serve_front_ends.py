@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from polling import wait_until
-from serving_cluster import Cluster, Load, answers, deployed, kill_replica, replicas
+from serving_cluster import Cluster, Load, answers, deployed, kill_replica, replicas, update_under_load
 from serving_http import figures, post
 
 pytestmark = pytest.mark.cluster("serve")
@@ -68,11 +68,5 @@ def test_front_ends_find_the_engine_that_replaces_a_killed_one(cluster: Cluster)
 @pytest.mark.long
 def test_an_update_of_the_only_engine_loses_no_request(cluster: Cluster) -> None:
     """The engine that stops goes on answering until the front ends reach another one, or its time is over."""
-    before = replicas(cluster.url)
-    with Load(cluster) as clients:
-        clients.wait_for(50)
-        cluster.deploy(max_texts=48)
-        wait_until(lambda: (found := cluster.complete()) and not found & before)
-        clients.wait_for(100)
-    clients.check()
+    clients = update_under_load(cluster)
     assert "broken" not in clients.statuses
