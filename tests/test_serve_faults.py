@@ -202,7 +202,7 @@ def test_ten_thousand_mixed_requests_each_get_their_own_answer(cluster: Cluster)
             pass
         assert reply.status_code == status
         if status == 200:
-            checker.checkanswers([own], [_ranking(reply.json()) if path.startswith("/v2") else reply.json()])
+            checker.check_answers([own], [_ranking(reply.json()) if path.startswith("/v2") else reply.json()])
 
     with httpx.Client(base_url=cluster.url, timeout=120) as client, ThreadPoolExecutor(16) as clients:
         list(clients.map(ask, range(10_000)))
