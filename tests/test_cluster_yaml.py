@@ -94,7 +94,7 @@ def test_the_image_installs_the_wheel_with_the_pins_for_the_oldest_python() -> N
     assert "-c /tmp/constraints.txt" in text
     oldest = re.match(r">=(\d+\.\d+)", PROJECT["requires-python"])
     assert oldest is not None
-    assert f"ARG BASE=python:{oldest.group(1)}-slim" in text
+    assert f"FROM python:{oldest.group(1)}-slim" in text
     assert "\nUSER 1000\n" in text
     written = re.search(r"python -m serve_app.ray_environment > (\S+)", text)
     assert written is not None
@@ -122,6 +122,14 @@ def test_the_image_passes_hadolint() -> None:
     linter = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([linter, DOCKERFILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_base_of_the_image_is_pinned_by_digest_and_kept_up_to_date() -> None:
+    base, *others = re.findall(r"^FROM (\S+)", DOCKERFILE.read_text(), re.M)
+    assert re.fullmatch(r"python:\S+@sha256:[0-9a-f]{64}", base)
+    assert set(others) == {"base"}
+    updates = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text())["updates"]
+    assert ("docker", "/deploy") in [(one["package-ecosystem"], one["directory"]) for one in updates]
 
 
 @pytest.mark.parametrize("file", CLUSTERS.values(), ids=CLUSTERS)
