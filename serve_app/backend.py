@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from prometheus_client.core import Metric
 
-from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
+from revmux.text import Text
 from serve_app.config import AppConfig
 from serve_app.metrics import ReplicaMetrics
 from serve_app.protocol import RequestOptions

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from revmux.errors import EmptyText
 from revmux.labels import activate
-from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
+from revmux.text import Text
 from serve_app.protocol import RequestOptions
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from revmux.pretrained.encoder import Text
+from revmux.text import Text
 from serve_app.auth import read_tokens
 from serve_app.backend import Classify, TaskAnswers, TaskNames
 from serve_app.config import AppConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
+from revmux.text import Text
 
 MOST_LISTED = 256
 """Answers up to which headers have a value for each. Proxies and clients limit the size of headers."""

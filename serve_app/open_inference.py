@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 import revmux
 from revmux.errors import EmptyText, TextError
 from revmux.labels import ScoreFunction
-from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
 from revmux.serving.answer import rank_answers
+from revmux.text import Text
 from serve_app.protocol import RequestOptions
 
 Nested = list[Any]

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from revmux.errors import TextError
-from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
+from revmux.text import Text
 from serve_app import examples
 from serve_app.backend import Backend, Classify, TaskAnswers, TaskNames
 from serve_app.body import read_body

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from revmux.errors import EmptyText, TextError
 from revmux.labels import ScoreFunction
-from revmux.pretrained.encoder import Text
 from revmux.serving import Answer
 from revmux.serving.answer import rank_answers
 from revmux.serving.limits import HIGHEST_PRIORITY
+from revmux.text import Text
 from serve_app.config import explain
 
 Ranking = list[dict[str, str | float]]

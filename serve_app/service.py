@@ -16,9 +16,9 @@ from prometheus_client.core import Metric
 
 import revmux
 from revmux.errors import UserError
-from revmux.pretrained.encoder import Text
 from revmux.serving import Engine, UnknownTask
 from revmux.serving.task import Task
+from revmux.text import Text
 from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
 from serve_app.backend import Classify, TaskAnswers, TaskNames

@@ -36,9 +36,10 @@ def test_every_module_imports_without_the_outer_packages() -> None:
 
 
 def test_processes_that_run_no_model_do_not_wait_for_its_imports() -> None:
-    """The process that builds the application for Serve, and the one in which Ray Train watches the workers."""
-    code = "import sys, {}; assert {!r} not in sys.modules\n"
-    code = code.format("serve_app.app", "torch") + code.format("ray_jobs.training.worker_errors", "transformers")
+    """The one that builds the application for Serve, the one in which Ray Train watches the workers, and front ends."""
+    line = "import sys, {}; assert {!r} not in sys.modules\n"
+    code = line.format("serve_app.app", "torch") + line.format("ray_jobs.training.worker_errors", "transformers")
+    code += line.format("serve_app.front_end, serve_app.web", "transformers")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

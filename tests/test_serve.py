@@ -485,7 +485,7 @@ def test_one_task_or_several_but_not_both() -> None:
 def test_all_documented_input_forms_are_accepted(inputs: Any, texts: list[Any]) -> None:
     asked = parse(json.dumps({"inputs": inputs}).encode(), PredictRequest)
     assert asked.texts == texts
-    answers = [Answer(torch.zeros(2), 1, 0.0, 0.0)] * len(texts)
+    answers = [Answer(torch.zeros(2), 1, "siso", 0.0, 0.0)] * len(texts)
     reply = asked.reply(answers, ["x", "y"])
     nested = isinstance(inputs, list) and isinstance(inputs[0], list)
     assert isinstance(reply[0], list) == nested
@@ -500,7 +500,7 @@ def test_other_input_forms_are_refused(inputs: Any) -> None:
 
 
 def test_parameters_control_the_nesting_of_the_reply_and_the_scores() -> None:
-    answers = [Answer(torch.tensor([0.0, 2.0]), 1, 0.0, 0.0)]
+    answers = [Answer(torch.tensor([0.0, 2.0]), 1, "siso", 0.0, 0.0)]
     empty = parse(b'{"inputs": "a", "parameters": {}}', PredictRequest)
     assert [len(ranking) for ranking in empty.reply(answers, ["x", "y"])] == [2]
     one = parse(b'{"inputs": "a", "parameters": {"top_k": 1, "function_to_apply": "sigmoid"}}', PredictRequest)

@@ -88,7 +88,7 @@ def test_a_request_that_asks_several_tasks_names_them_clearly(
 
 
 def test_headers_of_a_long_reply_do_not_list_its_answers() -> None:
-    answers = [Answer(torch.zeros(2), 1, 0.0, 0.0)] * (MOST_LISTED + 1)
+    answers = [Answer(torch.zeros(2), 1, "siso", 0.0, 0.0)] * (MOST_LISTED + 1)
     names = [{name for name, _ in reply_headers(["w1"], found, 0.0, "cpu")} for found in (answers[1:], answers)]
     assert names[0] - names[1] == {name for name in names[0] if name.startswith(b"x-revmux-")} != set()
 

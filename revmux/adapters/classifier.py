@@ -16,9 +16,10 @@ from revmux.grouping import consecutive_groups, local_rows
 from revmux.labels import ScoreFunction, rank_labels
 from revmux.model import MultiplexedClassifier
 from revmux.pretrained.config import BackboneConfig
-from revmux.pretrained.encoder import Encoder, Text
+from revmux.pretrained.encoder import Encoder
 from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
+from revmux.text import Text
 
 
 class TextClassifier:

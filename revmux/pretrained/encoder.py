@@ -13,9 +13,7 @@ from revmux.data.tokens import encode_texts
 from revmux.errors import EmptyText, TextError, UserError
 from revmux.pretrained.pretrained import Pretrained
 from revmux.pretrained.text_bound import TextBound
-
-Text = str | tuple[str, str]
-"""A text, or a sentence pair."""
+from revmux.text import Text
 
 
 class Encoded(NamedTuple):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from revmux.labels import ScoreFunction, name_labels, rank_many
-from revmux.methods import Siso
 
 
 class Answer(NamedTuple):
@@ -19,12 +18,12 @@ class Answer(NamedTuple):
     Attributes:
         scores: (C,) float32 on the CPU, before softmax.
         width: N of the last group that the input was in; 1 is the plain model or an exit head.
+        method: method of the last group that the input was in; ``siso`` is the plain model.
         queue_seconds: time from queueing to the start of the forward pass.
         inference_seconds: time of the forward pass, from padding to scores on the CPU.
         truncated: whether the text was cut to the task's ``max_length``.
         fell_back: whether the confidence of the group's answer was below the threshold, so that the input resumed
             alone and ``scores`` are the plain model's.
-        method: method of the last group that the input was in; ``siso`` is the plain model.
         stage: the stage of the ladder that answered, from 1; 0 is the plain model.
         tokenize_seconds: time of tokenization.
         tokens: number of tokens of the input.
@@ -37,11 +36,11 @@ class Answer(NamedTuple):
 
     scores: Tensor
     width: int
+    method: str
     queue_seconds: float
     inference_seconds: float
     truncated: bool = False
     fell_back: bool = False
-    method: str = Siso.name
     stage: int = 0
     tokenize_seconds: float = 0.0
     tokens: int = 0

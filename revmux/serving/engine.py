@@ -24,7 +24,6 @@ from time import perf_counter
 from typing import Any
 
 from revmux.errors import UserError
-from revmux.pretrained.encoder import Text
 from revmux.pretrained.pretrained import Pretrained
 from revmux.serving.adapters import LoadedAdapter
 from revmux.serving.answer import Answer
@@ -37,6 +36,7 @@ from revmux.serving.replies import Delivery, Request
 from revmux.serving.shared_weights import WeightPool
 from revmux.serving.task import Lineup, Task
 from revmux.serving.tokenizing import TokenizeJob, Tokenizers
+from revmux.text import Text
 
 logger = logging.getLogger(__name__)
 

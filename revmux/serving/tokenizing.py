@@ -10,11 +10,12 @@ from queue import Empty, SimpleQueue
 from time import perf_counter
 
 from revmux.errors import TextError
-from revmux.pretrained.encoder import Encoded, Text
+from revmux.pretrained.encoder import Encoded
 from revmux.serving.errors import Draining
 from revmux.serving.queue import PullQueue, Ticket
 from revmux.serving.replies import Request
 from revmux.serving.task import Task
+from revmux.text import Text
 
 TEXTS_AT_ONCE = 256
 """A thread takes no further request once it has this many texts, so that their inputs can run."""

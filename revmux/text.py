@@ -1,0 +1,4 @@
+"""What a classifier classifies."""
+
+Text = str | tuple[str, str]
+"""A text, or a sentence pair."""
