@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -16,20 +15,12 @@ from revmux.text import Text
 from serve_app.auth import read_tokens
 from serve_app.backend import Classify, TaskAnswers, TaskNames
 from serve_app.config import AppConfig
+from serve_app.engine_link import DETACHED, EngineLink
 from serve_app.errors import Unhealthy
 from serve_app.metrics import ReplicaMetrics
 from serve_app.protocol import RequestOptions
 from serve_app.tracing import tracing_from_environment
-from serve_app.wire import (
-    FRAME_BYTES,
-    HELLO_SECONDS,
-    VERSION,
-    Address,
-    Connection,
-    Message,
-    unpack_answers,
-    unpack_error,
-)
+from serve_app.wire import VERSION, Address, unpack_answers
 
 RETRY_SECONDS = 0.5
 """Time between two attempts to find an engine."""
@@ -39,8 +30,6 @@ BALANCE_SECONDS = 5.0
 
 PROBE_SECONDS = 20.0
 """Time limit of a health check, longer than that of the engine itself."""
-
-DETACHED = "this front end has lost its engine and looks for another one; retry later"
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +68,7 @@ class FrontEnd:
         self._engines = engines
         self._node = node
         self._on_tasks = on_tasks
-        self._link: _Link | None = None
+        self._link: EngineLink | None = None
         self._changed = asyncio.Event()
         self._attached = asyncio.Event()
         self._attending: asyncio.Task[None] | None = None
@@ -112,7 +101,7 @@ class FrontEnd:
         return self._attached_link().task_names
 
     async def find(self, names: TaskNames) -> Classify:
-        """Find tasks by what the engine last told. Ask it only if that does not suffice."""
+        """Find tasks among those that the engine last announced. Ask it only about others."""
         known = self._attached_link().task_names
         if names == "*" and known:
             return partial(self._classify, known)
@@ -149,7 +138,7 @@ class FrontEnd:
         found: dict[str, Any] = await self._ask("describe")
         return found | {"front_end": self.replica}
 
-    def _attached_link(self) -> _Link:
+    def _attached_link(self) -> EngineLink:
         if self._link is None:
             raise Unhealthy(DETACHED)
         return self._link
@@ -195,7 +184,7 @@ class FrontEnd:
         return len(own.front_ends) - len(other.front_ends) >= 2 and own.front_ends[0] == self.replica
 
     async def _attach(self, engine: Address) -> None:
-        link = await _Link.open(engine, self.replica, self.tracing is not None, self._on_link)
+        link = await EngineLink.open(engine, self.replica, self.tracing is not None, self._on_link)
         before, self._link = self._link, link
         self._attached.set()
         if before is not None:
@@ -203,7 +192,7 @@ class FrontEnd:
         logger.info("attached to the engine %s", engine.engine)
         self._on_link(link)
 
-    def _on_link(self, link: _Link) -> None:
+    def _on_link(self, link: EngineLink) -> None:
         """React to a change of a link: its tasks, an announced end, or its end."""
         if link is not self._link:
             return
@@ -215,95 +204,3 @@ class FrontEnd:
             self._changed.set()
         elif self._on_tasks is not None:
             self._on_tasks(link.loaded)
-
-
-class _Link:
-    """A connection to one engine."""
-
-    def __init__(self, address: Address, on_change: Callable[[_Link], None]) -> None:
-        self.address = address
-        self.is_draining = False
-        self.task_names: list[str] = []
-        self.loaded: list[str] = []
-        self.connection = Connection(self._receive, self._lost, FRAME_BYTES)
-        self._on_change = on_change
-        self._is_left = False
-        self._welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting: dict[int, asyncio.Future[Any]] = {}
-        self._numbers = itertools.count()
-
-    @classmethod
-    async def open(cls, address: Address, name: str, is_traced: bool, on_change: Callable[[_Link], None]) -> _Link:
-        """Connect to an engine.
-
-        Raises:
-            OSError, TimeoutError: it does not answer.
-            Unhealthy: it refuses the connection.
-        """
-        link = cls(address, on_change)
-        try:
-            async with asyncio.timeout(HELLO_SECONDS):
-                loop = asyncio.get_running_loop()
-                await loop.create_connection(lambda: link.connection, address.host, address.port)
-                link.connection.send({"kind": "hello", "secret": address.secret, "name": name, "traced": is_traced})
-                await link._welcome
-        except BaseException:
-            link.connection.abort()
-            raise
-        return link
-
-    async def ask(self, message: Message) -> Any:
-        """Send a message and return the result. Cancelling the call cancels the request.
-
-        Raises:
-            Unhealthy: the connection has ended. Other errors are the engine's.
-        """
-        if not self.connection.is_open:
-            raise Unhealthy(DETACHED)
-        number = next(self._numbers)
-        self.connection.send({**message, "id": number})
-        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            if self._waiting.pop(number, None) is not None:
-                self.connection.send({"kind": "cancel", "id": number})
-            raise
-        finally:
-            self._close_if_done()
-
-    def leave(self) -> None:
-        """End the connection once everything that was asked is answered."""
-        self._is_left = True
-        self._close_if_done()
-
-    def _close_if_done(self) -> None:
-        if self._is_left and not self._waiting:
-            self.connection.close()
-
-    def _receive(self, message: Message) -> None:
-        kind = message["kind"]
-        if kind == "result":
-            if (answer := self._waiting.pop(message["id"], None)) is not None and not answer.done():
-                answer.set_result(message["result"])
-        elif kind == "error":
-            if (answer := self._waiting.pop(message["id"], None)) is not None and not answer.done():
-                answer.set_exception(unpack_error(message))
-        elif kind == "tasks":
-            self.task_names, self.loaded = message["names"], message["loaded"]
-            if not self._welcome.done():
-                self._welcome.set_result(None)
-            self._on_change(self)
-        else:
-            assert kind == "draining"
-            self.is_draining = True
-            self._on_change(self)
-
-    def _lost(self) -> None:
-        if not self._welcome.done():
-            self._welcome.set_exception(Unhealthy("it closed the connection"))
-        waiting, self._waiting = self._waiting, {}
-        for answer in waiting.values():
-            if not answer.done():
-                answer.set_exception(Unhealthy("the engine stopped while it held this request; retry it"))
-        self._on_change(self)

@@ -26,6 +26,7 @@ from revmux.errors import EmptyText, TextError, UserError
 from revmux.serving import Answer, Draining, Expired, InferenceFailed, Overloaded, UnknownTask
 from serve_app.backend import Backend, TaskNames
 from serve_app.config import AppConfig, TaskConfig
+from serve_app.engine_link import EngineLink
 from serve_app.engine_server import EngineServer
 from serve_app.errors import TooLarge, Unhealthy, refusal
 from serve_app.front_end import FrontEnd
@@ -343,10 +344,9 @@ def test_an_unknown_secret_and_what_is_no_frame_are_refused(service: Service) ->
     async def main() -> None:
         async with engines(service) as [server]:
             address = server.address()
-            link = serve_app.front_end._Link
             for wrong in ("", "guess", "é" * 64):
                 with pytest.raises(Unhealthy, match="closed"):
-                    await link.open(address._replace(secret=wrong), "front-1", False, lambda _: None)
+                    await EngineLink.open(address._replace(secret=wrong), "front-1", False, lambda _: None)
             for bad in (
                 b"GET / HTTP/1.1\r\n\r\n",
                 (2**20).to_bytes(4, "big"),
@@ -360,7 +360,7 @@ def test_an_unknown_secret_and_what_is_no_frame_are_refused(service: Service) ->
                     assert await reader.read() == b""
                 writer.close()
             assert not server.sessions
-            assert (await link.open(address, "front-1", False, lambda _: None)).connection.is_open
+            assert (await EngineLink.open(address, "front-1", False, lambda _: None)).connection.is_open
 
     run(main())
 
