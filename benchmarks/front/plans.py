@@ -19,7 +19,7 @@ from revmux.training.recipe import load_backbone
 
 ALLOWANCES = (0.3, 0.5, 1.0, 3.0)
 """Points of accuracy that may be lost."""
-MEASURE = MeasureConfig(shuffles=3, max_stages=2, throughput_inputs=256, throughput_pairs=3)
+MEASURE = MeasureConfig(shuffles=3, throughput_pairs=3)
 
 
 def plan_rows(ready: Ready, runs: Sequence[Run]) -> list[dict[str, Any]]:

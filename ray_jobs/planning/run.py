@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from ray_jobs.cluster import connected
+from ray_jobs.on_worker import run_on_worker
 from ray_jobs.paths import recording_storage, store_in
 from ray_jobs.planning.config import PlanJob
 from ray_jobs.sweep.run import base_recipe, prepare_sweep, run_sweep
@@ -140,18 +141,13 @@ def tuned_model(job: PlanJob, choosing: TaskData, tracker: Tracker, storage: str
 
 def measure_on_worker(job: PlanJob, rows: list[TrialRow], choosing: TaskData, task: TaskData, location: str) -> Plan:
     """Measure the candidates, choose a system and verify it, on a worker that has the device."""
-    import ray
-
     adapters = [
         TrainedAdapter(row.trial, row.adapter, row.infonce_weight, row.run_id)
         for row in rows
         if row.status == "done" and row.adapter is not None
     ]
-    cores = max(1, int(job.cluster.cpus_per_worker))
-    remote = ray.remote(**job.cluster.remote_options)(_plan)
     tasks = choosing.without_train(), task.with_test_only()
-    plan: Plan = ray.get(remote.remote(job, adapters, *tasks, location, command_line(), cores))
-    return plan
+    return run_on_worker("the plan", job.cluster, _plan, job, adapters, *tasks, location, command_line())
 
 
 def _plan(
@@ -161,9 +157,7 @@ def _plan(
     task: TaskData,
     location: str,
     command: str,
-    threads: int,
 ) -> Plan:
-    torch.set_num_threads(threads)
     recipe = base_recipe(job)
     pretrained = load_backbone(recipe, task.label_names)
     pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray_jobs.cluster import connected
+from ray_jobs.on_worker import run_on_worker
 from ray_jobs.paths import absolute_location, recording_storage, store_in
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import EvaluateJob
@@ -93,11 +94,8 @@ def run_evaluate(job: EvaluateJob) -> dict[str, float]:
     ) as run_id:
         tracker.log_data(run_id, task.identity)
         with connected(job.cluster, storage):
-            import ray
-
-            remote = ray.remote(**job.cluster.remote_options)(evaluate_adapter)
             tokens = tokenize_task(task, job.backbone, job.store, ["test"])
-            figures: dict[str, float] = ray.get(remote.remote(job, tokens))
+            figures = run_on_worker("the evaluation", job.cluster, evaluate_adapter, job, tokens)
         tracker.log_metrics(run_id, figures)
     write_json_at(output, {"adapter": job.adapter, "data": task.identity, "shuffles": job.shuffles, "metrics": figures})
     print(json.dumps(figures, indent=2))

@@ -16,21 +16,26 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ray_jobs.cluster import ClusterConfig
+from ray_jobs.on_worker import run_on_worker
 from ray_jobs.training.progress_board import Poster
 from revmux.data.tokens import SplitTokens
 from revmux.errors import UserError
+from revmux.features.budget import Probe, probe
+from revmux.features.key import backbone_digest
 from revmux.features.precision import Precision
 from revmux.features.shards import PART_INPUTS
 from revmux.features.store import NotSeenError, StoreBuilder
 from revmux.features.tokens import TokenizedTask
 from revmux.features.writer import FeaturePass
-from revmux.pretrained.loading import inspect
+from revmux.pretrained.loading import inspect, load_outline
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import Recipe
 from revmux.training.recipe import check_labels, layers_read, load_backbone, tokens_of
 from revmux.utils.redact import without_passwords
 
 Work = list[tuple[FeaturePass, SplitTokens]]
+Known = tuple[str | None, Probe | None]
+"""What only a loaded backbone tells a :class:`revmux.features.store.StoreBuilder`; None if it is loaded."""
 
 
 def fill_stores(
@@ -39,8 +44,9 @@ def fill_stores(
     """Complete the stores of a task's splits with a Ray Data job in which each worker computes and writes shards.
 
     A pass that was stopped resumes, and the shard of a lost worker is given to another worker. If two jobs need the
-    same store, one waits until the other has completed it. On a single machine, this process computes the missing inputs
-    itself if they fit in one shard, because starting workers would take longer.
+    same store, one waits until the other has completed it. This process loads the backbone only if all work runs on this
+    machine, and then computes the missing inputs itself if they fit in one shard, because starting workers would take
+    longer. Otherwise a worker loads and hashes it.
 
     Args:
         recipe: the backbone and the store; other settings are ignored.
@@ -53,10 +59,16 @@ def fill_stores(
         UserError: a layer is out of range, a state does not fit the store's type, or the store cannot be written.
         NotSeenError: this process does not see the files that the workers wrote.
     """
-    pretrained = load_backbone(recipe, task.label_names)
-    check_labels(pretrained, task)
+    if cluster.is_this_machine:
+        pretrained = load_backbone(recipe, task.label_names)
+        check_labels(pretrained, task)
+        known: Known = (None, None)
+    else:
+        pretrained = load_outline(recipe.backbone, task.label_names)
+        check_labels(pretrained, task)
+        known = run_on_worker("the feature pass", cluster, _inspect_weights, recipe, task)
     pretrained.backbone.freeze()
-    builders = _builders(pretrained, recipe, layers, task)
+    builders = _builders(pretrained, recipe, layers, task, *known)
     verify = builders[0].root.local  # hashing reads everything, so the training workers verify a remote store
     with ExitStack() as stack:
         work = [
@@ -148,13 +160,26 @@ class ShardWorker:
         return self.pretrained
 
 
-def _builders(pretrained: Pretrained, recipe: Recipe, layers: Sequence[int], task: TokenizedTask) -> list[StoreBuilder]:
+def _inspect_weights(recipe: Recipe, task: TokenizedTask) -> Known:
+    pretrained = load_backbone(recipe, task.label_names)
+    backbone = pretrained.backbone.freeze()
+    return backbone_digest(backbone), probe(backbone, tokens_of(task, pretrained, recipe)[0])
+
+
+def _builders(
+    pretrained: Pretrained,
+    recipe: Recipe,
+    layers: Sequence[int],
+    task: TokenizedTask,
+    weights: str | None,
+    probed: Probe | None,
+) -> list[StoreBuilder]:
     """One builder per store, sorted by key, so that all jobs lock several stores in the same order."""
-    splits = tokens_of(task, pretrained, recipe)
-    builders = {
-        builder.key: builder for builder in (StoreBuilder(pretrained, split, layers, recipe.store) for split in splits)
-    }
-    return [builder for _, builder in sorted(builders.items())]
+    found = [
+        StoreBuilder(pretrained, split, layers, recipe.store, weights=weights, probed=probed)
+        for split in tokens_of(task, pretrained, recipe)
+    ]
+    return sorted({builder.key: builder for builder in found}.values(), key=lambda builder: builder.key)
 
 
 def _write_with_workers(

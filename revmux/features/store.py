@@ -11,12 +11,11 @@ import torch
 from pyarrow.fs import FileSystem
 from torch import Tensor
 
-from revmux.backbone import HiddenState
 from revmux.backbone.base import evaluating
 from revmux.data.tokens import SplitTokens
 from revmux.errors import UserError
 from revmux.features.base import Features
-from revmux.features.budget import GIGABYTE, StoreSize, predict_size
+from revmux.features.budget import GIGABYTE, Probe, StoreSize, predict_size, probe
 from revmux.features.config import StoreConfig, default_root
 from revmux.features.key import backbone_digest, combine
 from revmux.features.online import OnlineFeatures
@@ -177,7 +176,12 @@ def open_features(
 
 
 class StoreBuilder:
-    """Finds, completes and opens one store. The arguments are those of :func:`open_features`.
+    """Finds, completes and opens one store. The other arguments are those of :func:`open_features`.
+
+    With ``weights`` and ``probed``, a backbone on the meta device suffices to find what is missing.
+
+    Args:
+        probed: the :func:`revmux.features.budget.probe` of the backbone. By default, it is taken if needed.
 
     Attributes:
         key: key of the store.
@@ -192,6 +196,7 @@ class StoreBuilder:
         config: StoreConfig | None = None,
         filesystem: FileSystem | None = None,
         weights: str | None = None,
+        probed: Probe | None = None,
     ) -> None:
         self.config = config or StoreConfig()
         self.pretrained, self.backbone, self.split = pretrained, pretrained.backbone, split
@@ -201,6 +206,7 @@ class StoreBuilder:
                 raise UserError(f"prefill layer {layer} does not exist; choose 0..{self.backbone.num_layers}")
         if not len(split):
             raise UserError("the split is empty; provide at least one example")
+        self.probed = probed
         self.dtype: torch.dtype = getattr(torch, self.config.dtype)
         row = (self.backbone.readout_size + self.backbone.num_labels) * 4
         shard_inputs = self.config.shard_inputs or inputs_per_shard(len(split), row)
@@ -306,16 +312,15 @@ class StoreBuilder:
         assert self.teacher is not None
         if not missing and self._is_whole(self.teacher):
             return self.teacher, self.layers
-        probe = self._probe()
-        if missing and probe.decoder is not None:
+        probed = self.probed or probe(self.backbone, self.split)
+        if missing and probed.has_decoder:
             _log.warning(
                 "%s has a decoder that also reads the text, which the store does not support; "
                 "storing the teacher only and computing the prefill online",
                 self.pretrained.identity["name"],
             )
             missing = []
-        prompt = int(probe.mask.sum()) - int(self.split.lengths[0])
-        size = predict_size(self.split, self.backbone, self.dtype, prompt)
+        size = predict_size(self.split, self.backbone, self.dtype, probed.added)
         limits = [(self.config.budget_gb, f"budget_gb = {self.config.budget_gb:g}")]
         disk = self._disk() / GIGABYTE
         limits.append((disk, f"the {disk:.3g} GB available on the disk"))
@@ -351,10 +356,6 @@ class StoreBuilder:
                 )
                 return False
         return True
-
-    def _probe(self) -> HiddenState:
-        with torch.inference_mode():
-            return self.backbone.embed(self.split.batch([0], self.backbone.device))
 
     def _disk(self) -> int:
         """Free bytes on the disk from which shards are mapped, plus the bytes that this store already uses there."""

@@ -55,19 +55,58 @@ def outline(config: BackboneConfig) -> tuple[Backbone, list[str] | None]:
     model_config = load_model_config(location, config)
     prompt = _prompt_of(config, location, model_config)
     if prompt is None:
-        with CREATION, torch.device("meta"):
-            backbone = cut(AutoModelForSequenceClassification.from_config(model_config))
+        backbone = _classifier_outline(model_config)
         return backbone, backbone.label_names if _has_head(model_config) else None
     names = list(prompt.labels) or None
     tokenizer = _load_tokenizer(config, location)
     placeholder = Verbalizer(("0", "1"), ((0,), (1,)))  # the data determines the classes of a prompt without labels
     verbalizer = placeholder if names is None else prompt.verbalizer(tokenizer)
+    return _language_model_outline(config, location, model_config, prompt, tokenizer, verbalizer), names
+
+
+def load_outline(config: BackboneConfig, label_names: list[str]) -> Pretrained:
+    """What :func:`load_pretrained` returns, with the backbone on the meta device, so that it needs no memory.
+
+    Args:
+        config: the model, with a head or a prompt, and its settings.
+        label_names: classes for a prompt that lists none.
+
+    Raises:
+        UserError: see :func:`load_pretrained`.
+    """
+    location = resolve(config.model)
+    model_config = load_model_config(location, config)
+    tokenizer, prompt = load_tokenizer(config, label_names)
+    if prompt is None:
+        check_answers(config)
+        backbone = _classifier_outline(model_config)
+    else:
+        verbalizer = prompt.verbalizer(tokenizer)
+        backbone = _language_model_outline(config, location, model_config, prompt, tokenizer, verbalizer)
+    check_length(config, backbone)
+    identity = identify(config.model, location, config.revision)
+    return Pretrained(backbone, tokenizer, identity, _has_head(model_config), prompt, read_pairs(location))
+
+
+def _classifier_outline(model_config: Any) -> Backbone:
+    with CREATION, torch.device("meta"):
+        return cut(AutoModelForSequenceClassification.from_config(model_config))
+
+
+def _language_model_outline(
+    config: BackboneConfig,
+    location: str,
+    model_config: Any,
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    verbalizer: Verbalizer,
+) -> Backbone:
     with CREATION, torch.device("meta"):
         backbone = cut(language_model_class(model_config).from_config(model_config), verbalizer)
         if (soft_prompt := read_soft_prompt(location, config.revision)) is not None:
             backbone.add_soft_prompt(len(soft_prompt))
     _keep_prefix(backbone, prompt, tokenizer)
-    return backbone, names
+    return backbone
 
 
 def check_answers(config: BackboneConfig) -> None:
