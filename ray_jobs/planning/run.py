@@ -14,7 +14,6 @@ import torch
 import yaml
 
 from ray_jobs.cluster import connected
-from ray_jobs.on_worker import run_on_worker
 from ray_jobs.paths import recording_storage, store_in
 from ray_jobs.planning.config import PlanJob
 from ray_jobs.sweep.run import base_recipe, prepare_sweep, run_sweep
@@ -25,6 +24,7 @@ from ray_jobs.tracking.outbox import is_refusal
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import FinetuneJob
 from ray_jobs.training.launch import fingerprint
+from ray_jobs.training.on_worker import run_on_worker
 from ray_jobs.training.task_model import tune_model
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError

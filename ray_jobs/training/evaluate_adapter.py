@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray_jobs.cluster import connected
-from ray_jobs.on_worker import run_on_worker
 from ray_jobs.paths import absolute_location, recording_storage, store_in
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import EvaluateJob
+from ray_jobs.training.on_worker import run_on_worker
 from revmux.adapters.compatibility import check_prompt
 from revmux.adapters.config import load_adapter_config
 from revmux.adapters.folder import load_adapter

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ray_jobs.cluster import ClusterConfig
-from ray_jobs.on_worker import run_on_worker
+from ray_jobs.training.on_worker import run_on_worker
 from ray_jobs.training.progress_board import Poster
 from revmux.data.tokens import SplitTokens
 from revmux.errors import UserError
