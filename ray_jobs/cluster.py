@@ -247,8 +247,8 @@ def warn_about_head(nodes: Sequence[Mapping[str, Any]], driver: str) -> str | No
     for node in alive:
         if node["NodeID"] == driver and is_head(node) and (len(alive) > 1 or not node["Resources"].get("CPU")):
             return (
-                "the driver of this job runs on the cluster's head, where it loads the model and reads the data; if it is "
-                "too large for the head, submit the job with --entrypoint-resources, and Ray starts the driver on a node "
+                "the driver of this job runs on the cluster's head, where it loads the model and reads the data; if the "
+                "model is too large for the head, submit the job with --entrypoint-resources, and Ray starts the driver on a node "
                 "that offers them (docs/jobs.md, On many GPUs)"
             )
     return None
