@@ -32,27 +32,30 @@ class ClusterConfig:
     """Workers and the Ray cluster that they run on.
 
     Args:
-        address: Address of a running cluster, auto for the one that this machine belongs to, or local to start a new one on
-            this machine. Default: auto inside a submitted job, otherwise local.
+        address: Address of a running cluster, auto for the cluster that this machine belongs to, or local to start a
+            new one on this machine. Default: auto inside a submitted job, otherwise local.
         workers: Number of training processes. At least 1.
         cpus_per_worker: CPU cores per worker, which also sets its number of threads. Above 0.
-        gpus_per_worker: GPUs per worker, a whole number or a fraction below 1. 0 trains on CPUs (gloo), more on GPUs (nccl).
-        min_workers: Smallest number of workers that training may go on with after a loss. It grows again when machines come
-            back. The result is the same up to rounding. Default: workers, so that training waits for replacements.
-        resize_minutes: With min_workers: minutes between looks for room for more workers. Above 0. A resize continues from
-            the last checkpoint.
+        gpus_per_worker: GPUs per worker, a whole number or a fraction below 1. 0 trains on CPUs (gloo), higher values
+            on GPUs (nccl).
+        min_workers: Smallest number of workers with which training may continue after a loss. It scales up again when
+            machines come back. The result is the same up to rounding. Default: workers, so that training waits for
+            replacements.
+        resize_minutes: With min_workers: minutes between checks for room for more workers. Above 0. A resize continues
+            from the last checkpoint.
         memory_per_worker: Memory to reserve per worker, in GB. 0 reserves none.
         resources_per_worker: Custom resources to reserve per worker, as a mapping such as {spot: 1}.
-        accelerator_type: Type of the GPUs, such as A10G, L4 or H100, as Ray names it. Default: any.
+        accelerator_type: GPU type, by Ray's name for it, such as A10G, L4 or H100. Default: any.
         labels: Labels that the workers' nodes must have, as a mapping such as {market-type: spot}. Default: none.
         driver_labels: Labels of the nodes for the processes that drive the trials of a sweep, if a trial has several workers.
             Default: they run on the node of the job's own driver.
-        driver_memory: With driver_labels: memory to reserve per such process and its Ray Train controller, in GB. Above 0.
-        collective_minutes: Minutes after which workers that wait for each other fail, and restart. Above 0.
-        max_failures: Number of restarts from the last checkpoint after failures before the job fails. The count starts again
-            whenever training completes an epoch, and preempted machines do not count. 0 or more.
-        wait_minutes: Minutes to wait for machines that the workers need and the cluster does not have yet, at the start or
-            after a loss, before the job fails. 0 waits without limit.
+        driver_memory: With driver_labels: memory to reserve for each of these processes and its Ray Train controller,
+            in GB. Above 0.
+        collective_minutes: Minutes after which workers that are waiting for each other fail and restart. Above 0.
+        max_failures: Number of restarts from the last checkpoint before the job fails. The count starts again whenever
+            training completes an epoch, and preemptions do not count. 0 or more.
+        wait_minutes: Minutes to wait, at the start or after a loss, for machines that the workers need and the cluster
+            does not have yet, before the job fails. 0 waits without a limit.
     """
 
     address: str | None = None

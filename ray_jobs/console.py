@@ -32,10 +32,10 @@ COMMANDS = {
     },
     "Look up": {
         "cost": ("revmux.__main__:main", "Estimate the speed-up of a method before training."),
-        "memory": ("revmux.__main__:main", "Estimate the memory of training."),
+        "memory": ("revmux.__main__:main", "Estimate the memory of training and serving."),
         "methods": ("revmux.__main__:main", "List the methods and their options."),
         "calibrate": ("revmux.__main__:main", "Fit a bias per label word of a prompt."),
-        "fetch": ("revmux.__main__:main", "List or bring the embedded models and example data."),
+        "fetch": ("revmux.__main__:main", "List or download the embedded models and example data."),
         "cache": ("revmux.__main__:main", "List or remove stored features."),
     },
 }

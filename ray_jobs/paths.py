@@ -85,11 +85,11 @@ def recording_storage(storage: str, tracking_uri: str | None) -> str:
     """:func:`absolute_storage` of a job that records its run in MLflow.
 
     Raises:
-        UserError: see :func:`absolute_storage`; or the storage is a URI, where MLflow's default database cannot be.
+        UserError: see :func:`absolute_storage`; or the storage is a URI, but MLflow's default database is a file.
     """
     if is_uri(storage) and tracking_uri is None:
         raise UserError(
-            f"storage {without_passwords(storage)!r} is a URI, where MLflow's default database, a file, cannot be; name a "
+            f"storage {without_passwords(storage)!r} is a URI, but MLflow's default database is a file; name a "
             "server that all nodes reach, such as --tracking.uri http://mlflow.internal:5000"
         )
     return absolute_storage(storage)

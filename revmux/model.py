@@ -175,7 +175,7 @@ class MultiplexedClassifier(nn.Module):
             UserError: the limit is negative.
         """
         if limit < 0:
-            raise UserError(f"merge_limit is {limit}; choose 0 (LoRA's updates stay apart) or more bytes")
+            raise UserError(f"merge_limit is {limit}; choose 0 (LoRA stays unmerged) or more bytes")
         lora = self.method.lora
         if lora is not None and lora.merged_bytes(self.backbone) <= limit:
             self._merged = (lora.merged_into(self.backbone),)

@@ -32,7 +32,7 @@ def check_task_names(tasks: dict[str, Any]) -> dict[str, Any]:
     for name in tasks:
         if not TASK_NAME.fullmatch(name):
             raise ValueError(
-                f"task name {name!r} is illegal; use letters, digits, '.', '_' and '-', with a letter or digit first"
+                f"task name {name!r} is invalid; use letters, digits, '.', '_' and '-', with a letter or digit first"
             )
     return tasks
 
@@ -84,10 +84,11 @@ class TaskConfig(_TaskSettings):
         revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
         dtype: Data type of the frozen weights. Adapters stay in float32. Default: the type that the adapters were trained
             with, otherwise float32.
-        prompt: Prompt by which a language model answers: the name of a shipped prompt, or a YAML file. Default: the prompt
-            that the task model or the adapters were trained with.
+        prompt: Prompt with which a language model answers: the name of a shipped prompt, or a YAML file. Default: the
+            prompt that the task model or the adapters were trained with.
         adapters: Adapters, one for each N, and one for each later stage of a ladder: folders or their URIs,
-            models:/NAME@ALIAS or runs:/ID/PATH. On a command line they are separated by commas. Without adapters every input runs alone.
+            models:/NAME@ALIAS or runs:/ID/PATH. On the command line, separate them with commas. Without adapters, every
+            input runs alone.
         max_length: Maximum number of tokens per input. Default: the length that all adapters were trained with.
         threshold: Confidence below which an input goes on to the next stage of a ladder, or to the plain model. 0 makes all
             answers final. Default: each adapter's own threshold.
@@ -102,12 +103,13 @@ class TaskConfig(_TaskSettings):
 
 
 class Autoscaling(_Strict):
-    """Replicas that follow the load, by Ray Serve's autoscaler.
+    """Autoscaling of the replicas by Ray Serve.
 
     Args:
-        min_replicas: Minimum number of replicas. With 0, an idle server holds no model and its next request waits for one.
+        min_replicas: Minimum number of replicas. With 0, an idle server has no model loaded, and its next request waits
+            until one is.
         max_replicas: Maximum number of replicas.
-        target_ongoing_requests: Number of requests, waiting and running, that each replica should have.
+        target_ongoing_requests: Target number of waiting and running requests per replica.
         upscale_delay_s: Seconds of higher load before replicas are added.
         downscale_delay_s: Seconds of lower load before replicas are drained.
     """
@@ -134,46 +136,52 @@ class AppConfig(_TaskSettings):
         revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
         dtype: Data type of the frozen weights. Adapters stay in float32. Default: the type that the adapters were trained
             with, otherwise float32.
-        prompt: Prompt by which a language model answers: the name of a shipped prompt, or a YAML file. Default: the prompt
-            that the task model or the adapters were trained with.
+        prompt: Prompt with which a language model answers: the name of a shipped prompt, or a YAML file. Default: the
+            prompt that the task model or the adapters were trained with.
         adapters: Adapters, one for each N, and one for each later stage of a ladder: folders or their URIs,
-            models:/NAME@ALIAS or runs:/ID/PATH. On a command line they are separated by commas. Without adapters every input runs alone.
+            models:/NAME@ALIAS or runs:/ID/PATH. On the command line, separate them with commas. Without adapters, every
+            input runs alone.
         max_length: Maximum number of tokens per input. Default: the length that all adapters were trained with.
         threshold: Confidence below which an input goes on to the next stage of a ladder, or to the plain model. 0 makes all
             answers final. Default: each adapter's own threshold.
         tasks: Several tasks by name, each with the settings above. Names consist of letters, digits, '.', '_' and '-'.
         max_multiplex: Maximum width of a group. 1 serves the plain model alone. Default: the widest adapter.
-        max_queue: Maximum number of inputs of one task that wait in a replica. Further requests are answered with 429.
-        max_ongoing_requests: Maximum number of requests that a replica holds. When it holds more, Serve sends them to other
+        max_queue: Maximum number of inputs of one task that wait in a replica. The server answers further requests with
+            429.
+        max_ongoing_requests: Maximum number of requests that a replica holds. Serve sends further requests to other
             replicas, and answers 429 if all are full. Default: max_queue + max_batch.
         max_batch: Maximum number of inputs per forward pass.
         max_batch_tokens: Maximum number of tokens per forward pass, including padding.
-        plain_load: The plain model answers every input while the waiting work costs no more than this many plain inputs.
+        plain_load: The plain model answers every input as long as the waiting work costs no more than this many plain
+            inputs.
         share_plain: Whether inputs that the plain model answers share a prefill with those of other tasks. Their answers then
             differ from the plain model's by rounding.
-        priority_seconds: Seconds of waiting that one point of a request's priority is worth.
-        audit: Share of the inputs that adapters answered to run through the plain model too. /metrics shows how often the
-            labels agree.
-        memory_gb: Gigabytes (10^9 bytes) that all tasks together may take in a replica. Tasks beyond it are loaded when a
-            request first names them, and the tasks that were not used for longest are removed. While a task is loaded, its
-            whole model comes on top. Default: all tasks are loaded at the start.
-        merge_limit_mib: Maximum size, in MiB, of an adapter's copy of the weights into which its LoRA is merged. Merged LoRA costs
-            no time. 0 keeps it apart.
-        max_points_lost: Points of accuracy that an adapter may have lost in its own evaluation. One that lost more, and has
-            no threshold, is logged with a warning when it is loaded.
+        priority_seconds: Seconds of waiting time that one point of a request's priority is worth.
+        audit: Share of the inputs answered by adapters that also run through the plain model. /metrics shows how often
+            the labels agree.
+        memory_gb: Maximum memory of all tasks of a replica together, in gigabytes (10^9 bytes). Tasks beyond this limit
+            are loaded when a request first names them, and the least recently used tasks are removed. While a task is
+            being loaded, its whole model takes additional memory. Default: all tasks are loaded at startup.
+        merge_limit_mib: Maximum size, in MiB, of an adapter's copy of the weights into which its LoRA is merged. Merged
+            LoRA adds no time per pass. 0 leaves LoRA unmerged.
+        max_points_lost: Points of accuracy that an adapter may have lost in its own evaluation. The server logs a
+            warning when it loads an adapter that lost more and has no threshold.
         max_texts: Maximum number of inputs per request.
         max_body_bytes: Maximum size of a request's body in bytes.
-        body_seconds: Maximum number of seconds in which the body of a request must arrive.
+        body_seconds: Maximum number of seconds for the body of a request to arrive.
         stuck_seconds: Maximum number of seconds per forward pass. A replica whose model takes longer is replaced.
-        token_file: File with bearer tokens, one per line. Without it and token_env, requests need no token.
-        token_env: Name of an environment variable with a bearer token, set where the replicas run.
-        drain_seconds: Seconds that a stopping replica has to answer the requests that it holds.
-        num_replicas: Number of copies of the model.
-        front_ends: Number of processes per replica that answer HTTP, so that Python's work for HTTP does not limit a fast model.
-            1 answers in the process of the model itself. It cannot be combined with autoscaling.
-        autoscaling: Replicas that follow the load, instead of num_replicas. Default: none.
+        token_file: File with bearer tokens, one per line. If neither token_file nor token_env is set, requests need no
+            token.
+        token_env: Name of an environment variable that contains a bearer token, set on the nodes where the replicas
+            run.
+        drain_seconds: Seconds that a stopping replica gets to answer the requests that it holds.
+        num_replicas: Number of replicas, each with its own copy of the model.
+        front_ends: Number of processes per replica that handle HTTP, so that Python's work for HTTP does not limit a
+            fast model. With 1, the process of the model itself handles HTTP. Values above 1 cannot be combined with
+            autoscaling.
+        autoscaling: Autoscaling of the replicas, instead of num_replicas. Default: none.
         num_cpus: CPU cores per replica.
-        num_gpus: GPUs per replica, fractions too. 0 runs on the CPU.
+        num_gpus: GPUs per replica; fractions are allowed. 0 runs on the CPU.
         threads: Number of CPU threads of the model. Default: one per core.
     """
 
@@ -327,7 +335,7 @@ def live_tasks(user_config: Any) -> dict[str, TaskConfig]:
     """Return the tasks of Serve's ``user_config``.
 
     Raises:
-        UserError: a key is unknown or a value is illegal.
+        UserError: a key is unknown or a value is invalid.
     """
     try:
         return LiveConfig.model_validate(user_config).tasks
@@ -342,9 +350,9 @@ class ServerConfig(AppConfig):
         host: Interface to listen on. 127.0.0.1 accepts connections from this machine only, 0.0.0.0 from every machine that
             can reach it.
         port: TCP port to listen on.
-        proxy: HTTP proxy of the Ray that this command starts: haproxy, or Serve's own proxy in python, which answers several
-            times fewer requests per second. An existing cluster keeps its proxy. Default: haproxy where Ray brings it (on
-            Linux).
+        proxy: HTTP proxy of the Ray that this command starts: haproxy, or python for Serve's own proxy, which answers
+            several times fewer requests per second. An existing cluster keeps its proxy. Default: haproxy on Linux,
+            where Ray ships it.
     """
 
     host: str = "127.0.0.1"
@@ -368,7 +376,7 @@ def server_config(**settings: Any) -> ServerConfig:
     """Build and check the server's configuration.
 
     Raises:
-        UserError: a key is unknown or a value is illegal.
+        UserError: a key is unknown or a value is invalid.
     """
     try:
         return ServerConfig(**settings)

@@ -10,7 +10,7 @@ from typing import Any
 from serve_app.errors import Unhealthy
 from serve_app.wire import FRAME_BYTES, HELLO_SECONDS, Address, Connection, Message, unpack_error
 
-DETACHED = "this front end has lost its engine and looks for another one; retry later"
+DETACHED = "this front end has lost its engine and is looking for another one; retry later"
 
 
 class EngineLink:

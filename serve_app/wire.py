@@ -107,7 +107,9 @@ class Connection(asyncio.Protocol):
                 for message in messages:
                     self._on_message(message)
         except Exception as error:
-            logger.warning("a connection between front end and engine ends: %s: %s", type(error).__name__, error)
+            logger.warning(
+                "a connection between a front end and its engine was closed: %s: %s", type(error).__name__, error
+            )
             self.abort()
 
     def _take(self) -> bytes | None:

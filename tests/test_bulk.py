@@ -200,7 +200,7 @@ def test_the_same_call_continues_and_computes_nothing_twice(
 def test_other_settings_need_another_output(config: BulkConfig, change: dict[str, Any], words: str) -> None:
     classify_files(config)
     before = parts(config)
-    with pytest.raises(UserError, match="was begun with") as refused:
+    with pytest.raises(UserError, match="was started with") as refused:
         classify_files(replace(config, **change))
     assert words in str(refused.value)
     assert parts(config) == before

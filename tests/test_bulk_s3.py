@@ -74,7 +74,7 @@ def test_s3_gives_the_same_answers_as_the_disk_and_continues(
     report = classify_files(config)
     assert (report.resumed, report.units) == (4, 5)
     assert parts(s3, config) == before
-    with pytest.raises(UserError, match=r"was begun with system\.threshold"):
+    with pytest.raises(UserError, match=r"was started with system\.threshold"):
         classify_files(replace(config, threshold=0.5))
 
 

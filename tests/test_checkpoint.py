@@ -181,7 +181,7 @@ def test_a_second_process_waits_for_the_lock_of_a_checkpoint_folder(
 
 def test_a_folder_that_cannot_be_locked_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    refused = pytest.raises(UserError, match=r"cannot write checkpoints to .*file/run .*; make room")
+    refused = pytest.raises(UserError, match=r"cannot write checkpoints to .*file/run .*; free some space")
     with refused, CheckpointFolder(tmp_path / "file" / "run").locked():
         pass
 

@@ -109,7 +109,7 @@ def test_mistakes_are_one_line(
     for flags, words in {
         ("--backbone.model", f"{bucket}/nothing"): f"cannot read '{bucket}/nothing'",
         ("--data.source", f"{bucket}/nothing.csv"): f"cannot read '{bucket}/nothing.csv'",
-        ("--storage", f"{bucket}/runs"): "is a URI, where MLflow's default database, a file, cannot be",
+        ("--storage", f"{bucket}/runs"): "is a URI, but MLflow's default database is a file",
     }.items():
         assert cli.run(train.main, TrainJob, None, [*right, *flags]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]

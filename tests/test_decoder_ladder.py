@@ -173,7 +173,7 @@ def test_a_copy_above_the_limit_is_not_made(ladder: DecoderLadder) -> None:
         assert [memory.merged for memory in kept.adapters] == [0, 0]
         assert [memory.unmerged for memory in kept.adapters] == needed
     pretrained = ladder.pretrained()
-    with pytest.raises(UserError, match=r"merge_limit is -1; choose 0 \(LoRA's updates stay apart\) or more bytes"):
+    with pytest.raises(UserError, match=r"merge_limit is -1; choose 0 \(LoRA stays unmerged\) or more bytes"):
         load_adapter(ladder.two, pretrained, merge_limit=-1)
     with pytest.raises(UserError, match="merge_limit is -1"):
         Limits(merge_limit=-1)

@@ -129,7 +129,7 @@ def test_expired_requests_fail_and_are_not_computed(queue: PullQueue, clock: Clo
 
 def test_each_task_has_its_own_queue_limit(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(100)))
-    with pytest.raises(Overloaded, match="100 inputs are waiting and at most 100 may: no room for 1 more"):
+    with pytest.raises(Overloaded, match="100 inputs are waiting and the limit is 100: no room for 1 more"):
         queue.put([ticket(A)])
     put(queue, ticket(B))
     assert queue.depths() == {"a": 100, "b": 1}

@@ -356,7 +356,7 @@ def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(
         with pytest.raises(UserError) as reported:
             list(trainer(folder, fill_at_10).run())
         assert f"cannot write the checkpoint of step 12 to {folder} (" in str(reported.value)
-        assert "make room there" in str(reported.value)
+        assert "free some space there" in str(reported.value)
         assert "resumes from step 8" in str(reported.value)
         assert not list(folder.glob(".*")), "a partial file is left"
         free[0]()
@@ -383,7 +383,7 @@ def test_a_job_on_a_full_disk_ends_with_one_line_and_resumes_when_there_is_space
         log = job.log.read_text()
         (line,) = [line for line in log.splitlines() if line.startswith("error:")]
         assert "No space left on device" in line
-        assert "make room there" in line
+        assert "free some space there" in line
         assert "Traceback" not in log
         free()
         with job.started() as process:

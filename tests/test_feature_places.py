@@ -129,7 +129,7 @@ def test_remote_shards_are_copied_once_and_damaged_copies_are_replaced(
     corrupt(damaged)
     if side == "deep":
         shutil.rmtree(config.copies)
-        with pytest.raises(UserError, match=r"was damaged and is removed; start again to write it again"):
+        with pytest.raises(UserError, match=r"was damaged and has been removed; start again to rewrite it"):
             open_features(model, tokens, [1], remote, filesystem)
     expect_equal(open_features(model, tokens, [1], remote, filesystem), model.backbone, tokens, 1, 1e-5)
     after = shard_files(same(config, root=str(tmp_path / side)))

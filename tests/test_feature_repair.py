@@ -85,7 +85,7 @@ def test_a_full_disk_keeps_complete_shards(config: StoreConfig) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))  # states take more space than the teacher
     try:
-        with pytest.raises(UserError, match=r"cannot write .*shard-00000.*free some space.*what is complete is kept"):
+        with pytest.raises(UserError, match=r"cannot write .*shard-00000.*free some space.*complete files are kept"):
             open_features(model, tokens, [1], config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

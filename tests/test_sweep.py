@@ -330,7 +330,7 @@ def test_a_trial_that_runs_alone_is_explained(monkeypatch: pytest.MonkeyPatch, c
     watch = ConcurrencyWatch(cluster, concurrent=2, seconds=0)
     for trials in (both, alone, alone, both, alone):
         watch.look(trials)
-    warning = f"sweep: warning: only one trial runs and 1 wait for room: {shortage}\n"
+    warning = f"sweep: warning: only one trial is running and 1 waiting for resources: {shortage}\n"
     assert capsys.readouterr().out == 2 * warning, "once each time"
 
 

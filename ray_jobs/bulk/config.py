@@ -22,7 +22,7 @@ class ClassifyJob(BulkConfig):
         storage: Folder for Ray's log and the default MLflow store, or a URI such as s3://bucket/runs, with which
             tracking.uri must be set. In a submitted job it must not be a relative path.
         name: Name of the run in MLflow.
-        progress_seconds: Seconds between lines of progress. Above 0.
+        progress_seconds: Seconds between progress lines. Above 0.
     """
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

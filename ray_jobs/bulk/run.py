@@ -49,7 +49,7 @@ def run_classify(job: ClassifyJob, work: Work) -> Report:
         adapters = _fetch_adapters(job, tracker, Path(downloads))
         prepared = prepare_job(job, work, adapters, job.cluster.device)
     for path in work.ignored[:3]:
-        print(f"classify: {path} is no data file and is ignored ({len(work.ignored)} in all)", flush=True)
+        print(f"classify: {path} is not a data file and is ignored ({len(work.ignored)} in all)", flush=True)
     output = OutputFolder(prepared.output)
     with output.opened(prepared.settings):
         progress = start_progress(job, prepared, work, output)
@@ -153,7 +153,7 @@ def _check(report: Report, job: ClassifyJob) -> None:
         raise Unfinished(
             STOPPED_BY_AUDIT,
             f"the audit stopped the job: the answers agree with the plain model in {report.totals.agreement}, below "
-            f"audit_floor {job.audit_floor:g}; raise the threshold, or make another plan on such data",
+            f"audit_floor {job.audit_floor:g}; raise the threshold, or make another plan on data like this",
         )
     if report.failed:
         for one in report.failed:
@@ -162,5 +162,5 @@ def _check(report: Report, job: ClassifyJob) -> None:
         raise Unfinished(
             FAILED_UNITS,
             f"{len(report.failed)} of {report.units} units ({rows:,} rows) failed {job.attempts} times each and are missing "
-            "in the output; the same command tries them again",
+            "from the output; run the same command again to retry them",
         )

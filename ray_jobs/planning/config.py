@@ -13,11 +13,12 @@ from revmux.training.config import OptimConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PlanJob(TuneJob):
-    """Settings of the job. It runs a sweep first, whose settings are those of ``tune``.
+    """Settings of the job. It first runs a sweep, which has the settings of ``tune``.
 
     Args:
         goal: Allowed loss of accuracy, or the required throughput.
-        choosing: Selection set: a slice of the training data that chooses the system and trains nothing.
+        choosing: Choosing set: a slice of the training data that is held back from training and used to choose the
+            system.
         measure: How systems are measured on this hardware.
         tuning: Optimizer and schedule for tuning the backbone first, if it has no classification head.
         frozen_layers: Number of lowest layers that this tuning leaves unchanged. 0 tunes the whole model.

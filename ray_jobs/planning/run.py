@@ -43,7 +43,7 @@ from revmux.utils.stored_folder import publish_folder, reading_folder, writing_f
 from serve_app.config import server_config
 
 DEPLOY = (
-    "export RAY_AUTH_MODE=token      # otherwise anyone who reaches this machine can run code on it",
+    "export RAY_AUTH_MODE=token      # otherwise anyone who can reach this machine can run code on it",
     "ray get-auth-token --generate   # once",
     'eval "$(python -m serve_app.ray_environment)"   # HAProxy in front of the server',
     "ray start --head",
@@ -65,8 +65,8 @@ def run_plan(job: PlanJob) -> Plan:
     backbone, own_labels = outline(job.backbone)
     if own_labels is not None and job.backbone.prompt is None:
         print(
-            f"plan: if {job.backbone.model} was tuned on texts of this data, it is too accurate on the choosing set, and the "
-            "losses found there are too high; data that it has not seen gives a cheaper plan",
+            f"plan: if {job.backbone.model} was tuned on texts from this data, it is too accurate on the choosing set, and the "
+            "losses measured there are too high; data that it has not seen gives a cheaper plan",
             flush=True,
         )
     task = load_task(job.data, own_labels)

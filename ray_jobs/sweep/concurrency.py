@@ -124,4 +124,4 @@ class ConcurrencyWatch:
             state = f"{fitting} fit the machines, but other work uses them or processes are still starting"
             if fitting < 2:
                 state = describe_shortage(self.cluster, nodes)
-            print(f"sweep: warning: only one trial runs and {waiting} wait for room: {state}", flush=True)
+            print(f"sweep: warning: only one trial is running and {waiting} waiting for resources: {state}", flush=True)

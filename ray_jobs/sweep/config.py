@@ -20,11 +20,11 @@ class StoppingConfig:
 
     Args:
         enabled: Whether trials are stopped early.
-        grace: Share of its epochs that every trial may run. Above 0 and below 1.
+        grace: Share of its epochs that every trial runs before it can be stopped. Above 0 and below 1.
         reduction: Reduction factor of ASHA. Of the trials of one method and equal cost, one in this many continues after each
             rung. Above 1.
-        deviations: Number of standard errors by which a trial of the same method and equal or lower cost must be more accurate
-            after the same share of its epochs for this trial to be stopped. Above 0.
+        deviations: Number of standard errors. A trial is stopped if another trial of the same method and equal or lower
+            cost is more accurate by this much after the same share of its epochs. Above 0.
     """
 
     enabled: bool = True
@@ -49,16 +49,16 @@ class TuneJob:
         backbone: Frozen task model.
         data: Labelled text.
         space: Search space: quick, plan, paper, wide, or a YAML file.
-        trials: Maximum number of points of the space to try. At least 1. Default: as the space says.
+        trials: Maximum number of points of the space to try. At least 1. Default: the number that the space sets.
         optim: Optimizer and schedule, unless the space sets them.
         loss: Training loss, unless the space sets it. The scores of the plain model are distilled by default.
         store: Feature store, which all trials share.
         shuffles: Number of random groupings to average each trial's accuracy over. At least 1.
         stopping: Early stopping of trials.
-        retry_failed: Whether to retry the trials that failed in an earlier start of the same sweep.
+        retry_failed: Whether to retry trials that failed in an earlier start of the same sweep.
         cluster: Workers of one trial, and the Ray cluster that they run on.
-        concurrent_trials: Maximum number of trials that run at the same time. At least 1. Default: as many as the present
-            resources allow. On a cluster that scales with demand, set the number that it may grow to.
+        concurrent_trials: Maximum number of trials that run at the same time. At least 1. Default: as many as the
+            current resources allow. On an autoscaling cluster, set the number that should run once it has scaled up.
         tracking: MLflow tracking.
         storage: Folder for checkpoints, trials and the default MLflow store, or a URI such as s3://bucket/runs, with which
             tracking.uri must be set. In a submitted job it must not be a relative path.

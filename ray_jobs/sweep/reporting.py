@@ -110,7 +110,7 @@ class SweepReporter(Callback):
         if row is not None:
             self._use_own_row(trial, row)
         else:
-            self._end(trial, "failed", f"{last_failure(trial)}; use --retry_failed true to try it again")
+            self._end(trial, "failed", f"{last_failure(trial)}; use --retry_failed true to retry it")
 
     def _use_own_row(self, trial: Any, row: TrialRow) -> None:
         """Report the row that the trial wrote itself."""

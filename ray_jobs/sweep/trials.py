@@ -177,7 +177,7 @@ class SweepFolder:
         rows.put(f"{row.trial}.json", _json(asdict(row)))
 
     def forget(self, row: TrialRow) -> None:
-        """Delete a row, so that its trial is tried again."""
+        """Delete a row, so that its trial is retried."""
         with suppress(FileNotFoundError):
             self._rows().remove_file(f"{row.trial}.json")
 
@@ -193,7 +193,7 @@ class SweepFolder:
             try:
                 found[trial.name] = TrialRow(**json.loads(rows.get(name)))
             except (ValueError, TypeError) as error:
-                _log.warning("%s is damaged (%s); its trial is tried again", rows.file(name), error)
+                _log.warning("%s is damaged (%s); its trial is retried", rows.file(name), error)
         return found
 
     def write_curve(self, trial: Trial, curve: Mapping[int, float]) -> None:
@@ -214,7 +214,7 @@ class SweepFolder:
                     content = json.loads(curves.get(name))
                     found[trial.name] = {int(epoch): float(accuracy) for epoch, accuracy in content.items()}
                 except (ValueError, TypeError, AttributeError) as error:
-                    _log.warning("%s is damaged (%s); early stopping does without it", curves.file(name), error)
+                    _log.warning("%s is damaged (%s); early stopping ignores it", curves.file(name), error)
         return found
 
     def run_id(self, trial: Trial) -> str | None:

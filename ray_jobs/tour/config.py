@@ -28,19 +28,19 @@ class QuickstartJob:
     """Settings of the quickstart. With the defaults it takes minutes on two cores.
 
     Args:
-        backbone: Pretrained model, or a classifier, which is not tuned again.
+        backbone: Pretrained model, or a classifier, which is used as is.
         data: Labelled text.
         tuning: Optimizer and schedule for tuning the task model.
         frozen_layers: Number of lowest layers that tuning leaves unchanged. 0 tunes the whole model.
         num_inputs: Widths N to train adapters for, as a list such as [2,4].
-        prefill_layers: Number of prefill layers l, which each input passes alone. Default: half of the layers.
+        prefill_layers: Number of prefill layers l, through which each input runs alone. Default: half of the layers.
         exit_layers: Layers of the exit heads, as a list such as [2,4]. Default: a third, a half and two thirds of the way up.
-        exit_adapted: Number of layers below each exit that LoRA adapts to it. 0 keeps all layers frozen.
+        exit_adapted: Number of layers below each exit that LoRA adapts for it. 0 keeps all layers frozen.
         recipe: Named recipe: strong, paper, or a YAML file. It supplies the loss, the optimizer and the options of the methods.
         optim: Optimizer and schedule for training the adapters and exit heads.
         loss: Training loss of the adapters. Exit heads are trained without InfoNCE.
         goal: Goal of the plan: the allowed loss of accuracy, or the required throughput.
-        choosing: Slice of the training data that chooses the system and trains nothing.
+        choosing: Slice of the training data that is held back from training and used to choose the system.
         measure: How the plan measures systems on this machine.
         shuffles: Number of groupings to average the reported accuracy over. At least 1.
         requests: Number of live requests to send to the server.

@@ -129,8 +129,8 @@ class Tour:
                 "The package of the rated sentences is not available, so the task is 'docstrings' instead."
             )
         self.screen.line(
-            f"{len(choosing.train):,} sentences train, {len(task.selection):,} select the best epoch, "
-            f"{len(choosing.test):,} choose the plan, {len(task.test):,} test."
+            f"Sentences: {len(choosing.train):,} to train, {len(task.selection):,} to select the best epoch, "
+            f"{len(choosing.test):,} to choose the plan, {len(task.test):,} to test."
         )
         shown = [(task.label_names[row["label"]], _short(row["text"])) for row in task.train.select(range(4))]
         self.screen.table(["label", "text"], shown)
@@ -146,7 +146,7 @@ class Tour:
             tuning = self.job.tuning_job(tracking, self.storage)
             with self.working("Starting the workers", {tuning.name: "task model"}):
                 trained = tune_model(tuning, self.choosing, self.tracker, str(self.storage))
-            self.screen.line(f"The model is right on {trained.metrics['accuracy_mean']:.1%} of the choosing set.")
+            self.screen.line(f"The model's accuracy on the choosing set is {trained.metrics['accuracy_mean']:.1%}.")
         return trained.folder
 
     def recipes(self, plan_job: PlanJob, backbone: Backbone) -> list[Recipe]:
@@ -174,7 +174,7 @@ class Tour:
     def fill(self, sweep: Sweep, plan_job: PlanJob) -> None:
         """Store the frozen model's states."""
         with self.screen.step(
-            "Features", "Storing the frozen model's states and scores of each input. Everything below reads them."
+            "Features", "Storing the frozen model's states and scores of each input. All following steps read them."
         ):
             with self.working("Starting the feature pass", {"features": "inputs"}):
                 tokens = tokenize_task(self.choosing, plan_job.backbone, plan_job.store)
@@ -189,7 +189,7 @@ class Tour:
         names = {name: system_name(method) for name, method in methods.items()}
         with self.screen.step(
             "Adapters and exit heads",
-            f"Ray Tune trains RevMUX for N = {widths} and its rivals of equal cost, exit heads on early layers, in "
+            f"Ray Tune trains RevMUX for N = {widths} and its rivals at equal cost, exit heads on early layers, in "
             f"{self.job.cluster.workers} processes.",
         ):
             with self.working("Starting the processes", names):

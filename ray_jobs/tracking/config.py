@@ -10,8 +10,8 @@ class TrackingConfig:
     """MLflow tracking.
 
     Args:
-        uri: MLflow tracking URI: a database or a server. On several machines name a server that all of them reach. Default:
-            an SQLite file in the storage, which must then be a folder.
+        uri: MLflow tracking URI: a database or a server. With several machines, use a server that all of them can
+            reach. Default: an SQLite file in the storage, which must then be a folder.
         experiment: Name of the MLflow experiment.
     """
 

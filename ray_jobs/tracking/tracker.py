@@ -105,7 +105,7 @@ class Tracker:
                 stack.enter_context(self.running.exclusive(run_id, lifetime=RUN_LIFETIME))
             except OSError as error:
                 raise UserError(
-                    f"cannot write to {self.running.path} ({error_line(error)}); make room there or choose another --storage"
+                    f"cannot write to {self.running.path} ({error_line(error)}); free some space there or choose another --storage"
                 ) from error
             if resume is not None:
                 self.client.update_run(run_id, status="RUNNING")

@@ -30,7 +30,7 @@ class FinetuneJob:
         storage: Folder for checkpoints and the default MLflow store, or a URI such as s3://bucket/runs, with which
             tracking.uri must be set. In a submitted job it must not be a relative path.
         output: Folder or URI for the task model. Default: task-model in the storage.
-        name: Name of the run. A run of the same name and the same settings resumes from its last checkpoint.
+        name: Name of the run. A run with the same name and the same settings resumes from its last checkpoint.
         soft_prompt: Number of trainable vectors to put before every input of a language model, such as 20. They are
             tuned instead of the model's weights. Requires --backbone.prompt. 0 tunes the weights.
         lora_rank: Rank of LoRA, such as 16. The result is then a PEFT adapter on the unchanged model: low-rank updates of
@@ -79,9 +79,9 @@ class FeaturesJob:
     Args:
         backbone: Frozen task model.
         data: Labelled text. Use the settings that training will use, because the splits determine what is stored.
-        layers: Depths at which to store hidden states, as a list such as [2,3]: every number of prefill layers that will
-            be trained. Legal values: 0 to the number of layers. The teacher's scores are always stored.
-        store: Feature store. On several machines, set a root that all of them reach: a shared folder or a URI.
+        layers: Layers at which to store hidden states, as a list such as [2,3]: every number of prefill layers that
+            will be trained. Valid values: 0 to the number of layers. The teacher's scores are always stored.
+        store: Feature store. On several machines, set a root that all of them can reach: a shared folder or a URI.
         cluster: Workers and the Ray cluster that they run on.
         storage: Folder or URI for the stores, unless store.root is set. In a submitted job it must not be a relative path.
     """
@@ -166,11 +166,11 @@ class EvaluateJob:
     """Settings of the job.
 
     Args:
-        adapter: Adapter folder, on a disk that the worker reaches, its URI, or an id on the Hugging Face hub.
+        adapter: Adapter folder on a disk that the worker can reach, its URI, or an id on the Hugging Face hub.
         backbone: Task model that the adapter was trained on.
         data: Labelled text. The test split is evaluated.
-        store: Feature store for the task model's states of the test split. Each input then passes the lower layers
-            once, regardless of the number of shuffles, or not at all if training has stored its states.
+        store: Feature store for the task model's states of the test split. Each input then runs through the lower
+            layers once, regardless of the number of shuffles, or not at all if training has already stored its states.
         shuffles: Number of random groupings of the test split to average the accuracy over. At least 1.
         seed: Random seed of the groupings.
         cluster: Resources of the one worker that evaluates, and the Ray cluster that it runs on.

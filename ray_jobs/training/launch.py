@@ -260,7 +260,7 @@ def write_run_id(folder: Place, run_id: str) -> None:
         folder.put(RUN_ID_FILE, f"{run_id}\n".encode())
     except OSError as error:
         raise UserError(
-            f"cannot write to {folder.path} ({error_line(error)}); make room there or choose another --storage"
+            f"cannot write to {folder.path} ({error_line(error)}); free some space there or choose another --storage"
         ) from error
 
 

@@ -185,7 +185,7 @@ def write_result(location: str, prepared: Prepared, metrics: dict[str, float]) -
             save_result(temporary, prepared, metrics)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write the result to {without_passwords(location)} ({error}); make room there and run the same command again: "
+            f"cannot write the result to {without_passwords(location)} ({error}); free some space there and run the same command again: "
             "training is complete and its checkpoint is kept"
         ) from error
 

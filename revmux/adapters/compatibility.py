@@ -29,7 +29,7 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
     if config.dtype is not None and config.dtype != given:
         warnings.warn(
             f"adapter {str(folder)!r} was trained on a {config.dtype} backbone, but the given backbone is {given}, so scores "
-            f"will differ slightly; load the backbone with dtype {config.dtype} for the scores of training",
+            f"will differ slightly; load the backbone with dtype {config.dtype} to get the scores of training",
             stacklevel=2,
         )
 

@@ -148,5 +148,5 @@ def warn_agreement(agreement: Agreement, promised: float | None) -> str | None:
         return None
     return (
         f"the answers agree with the plain model in {agreement}, but the adapter's evaluation found {promised:.2%}; the "
-        "input may differ from the data of the evaluation; raise the threshold, or make another plan on such data"
+        "input may differ from the data of the evaluation; raise the threshold, or make another plan on data like this"
     )

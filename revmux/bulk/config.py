@@ -19,13 +19,13 @@ class BulkConfig:
     Args:
         input: Rows to classify: a file, a folder, a glob or a URI (s3://, gs://, file://) of Parquet, CSV, TSV, JSON lines
             or Arrow files. All of them must have the same columns.
-        output: Folder or URI for the answers. The same command continues an interrupted job there.
+        output: Folder or URI for the answers. Running the same command again continues an interrupted job.
         model: Frozen task model: a folder or its URI, or a Hugging Face id. Default: the model that the adapter or the plan
             records.
         revision: Branch, tag or commit of the model on the hub. Ignored for folders. Default: the default branch.
         dtype: Data type of the frozen weights. Default: the type that the adapter was trained with, otherwise float32.
-        prompt: Prompt by which a language model answers: the name of a shipped prompt, or a YAML file. Default: the prompt
-            that the task model or the adapter was trained with.
+        prompt: Prompt with which a language model answers: the name of a shipped prompt, or a YAML file. Default: the
+            prompt that the task model or the adapter was trained with.
         adapter: Adapter folder, a URI of one, an id on the Hugging Face hub, or, in a job, models:/NAME@ALIAS. Default: the
             plain model.
         plan: Folder or URI of a plan, or its plan.json. Its adapters and thresholds are used.
@@ -42,12 +42,13 @@ class BulkConfig:
         unit_rows: Maximum number of rows per unit of work, which is one output file. At least 1.
         max_batch_tokens: Maximum number of tokens per forward pass, including padding; a single group may always run. At
             least 1. Default: 4096 on CPUs, whose caches are small, and 16384 on GPUs.
-        attempts: How often a unit may fail before it is left out. At least 1.
-        audit: Share of the rows to run through the plain model too, to measure how often the answers agree. 0..1.
-        audit_floor: Stop the job if the agreement is below this share, with 99.9 % confidence. 0..1. Default: only warn.
+        attempts: Number of times that a unit may fail before it is left out. At least 1.
+        audit: Share of the rows that also run through the plain model, to measure how often the answers agree. 0..1.
+        audit_floor: Stop the job if the agreement is below this share with 99.9 % confidence. 0..1. Default: only log a
+            warning.
         sample_rows: Number of rows with their texts on the summary page. 0 or more.
-        price: Price of an hour of a worker's hardware, in any currency, such as that of its GPU: progress and summary then
-            show the price of the job and of a million rows. Above 0. Default: no prices.
+        price: Hourly price of a worker's hardware, such as its GPU, in any currency. Progress and summary then show the
+            price of the job and of a million rows. Above 0. Default: no prices.
     """
 
     input: str

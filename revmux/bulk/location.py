@@ -87,7 +87,7 @@ def list_files(source: str) -> InputFiles:
     for info in sorted(infos, key=lambda info: info.path):
         (known if PurePosixPath(info.path).suffix in FORMATS else ignored).append(info)
     if not known:
-        found = f"{ignored[0].path!r} is no data file" if ignored else f"cannot find a file for input {source!r}"
+        found = f"{ignored[0].path!r} is not a data file" if ignored else f"cannot find a file for input {source!r}"
         raise UserError(f"{found}; known suffixes: {', '.join(FORMATS)}; name a file, a folder or a glob of such files")
     if pattern and ignored:
         raise UserError(

@@ -101,14 +101,14 @@ class OutputFolder:
             if former is None:
                 if self.place.files():
                     raise UserError(
-                        f"output {self.location!r} has files of something else, such as {self.place.files()[0]!r}; choose an "
+                        f"output {self.location!r} contains other files, such as {self.place.files()[0]!r}; choose an "
                         "empty folder"
                     )
                 self.meta.write(JOB_NAME, _json(settings))
             elif changed := list(differences(former, settings)):
                 more = f", and {len(changed) - 1} more settings differ" if len(changed) > 1 else ""
                 raise UserError(
-                    f"output {self.location!r} was begun with {changed[0]}{more}; choose another output, or the former settings"
+                    f"output {self.location!r} was started with {changed[0]}{more}; choose another output, or the earlier settings"
                 )
             yield
 

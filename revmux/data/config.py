@@ -31,14 +31,15 @@ class DataConfig:
             s3://bucket/reviews.parquet, or the id of a data set on the Hugging Face hub.
             The default, embedded, is sentiment, or docstrings if the download fails.
         subset: Configuration of a hub data set, such as sst2 of nyu-mll/glue. Default: none.
-        text_column: Column of the text. Default: found by its usual names, such as text or sentence.
-        pair_column: Column of the second text, where each input is a pair. Default: found by the usual names of pairs, such
-            as sentence1 and sentence2.
-        label_column: Column of the label. Default: found by its usual names, such as label.
-        selection_share: Share of train to hold out as the selection set, which chooses checkpoints and settings. Above 0 and
-            below 1. At most 2,000 examples are held out. No held-out text is part of a text that is trained on.
-        test_share: Share of the rows to hold out as the test split, where the source has none. Above 0 and below 1. At most
-            20,000 rows are held out.
+        text_column: Column that contains the text. Default: found by its usual names, such as text or sentence.
+        pair_column: Column that contains the second text, if each input is a pair. Default: found by the usual names of
+            pairs, such as sentence1 and sentence2.
+        label_column: Column that contains the label. Default: found by its usual names, such as label.
+        selection_share: Share of train to hold out as the selection set, which is used to choose checkpoints and
+            settings. Above 0 and below 1. At most 2,000 examples are held out. No held-out text is part of a training
+            text.
+        test_share: Share of the rows to hold out as the test split, if the source has none. Above 0 and below 1. At
+            most 20,000 rows are held out.
         limit: Maximum number of training examples, for a quick run. At least 1. Default: all.
         per_class: Number of sentences per class of docstrings. At least 20.
         seed: Random seed of all splits.

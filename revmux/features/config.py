@@ -21,14 +21,14 @@ class StoreConfig:
     """Where and how features are stored.
 
     Args:
-        root: Folder of all feature stores: a local path, or a URI that pyarrow opens, such as s3://bucket/features. On
-            several machines, all of them must reach it. Default: features in the job's storage folder, or revmux/features
-            in the user's cache folder for programs that have no storage folder.
+        root: Folder of all feature stores: a local path, or a URI that pyarrow can open, such as s3://bucket/features.
+            With several machines, all of them must be able to reach it. Default: features in the job's storage folder,
+            or revmux/features in the user's cache folder for programs that have no storage folder.
         copies: Local folder for copies of shards that are read from a URI. They are memory-mapped from there.
         dtype: Data type of the stored states. The loss of precision is measured and recorded in the store.
-        budget_gb: Maximum size of one split's features on disk, in gigabytes (10^9 bytes), the teacher's outputs included.
-            If the states do not fit, only the teacher's outputs are stored and the prefill is computed online. If these do
-            not fit either, they are computed online too. 0 stores nothing.
+        budget_gb: Maximum size of one split's features on disk, in gigabytes (10^9 bytes), including the teacher's
+            outputs. If the states do not fit, only the teacher's outputs are stored, and the prefill is computed
+            online. If these do not fit either, they are also computed online. 0 stores nothing.
         batch_size: Inputs per forward pass while the store is filled. At least 1.
         shard_inputs: Maximum number of inputs per file. At least 1. Default: files of at least 256 MB, or a sixteenth of the
             inputs if that is less.
@@ -46,7 +46,9 @@ class StoreConfig:
             if getattr(self, name) == "":
                 raise UserError(f"{name} of the feature store is empty; name a folder")
         if "://" in self.copies:
-            raise UserError(f"copies is {self.copies!r}; name a folder of this machine: files are mapped from there")
+            raise UserError(
+                f"copies is {self.copies!r}; name a folder on this machine: files are memory-mapped from there"
+            )
         if self.dtype not in get_args(StoredDtype):
             raise one_of(
                 "dtype", self.dtype, get_args(StoredDtype), "choose float16 for the smallest error at half the size"

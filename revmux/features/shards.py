@@ -254,7 +254,7 @@ class ShardSet:
         if not self._is_intact(name):
             with suppress(FileNotFoundError):
                 self.place.remove_file(name)
-            raise UserError(f"{self.place.file(name)} was damaged and is removed; start again to write it again")
+            raise UserError(f"{self.place.file(name)} was damaged and has been removed; start again to rewrite it")
         data = self.mapped.read(name)
         if data is None:
             raise UserError(f"{self.mapped.file(name)} was removed while it was opened; start again")

@@ -75,7 +75,7 @@ class StoredTokens(SplitTokens):
         place = root.child(key)
         meta = _complete(place)
         if not meta:
-            raise UserError(f"{place.path} contains no complete tokens; start again, so that they are written")
+            raise UserError(f"{place.path} contains no complete tokens; start again to write them")
         self._digest: str = meta["digest"]
         self.truncated: int = meta["truncated"]
         own = None if copies is None else copies.child(key)
@@ -370,5 +370,5 @@ def _mapped(place: Place, copies: Place | None, name: str, size: int) -> Tensor:
     if own.digest(name) != digest:
         with suppress(FileNotFoundError):
             place.remove_file(name)
-        raise UserError(f"{place.file(name)} was damaged and is removed; start again to write it again")
+        raise UserError(f"{place.file(name)} was damaged and has been removed; start again to rewrite it")
     return torch.from_file(own.file(name), size=size, dtype=getattr(torch, kind))

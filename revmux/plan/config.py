@@ -14,17 +14,18 @@ class MeasureConfig:
 
     Args:
         shuffles: Number of groupings to average each accuracy over. At least 1.
-        thresholds: Thresholds (confidences from 0 to 1) to consider for every adapter, beside none. Default: chosen from the
-            confidences of each adapter.
-        max_stages: Most adapters of a ladder. 1 considers single adapters only, with and without fallback. At least 1.
+        thresholds: Thresholds (confidences from 0 to 1) to consider for every adapter, in addition to no threshold.
+            Default: chosen from the confidences of each adapter.
+        max_stages: Maximum number of adapters in a ladder. 1 considers only single adapters, with and without fallback.
+            At least 1.
         throughput_inputs: Inputs per timing. 0 skips the timings and ranks by counted cost.
         throughput_batch: Inputs per forward pass of a timing. At least 1.
-        throughput_pairs: Number of timings of SISO and of each system, in turn. At least 1.
-        search_share: Share of the choosing set that finds the front, together with the selection set. The rest tests it.
-            Above 0 and below 1.
+        throughput_pairs: Number of timings of SISO and of each system, which alternate. At least 1.
+        search_share: Share of the choosing set on which the front is found, together with the selection set. The front
+            is tested on the rest. Above 0 and below 1.
         seed: Random seed of the groupings and of the division of the choosing set.
-        price: Price of an hour of this hardware, in any currency: the page then shows the price of a million answers.
-            Above 0. Default: no prices.
+        price: Hourly price of this hardware, in any currency. The page of the plan then shows the price of a million
+            answers. Above 0. Default: no prices.
     """
 
     shuffles: int = 5
@@ -55,7 +56,7 @@ class MeasureConfig:
 class SplitConfig:
     """The choosing set: a slice of the train split that is held back from training, to compare the systems on it.
 
-    A part of it finds the front of all systems, see :class:`MeasureConfig`. The rest tests the systems of the front.
+    The front of all systems is found on a part of it, see :class:`MeasureConfig`, and tested on the rest.
 
     Args:
         share: Share of the train split to hold back. Above 0 and below 1.
@@ -74,11 +75,11 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class Goal:
-    """The allowed loss of accuracy, or the throughput wanted. At least one of the two is required.
+    """The allowed loss of accuracy, or the required throughput. At least one of the two must be set.
 
     Args:
-        allowance: Accuracy that may be lost against SISO, in percentage points from 0 to 100. Default: no limit.
-        throughput: Inputs per second wanted, as a multiple of SISO's throughput. Above 0. Default: no requirement.
+        allowance: Loss of accuracy against SISO that is allowed, in percentage points from 0 to 100. Default: no limit.
+        throughput: Required inputs per second, as a multiple of SISO's throughput. Above 0. Default: no requirement.
         confidence: Confidence with which the loss must stay within the allowance. Above 0.5 and below 1.
     """
 

@@ -34,9 +34,9 @@ class BackboneConfig:
         max_length: Maximum number of tokens per input. Longer inputs are truncated. At least 2.
         dtype: Data type of the frozen weights. Adapters stay in float32.
         attention: Attention kernel of transformers.
-        prompt: Prompt by which a language model answers with label words instead of a classification head: the name of a
-            shipped prompt such as sst2, a YAML file, or, in a job's own YAML, the prompt itself. Default: the prompt that the
-            task model was tuned with, if any.
+        prompt: Prompt with which a language model answers by label words instead of a classification head: the name of
+            a shipped prompt such as sst2, a YAML file, or, in a job's own YAML, the prompt itself. Default: the prompt
+            that the task model was tuned with, if any.
     """
 
     model: str = EMBEDDED_NAME

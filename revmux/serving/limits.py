@@ -56,7 +56,7 @@ class Limits:
         if self.plain_load < 0:
             raise UserError(f"plain_load is {self.plain_load}; choose 0 (group whenever it is cheaper) or more")
         if self.merge_limit < 0:
-            raise UserError(f"merge_limit is {self.merge_limit}; choose 0 (LoRA's updates stay apart) or more bytes")
+            raise UserError(f"merge_limit is {self.merge_limit}; choose 0 (LoRA stays unmerged) or more bytes")
         if not self.priority_seconds > 0:
             raise UserError(f"priority_seconds is {self.priority_seconds}; choose a value above 0, such as 1")
         if not 0 <= self.audit <= 1:

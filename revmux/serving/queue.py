@@ -161,7 +161,7 @@ class PullQueue:
         if waiting + tickets > self.limit:
             self.metrics.count(task.name, "rejected", tickets)
             raise Overloaded(
-                f"{waiting} inputs are waiting and at most {self.limit} may: no room for {tickets} more in task "
+                f"{waiting} inputs are waiting and the limit is {self.limit}: no room for {tickets} more in task "
                 f"{task.name!r}; retry later"
             )
 

@@ -89,7 +89,7 @@ class CheckpointFolder:
                 self._still_locked = stack.enter_context(self.place.exclusive(".lock", lifetime=RUN_LIFETIME))
             except OSError as error:
                 raise UserError(
-                    f"cannot write checkpoints to {self.name} ({error_line(error)}); make room there, or choose another storage"
+                    f"cannot write checkpoints to {self.name} ({error_line(error)}); free some space there, or choose another storage"
                 ) from error
             yield
 
@@ -281,7 +281,7 @@ class CheckpointFolder:
         steps = []
         with suppress(OSError):
             steps = self._steps()
-        remedy = "make room there, or choose another storage"
+        remedy = "free some space there, or choose another storage"
         return f"{remedy}; the same command then resumes from step {steps[0]}" if steps else remedy
 
 

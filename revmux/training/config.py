@@ -22,18 +22,19 @@ class OptimConfig:
         learning_rate: Peak learning rate of AdamW. Above 0. The paper uses 2e-5 over 50 epochs.
         backbone_learning_rate: Peak learning rate of the backbone's weights if the method tunes them. Default: learning_rate.
         weight_decay: Weight decay of AdamW. 0 or more.
-        warmup_share: Share of the steps in which the learning rate rises linearly. It then falls linearly to zero. From 0 to
-            below 1.
+        warmup_share: Share of the steps during which the learning rate rises linearly. Afterwards it falls linearly to
+            zero. From 0 to below 1.
         clip: Maximum norm of the gradient. Above 0.
         patience: Number of epochs without a better accuracy on the selection set after which training stops. 0 disables
             early stopping.
         seed: Random seed of initial weights, data order and groups.
-        accumulate: Number of micro-batches per optimizer step on each worker, for batches that do not fit in memory. The
-            result differs only by rounding and dropout, because InfoNCE uses the negatives of the whole step. At least 1.
+        accumulate: Number of micro-batches per optimizer step on each worker, for batches that do not fit into memory.
+            The result differs only by rounding and dropout, because InfoNCE uses the negatives of the whole step. At
+            least 1.
         precision: bfloat16 runs training steps under autocast and keeps weights and optimizer state in float32. Use it to
             tune a backbone on a GPU. For a frozen backbone, setting its dtype saves more memory and time.
-        gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its activations. Uses less memory
-            and about a third more time. Gradients do not change.
+        gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its activations. This uses
+            less memory and takes about a third more time. Gradients do not change.
     """
 
     epochs: int = 10
@@ -130,8 +131,8 @@ class CheckpointConfig:
     """When checkpoints are saved.
 
     Args:
-        steps: Optimizer steps between checkpoints within an epoch. A restart repeats at most this many steps. 0 saves only
-            at the end of each epoch, which is always saved.
+        steps: Optimizer steps between checkpoints within an epoch. A restart repeats at most this many steps. 0 saves
+            only at the end of each epoch, where a checkpoint is always saved.
         keep: Number of checkpoints to keep. At least 2: if the newest is damaged, a run resumes from the one before.
     """
 
@@ -179,7 +180,7 @@ class MethodConfig:
     Args:
         name: Name of the method, such as revmux, token-split or exit-head. revmux methods lists all.
         num_inputs: Width N: number of inputs that share a pass through the upper layers.
-        prefill_layers: Number of prefill layers l, which process each input alone. 0 to the number of layers.
+        prefill_layers: Number of prefill layers l, through which each input runs alone. 0 to the number of layers.
         options: Options of the method by name, as a mapping such as {own_state: mlp}. revmux methods lists them.
     """
 

@@ -91,7 +91,7 @@ class Lease:
             try:
                 self.release()
             except OSError as error:
-                _log.warning("%s could not be removed (%s); it expires", self.path, error)
+                _log.warning("%s could not be removed (%s); it will expire", self.path, error)
 
     def renew(self) -> None:
         """Write the current time to the lease file."""

@@ -78,7 +78,7 @@ def one_line(message: str, known: Iterable[str] = ()) -> str:
 
 
 def _illegal_value(setting: str, reason: str) -> str:
-    """``--optim.epochs is many; legal: a whole number`` of what jsonargparse says of a value's type."""
+    """``--optim.epochs is many; valid: a whole number`` of what jsonargparse says of a value's type."""
     value = re.search(r".*(?:Got|Given) value: (.*)", reason)
     kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\])", reason)
     words = [
@@ -88,7 +88,7 @@ def _illegal_value(setting: str, reason: str) -> str:
     words += [bound.strip() for bound in re.findall(r"Input should be ([^\[]*)\[type=", reason)]
     if value is None or not words:
         return f"--{setting}: {reason}"
-    return f"--{setting} is {value.group(1)}; legal: {' or '.join(dict.fromkeys(words))}"
+    return f"--{setting} is {value.group(1)}; valid: {' or '.join(dict.fromkeys(words))}"
 
 
 _WORDS = {

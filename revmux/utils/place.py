@@ -184,7 +184,7 @@ class Place:
         except OSError as error:
             raise UserError(
                 f"cannot write {self.file(name)} ({error}); free some space there or choose another folder, "
-                "then start again: what is complete is kept"
+                "then start again: complete files are kept"
             ) from None
         finally:
             with suppress(OSError):  # it exists only if the block did not end

@@ -101,5 +101,5 @@ def _upload(source: Path, location: str) -> None:
                 shutil.copyfileobj(file, stream, BLOCK)
     except OSError as error:
         raise UserError(
-            f"cannot write to {without_passwords(location)!r} ({error_line(error)}); correct that and run the same command again"
+            f"cannot write to {without_passwords(location)!r} ({error_line(error)}); fix this and run the same command again"
         ) from error
