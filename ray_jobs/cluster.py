@@ -180,7 +180,7 @@ def check_port_number(port: int) -> None:
     """Check that a number is a TCP port.
 
     Raises:
-        UserError: the number is out of range; the message names the legal range.
+        UserError: the number is out of range; the message names the valid range.
     """
     if not 1 <= port <= 65535:
         raise UserError(f"port is {port}; choose 1 to 65535, such as 8000")

@@ -75,7 +75,7 @@ def load_task(
     Raises:
         UserError: the model cannot be loaded, or an adapter does not fit.
     """
-    # The engine applies max_length to inputs. Loading only needs a legal value.
+    # The engine applies max_length to inputs. Loading only needs a valid value.
     folders = [adapter.folder for adapter in adapters.values()]
     prompt = task.prompt or recorded_prompt(folders)
     dtype = task.dtype or (recorded_dtype(load_adapter_config(folders[0])) if folders else "float32")

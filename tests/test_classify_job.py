@@ -182,7 +182,7 @@ def test_the_audit_stops_the_job_with_its_own_status(job: ClassifyJob, ray_here:
     assert unfinished.value.status == 4
 
 
-def test_the_documented_commands_have_legal_settings() -> None:
+def test_the_documented_commands_have_valid_settings() -> None:
     page = (Path(__file__).parents[1] / "docs" / "classify.md").read_text().replace("\\\n", " ")
     found = re.findall(r"^(?:revmux classify|ray job submit .* ray_jobs\.classify) (.*)", page, re.M)
     assert len(found) == 2

@@ -169,7 +169,7 @@ MISTAKES = {
     "server without a model": ("serve_app", [], "nothing to serve"),
     "server of a missing folder": ("serve_app", ["--model", "./nowhere"], "cannot find folder './nowhere'"),
     "server of no adapter": ("serve_app", ["--model", "MODEL", "--adapters", "EMPTY"], "not an adapter folder"),
-    "server with an illegal port": ("serve_app", ["--model", "MODEL", "--port", "0"], "port"),
+    "server with an invalid port": ("serve_app", ["--model", "MODEL", "--port", "0"], "port"),
     "cost of an unknown method": ("revmux", ["cost", "--method", "revmax"], "unknown method 'revmax'"),
     "cost with a wrong flag": (
         "revmux",

@@ -448,11 +448,11 @@ def test_command_line_lists_every_method_with_its_options(command):
         )
 
 
-@pytest.mark.parametrize(("name", "legal"), [("revmux", 64), ("datamux", 61)])
-def test_a_length_beyond_the_position_embeddings_is_refused(name, legal):
+@pytest.mark.parametrize(("name", "valid"), [("revmux", 64), ("datamux", 61)])
+def test_a_length_beyond_the_position_embeddings_is_refused(name, valid):
     backbone = tiny("bert")
     method = build_method(name, BackboneShape.of(backbone), 2)
-    message = f"the backbone accepts at most 64; truncate texts to {legal}"
+    message = f"the backbone accepts at most 64; truncate texts to {valid}"
     with pytest.raises(UserError, match=message):
         count_flops(backbone, method, 1, 65)
     with pytest.raises(UserError, match=message):

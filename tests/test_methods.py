@@ -356,7 +356,7 @@ def test_a_hidden_size_that_cannot_be_divided_is_refused(bert, name):
         ("token-split", {"ratio": 1}, "pools 1 tokens into one"),
     ],
 )
-def test_wrong_settings_are_refused_with_the_legal_ones(bert, name, options, message):
+def test_wrong_settings_are_refused_with_the_valid_ones(bert, name, options, message):
     with pytest.raises(UserError, match=message):
         build_method(name, BackboneShape.of(bert), 2, options)
 

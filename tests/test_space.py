@@ -13,7 +13,7 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import inspect
 from revmux.training.config import OptimConfig, Recipe
 from revmux.training.recipes import named_recipe
-from tune_spaces.points import legal_points
+from tune_spaces.points import valid_points
 from tune_spaces.space import SearchSpace, load_space, space_names
 
 SHAPE = BackboneShape(768, 12, 2, 768, shared_answer=True, vocab_size=1000)
@@ -24,13 +24,13 @@ def test_every_space_of_the_project_has_points_on_the_embedded_backbone() -> Non
     shape, _ = inspect(BackboneConfig())
     assert space_names() == ["paper", "plan", "quick", "wide"]
     for name in space_names():
-        points, _ = legal_points(load_space(name), RECIPE, shape, 1)
+        points, _ = valid_points(load_space(name), RECIPE, shape, 1)
         assert len({repr(point) for point in points}) == len(points) > 1
 
 
 def test_the_paper_space_cuts_every_backbone_in_the_middle() -> None:
     for layers, cuts in ((12, {0, 3, 6}), (32, {0, 8, 16}), (6, {0, 2, 3})):
-        points, left_out = legal_points(load_space("paper"), RECIPE, replace(SHAPE, num_layers=layers), 1)
+        points, left_out = valid_points(load_space("paper"), RECIPE, replace(SHAPE, num_layers=layers), 1)
         assert {point.method.prefill_layers for point in points} == cuts
         assert {point.method.num_inputs for point in points} == {2, 4, 8, 16}
         assert not left_out
@@ -38,7 +38,7 @@ def test_the_paper_space_cuts_every_backbone_in_the_middle() -> None:
 
 def test_the_paper_space_trains_the_paper_s_recipe_whatever_the_job_s_is() -> None:
     job = replace(RECIPE, name="strong", loss=named_recipe("strong").loss_config())
-    points, _ = legal_points(load_space("paper"), job, SHAPE, 1)
+    points, _ = valid_points(load_space("paper"), job, SHAPE, 1)
     for point in points:
         assert point.name == "paper"
         assert (point.optim.epochs, point.optim.learning_rate, point.optim.batch_size) == (50, 2e-5, 32)
@@ -50,7 +50,7 @@ def test_every_layer_and_every_kind_of_system_competes_with_equal_epochs(name: s
     """The default space of plans is not built so that one kind must win."""
     strong = named_recipe("strong")
     job = replace(RECIPE, name="strong", optim=strong.optim_config(), loss=strong.loss_config())
-    points, left_out = legal_points(load_space(name), job, SHAPE, 1)
+    points, left_out = valid_points(load_space(name), job, SHAPE, 1)
     assert not left_out
     assert {point.optim.epochs for point in points} == {strong.optim_config().epochs}
     assert {point.loss.distillation_weight for point in points} == {strong.loss_config().distillation_weight}
@@ -70,7 +70,7 @@ def test_every_layer_and_every_kind_of_system_competes_with_equal_epochs(name: s
 
 
 def test_the_wide_space_has_an_exit_head_at_every_layer() -> None:
-    points, _ = legal_points(load_space("wide"), RECIPE, SHAPE, 1)
+    points, _ = valid_points(load_space("wide"), RECIPE, SHAPE, 1)
     heads = [point for point in points if point.method.name == "exit-head"]
     assert {point.method.options["layer"] for point in heads} == set(range(1, 12))
     assert {(point.method.num_inputs, point.loss.infonce_weight) for point in heads} == {(1, 0.0)}
@@ -78,7 +78,7 @@ def test_the_wide_space_has_an_exit_head_at_every_layer() -> None:
 
 def test_invalid_points_are_skipped_with_the_reason() -> None:
     space = SearchSpace(num_inputs=[2, 5], prefill_layers=[3, 13])
-    points, left_out = legal_points(space, RECIPE, SHAPE, 1)
+    points, left_out = valid_points(space, RECIPE, SHAPE, 1)
     assert [(point.method.num_inputs, point.method.prefill_layers) for point in points] == [(2, 3)]
     assert len(left_out) == 3
     assert any("0..12" in reason for reason in left_out)
@@ -86,15 +86,15 @@ def test_invalid_points_are_skipped_with_the_reason() -> None:
 
 
 def test_a_space_without_a_valid_point_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no legal point.*prefill_layers is 13"):
-        legal_points(SearchSpace(prefill_layers=[13]), RECIPE, SHAPE, 1)
+    with pytest.raises(UserError, match=r"no valid point.*prefill_layers is 13"):
+        valid_points(SearchSpace(prefill_layers=[13]), RECIPE, SHAPE, 1)
     with pytest.raises(UserError, match=r"unknown method .revmax.; known"):
-        legal_points(SearchSpace(methods=["revmax"]), RECIPE, SHAPE, 1)
+        valid_points(SearchSpace(methods=["revmax"]), RECIPE, SHAPE, 1)
 
 
 def test_a_random_search_is_reproducible() -> None:
     space = replace(load_space("wide"), search="random", trials=7)
-    first, second = (legal_points(space, RECIPE, SHAPE, 1)[0] for _ in range(2))
+    first, second = (valid_points(space, RECIPE, SHAPE, 1)[0] for _ in range(2))
     assert first == second
     assert len(first) == 7
 

@@ -11,7 +11,7 @@ from revmux.training.recipe import check
 from tune_spaces.space import SearchSpace
 
 
-def legal_points(
+def valid_points(
     space: SearchSpace, recipe: Recipe, shape: BackboneShape, workers: int
 ) -> tuple[list[Recipe], list[str]]:
     """The points of a space that a backbone can train, checked before anything starts.
@@ -37,7 +37,7 @@ def legal_points(
             method = point.method
             left_out.append(f"{method.name} N={method.num_inputs} l={method.prefill_layers}: {error}")
     if not points:
-        raise UserError(f"the search space has no legal point for this backbone: {left_out[0]}")
+        raise UserError(f"the search space has no valid point for this backbone: {left_out[0]}")
     if space.search == "random" and space.trials is not None and space.trials < len(points):
         points = random.Random(space.seed).sample(points, space.trials)
     return points, list(dict.fromkeys(left_out))

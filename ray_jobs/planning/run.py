@@ -232,7 +232,7 @@ def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[s
         tracking_uri: MLflow URI of the registry.
 
     Raises:
-        UserError: a value is not legal.
+        UserError: a value is not valid.
     """
     settings = {
         "model": job.backbone.model,

@@ -33,7 +33,7 @@ from revmux.pretrained.loading import check_answers, outline
 from revmux.training.config import Recipe
 from revmux.utils.copies import join_location
 from revmux.utils.redact import without_passwords
-from tune_spaces.points import legal_points
+from tune_spaces.points import valid_points
 from tune_spaces.space import SearchSpace, load_space
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Sweep:
     Attributes:
         job: settings of the sweep.
         space: search space.
-        trials: every legal point, cheapest first.
+        trials: every valid point, cheapest first.
         task: the task's data.
         folder: folder for the rows and trials.
         storage: absolute storage of the job.
@@ -85,7 +85,7 @@ def prepare_sweep(job: TuneJob, storage: str | Path, task: TaskData | None = Non
         task: the data, if it is already loaded.
 
     Raises:
-        UserError: the space has no legal point, the model has no head, the data cannot be read, or the sweep folder
+        UserError: the space has no valid point, the model has no head, the data cannot be read, or the sweep folder
             belongs to another task.
     """
     storage = str(storage)
@@ -96,7 +96,7 @@ def prepare_sweep(job: TuneJob, storage: str | Path, task: TaskData | None = Non
     job.cluster.check_training()
     check_answers(job.backbone)
     backbone, own_labels = outline(job.backbone)
-    points, left_out = legal_points(space, base_recipe(job), BackboneShape.of(backbone), job.cluster.workers)
+    points, left_out = valid_points(space, base_recipe(job), BackboneShape.of(backbone), job.cluster.workers)
     for reason in left_out:
         print(f"left out: {reason}", flush=True)
     task = task or load_task(job.data, own_labels)

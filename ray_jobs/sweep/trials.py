@@ -116,7 +116,7 @@ def make_trials(points: Sequence[Recipe], task: TaskData, backbone: Backbone, le
     """Name the points and count their costs; returns the trials, cheapest first.
 
     Args:
-        points: legal points.
+        points: valid points.
         task: the task's data.
         backbone: on any device; only its shape is used.
         length: tokens per input at which costs are counted, see :func:`mean_length`.

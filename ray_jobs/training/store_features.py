@@ -47,7 +47,7 @@ def check_layers(layers: Sequence[int], shape: BackboneShape) -> None:
     """Check that the backbone has the given depths, before it is loaded.
 
     Raises:
-        UserError: a depth is out of range; the message names the legal ones.
+        UserError: a depth is out of range; the message names the valid ones.
     """
     for layer in layers:
         if not 0 <= layer <= shape.num_layers:

@@ -367,17 +367,17 @@ def _fields(template: str) -> set[str]:
 
 
 def _check_template(prompt: str, key: str, template: str, required: tuple[str, ...]) -> None:
-    legal = " and ".join(f"{{{name}}}" for name in FIELDS)
+    valid = " and ".join(f"{{{name}}}" for name in FIELDS)
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise UserError(
-            f"{key} of prompt {prompt}: {error}; valid fields are {legal}; write a literal brace twice"
+            f"{key} of prompt {prompt}: {error}; valid fields are {valid}; write a literal brace twice"
         ) from None
     for _, name, form, conversion in parts:
         if name is not None and (name not in FIELDS or form or conversion):
             raise UserError(
-                f"unknown field {{{name}}} in {key} of prompt {prompt}; valid fields are {legal}, without a format; "
+                f"unknown field {{{name}}} in {key} of prompt {prompt}; valid fields are {valid}, without a format; "
                 "write a literal brace twice"
             )
     for name in required:

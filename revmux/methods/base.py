@@ -245,10 +245,10 @@ def divide_width(hidden_size: int, num_inputs: int) -> int:
         UserError: d is not divisible by N.
     """
     if hidden_size % num_inputs:
-        legal = [n for n in range(2, 33) if hidden_size % n == 0]
+        valid = [n for n in range(2, 33) if hidden_size % n == 0]
         raise UserError(
             f"hidden_size ({hidden_size}) must be divisible by num_inputs ({num_inputs}); "
-            f"choose N from {', '.join(map(str, legal))}"
+            f"choose N from {', '.join(map(str, valid))}"
         )
     return hidden_size // num_inputs
 

@@ -51,9 +51,9 @@ def build_method(name: str, shape: BackboneShape, num_inputs: int, options: Mapp
     try:
         settings = cls.Options(**dict(options or {}))
     except TypeError as error:
-        legal = list(getattr(cls.Options, "__dataclass_fields__", {}))
+        valid = list(getattr(cls.Options, "__dataclass_fields__", {}))
         raise UserError(
-            f"options {dict(options or {})} of {name}: {error}; known options: {', '.join(legal) or 'none'}"
+            f"options {dict(options or {})} of {name}: {error}; known options: {', '.join(valid) or 'none'}"
         ) from None
     check_types(cls.Options, dict(options or {}), f"options of {name}")
     return cls(shape, num_inputs, settings)

@@ -227,8 +227,8 @@ class _Table:
         onward = prefixes.unsure @ self.unsure.T / self.total  # (P, R), share that reaches the plain model
         resume = self._per_row([one.resume_cost for one in self.scores])
         cost = self._stage_cost(prefixes) + onward * resume
-        legal = self._legal(prefixes)
-        first, second = np.nonzero(legal)
+        valid = self._valid(prefixes)
+        first, second = np.nonzero(valid)
         systems = [(*prefixes.systems[p], r) for p, r in zip(first.tolist(), second.tolist())]
         return _Front(systems, cost[first, second], bound[first, second])
 
@@ -275,7 +275,7 @@ class _Table:
         cost: Floats = prefixes.cost[:, None] + reached[:, None] * (own[None] - prefill[:, None])
         return cost
 
-    def _legal(self, prefixes: _Prefixes) -> NDArray[np.bool_]:
+    def _valid(self, prefixes: _Prefixes) -> NDArray[np.bool_]:
         """(P, R) whether a row may follow.
 
         Its prefill is no shallower, it is another adapter that can go on, and if its confidence was learned, then after
@@ -284,21 +284,21 @@ class _Table:
         layers = np.array([one.stage.prefill_layers for one in self.scores])
         usable = np.array([one.can_go_on for one in self.scores])
         names = [one.stage.adapter for one in self.scores]
-        legal = np.ones((len(prefixes.last), len(self.adapter)), dtype=bool)
+        valid = np.ones((len(prefixes.last), len(self.adapter)), dtype=bool)
         reached = prefixes.unsure.mean(axis=1)
         for at, system in enumerate(prefixes.systems):
             before = tuple(names[index] for index in self.adapter[list(system)].tolist())
             fits = np.array([one.follows is None or one.follows == before for one in self.scores], dtype=bool)
             if not system:
-                legal[at] = fits[self.adapter]
+                valid[at] = fits[self.adapter]
                 continue
             if reached[at] < MIN_SHARE:
-                legal[at] = False
+                valid[at] = False
                 continue
             fits &= usable & (layers >= layers[prefixes.last[at]])
             fits &= [name not in before for name in names]
-            legal[at] = fits[self.adapter]
-        return legal
+            valid[at] = fits[self.adapter]
+        return valid
 
     def _per_row(self, values: Sequence[float]) -> Floats:
         return np.array(values)[self.adapter]

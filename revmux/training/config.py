@@ -116,9 +116,9 @@ class LossConfig:
     distillation_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, legal in (("negatives", get_args(Negatives)), ("similarity", get_args(Similarity))):
-            if getattr(self, name) not in legal:
-                raise one_of(name, getattr(self, name), legal, "choose one of these")
+        for name, valid in (("negatives", get_args(Negatives)), ("similarity", get_args(Similarity))):
+            if getattr(self, name) not in valid:
+                raise one_of(name, getattr(self, name), valid, "choose one of these")
         for name in ("infonce_weight", "distillation_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; choose 0 or more")

@@ -68,16 +68,16 @@ def one_line(message: str, known: Iterable[str] = ()) -> str:
         names = [f"--{name}" if f"--{name}" in options else name.upper() for name in found.group(1).split(", ")]
         return f"{', '.join(names)} is missing; give a value"
     if found := re.match(r"argument (?:\w+\.)*subcommand: invalid choice: (.+?) \(choose from (.*)\)", text):
-        legal = found.group(2).replace("'", "")
-        return f"unknown command {found.group(1)}{did_you_mean(found.group(1).strip(chr(39)), legal.split(', '))}; known: {legal}"
+        valid = found.group(2).replace("'", "")
+        return f"unknown command {found.group(1)}{did_you_mean(found.group(1).strip(chr(39)), valid.split(', '))}; known: {valid}"
     if found := re.match(r'expected "[\w.]+" to be one of \{(.*)\}, but', text):
         return f"no command given; known: {found.group(1).replace(',', ', ')}"
     if found := re.match(r"Parser key \"?'?([\w.]+)'?\"?: ?(.*)", text):
-        return _illegal_value(found.group(1), found.group(2))
+        return _invalid_value(found.group(1), found.group(2))
     return text
 
 
-def _illegal_value(setting: str, reason: str) -> str:
+def _invalid_value(setting: str, reason: str) -> str:
     """``--optim.epochs is many; valid: a whole number`` of what jsonargparse says of a value's type."""
     value = re.search(r".*(?:Got|Given) value: (.*)", reason)
     kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\])", reason)

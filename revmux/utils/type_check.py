@@ -26,7 +26,7 @@ def check_types(settings: type, values: Mapping[str, Any], where: str) -> None:
         try:
             _checker(settings, name).validate_python(value, strict=True)
         except ValidationError as error:
-            # The code that uses a choice checks it, with an error that lists the legal values.
+            # The code that uses a choice checks it, with an error that lists the valid values.
             wrong = [problem for problem in error.errors() if problem["type"] != "literal_error"]
             if wrong:
                 place = ".".join(str(part) for part in (name, *wrong[0]["loc"]))
