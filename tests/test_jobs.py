@@ -273,7 +273,7 @@ def peak_memory(process: psutil.Process) -> int:
 @pytest.mark.timeout(900)
 def test_a_large_model_needs_no_memory_on_the_head(head: Head, tiny_csv: Path, tmp_path: Path) -> None:
     """Only a worker holds the model: neither the head, nor the driver, which runs where it was submitted to."""
-    model = write_tiny_model(tmp_path / "large", vocab_size=700_000, hidden_size=256)
+    model = write_tiny_model(tmp_path / "large", vocab_size=700_000, hidden_size=512)
     size = (model / "model.safetensors").stat().st_size
     peaks: dict[str, dict[int, int]] = {"head": {}, "driver": {}, "machine": {}}
 
