@@ -23,6 +23,7 @@ _FAILURE_MARK = "Failure #"
 _MEMORY_MONITOR_TEXT = "node running low on memory"
 _LOST_ACTOR_TEXTS = ("The actor died", "may not have been executed on the actor")  # the second if its machine is lost
 _HEAD_RESOURCE = "node:__internal_head__"
+_ADDRESS = "RAY_ADDRESS"
 
 
 def __getattr__(name: str) -> Any:
@@ -74,6 +75,28 @@ def unwrap_health_check(error: Exception) -> Exception:
 def is_cluster_too_small(error: BaseException) -> bool:
     """Whether Ray Train gave up because no machine of the cluster can ever fit a worker."""
     return type(error).__name__ == _TOO_SMALL_ERROR
+
+
+@contextmanager
+def controllers_know_their_cluster() -> Iterator[None]:
+    """Inside the context, Ray Train passes the address of this process's cluster to the controllers that it starts.
+
+    The helper that frees the workers of a lost controller looks for the cluster on its machine. If there are several, it
+    ends with an error, and the workers' resources stay reserved.
+    """
+    import ray
+    from ray.train.v2._internal import constants
+
+    constants.ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
+    former = os.environ.get(_ADDRESS)
+    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[_ADDRESS]
+        else:
+            os.environ[_ADDRESS] = former
 
 
 def trial_stop_check() -> Callable[[], bool]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -36,3 +38,19 @@ def wait_until(
             pytest.fail(f"{getattr(condition, '__name__', condition)} was not true within {seconds:g} s")
         _NEVER.wait(every)
     return found
+
+
+def check_end(process: subprocess.Popen, log: Path, status: int = 0, seconds: float = 300) -> None:
+    """Wait for the end of a process and check its exit status; a failure shows the log.
+
+    Args:
+        process: writes to the log.
+        log: its output.
+        status: the expected exit status.
+        seconds: deadline after which the test fails.
+    """
+    try:
+        ended = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the process still runs after {seconds:g} s:\n{log.read_text()}")
+    assert ended == status, log.read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from polling import wait_until
+from polling import check_end, wait_until
 from pyarrow import parquet
 from ray_machines import Machines, cluster_of_machines, environment_in, processes_named
 from serving_models import load, text, write_adapter, write_model
@@ -69,7 +69,7 @@ def test_a_lost_machine_changes_no_byte_of_the_output(machines: Machines, folder
             )
             machines.lose(second)
             done = len(list(records.glob("*.json")))
-            assert process.wait() == 0, log.read_text()
+            check_end(process, log)
         finally:
             process.kill()
     assert 10 < done < ROWS // UNIT, "the machine was lost after the job"

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import polling
 import psutil
 import pytest
 import ray
 import torch
 from mlflow import MlflowClient
 from numeric import assert_close
+from polling import check_end
 from ray_machines import Machines, cluster_of_machines, environment_in, kill_all, kill_group, processes_named
 from safetensors.torch import load_file
 from torch import Tensor
@@ -92,11 +94,11 @@ def undisturbed(
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Path) -> Any:
     """Return the condition's value once it is true; fail with the log if the process ends before."""
-    while not (found := condition()):
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(0.02)
-            pytest.fail(f"ended with status {process.returncode}: {log.read_text()}")
-    return found
+
+    def ended() -> str | None:
+        return None if process.poll() is None else f"ended with status {process.returncode}: {log.read_text()}"
+
+    return polling.wait_until(condition, 300, every=0.02, failure=ended)
 
 
 @dataclass
@@ -210,7 +212,7 @@ def test_training_resumes_after_a_worker_is_killed_within_an_epoch(
         workers = processes_named(TRAIN_WORKER, os.getpid())
         assert len(workers) == 2
         workers[1].kill()
-        assert process.wait() == 0, job.log.read_text()
+        check_end(process, job.log)
     assert f"2 workers (gloo, cpu, 1 thread each), step 0 of {undisturbed.steps}" in job.log.read_text()
     first, resumed = job.starts()
     assert first == 0
@@ -229,7 +231,7 @@ def test_the_same_command_resumes_after_its_driver_was_killed(job: TrainJob, und
         left = psutil.wait_procs(workers, timeout=60)[1]
         assert not left, "workers still run after their driver was killed"
     with job.started() as process:
-        assert process.wait() == 0, job.log.read_text()
+        check_end(process, job.log)
     (resumed,) = job.starts()
     assert resumed >= step
     job.finished_like(undisturbed)
@@ -254,7 +256,7 @@ def test_training_resumes_after_a_node_is_lost_and_replaced(
         assert processes_named(TRAIN_WORKER, second.pid), "one worker per node"
         machines.lose(second)
         machines.add()
-        assert process.wait() == 0, job.log.read_text()
+        check_end(process, job.log)
     first, *resumed = job.starts()  # the other worker may fail, and start, before the node counts as lost
     assert first == 0
     assert resumed[-1] >= step
@@ -288,7 +290,7 @@ def test_training_shrinks_and_grows_with_the_cluster(
         for _ in lost:
             machines.add()
         wait_until(lambda: sizes()[-1] == "4", process, job.log)
-        assert process.wait() == 0, job.log.read_text()
+        check_end(process, job.log)
     assert max(job.starts()) > 0  # it continued from a checkpoint
     weights, expected = (
         load_file(folder / WEIGHTS_NAME) for folder in (job.storage / "adapters/revmux-n2-l1", tmp_path / "adapter-0")
@@ -379,7 +381,7 @@ def test_a_job_on_a_full_disk_ends_with_one_line_and_resumes_when_there_is_space
         with job.started() as process:
             wait_until(lambda: job.checkpoint_within_epoch(undisturbed.steps_per_epoch), process, job.log)
             free = fill()
-            assert process.wait() == 2, job.log.read_text()
+            check_end(process, job.log, 2)
         log = job.log.read_text()
         (line,) = [line for line in log.splitlines() if line.startswith("error:")]
         assert "No space left on device" in line
@@ -387,6 +389,6 @@ def test_a_job_on_a_full_disk_ends_with_one_line_and_resumes_when_there_is_space
         assert "Traceback" not in log
         free()
         with job.started() as process:
-            assert process.wait() == 0, job.log.read_text()
+            check_end(process, job.log)
         assert job.starts()[0] > 0
         job.finished_like(undisturbed)

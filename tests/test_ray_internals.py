@@ -136,6 +136,21 @@ def test_the_start_timeout_is_passed_on_to_the_controller(monkeypatch: pytest.Mo
         assert train_constants.get_env_vars_to_propagate()[START_TIMEOUT] == "9", "the user's own value is kept"
 
 
+def test_the_address_of_the_cluster_is_passed_on_to_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    here = SimpleNamespace(gcs_address="192.0.2.1:6379")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: here)
+    for own in (None, "192.0.2.9:6379"):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if own is not None:
+            monkeypatch.setenv("RAY_ADDRESS", own)
+        with ray_internals.controllers_know_their_cluster():
+            assert train_constants.get_env_vars_to_propagate()["RAY_ADDRESS"] == here.gcs_address
+            assert canonicalize_bootstrap_address_or_die(None) == here.gcs_address, "by which the helper finds it"
+        assert os.environ.get("RAY_ADDRESS") == own
+
+
 def test_names_of_variables_that_the_jobs_set() -> None:
     from ray.serve._private import constants as serve_constants
     from ray.train import constants

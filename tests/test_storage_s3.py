@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from polling import wait_until
+from polling import check_end, wait_until
 from pyarrow.fs import FileSelector, FileType, S3FileSystem, copy_files
 from ray_machines import Machines, cluster_of_machines, kill_group
 from safetensors.torch import load
@@ -221,7 +221,7 @@ def test_training_without_a_common_disk_continues_after_its_driver_was_killed(
     for storage in (interrupted, undisturbed):
         process = started(storage, str(database))
         try:
-            assert process.wait() == 0, log.read_text()
+            check_end(process, log)
         finally:
             kill_group(process)
         starts = re.findall(r"each\), step (\d+) of", log.read_text())

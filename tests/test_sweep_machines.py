@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from polling import wait_until
+from polling import check_end, wait_until
 from ray_machines import Machines, cluster_of_machines, environment_in, kill_group, processes_named
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ class Sweep:
 
         def wait(condition: Callable[[], Any] | None = None) -> Any:
             if condition is None:
-                assert driver.wait() == 0, self.log.read_text()
+                check_end(driver, self.log)
                 return None
             failure = lambda: None if driver.poll() is None else self.log.read_text()  # noqa: E731
             return wait_until(condition, 400, failure=failure)

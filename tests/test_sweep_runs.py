@@ -18,7 +18,7 @@ import psutil
 import pytest
 import ray
 from mlflow import MlflowClient
-from polling import wait_until
+from polling import check_end, wait_until
 
 from benchmarks.trained import fill_store
 from ray_jobs.cluster import ClusterConfig
@@ -193,7 +193,7 @@ def test_a_process_runs_several_trials_and_a_lost_process_is_replaced(
             failure=lambda: None if driver.poll() is None else log.read_text(),
         )
         found.kill()  # type: ignore[union-attr]
-        assert driver.wait() == 0, log.read_text()
+        check_end(driver, log)
 
     text = log.read_text()
     table = table_of(runs)

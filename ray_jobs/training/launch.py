@@ -8,12 +8,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs.cluster import POLLING, ClusterConfig
+from ray_jobs.ray_internals import controllers_know_their_cluster
 from ray_jobs.tracking.tracker import Tracker
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
@@ -208,8 +210,9 @@ def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    known = nullcontext() if hooks.report else controllers_know_their_cluster()
     try:
-        with start_timeout(waiting.resource_wait.interval):
+        with start_timeout(waiting.resource_wait.interval), known:
             metrics: dict[str, float] = trainer.fit().return_value
     except Exception as error:
         if hooks.stopping():
