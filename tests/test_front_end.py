@@ -311,7 +311,7 @@ def test_deadlines_and_a_full_queue_refuse_requests_of_front_ends(held: tuple[Se
             late = asyncio.create_task(classify(front, [None], ["w1"], timeout_ms=0.0001))
             rest = asyncio.create_task(classify(front, [None], ["w4"] * 32))
             await until(lambda: service.engine.stats()["waiting"] == 33)
-            with pytest.raises(Overloaded, match="at most 40"):
+            with pytest.raises(Overloaded, match="the limit is 40"):
                 await classify(front, [None], ["w4"] * 8)
             go_on.set()
             with pytest.raises(Expired):
