@@ -30,7 +30,7 @@ def test_cancelled_requests_leave_the_queue_and_are_not_computed(make_engine: Ca
 def test_a_full_queue_refuses_the_whole_request(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_queue=5)
     kept = engine.submit(["w1", "w2", "w3"])
-    with pytest.raises(Overloaded, match="at most 5"):
+    with pytest.raises(Overloaded, match="the limit is 5"):
         engine.submit(["w4", "w5", "w6"])
     kept += engine.submit(["w4", "w5"])
     engine.start()
