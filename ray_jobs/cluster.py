@@ -128,6 +128,12 @@ class ClusterConfig:
         )
 
     @property
+    def worker_bundle(self) -> dict[str, float]:
+        """:attr:`worker_resources` with the mark of the type of GPU, for a bundle of a placement group."""
+        kind = self.accelerator_type
+        return self.worker_resources | ({f"accelerator_type:{kind}": 0.001} if kind else {})
+
+    @property
     def remote_options(self) -> dict[str, Any]:
         """The resources and the placement of a worker, as options of a Ray task or actor."""
         options = {

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 def one_of(kind: str, given: object, valid: object, remedy: str) -> UserError:
-    """An error with the common message ``unknown KIND GIVEN; known: LEGAL; REMEDY``."""
+    """An error with the common message ``unknown KIND GIVEN; known: VALID; REMEDY``."""
     known = ", ".join(str(item) for item in valid) if not isinstance(valid, str) else valid  # type: ignore[attr-defined]
     return UserError(f"unknown {kind} {given!r}; known: {known}; {remedy}")
 

@@ -22,7 +22,7 @@ from revmux.errors import EmptyText, TextError, UserError
 from revmux.serving import Answer, Draining, Expired, InferenceFailed, Overloaded, UnknownTask
 from serve_app.errors import TooLarge, Unhealthy
 
-VERSION = 1
+VERSION = 2
 """Version of the messages. A front end uses only engines of the same version."""
 
 FRAME_BYTES = 2**26

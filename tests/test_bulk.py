@@ -209,7 +209,7 @@ def test_other_settings_need_another_output(config: BulkConfig, change: dict[str
 def test_changed_input_needs_another_output(config: BulkConfig) -> None:
     classify_files(config)
     pd.DataFrame({"id": range(200), "text": ["w1"] * 200}).to_parquet(config.input, row_group_size=150)
-    with pytest.raises(UserError, match=r"begun with input\.sha256"):
+    with pytest.raises(UserError, match=r"was started with input\.sha256"):
         classify_files(config)
 
 

@@ -98,7 +98,7 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen, log: Pat
     def ended() -> str | None:
         return None if process.poll() is None else f"ended with status {process.returncode}: {log.read_text()}"
 
-    return polling.wait_until(condition, 300, every=0.02, failure=ended)
+    return polling.wait_until(condition, 200, every=0.02, failure=ended)
 
 
 @dataclass

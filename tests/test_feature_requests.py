@@ -59,7 +59,7 @@ def test_answers_that_depend_on_padding_are_refused(config: StoreConfig) -> None
         ({"batch_size": 0}, "batch_size is 0"),
         ({"shard_inputs": 0}, "shard_inputs is 0"),
         ({"root": ""}, "root of the feature store is empty"),
-        ({"copies": "s3://bucket/copies"}, "copies is 's3://bucket/copies'; name a folder of this machine"),
+        ({"copies": "s3://bucket/copies"}, "copies is 's3://bucket/copies'; name a folder on this machine"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], problem: str) -> None:

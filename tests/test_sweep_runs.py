@@ -186,14 +186,18 @@ def test_a_process_runs_several_trials_and_a_lost_process_is_replaced(
     words = command(TWO_RATES | {"epochs": 60}, stopping__deviations=0.1)
     with log.open("w") as out:
         driver = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
         found = wait_until(
             lambda: list(runs.glob("sweeps/sweep/checkpoints/*/step-*.json")) and trial_process(),
-            400,
+            240,
             every=0.005,
             failure=lambda: None if driver.poll() is None else log.read_text(),
         )
         found.kill()  # type: ignore[union-attr]
         check_end(driver, log)
+    finally:
+        driver.kill()
+        driver.wait()
 
     text = log.read_text()
     table = table_of(runs)

@@ -18,12 +18,6 @@ def trains_in_process(cluster: ClusterConfig) -> bool:
     return cluster.workers == 1
 
 
-def worker_needs(cluster: ClusterConfig) -> dict[str, float]:
-    """The resources of a worker with the mark of its type of GPU, by Ray's names; memory in bytes."""
-    kind = cluster.accelerator_type
-    return cluster.worker_resources | ({f"accelerator_type:{kind}": 0.001} if kind else {})
-
-
 def trial_resources(cluster: ClusterConfig) -> dict[str, float]:
     """The resources that Tune reserves for a trial's process, by Ray's names; memory in bytes.
 
@@ -32,7 +26,7 @@ def trial_resources(cluster: ClusterConfig) -> dict[str, float]:
     the head.
     """
     if trains_in_process(cluster):
-        return worker_needs(cluster)
+        return cluster.worker_bundle
     if cluster.driver_labels:
         return {"memory": cluster.driver_memory * GIGABYTE}
     import ray
@@ -69,13 +63,13 @@ def fitting_trials(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]])
         cluster: workers of a trial.
         nodes: resources of each node.
     """
-    each = worker_needs(cluster)
+    each = cluster.worker_bundle
     return sum(min(_times(node, kind, each) for kind in each) for node in nodes) // cluster.workers
 
 
 def short_resource(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> str:
     """The resource of which the nodes have the least compared with what a worker needs, by Ray's name."""
-    each = worker_needs(cluster)
+    each = cluster.worker_bundle
     return min(each, key=lambda kind: sum(_times(node, kind, each) for node in nodes))
 
 

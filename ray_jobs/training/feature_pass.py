@@ -191,7 +191,7 @@ def _write_with_workers(
 
     from ray_jobs.training.resource_wait import wait_for_resources
 
-    wait_for_resources("the feature pass", cluster.worker_resources, cluster.wait_minutes)
+    wait_for_resources("the feature pass", cluster)
     shards = [{"store": number, "shard": index} for number, (todo, _) in enumerate(work) for index in todo.missing]
     shards.sort(key=lambda shard: -len(work[shard["store"]][0].layout.rows(shard["shard"])))  # the largest first
     data = from_items(shards, override_num_blocks=len(shards))  # one block per shard: Ray Data retries blocks

@@ -23,14 +23,14 @@ def run_on_worker(title: str, cluster: ClusterConfig, function: Callable[..., T]
         arguments: its arguments.
 
     Raises:
-        UserError: the function has raised it, or no machine has had room for too long.
+        UserError: the function has raised it, or the cluster has been too small for a worker for too long.
     """
     import ray
     from ray.exceptions import RayTaskError
 
     from ray_jobs.training.resource_wait import wait_for_resources
 
-    wait_for_resources(title, cluster.worker_resources, cluster.wait_minutes)
+    wait_for_resources(title, cluster)
     remote: Any = ray.remote(**cluster.remote_options)(_run)
     threads = max(1, int(cluster.cpus_per_worker))
     try:

@@ -13,7 +13,7 @@ from ray.train import ControllerError, ScalingConfig
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.util import placement_group, remove_placement_group
 
-from ray_jobs.cluster import GIGABYTE
+from ray_jobs.cluster import GIGABYTE, ClusterConfig
 from ray_jobs.ray_internals import ControllerCallback, workers_are_running
 from revmux.errors import UserError
 
@@ -81,20 +81,20 @@ class ResourceWait:
         print(f"{self.title}: waiting for more machines: {state}", flush=True)
 
 
-def wait_for_resources(title: str, each: Mapping[str, float], minutes: float) -> None:
+def wait_for_resources(title: str, cluster: ClusterConfig) -> None:
     """Return when the cluster has room for one worker; a cluster that scales with demand is asked to grow.
 
     Args:
         title: see :class:`ResourceWait`.
-        each: resources per worker.
-        minutes: see :class:`ResourceWait`.
+        cluster: resources and placement of the worker, and the time limit.
 
     Raises:
-        UserError: the time limit has passed.
+        UserError: the cluster has been too small for the worker for too long.
     """
-    resource_wait = ResourceWait(title, minutes)
+    resource_wait, each = ResourceWait(title, cluster.wait_minutes), cluster.worker_resources
     resource_wait.check(1, each)
-    group = placement_group([dict(each)])
+    labels = [dict(cluster.labels)] if cluster.labels else None
+    group = placement_group([cluster.worker_bundle], bundle_label_selector=labels)
     try:
         while not group.wait(resource_wait.interval):
             resource_wait.check(1, each)

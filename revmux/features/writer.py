@@ -66,7 +66,7 @@ class FeaturePass:
         """
         if backbone_digest(backbone) != self.backbone_digest:
             raise UserError(
-                "this worker loaded another backbone than the job's driver: the files in the model's folder or the library "
+                "this worker loaded another backbone than the process that prepared the pass: the files in the model's folder or the library "
                 "versions differ; use the same files and versions on every node"
             )
 
