@@ -7,7 +7,7 @@ import pytest
 from numeric import assert_close
 from test_methods import groups_of, randomised, texts, tiny_bert
 
-from benchmarks.long_tests import KEPT, Recorder, long_tests_words
+from benchmarks.long_tests import Recorder, long_tests_words
 from benchmarks.systems.grid import SYSTEMS
 from benchmarks.systems.page import PUBLISHED, systems_words
 from benchmarks.trained import Run, siso_row
@@ -84,17 +84,34 @@ def test_the_record_of_the_long_tests_has_a_row_per_file_and_keeps_those_that_pa
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    recorder = Recorder("commit")
-    recorder.pytest_xdist_node_collection_finished(None, ["tests/a.py::x", "tests/a.py::y[1]@a", "tests/b.py::z"])
-    for test, outcome in (("a.py::x", "passed"), ("b.py::z", "failed"), ("a.py::y[1]@a", "passed")):
+    monkeypatch.setattr("benchmarks.long_tests.RESULT", tmp_path / "long-tests.json")
+    other = Recorder("earlier", 2)
+    other.expected["tests/c.py"] = 1
+    other.write("tests/c.py")
+    recorder = Recorder("commit", 2)
+    recorder.pytest_xdist_node_collection_finished(
+        None, ["tests/a.py::x", "tests/a.py::y[1]@a", "tests/b.py::z", "tests/d.py::w", "tests/d.py::v"]
+    )
+    for test, outcome in (
+        ("a.py::x", "passed"),
+        ("b.py::z", "failed"),
+        ("a.py::y[1]@a", "passed"),
+        ("d.py::w", "passed"),
+    ):
         for when in ("setup", "call", "teardown"):
             result = outcome if when == "call" else "passed"
             recorder.pytest_runtest_logreport(
                 pytest.TestReport(f"tests/{test}", (), {}, result, None, when, duration=1.0)
             )
-        assert {file.name.partition("-")[0] for file in KEPT.glob("*")} == ({"a"} if test.endswith("@a") else set())
-    rows = [recorder.row(f"tests/{name}.py") for name in "ab"]
-    assert [(row["tests"], row["seconds"], row["result"]) for row in rows] == [(2, 6, "passed"), (1, 3, "1 failed")]
-    meta = {"data": {"workers": 2}, "machine": {"cores": 2}, "date": "2026-01-02T03", "commit": "commit"}
+        assert Recorder("commit", 2).passed == (["tests/a.py"] if test > "a.py::y" and test != "b.py::z" else [])
+    recorder.pytest_sessionfinish()
+    rows = json.loads((tmp_path / "long-tests.json").read_text())["rows"]
+    assert [(row["tests"], row["seconds"], row["result"], row["commit"]) for row in rows] == [
+        (2, 6, "passed", "commit"),
+        (1, 3, "1 failed", "commit"),
+        (1, 0, "1 not ended", "earlier"),
+        (2, 3, "1 not ended", "commit"),
+    ]
+    meta = {"data": {"workers": 2}, "machine": {"cores": 2}, "date": "2026-01-02T03"}
     table = long_tests_words({"meta": meta, "rows": rows})["long-tests"]
-    assert "| `tests/b.py` | 1 | 3 | 1 failed |" in table
+    assert "| `tests/b.py` | 1 | 3 | 1 failed | `commit` |" in table

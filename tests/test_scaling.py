@@ -79,7 +79,7 @@ def test_features(machines: Machines, tiny_model_folder: Path, tiny_csv: Path) -
 def test_train(machines: Machines, tiny_model_folder: Path, tiny_csv: Path) -> None:
     method = ["--method.name=exit-head", "--num_inputs=[1]", "--method.prefill_layers=1", "--optim.epochs=1"]
     text = run(machines, "ray_jobs.train", *flags(machines, tiny_model_folder, tiny_csv), *method)
-    assert ": waiting for more machines: 2 × 1 CPU; the cluster has 0 CPU" in text
+    assert "the feature pass: waiting for more machines: 1 × 1 CPU; the cluster has 0 CPU" in text
     assert "2 workers (gloo, cpu, 1 thread each), step 0" in text
 
 
