@@ -36,10 +36,8 @@ class Recorder:
 
     def __init__(self, commit: str | None, workers: int) -> None:
         self.commit, self.workers = commit, workers
-        kept = json.loads(RESULT.read_text()) if RESULT.is_file() else {"rows": []}
-        self.rows: dict[str, dict[str, Any]] = {
-            row["file"]: {"commit": kept["meta"]["commit"]} | row for row in kept["rows"]
-        }
+        kept = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
+        self.rows: dict[str, dict[str, Any]] = {row["file"]: row for row in kept}
         self.expected: Counter[str] = Counter()
         self.ended: dict[str, set[str]] = defaultdict(set)
         self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
