@@ -33,13 +33,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Divide the tests among processes.
 
     Each file's tests stay in one process, so that shared fixtures are created once. Files that start Ray come first,
-    because they wait most. Files that start Ray Serve stay in one process, because their proxies would compete for ports,
-    and so do files that share a cluster.
+    because they wait most, those with the longest time limit before others, so that none of them runs alone at the end.
+    Files that start Ray Serve stay in one process, because their proxies would compete for ports, and so do files that
+    share a cluster.
     """
     clusters = {item.path: marker.args for item in items if (marker := item.get_closest_marker("cluster"))}
+    limits: dict[Path, float] = {}
     for item in items:
         item.add_marker(pytest.mark.xdist_group(*clusters.get(item.path) or (item.path.stem,)))
-    items.sort(key=lambda item: (item.path not in clusters, not clusters.get(item.path), clusters.get(item.path) or ()))
+        if limit := item.get_closest_marker("timeout"):
+            limits[item.path] = max(limits.get(item.path, 0), *limit.args)
+
+    def place(item: pytest.Item) -> tuple[bool, bool, tuple[str, ...], float]:
+        group = clusters.get(item.path) or ()
+        return item.path not in clusters, not group, group, 0 if group else -limits.get(item.path, 0)
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
