@@ -26,7 +26,7 @@ quickstart: $(READY)  ## a guided tour: train, compare, plan, serve, report (min
 llama: STORAGE = runs/llama-tour
 llama: $(READY)  ## the same tour on a LLaMA that answers by label words (at most 15 minutes on two cores)
 	$(BIN)/python -m revmux fetch --name smollm2-135m
-	test -f $(STORAGE)/calibrated.yaml || $(BIN)/python -m revmux calibrate smollm2-135m sst2-chat $(STORAGE)/calibrated.yaml \
+	test -f $(STORAGE)/calibrated.yaml || $(BIN)/python -m revmux calibrate smollm2-135m sst2-few-shot $(STORAGE)/calibrated.yaml \
 	  --data.source sentiment --data.selection_share 0.004 --data.test_share 0.01
 	$(BIN)/python -m ray_jobs.quickstart --config ray_jobs/tour/llama.yaml --backbone.prompt $(STORAGE)/calibrated.yaml \
 	  --storage $(STORAGE) $(ARGS)

@@ -120,7 +120,7 @@ def test_the_settings_of_make_llama_fit_the_model() -> None:
     root = Path(ray_jobs.__file__).parents[1]
     recipe = (root / "Makefile").read_text().partition("\nllama: $(READY)")[2].partition("\n\n")[0]
     (config,) = re.findall(r"ray_jobs.quickstart --config (\S+)", recipe)
-    job = parse(QuickstartJob, "", ["--config", str(root / config), "--backbone.prompt", "sst2-chat"], "quickstart")
+    job = parse(QuickstartJob, "", ["--config", str(root / config), "--backbone.prompt", "sst2-few-shot"], "quickstart")
     assert (job.data.test_share, job.data.selection_share) == tuple(
         float(re.findall(rf"--data.{name} (\S+)", recipe)[0]) for name in ("test_share", "selection_share")
     ), "the prompt is calibrated on the tour's own selection set"

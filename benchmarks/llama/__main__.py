@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.llama.measure import WHY, measure_task, unmeasured_task
 from benchmarks.llama.prefix import measure_prefix, titles
-from benchmarks.llama.prompts import MAX_LENGTH, TASKS, measure_prompt
+from benchmarks.llama.prompts import MAX_LENGTH, TASKS, measure_prompt, shipped_prompts
 from benchmarks.llama.systems import stored_layers
 from benchmarks.llama.tasks import KEPT, TEACHERS, taught
 from benchmarks.llama.tasks import TASKS as MEASURED
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _write(result, settings, rows, {name: data})
     if "prompts" in settings.parts:
         for task, short in TASKS.items():
-            for prompt in (short, f"{short}-chat"):
+            for prompt in shipped_prompts(short):
                 asked, row = (load_prompt(prompt), settings.dtype), {"kind": "prompt", "task": task, "prompt": prompt}
                 measure = partial(measure_prompt, task, prompt, settings.glue, settings.dtype)
                 if settings.measured_only and not kept_file(KEPT, prompt, asked).is_file():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from revmux.data.config import DataConfig
+from revmux.data.prompt import prompt_names
 from revmux.data.task import load_task
 from revmux.pretrained.calibration import fit_bias, label_scores
 from revmux.pretrained.config import SMOLLM2_NAME, BackboneConfig
@@ -16,6 +17,15 @@ from revmux.pretrained.loading import load_pretrained
 TASKS = {"SST-2": "sst2", "MRPC": "mrpc", "RTE": "rte"}
 SELECTION = 300
 MAX_LENGTH = 384
+
+
+def shipped_prompts(task: str) -> list[str]:
+    """The shipped prompts of a task for language models.
+
+    Args:
+        task: a value of :data:`TASKS`.
+    """
+    return [name for name in (task, f"{task}-chat", f"{task}-few-shot") if name in prompt_names()]
 
 
 def measure_prompt(task_name: str, prompt: str, glue: Path, dtype: Any = "float32") -> dict[str, Any]:
