@@ -235,7 +235,9 @@ def test_a_file_that_is_not_a_prompt_is_refused_with_a_remedy(tmp_path: Path, te
 
 
 def test_unknown_prompts_are_refused_with_the_list_of_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown prompt 'sst'; known: default, mrpc, .*, sst2, sst2-chat, sst2-few-shot, sst2-t5"):
+    with pytest.raises(
+        UserError, match=r"unknown prompt 'sst'; known: default, mrpc, .*, sst2, sst2-chat, sst2-few-shot, sst2-t5"
+    ):
         load_prompt("sst")
     with pytest.raises(UserError, match="cannot read prompt file"):
         load_prompt(str(tmp_path / "none.yaml"))
