@@ -34,7 +34,8 @@ def _prompt_table(rows: list[dict[str, Any]], machine: str) -> str:
         "| task | prompt | selection, plain / calibrated | dev, plain | dev, calibrated | dev, largest class | constant tokens |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    for row in sorted(rows, key=lambda row: tasks.index(row["task"])):
         rivals = [other["selection_calibrated"] for other in rows if other["task"] == row["task"]]
         chosen = "**" if row["selection_calibrated"] == max(rivals) else ""
         lines.append(
