@@ -54,9 +54,8 @@ def measure_workload(workload: Workload, settings: Settings, keep: Path) -> list
 
     stage("alone", partial(alone.measure, workload, pairs))
     with Servers(workload, settings) as servers:
-        if (
-            workload.key == "shape"
-        ):  # on a small model the client in Python is the limit; benchmarks.serving.path uses wrk
+        # On a small model, the client in Python is the limit; benchmarks.serving.path uses wrk.
+        if workload.key == "shape":
             for cut in CUTS:
                 for num_inputs in WIDTHS:
                     grouped = partial(saturated.measure_groups, servers, num_inputs, cut, pairs)
