@@ -33,6 +33,7 @@ from transformers import (
 from revmux import BackboneShape, HiddenState, MultiplexedClassifier, UserError, build_method, cut
 from revmux.backbone import TokenBatch, Verbalizer
 from revmux.backbone.generative import GenerativeBackbone, token_positions
+from revmux.backbone.verbalizer import VerbalizerHead
 
 pytestmark = pytest.mark.numeric
 
@@ -399,6 +400,16 @@ def test_token_split_does_not_depend_on_padding_or_neighbours(name: str, side: s
 def test_positions_count_from_the_first_token() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
     assert token_positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+def test_label_words_are_scored_in_float32_by_a_model_in_bfloat16() -> None:
+    verbalizer = Verbalizer(("no", "yes"), ((3,), (4, 5)), bias=(0.001, 0.0))
+    head = VerbalizerHead(verbalizer, 8)
+    vector, weight = torch.full((1, 16), 1.0), torch.full((8, 16), 1.25)
+    weight[3, 0] += 0.125  # 20.125 and 20.000: in bfloat16, both are 20
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = head(vector.bfloat16(), weight.bfloat16())
+    torch.testing.assert_close(scores, torch.tensor([[20.126, 20.0]]), rtol=0, atol=1e-5)
 
 
 def test_the_verbalizer_is_created_on_the_device_of_the_model() -> None:

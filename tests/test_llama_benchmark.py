@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ def test_systems_are_measured_row_by_row_on_a_tiny_decoder(tmp_path: Path, monke
     monkeypatch.setattr(measure, "TIMING", MeasureConfig(throughput_inputs=8, throughput_batch=8, throughput_pairs=1))
     settings = ["--glue", str(tmp_path / "glue"), "--parts", "systems", "--tasks", "SST-2", "--limit", "32"]
     settings += ["--model", str(model)]
+    short = replace(tasks.TASKS["SST-2"], prompt="sst2")  # the tokens of this model are bytes
+    monkeypatch.setitem(tasks.TASKS, "SST-2", short)
+    settings += ["--teacher", "tuned", "--dtype", "float32"]
     monkeypatch.setattr(ladders, "COSTS", (0.9,))
     chosen = ["RevMUX l=15 N=2", "Skip-only, layer 15", "soft prompt", "tuned head", "ladder"]
     llama.main([*settings, "--systems", *chosen])

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=MEASURED, default=list(MEASURED), help="tasks of the systems")
     parser.add_argument("--systems", nargs="+", help="parts of the titles of the systems to train, or ladder")
     parser.add_argument("--seeds", type=int, default=1, help="most runs per system")
-    parser.add_argument("--teacher", choices=TEACHERS, default="tuned", help="the model that adapters stand on")
+    parser.add_argument("--teacher", choices=TEACHERS, help="the model that adapters stand on, if not the task's own")
     parser.add_argument("--limit", type=int, help="most inputs of every split, in files of their own")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time, which share the cores")
     parser.add_argument("--measured-only", action="store_true", help="train nothing; report the runs that are done")
     parser.add_argument("--pairs", type=int, default=5, help="paired timings of the prefix")
-    parser.add_argument("--dtype", default="bfloat16", help="type of the weights for the accuracy of prompts")
+    parser.add_argument("--dtype", default="bfloat16", help="type of the weights, except for the prefix")
     parser.add_argument("--model", default=SMOLLM2_NAME, help="the language model, with 30 layers")
     settings = parser.parse_args(argv)
     result = RESULT if settings.limit is None else KEPT / f"limit-{settings.limit}.json"
@@ -79,13 +80,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _systems(name: str, settings: argparse.Namespace) -> tuple[list[Row], Row]:
     """The rows of one task, and what is known about its data."""
-    place = {"family": "llama", "backbone": settings.model, "task": name, "teacher": settings.teacher}
-    folder = KEPT / (name if settings.limit is None else f"{name}-limit-{settings.limit}") / settings.teacher
+    spec = replace(MEASURED[name], teacher=settings.teacher or MEASURED[name].teacher)
+    place = {"family": "llama", "backbone": settings.model, "task": name, "teacher": spec.teacher}
+    place |= {"prompt": spec.prompt, "dtype": settings.dtype}
+    folder = KEPT / (name if settings.limit is None else f"{name}-limit-{settings.limit}") / spec.teacher
     if settings.measured_only and not folder.is_dir():
         return [place | row for row in unmeasured_task()], {}
     threads = max(1, (os.cpu_count() or 1) // settings.processes)
     torch.set_num_threads(threads)
-    found = taught(MEASURED[name], settings.glue, settings.teacher, stored_layers(), settings.limit, settings.model)
+    found = taught(spec, settings.glue, stored_layers(), settings.limit, settings.model, settings.dtype)
     rows = measure_task(
         found, settings.seeds, settings.processes, threads, settings.systems, not settings.measured_only
     )
@@ -102,24 +105,32 @@ def _systems(name: str, settings: argparse.Namespace) -> tuple[list[Row], Row]:
 def _write(result: Path, settings: argparse.Namespace, rows: list[Row], data: Row) -> None:
     """Write the result file with new rows in place of those that it has of the same systems.
 
-    A row without figures replaces none that has some: they come from an earlier run, on this machine or another.
+    A row without figures replaces none that has some: they come from an earlier run, on this machine or another. If it
+    stands for another setting of the same system, it is left out.
     """
     kept: Row = json.loads(result.read_text()) if result.is_file() else {"meta": {"data": {}}, "rows": []}
     merged = {_key(row): row for row in kept["rows"]}
     for row in rows:
         if "why" not in row or "why" in merged.get(_key(row), row):
             merged[_key(row)] = row
+    asked = {_key(row) for row in rows}
+    # Prompts are written one by one, so a row of another prompt is none of another setting.
+    tables = {(row["kind"], row.get("task")) for row in rows if row["kind"] != "prompt"}
+    found = [
+        row
+        for key, row in merged.items()
+        if "why" not in row or key in asked or (row["kind"], row.get("task")) not in tables
+    ]
     sizes = kept["meta"]["data"] | {name: size for name, size in data.items() if size}
     meta = describe_run("python -m benchmarks.llama --glue GLUE", sizes, {"name": settings.model})
-    write_json(result, {"meta": meta, "rows": list(merged.values())})
+    write_json(result, {"meta": meta, "rows": found})
 
 
 def _key(row: Row) -> str:
     names = ["kind", "task", "teacher", "title", "systems", "most_cost"]
+    names.append("prompt" if row["kind"] == "prompt" else "dtype")
     if row["kind"] in ("siso", "systems"):  # the width of a ladder is a result
         names.append("num_inputs")
-    if row["kind"] == "prompt":
-        names.append("prompt")
     return repr([row.get(name) for name in names])
 
 

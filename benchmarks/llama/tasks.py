@@ -22,7 +22,7 @@ from revmux.features.store import open_features
 from revmux.plan.build import for_choosing
 from revmux.plan.config import SplitConfig
 from revmux.pretrained.calibration import calibrated, fit_bias, label_scores
-from revmux.pretrained.config import SMOLLM2_NAME, BackboneConfig
+from revmux.pretrained.config import SMOLLM2_NAME, BackboneConfig, Dtype
 from revmux.pretrained.loading import load_pretrained
 from revmux.training.config import OptimConfig
 
@@ -40,6 +40,7 @@ class LlamaTask:
     Attributes:
         name: name of the task and of its folder in GLUE.
         prompt: name of a shipped prompt.
+        teacher: which of :data:`TEACHERS` the adapters stand on.
         max_length: tokens to which an input is truncated.
         labelled: inputs whose labels are used: for calibration, the tuned teacher and SISO's own tuning.
         unlabelled: other inputs, which adapters learn with the teacher's answers.
@@ -48,6 +49,7 @@ class LlamaTask:
 
     name: str
     prompt: str
+    teacher: str
     max_length: int
     labelled: int
     unlabelled: int
@@ -57,9 +59,9 @@ class LlamaTask:
 TASKS = {
     task.name: task
     for task in (
-        LlamaTask("SST-2", "sst2", 128, 2000, 2400, 0.03),
-        LlamaTask("MRPC", "mrpc", 256, 700, 700),
-        LlamaTask("RTE", "rte", 384, 500, 500),
+        LlamaTask("SST-2", "sst2-few-shot", "calibrated", 128, 2000, 8000, 0.03),
+        LlamaTask("MRPC", "mrpc", "tuned", 256, 700, 700),
+        LlamaTask("RTE", "rte", "tuned", 384, 500, 500),
     )
 }
 
@@ -84,17 +86,22 @@ class Taught:
 
 
 def taught(
-    spec: LlamaTask, glue: Path, teacher: str, layers: list[int], limit: int | None = None, model: str = SMOLLM2_NAME
+    spec: LlamaTask,
+    glue: Path,
+    layers: list[int],
+    limit: int | None = None,
+    model: str = SMOLLM2_NAME,
+    dtype: Dtype = "bfloat16",
 ) -> Taught:
     """Load a task, calibrate the model, tune the teacher and store its answers, unless that has been done.
 
     Args:
         spec: the task.
         glue: folder of GLUE.
-        teacher: one of :data:`TEACHERS`.
         layers: the layers whose states are stored.
         limit: most inputs of every split, for a quick run.
         model: the language model.
+        dtype: type of the frozen weights and of the stored states.
     """
     folder = KEPT / (spec.name if limit is None else f"{spec.name}-limit-{limit}")
     data = DataConfig(str(glue / spec.name), selection_share=spec.selection_share)
@@ -112,8 +119,8 @@ def taught(
         test=_first(choosing.test, limit),
     )
     task = replace(own, test=_first(task.test, limit))
-    store = StoreConfig(root=str(folder / "features"), dtype="float32")
-    plain = BackboneConfig(model, max_length=spec.max_length, prompt=spec.prompt)
+    store = StoreConfig(root=str(folder / "features"), dtype=dtype)
+    plain = BackboneConfig(model, max_length=spec.max_length, dtype=dtype, prompt=spec.prompt)
     settings = (plain, own.identity["sha256"], len(labelled))
     bias = kept_rows(folder, "calibration", settings, partial(_calibration, plain, own))
     prompt = calibrated(load_prompt(spec.prompt), names, bias)
@@ -121,15 +128,15 @@ def taught(
     depth = load_pretrained(plain, names).backbone.num_layers
     own = _with_identity(own, "labelled")
     tuned = base
-    if teacher == "tuned":
-        optim = OptimConfig(1, 16, 1e-4)
-        found = tuned_task_model(base, data, own, optim, depth // 2, folder)
-        tuned = BackboneConfig(str(found), max_length=spec.max_length)
+    if spec.teacher == "tuned":
+        optim = OptimConfig(1, 16, 1e-4, precision="float32" if dtype == "float32" else "bfloat16")
+        found = tuned_task_model(replace(base, dtype="float32"), data, own, optim, depth // 2, folder)
+        tuned = BackboneConfig(str(found), max_length=spec.max_length, dtype=dtype)
     answered, answers = _answered(replace(own, train=unlabelled), task.test, tuned, layers, store)
     return Taught(
-        teacher,
+        spec.teacher,
         Ready(spec.name, task, own, data, base, store, folder / "labelled"),
-        Ready(spec.name, task, answered, data, tuned, store, folder / teacher),
+        Ready(spec.name, task, answered, data, tuned, store, folder / spec.teacher),
         answers,
         torch.tensor(bias),
     )

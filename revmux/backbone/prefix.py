@@ -12,7 +12,7 @@ one constant too, for each adapter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from revmux.backbone.state import Prefix
+from revmux.utils.autocast import without_autocast
 
 
 class PastKeys:
@@ -87,8 +88,7 @@ class KeptPrefix:
 @contextmanager
 def kept_exactly(device: torch.device) -> Iterator[None]:
     """Compute what is kept in the weights' own precision, as tensors that training can use, whatever runs around it."""
-    exact = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
-    with torch.inference_mode(False), torch.no_grad(), exact:
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
         yield
 
 

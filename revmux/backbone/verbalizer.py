@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revmux.errors import UserError
+from revmux.utils.autocast import without_autocast
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ class VerbalizerHead(nn.Module):
     def forward(self, vector: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Scores of the classes only, never of the whole vocabulary.
 
+        They have at least the precision of float32. Logits of 20 and more would be rounded to eighths in bfloat16,
+        which is more than what often separates two label words.
+
         Args:
             vector: (..., d).
             weight: (V, d), the output embedding.
@@ -99,7 +103,10 @@ class VerbalizerHead(nn.Module):
         Returns:
             (..., C).
         """
-        scores = nn.functional.linear(vector, weight[self.rows], None if bias is None else bias[self.rows])  # (..., K)
-        if not self.one_token_each:
-            scores = scores @ self.average.to(scores.dtype).T
-        return scores if self.bias is None else scores + self.bias.to(scores.dtype)
+        exact = torch.promote_types(vector.dtype, torch.float32)
+        with without_autocast(vector.device):
+            own = None if bias is None else bias[self.rows].to(exact)
+            scores = nn.functional.linear(vector.to(exact), weight[self.rows].to(exact), own)  # (..., K)
+            if not self.one_token_each:
+                scores = scores @ self.average.to(exact).T
+            return scores if self.bias is None else scores + self.bias.to(exact)
