@@ -102,7 +102,7 @@ class MultiplexedClassifier(nn.Module):
         """
         if self.method.reads_whole_inputs:
             prefilled = prefilled.whole()
-        own = self.backbone.own_states(prefilled)[groups]  # (G, N, 2d)
+        own = self.method.own_states(self.backbone, prefilled)[groups]  # (G, N, 2d)
         mixed = self.multiplex(prefilled, groups)  # (G, S', d)
         on_stage("multiplex")
         upper = self.upper_in_training(mixed) if self.training else self.upper(mixed)  # (G, S', d) or (G, A, d)
@@ -195,7 +195,7 @@ class MultiplexedClassifier(nn.Module):
 
         Args:
             upper: (G, S', d) at depth e, or (G, A, d) if it holds the answer positions only.
-            own: (G, N, 2d), [answer state ; mean state] of each input after the prefill.
+            own: (G, N, 2d), the own states of the inputs after the prefill.
         """
         dtype = self._method_dtype
         shared_answers = self.method.read(self.backbone, upper).to(dtype)  # (G, A, d)

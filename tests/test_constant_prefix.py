@@ -31,7 +31,7 @@ LENGTHS = (9, 4, 7, 6)
 DECODERS = pytest.mark.parametrize("name", [name for name in MODELS if is_decoder(name)])
 SIDES = pytest.mark.parametrize("side", ["right", "left"])
 METHODS: dict[str, tuple[int, dict[str, Any]]] = {
-    "revmux": (2, {"zero_init": False, "own_state": "mlp"}),
+    "revmux": (2, {"zero_init": False, "own_state": "attention"}),
     "revmux lora": (4, {"zero_init": False, "lora_rank": 2}),
     "vanilla-adapter": (2, {}),
     "only-multiplexer-reversible": (2, {}),

@@ -154,6 +154,20 @@ def test_attention_pooling_starts_as_the_mean():
     assert_close(scores[0], scores[1])
 
 
+def test_the_attention_of_a_correction_starts_as_the_mean_and_then_picks_tokens():
+    backbone = tiny_classifier("bert")
+    method = build_method("revmux", BackboneShape.of(backbone), 2, {"own_state": "attention"})
+    batch = tokens()
+    with torch.no_grad():
+        state = backbone.run(backbone.embed(batch), 1)
+        assert_close(method.own_states(backbone, state), backbone.own_states(state))
+        direction = torch.randn(backbone.hidden_size)
+        method.own_state.attention.weight.copy_(1e4 * direction)
+        picked = method.own_states(backbone, state)[:, backbone.hidden_size :]
+        relevance = (state.hidden @ direction).masked_fill(~state.mask, -torch.inf)
+        assert_close(picked, state.hidden[torch.arange(len(state)), relevance.argmax(dim=1)])
+
+
 def test_lora_and_a_tuned_backbone_exclude_each_other():
     backbone = tiny_classifier("bert")
     method = build_method("revmux", BackboneShape.of(backbone), 2, {"lora_rank": 2, "tune_backbone": True})

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.numeric
 SYSTEMS = [
     ("revmux", {}),
     ("revmux", {"own_state": "linear", "exit_layer": 2}),
-    ("revmux", {"up": "inverse", "activation": "gelu", "own_state": "mlp"}),
+    ("revmux", {"up": "inverse", "activation": "gelu", "own_state": "attention"}),
     ("vanilla-adapter", {}),
     ("vanilla-adapter", {"own_state": "mlp"}),
     ("only-multiplexer-reversible", {}),
@@ -121,7 +121,7 @@ def test_training_reads_the_same_tokens_as_inference(bert, name, options):
     model = MultiplexedClassifier(bert, randomised(bert, name, num_inputs, options), 1).eval()
     tokens, groups = model.slot_tokens(texts(2 * num_inputs), groups_of(num_inputs))
     prefilled = model.prefill(tokens)
-    mixed, own = model.multiplex(prefilled, groups), bert.own_states(prefilled)[groups]
+    mixed, own = model.multiplex(prefilled, groups), model.method.own_states(bert, prefilled)[groups]
     whole, trained = (model.answer(upper(mixed), own) for upper in (model.upper, model.upper_in_training))
     assert_close(trained.scores, whole.scores)
     assert_close(trained.answers, whole.answers)
@@ -350,7 +350,7 @@ def test_a_hidden_size_that_cannot_be_divided_is_refused(bert, name):
         ("token-split", {"pooling_width": -1}, "pooling_width is -1"),
         ("revmux", {"exit_layer": -1}, r"exit_layer is -1; this backbone has layers 0\.\.3"),
         ("vanilla-adapter", {"ratio": 2}, "known options: dropout, output_relu, own_state"),
-        ("revmux", {"own_state": "all"}, "unknown own_state .all.; known: none, linear, mlp"),
+        ("revmux", {"own_state": "all"}, "unknown own_state .all.; known: none, linear, mlp, attention"),
         ("revmux", {"up": "none"}, "unknown up .none.; known: mlp, inverse"),
         ("revmux", {"lora_rank": -1}, "lora_rank is -1; choose 0"),
         ("token-split", {"ratio": 1}, "pools 1 tokens into one"),

@@ -181,13 +181,24 @@ class Method(MethodNaming, nn.Module, ABC):
         """The answer states of the shared sequences: (G, A, d)."""
         return backbone.answers(state)
 
+    def own_states(self, backbone: Backbone, prefilled: HiddenState) -> Tensor:
+        """What :meth:`demultiplex` gets of each of B prefilled inputs, (B, 2d): [answer state ; mean over the tokens].
+
+        A method with an own-state correction in its attribute ``own_state`` gets what that correction reads.
+        """
+        correction = getattr(self, "own_state", None)
+        found: Tensor = (
+            backbone.own_states(prefilled) if correction is None else correction.own_states(backbone, prefilled)
+        )
+        return found
+
     @abstractmethod
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
         """Recover one answer state per input from the shared answer states.
 
         Args:
             answers: (G, A, d). A = 1 if all inputs are read at one position, otherwise A = N.
-            own: (G, N, 2d), [answer state ; mean over the tokens] of each input after the prefill.
+            own: (G, N, 2d), from :meth:`own_states`.
 
         Returns:
             (G, N, d).

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from revmux.backbone import Backbone, HiddenState
+from revmux.methods.attention_pooling import AttentionPooling
 from revmux.methods.base import BackboneShape
 from revmux.methods.early_exit import EarlyExit
 from revmux.methods.registry import register_method
@@ -51,10 +52,7 @@ class ExitHead(EarlyExit):
         self.dense = nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(self.options.dropout)
         self.classifier = nn.Linear(width, shape.num_labels)
-        self.attention = nn.Linear(width, 1) if self.options.attention_pooling else None
-        if self.attention is not None:
-            nn.init.zeros_(self.attention.weight)
-            nn.init.zeros_(self.attention.bias)
+        self.attention = AttentionPooling(width) if self.options.attention_pooling else None
 
     @classmethod
     def describe(cls, num_inputs: int, prefill_layers: int) -> str:
@@ -63,11 +61,7 @@ class ExitHead(EarlyExit):
     def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
         if self.attention is None:
             return backbone.own_states(state).unsqueeze(1)  # (B, 1, 2d)
-        state = state.whole()  # a constant prefix is weighted too
-        relevance = self.attention(state.hidden.to(self.attention.weight.dtype))  # (B, S, 1)
-        weight = relevance.masked_fill(~state.mask.unsqueeze(-1), -torch.inf).softmax(dim=1).to(state.hidden.dtype)
-        mean = (weight * state.hidden).sum(dim=1, keepdim=True)  # (B, 1, d)
-        return torch.cat([state.read(), mean], dim=-1)  # (B, 1, 2d)
+        return self.attention.own_states(backbone, state).unsqueeze(1)
 
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
         return answers

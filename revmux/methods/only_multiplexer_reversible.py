@@ -25,7 +25,8 @@ class OnlyMultiplexerReversibleOptions:
         dropout: dropout inside the slot functions in training.
         output_relu: whether a ReLU follows the slot functions' second layer.
         zero_init: whether to initialize the slot functions' last layer to zero.
-        own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear`` or ``mlp``.
+        own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear``,
+            ``mlp`` or ``attention``.
     """
 
     dropout: float = 0.0

@@ -3,8 +3,9 @@
 The own state is [answer state ; mean over the input's tokens] after layer l. The mean matters if the answer token holds
 little at layer l, as in an encoder that was pretrained with mean pooling. All corrections start at zero::
 
-    linear:  ĥ_k + W h_k
-    mlp:     ĥ_k + W_2 gelu(W_1 [ĥ_k ; h_k])
+    linear:     ĥ_k + W h_k
+    mlp:        ĥ_k + W_2 gelu(W_1 [ĥ_k ; h_k])
+    attention:  the same as mlp, with an attention-weighted mean, see :mod:`revmux.methods.attention_pooling`
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revmux.backbone import Backbone, HiddenState
 from revmux.errors import one_of
+from revmux.methods.attention_pooling import AttentionPooling
 
-OwnStateKind = Literal["none", "linear", "mlp"]
+OwnStateKind = Literal["none", "linear", "mlp", "attention"]
 
 
 class OwnStateCorrection(nn.Module):
@@ -25,7 +28,7 @@ class OwnStateCorrection(nn.Module):
 
     Args:
         hidden: d.
-        kind: ``linear`` or ``mlp``; ``none`` corrects nothing.
+        kind: ``linear``, ``mlp`` or ``attention``; ``none`` corrects nothing.
 
     Raises:
         UserError: an unknown kind.
@@ -36,7 +39,8 @@ class OwnStateCorrection(nn.Module):
         if kind not in get_args(OwnStateKind):
             raise one_of("own_state", kind, get_args(OwnStateKind), "choose one of these")
         self.kind = kind
-        if kind == "mlp":
+        self.attention = AttentionPooling(hidden) if kind == "attention" else None
+        if kind in ("mlp", "attention"):
             self.inner = nn.Linear(3 * hidden, hidden)
             self.outer = nn.Linear(hidden, hidden)
             nn.init.zeros_(self.outer.weight)
@@ -45,12 +49,18 @@ class OwnStateCorrection(nn.Module):
             self.outer = nn.Linear(2 * hidden, hidden, bias=False)
             nn.init.zeros_(self.outer.weight)
 
+    def own_states(self, backbone: Backbone, prefilled: HiddenState) -> Tensor:
+        """The own state of each of B prefilled inputs: (B, 2d)."""
+        if self.attention is None:
+            return backbone.own_states(prefilled)
+        return self.attention.own_states(backbone, prefilled)
+
     def forward(self, restored: Tensor, own: Tensor) -> Tensor:
         """Correct restored states.
 
         Args:
             restored: (..., d).
-            own: (..., 2d), [answer state ; mean state].
+            own: (..., 2d), from :meth:`own_states`.
 
         Returns:
             (..., d).

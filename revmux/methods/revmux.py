@@ -47,8 +47,8 @@ class RevMUXOptions:
         activation: the nonlinearity inside the slot functions: relu (the paper's) or gelu.
         up: f_up. ``mlp`` is the paper's, with two hidden layers of 3d. ``inverse`` starts as the inverse of f_down,
             √N · f_downᵀ, plus a residual MLP that starts at zero.
-        own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear`` or ``mlp``. This
-            adds almost no cost in serving, since the state is already available.
+        own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear``, ``mlp``
+            or ``attention``. This adds almost no cost in serving, since the state is already available.
         lora_rank: rank of the low-rank updates of layers l+1..e. 0 means none.
         exit_layer: e, the layer after which answers are read. None means the last layer.
         tune_backbone: whether to train the backbone too (the tuned RevMUX of the paper).

@@ -25,7 +25,7 @@ class SkipOnlyOptions:
 
     Args:
         layer: l, the layer whose states are corrected, from 0 (embeddings) to L.
-        own_state: how the state at the answer position is corrected: ``linear`` or ``mlp``.
+        own_state: how the state at the answer position is corrected: ``linear``, ``mlp`` or ``attention``.
     """
 
     layer: int = 1
@@ -44,7 +44,9 @@ class SkipOnly(EarlyExit):
     def __init__(self, shape: BackboneShape, num_inputs: int = 1, options: Any = None) -> None:
         super().__init__(shape, num_inputs, options)
         if self.options.own_state == "none":
-            raise UserError("skip-only: own_state is 'none', which leaves nothing to train; choose linear or mlp")
+            raise UserError(
+                "skip-only: own_state is 'none', which leaves nothing to train; choose linear, mlp or attention"
+            )
         self.own_state = OwnStateCorrection(shape.hidden_size, self.options.own_state)
 
     @classmethod

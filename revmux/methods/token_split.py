@@ -38,7 +38,8 @@ class TokenSplitOptions:
     Args:
         ratio: R, the number of neighbouring tokens that are pooled into one. None means N.
         kept_tokens: K, the number of tokens per input that are not pooled, besides the answer token.
-        own_state: how each input's own prefilled state corrects its answer state: ``none``, ``linear`` or ``mlp``.
+        own_state: how each input's own prefilled state corrects its answer state: ``none``, ``linear``,
+            ``mlp`` or ``attention``.
         pooling_width: width of the pooling MLP's middle layer. None means d, 0 means no MLP.
         lora_rank: rank of the low-rank updates of layers l+1..e. 0 means none.
         exit_layer: e, the layer after which answers are read. None means the last layer.

@@ -27,7 +27,8 @@ class VanillaAdapterOptions:
     Args:
         dropout: dropout after the multiplexer's layers in training. The released code uses 0.1.
         output_relu: whether a ReLU follows the multiplexer's second layer, as in the released code.
-        own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear`` or ``mlp``.
+        own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear``,
+            ``mlp`` or ``attention``.
     """
 
     dropout: float = 0.0
