@@ -12,15 +12,17 @@ from numeric import assert_close
 from tiny_models import tiny_classifier
 
 from benchmarks.comparison.systems import Ready
-from benchmarks.front import rivals
+from benchmarks.front import models, student
 from benchmarks.front.page import front_words
 from benchmarks.front.plot import LOOKS, plot_front
 from benchmarks.front.systems import ablations, recipe_of, systems
 from revmux import BackboneShape
 from revmux.data.config import DataConfig
+from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
 from revmux.methods import method_class
 from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.loading import load_pretrained
 from revmux.training.recipe import check
 
 pytestmark = pytest.mark.numeric
@@ -60,12 +62,32 @@ def test_rivals_that_leave_nothing_out_are_the_plain_model(monkeypatch: pytest.M
     mask = (torch.arange(7) < torch.tensor([[7], [4], [5], [6]])).long()
     tokens = {"input_ids": ids * mask, "attention_mask": mask}
     plain = backbone(tokens)
-    assert_close(rivals.WithoutUpperLayers(backbone, 3)(tokens), plain)
-    assert not torch.allclose(rivals.WithoutUpperLayers(backbone, 2)(tokens), plain)
-    assert not torch.allclose(rivals.PrunedTokens(backbone, 1)(tokens), plain)
-    monkeypatch.setattr(rivals, "PRUNED_SHARE", 1.0)
-    assert_close(rivals.PrunedTokens(backbone, 1)(tokens), plain)
-    assert_close(rivals.PrunedTokens(backbone, 3)(tokens), plain)
+    assert_close(models.WithoutUpperLayers(backbone, 3)(tokens), plain)
+    assert not torch.allclose(models.WithoutUpperLayers(backbone, 2)(tokens), plain)
+    assert not torch.allclose(models.PrunedTokens(backbone, 1)(tokens), plain)
+    monkeypatch.setattr(models, "PRUNED_SHARE", 1.0)
+    assert_close(models.PrunedTokens(backbone, 1)(tokens), plain)
+    assert_close(models.PrunedTokens(backbone, 3)(tokens), plain)
+
+
+def test_a_student_learns_with_its_lower_layers_alone(
+    tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig(str(tiny_csv))
+    task = load_task(data)
+    backbone = BackboneConfig(str(tiny_model_folder), max_length=16)
+    own = Ready("toy", task, task, data, backbone, StoreConfig(root=str(tmp_path)), tmp_path)
+    teacher = load_pretrained(backbone)
+    split = teacher.tokenize(task.test, 16)
+    monkeypatch.setattr(student, "LEARNING_RATE", 1e-2)
+    monkeypatch.setattr(student, "BATCH", 8)
+    learned = student.distilled_student(own, 1, 10)
+    assert models.accuracy(learned, split) > models.accuracy(models.WithoutUpperLayers(teacher.backbone, 1), split)
+    trained = {name for name, weight in learned.named_parameters() if weight.requires_grad}
+    for (name, weight), before in zip(learned.named_parameters(), teacher.backbone.parameters(), strict=True):
+        if name not in trained:
+            assert torch.equal(weight, before)
+    assert 0 < len(trained) < len(list(learned.parameters()))
 
 
 PLAIN = {"method": "siso", "num_inputs": 1, "prefill_layers": 0, "options": {}, "threshold": None}

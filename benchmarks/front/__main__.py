@@ -73,7 +73,9 @@ def measure_task(
         train_missing([run for _, run in found], task, processes)
     rows = system_rows(found, task)
     mixed = next((run for system, run in found if system.method == MIXED and run.is_done), None)
-    rows += kept_rows(task.folder, "rivals", mixed and mixed.asked, partial(rival_rows, task, mixed, MEASURE))
+    epochs = TASKS[name].epochs_of(1)
+    rivals = partial(rival_rows, task, mixed, epochs, MEASURE)
+    rows += kept_rows(task.folder, "rivals", (mixed and mixed.asked, epochs), rivals)
     compete = [run for system, run in named_runs(chosen, task, 1, recipe_of) if run.is_done and not system.ablation]
     asked = ([run.asked for run in compete], MEASURE)
     rows += kept_rows(task.folder, "plans", asked, partial(plan_rows, task, compete))
