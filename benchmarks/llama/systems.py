@@ -9,7 +9,7 @@ from revmux.methods import method_class
 from revmux.training.config import MethodConfig, Recipe
 from revmux.training.recipe import exit_head_config
 
-BATCH, LEARNING_RATE, RANK = 16, 1e-3, 8
+BATCH, LEARNING_RATE, RANK = 32, 1e-3, 8
 SHUFFLES = 1
 MOST_EPOCHS = 8
 DEPTH = 30

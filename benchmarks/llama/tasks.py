@@ -59,7 +59,7 @@ class LlamaTask:
 TASKS = {
     task.name: task
     for task in (
-        LlamaTask("SST-2", "sst2-few-shot", "calibrated", 128, 2000, 8000, 0.03),
+        LlamaTask("SST-2", "sst2-few-shot", "calibrated", 128, 2000, 6000, 0.03),
         LlamaTask("MRPC", "mrpc", "tuned", 256, 700, 700),
         LlamaTask("RTE", "rte", "tuned", 384, 500, 500),
     )
