@@ -57,14 +57,14 @@ def check_threshold(threshold: float, method: Method, source: str = "") -> None:
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"the fallback threshold is {threshold}; choose a confidence in 0..1, 0 for no fallback")
-    if threshold > 0 and (reason := own_states(method)):
+    if threshold > 0 and (reason := why_states_differ(method)):
         raise UserError(
             f"adapter {source or method.name} ({method.name}) cannot fall back: the method {reason}, so its prefilled "
             "states are not those of the plain model; set the threshold to 0"
         )
 
 
-def own_states(method: Method) -> str:
+def why_states_differ(method: Method) -> str:
     """Why the prefilled states of a method are not those of the plain model; empty if they are."""
     if method.prepares_tokens:
         return "changes the tokens of its inputs"

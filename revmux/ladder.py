@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.deferral import Deferral
 from revmux.errors import UserError
-from revmux.fallback import check_threshold, confidence, own_states, resume
+from revmux.fallback import check_threshold, confidence, resume, why_states_differ
 from revmux.grouping import consecutive_groups, gather_rows
 from revmux.model import MultiplexedClassifier, OnStage
 
@@ -174,7 +174,7 @@ def check_ladder(stages: Sequence[Stage]) -> None:
                 f"stage {number} ({stage}) has no threshold (0), so no input reaches stage {number + 1} ({after}); "
                 f"choose a threshold above 0, or remove stage {number + 1}"
             )
-        if reason := own_states(after.model.method):
+        if reason := why_states_differ(after.model.method):
             raise UserError(
                 f"stage {number + 1} ({after}) cannot continue from the plain model's states: the method {reason}; use "
                 "it as the only stage, without a threshold"

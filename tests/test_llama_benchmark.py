@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from dataclasses import replace
@@ -152,6 +153,39 @@ def test_systems_are_measured_row_by_row_on_a_tiny_decoder(tmp_path: Path, monke
     assert "| 94.38 |" in words["llama-systems"]
     assert "systems have not run yet" in words["llama-systems"]
     assert "all systems" in words["llama-ladders"]
+
+
+def test_a_row_without_figures_replaces_none_that_has_some_and_settings_are_not_mixed(tmp_path: Path) -> None:
+    def row(title: str, prompt: str, accuracy: float | None, task: str = "toy") -> dict[str, Any]:
+        place = {
+            "kind": "systems",
+            "task": task,
+            "title": title,
+            "num_inputs": 2,
+            "prompt": prompt,
+            "dtype": "bfloat16",
+        }
+        return place | {"accuracy_mean": accuracy} | ({} if accuracy is not None else {"why": "not run yet"})
+
+    result, settings = tmp_path / "result.json", argparse.Namespace(model="llama")
+
+    def write(*rows: dict[str, Any]) -> list[tuple[str, str, str, float | None]]:
+        llama._write(result, settings, list(rows), {})
+        written = json.loads(result.read_text())["rows"]
+        return [(one["task"], one["title"], one["prompt"], one["accuracy_mean"]) for one in written]
+
+    write(row("a", "old", 0.5), row("b", "old", 0.6), row("c", "old", None), row("a", "old", 0.7, "other"))
+    assert write(row("a", "old", None), row("c", "old", 0.8)) == [
+        ("toy", "a", "old", 0.5),
+        ("toy", "b", "old", 0.6),
+        ("toy", "c", "old", 0.8),
+        ("other", "a", "old", 0.7),
+    ]
+    assert write(row("a", "new", 0.9), row("b", "new", None)) == [
+        ("other", "a", "old", 0.7),
+        ("toy", "a", "new", 0.9),
+        ("toy", "b", "new", None),
+    ]
 
 
 def test_the_answers_compare_a_shared_pass_with_the_best_exit_of_at_most_its_cost() -> None:

@@ -17,7 +17,7 @@ from benchmarks.front.plot import plot_front
 from benchmarks.front.rivals import rival_rows
 from benchmarks.front.systems import SEEDS, ablations, recipe_of, systems
 from benchmarks.front.tasks import TASKS, ready
-from benchmarks.rows import kept_rows
+from benchmarks.rows import kept_file, kept_rows
 from benchmarks.trained import Run, siso_row
 from revmux.adapters.folder import load_adapter
 from revmux.estimate.throughput import like_length_batches, paired_throughput
@@ -30,7 +30,7 @@ from revmux.utils.run_info import describe_run, git_commit
 
 RESULT, PLOT = Path("benchmarks/results/front.json"), Path("docs/images/front.png")
 MIXED = MethodConfig("revmux", 4, 3)
-"""The system that is combined with int8 weights."""
+"""The system that is combined with smaller weights."""
 ABLATED = "sentiment"
 """The task of the ablation."""
 
@@ -74,11 +74,13 @@ def measure_task(
     rows = system_rows(found, task)
     mixed = next((run for system, run in found if system.method == MIXED and run.is_done), None)
     epochs = TASKS[name].epochs_of(1)
-    rivals = partial(rival_rows, task, mixed, epochs, MEASURE)
-    rows += kept_rows(task.folder, "rivals", (mixed and mixed.asked, epochs), rivals)
+    asked = (mixed and mixed.asked, epochs)
+    if trains or kept_file(task.folder, "rivals", asked).is_file():
+        rows += kept_rows(task.folder, "rivals", asked, partial(rival_rows, task, mixed, epochs, MEASURE))
     compete = [run for system, run in named_runs(chosen, task, 1, recipe_of) if run.is_done and not system.ablation]
-    asked = ([run.asked for run in compete], MEASURE)
-    rows += kept_rows(task.folder, "plans", asked, partial(plan_rows, task, compete))
+    rows += kept_rows(
+        task.folder, "plans", ([run.asked for run in compete], MEASURE), partial(plan_rows, task, compete)
+    )
     place = {"family": "bert", "backbone": f"{BackboneConfig().model}, tuned to the task", "task": name}
     siso = siso_row(rows[0]["siso_accuracy"]) | {"table": "front", "recipe": None, "lora_rank": 0, "exit_layer": None}
     identity = task.task.identity | {

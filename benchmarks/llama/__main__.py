@@ -105,33 +105,36 @@ def _systems(name: str, settings: argparse.Namespace) -> tuple[list[Row], Row]:
 def _write(result: Path, settings: argparse.Namespace, rows: list[Row], data: Row) -> None:
     """Write the result file with new rows in place of those that it has of the same systems.
 
-    A row without figures replaces none that has some: they come from an earlier run, on this machine or another. If it
-    stands for another setting of the same system, it is left out.
+    A row without figures replaces none that has some: they come from an earlier run, on this machine or another. All
+    rows of a task have the same prompt, teacher and data type, so measured rows remove those of other settings.
     """
     kept: Row = json.loads(result.read_text()) if result.is_file() else {"meta": {"data": {}}, "rows": []}
-    merged = {_key(row): row for row in kept["rows"]}
+    current = {_table(row): _setting(row) for row in rows if "why" not in row}
+    merged = {_key(row): row for row in kept["rows"] if current.get(_table(row), _setting(row)) == _setting(row)}
     for row in rows:
         if "why" not in row or "why" in merged.get(_key(row), row):
             merged[_key(row)] = row
-    asked = {_key(row) for row in rows}
-    # Prompts are written one by one, so a row of another prompt is none of another setting.
-    tables = {(row["kind"], row.get("task")) for row in rows if row["kind"] != "prompt"}
-    found = [
-        row
-        for key, row in merged.items()
-        if "why" not in row or key in asked or (row["kind"], row.get("task")) not in tables
-    ]
     sizes = kept["meta"]["data"] | {name: size for name, size in data.items() if size}
     meta = describe_run("python -m benchmarks.llama --glue GLUE", sizes, {"name": settings.model})
-    write_json(result, {"meta": meta, "rows": found})
+    write_json(result, {"meta": meta, "rows": list(merged.values())})
+
+
+def _table(row: Row) -> str:
+    """The rows that share their settings: those of a task's systems. Every prompt is a table of its own."""
+    if row["kind"] == "prefix":
+        return "prefix"
+    return repr([row["task"], row["prompt"] if row["kind"] == "prompt" else "systems"])
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("teacher", "prompt", "dtype"))
 
 
 def _key(row: Row) -> str:
-    names = ["kind", "task", "teacher", "title", "systems", "most_cost"]
-    names.append("prompt" if row["kind"] == "prompt" else "dtype")
+    names = ["title", "systems", "most_cost"]
     if row["kind"] in ("siso", "systems"):  # the width of a ladder is a result
         names.append("num_inputs")
-    return repr([row.get(name) for name in names])
+    return repr([_table(row), row["kind"], *(row.get(name) for name in names)])
 
 
 def _prefix(settings: argparse.Namespace) -> list[Row]:

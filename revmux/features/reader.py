@@ -129,7 +129,10 @@ class TeacherFeatures:
         return FeatureBatch(
             labels=self.labels[torch.from_numpy(rows)].long().to(device),
             teacher_vectors=torch.from_numpy(self.teacher.fixed("vectors", rows)).to(device, dtype),
-            teacher_scores=torch.from_numpy(self.teacher.fixed("scores", rows)).to(device, dtype),
+            # Label words have scores in float32, which bfloat16 would round to ties.
+            teacher_scores=torch.from_numpy(self.teacher.fixed("scores", rows)).to(
+                device, torch.promote_types(dtype, torch.float32)
+            ),
         )
 
 

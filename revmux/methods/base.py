@@ -182,15 +182,8 @@ class Method(MethodNaming, nn.Module, ABC):
         return backbone.answers(state)
 
     def own_states(self, backbone: Backbone, prefilled: HiddenState) -> Tensor:
-        """What :meth:`demultiplex` gets of each of B prefilled inputs, (B, 2d): [answer state ; mean over the tokens].
-
-        A method with an own-state correction in its attribute ``own_state`` gets what that correction reads.
-        """
-        correction = getattr(self, "own_state", None)
-        found: Tensor = (
-            backbone.own_states(prefilled) if correction is None else correction.own_states(backbone, prefilled)
-        )
-        return found
+        """What :meth:`demultiplex` receives for each of B prefilled inputs: (B, 2d), [answer state ; mean over the tokens]."""
+        return backbone.own_states(prefilled)
 
     @abstractmethod
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:

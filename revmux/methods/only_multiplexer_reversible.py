@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from revmux.backbone import HiddenState
 from revmux.errors import UserError
 from revmux.methods.base import BackboneShape, Method, divide_width, mix_channels
-from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
+from revmux.methods.own_state import CorrectedMethod, OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 from revmux.methods.revmux import ReversibleChain, RevMUXOptions
 from revmux.methods.vanilla_adapter import VanillaDemultiplexer
@@ -36,7 +36,7 @@ class OnlyMultiplexerReversibleOptions:
 
 
 @register_method
-class OnlyMultiplexerReversible(Method):
+class OnlyMultiplexerReversible(CorrectedMethod, Method):
     """Down-projection and reversible chain as multiplexer, vanilla MLP as demultiplexer."""
 
     name: ClassVar[str] = "only-multiplexer-reversible"

@@ -23,6 +23,16 @@ from revmux.methods.attention_pooling import AttentionPooling
 OwnStateKind = Literal["none", "linear", "mlp", "attention"]
 
 
+class CorrectedMethod:
+    """What methods with an own-state correction share: their demultiplexer receives what the correction reads."""
+
+    own_state: OwnStateCorrection
+
+    def own_states(self, backbone: Backbone, prefilled: HiddenState) -> Tensor:
+        """See :meth:`revmux.methods.base.Method.own_states`."""
+        return self.own_state.own_states(backbone, prefilled)
+
+
 class OwnStateCorrection(nn.Module):
     """Corrects restored answer states.
 

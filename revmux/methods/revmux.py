@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from revmux.backbone import HiddenState
 from revmux.errors import UserError, one_of
 from revmux.methods.base import BackboneShape, Method, checked_exit_layer, divide_width, mix_channels, pick_own
-from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
+from revmux.methods.own_state import CorrectedMethod, OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 
 
@@ -159,7 +159,7 @@ class InverseUp(nn.Module):
 
 
 @register_method
-class RevMUX(Method):
+class RevMUX(CorrectedMethod, Method):
     """The method of the paper. Only the adapters are trained, unless ``tune_backbone`` is set."""
 
     name: ClassVar[str] = "revmux"

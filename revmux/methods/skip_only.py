@@ -15,7 +15,7 @@ from revmux.backbone import Backbone, HiddenState
 from revmux.errors import UserError
 from revmux.methods.base import BackboneShape
 from revmux.methods.early_exit import EarlyExit
-from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
+from revmux.methods.own_state import CorrectedMethod, OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 
 
@@ -33,7 +33,7 @@ class SkipOnlyOptions:
 
 
 @register_method
-class SkipOnly(EarlyExit):
+class SkipOnly(CorrectedMethod, EarlyExit):
     """The own-state correction alone, read by the model's own head."""
 
     name: ClassVar[str] = "skip-only"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from revmux.backbone import HiddenState
 from revmux.errors import UserError
 from revmux.methods.base import BackboneShape, Method, checked_exit_layer
-from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
+from revmux.methods.own_state import CorrectedMethod, OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 
 
@@ -98,7 +98,7 @@ class NeighbourPooling(nn.Module):
 
 
 @register_method
-class TokenSplit(Method):
+class TokenSplit(CorrectedMethod, Method):
     """Concatenation of the pooled inputs in one shared sequence."""
 
     name: ClassVar[str] = "token-split"

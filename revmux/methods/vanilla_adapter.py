@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from revmux.backbone import HiddenState
 from revmux.methods.base import BackboneShape, Method, mix_channels, pick_own
-from revmux.methods.own_state import OwnStateCorrection, OwnStateKind
+from revmux.methods.own_state import CorrectedMethod, OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
 
 
@@ -62,7 +62,7 @@ class VanillaDemultiplexer(nn.Module):
 
 
 @register_method
-class VanillaAdapter(Method):
+class VanillaAdapter(CorrectedMethod, Method):
     """The first baseline of the paper: MLP multiplexer and MLP demultiplexer."""
 
     name: ClassVar[str] = "vanilla-adapter"
