@@ -34,6 +34,7 @@ from revmux.errors import TextError
 from revmux.estimate.flops import count_flops
 from revmux.estimate.shapes import meta_backbone
 from revmux.features.config import StoreConfig
+from revmux.features.store import open_features
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import check_answers, inspect, load_pretrained
 from revmux.pretrained.task_model import save_task_model
@@ -436,3 +437,20 @@ def test_a_soft_prompt_for_an_encoder_is_refused(tiny_model_folder: Path, tiny_c
         UserError, match="soft_prompt is 4, but bert does not support soft prompts; choose a language model"
     ):
         prepared(replace(running, backbone=backbone(tiny_model_folder, None)))
+
+
+def test_the_scores_of_label_words_are_stored_in_float32_for_a_model_in_bfloat16(
+    model_folder: Callable[[str], Path], prompt_file: Path, tmp_path: Path
+) -> None:
+    config = BackboneConfig(str(model_folder("llama")), max_length=40, dtype="bfloat16", prompt=str(prompt_file))
+    pretrained = load_pretrained(config, ["bad", "good"])
+    pretrained.backbone.freeze()
+    texts = [" ".join(WORDS[number : number + 3]) for number in range(3, 11)]
+    split = pretrained.tokenize(Dataset.from_dict({"text": texts, "label": [0, 1] * 4}), 40)
+    store = open_features(pretrained, split, [1], StoreConfig(root=str(tmp_path), dtype="bfloat16"))
+    rows = torch.arange(len(split))
+    for features in (store.at(1), store.with_tokens()):
+        scores = features.batch(rows).teacher_scores
+        assert scores is not None
+        assert scores.dtype == torch.float32
+        assert not torch.equal(scores, scores.bfloat16().float())
