@@ -16,7 +16,7 @@ LOOKS = {
     "token-split": ("token split", "^", "tab:green"),
     "vanilla-adapter": ("vanilla adapter", "D", "tab:purple"),
     "only-multiplexer-reversible": ("only multiplexer reversible", "d", "tab:pink"),
-    "rival": ("without training", "+", "tab:brown"),
+    "rival": ("rivals that are not adapters", "+", "tab:brown"),
 }
 
 
