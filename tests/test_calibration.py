@@ -33,6 +33,23 @@ def test_the_bias_undoes_a_preference_for_one_class() -> None:
     assert float(((shifted + bias).argmax(1) == labels).float().mean()) > 0.8
 
 
+def test_the_bias_of_a_model_whose_scores_are_too_flat_separates_the_classes() -> None:
+    torch.manual_seed(0)
+    labels = (torch.arange(2000) % 10 < 7).long()  # 70% of the inputs are of class 1
+    steep = torch.stack([torch.zeros(2000), 8.0 * labels - 4 + 2 * torch.randn(2000)], dim=1)
+    flat = 0.1 * steep + torch.tensor([0.0, 1.0])
+    bias = torch.tensor(fit_bias(flat, labels))
+    assert float(((flat + bias).argmax(1) == labels).float().mean()) > 0.97
+    assert (bias[0] - bias[1]).item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_bias_of_scores_that_say_nothing_is_that_of_the_frequencies() -> None:
+    torch.manual_seed(0)
+    labels = (torch.arange(1000) % 10 < 8).long()
+    bias = fit_bias(1e-4 * torch.randn(1000, 2), labels)
+    assert bias[1] - bias[0] == pytest.approx(1.386, abs=1e-2)  # log(0.8 / 0.2)
+
+
 def test_a_calibrated_prompt_is_a_file_that_a_model_is_loaded_with(
     tmp_path: Path, tiny_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

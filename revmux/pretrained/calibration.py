@@ -1,8 +1,9 @@
 """Calibration of label words: a bias per class that corrects a language model's preference for one of the words.
 
-The biases b minimize the cross-entropy of ``scores + b`` on labelled inputs. This is a convex problem of C numbers, so
-a few hundred inputs suffice. Calibration on the data's labels replaces the estimate from content-free inputs of Zhao et
-al. (2021), https://arxiv.org/abs/2102.09690.
+The biases b and a scale s minimize the cross-entropy of ``s · (scores + b)`` on labelled inputs. This is a convex problem of
+C + 1 numbers (s and s · b), so a few hundred inputs suffice. The scale changes no answer and is not kept, but without it
+the biases of a model whose scores are too flat or too steep are those of its probabilities, not of its answers. Calibration
+on the data's labels replaces the estimate from content-free inputs of Zhao et al. (2021), https://arxiv.org/abs/2102.09690.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from revmux.pretrained.loading import load_pretrained
 from revmux.pretrained.pretrained import Pretrained
 
 BATCH = 32
+LEAST_SCALE = 0.05
+"""If the scores say less than this about the labels, the scale stays 1: the biases would grow without bound."""
 
 
 def fit_bias(scores: Tensor, labels: Tensor, steps: int = 100) -> list[float]:
-    """The biases that minimize the cross-entropy, with mean 0.
+    """The biases with which the classes are separated best, with mean 0.
 
     Args:
         scores: (R, C) label scores.
@@ -39,19 +42,30 @@ def fit_bias(scores: Tensor, labels: Tensor, steps: int = 100) -> list[float]:
         C numbers.
     """
     scores, labels = scores.detach().double().cpu(), labels.cpu()
-    bias = torch.zeros(scores.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([bias], max_iter=steps, line_search_fn="strong_wolfe")
+    scores = scores - scores.mean(dim=1, keepdim=True)  # so that the scale does not act on what all classes share
+    scale, shift = _fit(scores, labels, steps, scaled=True)
+    if scale < LEAST_SCALE:
+        scale, shift = _fit(scores, labels, steps, scaled=False)
+    bias = shift / scale
+    return [round(float(value), 4) for value in bias - bias.mean()]
+
+
+def _fit(scores: Tensor, labels: Tensor, steps: int, scaled: bool) -> tuple[float, Tensor]:
+    """The scale and shift (C,) with the lowest cross-entropy of ``scale · scores + shift``; the scale is 1 if not fitted."""
+    scale = torch.ones((), dtype=torch.float64, requires_grad=scaled)
+    shift = torch.zeros(scores.shape[1], dtype=torch.float64, requires_grad=True)
+    fitted = [scale, shift] if scaled else [shift]
+    optimizer = torch.optim.LBFGS(fitted, max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(scores + bias, labels)
+        loss = F.cross_entropy(scale * scores + shift, labels)
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)
-    centred = bias.detach() - bias.detach().mean()
-    return [round(float(value), 4) for value in centred]
+    return float(scale.detach()), shift.detach()
 
 
 def label_scores(pretrained: Pretrained, split: Dataset, max_length: int) -> Tensor:
