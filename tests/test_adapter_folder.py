@@ -12,7 +12,7 @@ import pytest
 import torch
 from numeric import assert_close
 from safetensors.torch import load_file, save_file
-from tiny_models import write_tiny_model
+from tiny_models import tiny_classifier, write_tiny_model
 from torch import Tensor
 
 import revmux
@@ -184,6 +184,20 @@ def test_a_newer_format_is_refused_with_both_versions(saved: Path) -> None:
         match=rf"format version {FORMAT_VERSION + 1} \(revmux 9\.0\), but revmux {revmux.__version__} supports",
     ):
         load_adapter_config(saved)
+
+
+def test_a_format_with_raw_states_is_refused_where_states_are_now_normalized(
+    saved: Path, tiny_pretrained: Pretrained
+) -> None:
+    edit_config(saved, format_version=2)
+    load_adapter(saved, tiny_pretrained)  # BERT has no final norm
+    llama = replace(tiny_pretrained, backbone=tiny_classifier("llama"))
+    model = adapter(llama)
+    folder = save_adapter(model, describe_adapter(model, llama, 16, {"source": "toy.csv"}), saved.parent / "llama")
+    load_adapter(folder, llama)
+    edit_config(folder, format_version=2)
+    with pytest.raises(UserError, match="format version 2.* llama .*train the adapter again"):
+        load_adapter(folder, llama)
 
 
 @pytest.mark.parametrize(

@@ -379,7 +379,15 @@ def test_mean_pooling_averages_each_input_over_its_own_tokens() -> None:
     normed = backbone.model.model.final_norm(upper.hidden)
     own = torch.stack([normed[0].mean(dim=0), normed[0, :4].mean(dim=0)])  # (2, d)
     assert_close(backbone.answers(upper)[0], own)
-    assert_close(backbone.own_answers(prefilled)[1], prefilled.hidden[1, :4].mean(dim=0))
+    assert_close(backbone.own_answers(prefilled)[1], backbone.normalize(prefilled.hidden)[1, :4].mean(dim=0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "modernbert", "modernbert-mean"])
+def test_the_own_answer_at_the_last_layer_is_what_the_head_reads(family: str) -> None:
+    backbone = frozen(family, "sdpa")
+    state = backbone.run(backbone.embed(token_batch(backbone, [LENGTH, 4])), LAYERS)
+    assert_close(backbone.own_answers(state), backbone.answers(state)[:, 0])
 
 
 def test_an_unsupported_architecture_is_refused_with_the_list_of_supported_ones() -> None:

@@ -379,8 +379,29 @@ def test_the_own_answer_is_read_at_the_last_token(name: str, side: str) -> None:
     with torch.no_grad():
         state = backbone.embed(batch(side))
         expected = torch.stack([row[mask][-1] for row, mask in zip(state.hidden, state.mask, strict=True)])
-        assert_close(backbone.own_answers(state), expected)
+        assert_close(backbone.own_answers(state), backbone.normalize(expected))
     assert (state.positions is None) == (name.split("-")[0] in ("bart", "gpt2"))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if is_decoder(name)])
+def test_the_own_answer_at_the_last_layer_is_what_the_head_reads(name: str) -> None:
+    backbone = backbone_of(name)
+    with torch.no_grad():
+        state = backbone.run(backbone.embed(batch()), backbone.num_layers)
+        assert_close(backbone.own_answers(state), backbone.answers(state)[:, 0])
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("name", [name for name in MODELS if is_decoder(name) or name.startswith("t5")])
+def test_one_huge_token_does_not_hide_the_others_from_an_exit_head(name: str, pooled: bool) -> None:
+    backbone = backbone_of(name)
+    method = build_method("exit-head", BackboneShape.of(backbone), 1, {"layer": 1, "attention_pooling": pooled})
+    with torch.no_grad():
+        state = backbone.run(backbone.embed(batch()), 1)
+        state.hidden[:, 0] *= 1e4  # as the first token of a pretrained LLaMA
+        mean = method.read(backbone, state)[0, 0, backbone.hidden_size :]
+        assert_close(mean, backbone.normalize(state.hidden)[0][state.mask[0]].mean(dim=0))
+        assert mean.abs().max() < 10
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-words") or is_decoder(name)])

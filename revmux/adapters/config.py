@@ -21,7 +21,9 @@ from revmux.version import __version__
 if TYPE_CHECKING:  # adapters are checked before torch is imported
     import torch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""2: deferral and the stages of a ladder. 3: methods read the normalized own states of families with a final norm."""
+NORMALIZED_SINCE = 3
 
 
 CONFIG_NAME = "adapter_config.json"

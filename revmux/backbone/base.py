@@ -244,16 +244,27 @@ class Backbone(nn.Module, ABC):
         """
         return state.read()
 
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """States of any layer (..., d) on the scale of layer L's, for heads that read them early.
+
+        Families with a final norm apply it here: without it, some channels of a token are orders of magnitude larger than all
+        other values.
+        """
+        return hidden
+
     def own_answers(self, state: HiddenState) -> Tensor:
-        """Each plain input's raw state at its answer position, at any depth: (B, d)."""
-        return state.read()[:, 0]
+        """Each plain input's normalized state at its answer position, at any depth: (B, d)."""
+        return self.normalize(state.read()[:, 0])
 
     def own_states(self, state: HiddenState) -> Tensor:
-        """[answer state ; mean over the tokens, those of a constant prefix included] of each plain input: (B, 2d)."""
+        """[answer state ; mean over the tokens, those of a constant prefix included] of each plain input: (B, 2d).
+
+        All states are normalized.
+        """
         mask = state.mask.unsqueeze(-1)  # (B, S, 1)
-        total, count = (state.hidden * mask).sum(dim=1), mask.sum(dim=1)  # (B, d), (B, 1)
+        total, count = (self.normalize(state.hidden) * mask).sum(dim=1), mask.sum(dim=1)  # (B, d), (B, 1)
         if state.prefix is not None:
-            total = total + state.prefix.hidden[state.depth].sum(dim=1)
+            total = total + self.normalize(state.prefix.hidden[state.depth]).sum(dim=1)
             count = count + len(state.prefix)
         return torch.cat([self.own_answers(state), total / count], dim=-1)
 

@@ -158,7 +158,10 @@ class DecoderBackbone(GenerativeBackbone):
         return lambda index: masks[windows[index]]
 
     def answers(self, state: HiddenState) -> Tensor:
-        return self.final_norm(state.read())  # (B, A, d)
+        return self.normalize(state.read())  # (B, A, d)
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        return self.final_norm(hidden)
 
     def readout(self, answer: Tensor) -> Tensor:
         return answer

@@ -77,11 +77,14 @@ class ModernBertBackbone(Backbone):
         }
 
     def answers(self, state: HiddenState) -> Tensor:
-        state = replace(state, hidden=self.model.model.final_norm(state.hidden))  # (B, S, d)
+        state = replace(state, hidden=self.normalize(state.hidden))  # (B, S, d)
         return mean_over_spans(state) if self.pools_mean else state.read()
 
+    def normalize(self, hidden: Tensor) -> Tensor:
+        return self.model.model.final_norm(hidden)
+
     def own_answers(self, state: HiddenState) -> Tensor:
-        return mean_over_spans(state)[:, 0] if self.pools_mean else super().own_answers(state)
+        return self.answers(state)[:, 0]
 
     def readout(self, answer: Tensor) -> Tensor:
         return self.model.head(answer)

@@ -51,6 +51,9 @@ class T5Backbone(EncoderDecoderBackbone):
     def finish(self, stack: Any, hidden: Tensor) -> Tensor:
         return stack.dropout(stack.final_layer_norm(hidden))
 
+    def normalize(self, hidden: Tensor) -> Tensor:
+        return self.finish(self.encoder, hidden)
+
     def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
         mask = bidirectional_mask(self.encoder.config, state)
         bias = relative_bias(self.encoder, state)

@@ -26,13 +26,16 @@ class AttentionPooling(nn.Linear):
         self.bias.requires_grad_(False)  # no softmax depends on it; adapters contain it
 
     def own_states(self, backbone: Backbone, state: HiddenState) -> Tensor:
-        """[answer state ; weighted mean over the tokens, those of a constant prefix included], at any depth: (B, 2d)."""
-        hidden = state.hidden.to(self.weight.dtype)  # (B, S, d)
+        """[answer state ; weighted mean over the tokens, those of a constant prefix included], at any depth: (B, 2d).
+
+        All states are normalized, see :meth:`revmux.backbone.Backbone.normalize`.
+        """
+        hidden = backbone.normalize(state.hidden).to(self.weight.dtype)  # (B, S, d)
         relevance = self(hidden).squeeze(-1).masked_fill(~state.mask, -torch.inf)  # (B, S)
         if state.prefix is None:
             mean = (relevance.softmax(dim=1).unsqueeze(-1) * hidden).sum(dim=1)  # (B, d)
         else:
-            constant = state.prefix.hidden[state.depth].to(self.weight.dtype)  # (1, P, d)
+            constant = backbone.normalize(state.prefix.hidden[state.depth]).to(self.weight.dtype)  # (1, P, d)
             shared = self(constant).squeeze(-1).expand(len(hidden), -1)  # (B, P)
             own, common = (
                 torch.cat([relevance, shared], dim=1).softmax(dim=1).split([hidden.shape[1], constant.shape[1]], dim=1)

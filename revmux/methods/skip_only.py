@@ -54,7 +54,7 @@ class SkipOnly(CorrectedMethod, EarlyExit):
         return f"the skip-only control at layer {prefill_layers}"
 
     def read(self, backbone: Backbone, state: HiddenState) -> Tensor:
-        return state.read()  # (B, 1, d)
+        return backbone.own_answers(state).unsqueeze(1)  # (B, 1, d)
 
     def demultiplex(self, answers: Tensor, own: Tensor) -> Tensor:
         return self.own_state(answers, own)
