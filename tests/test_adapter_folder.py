@@ -196,7 +196,7 @@ def test_a_format_with_raw_states_is_refused_where_states_are_now_normalized(
     folder = save_adapter(model, describe_adapter(model, llama, 16, {"source": "toy.csv"}), saved.parent / "llama")
     load_adapter(folder, llama)
     edit_config(folder, format_version=2)
-    with pytest.raises(UserError, match="format version 2.* llama .*train the adapter again"):
+    with pytest.raises(UserError, match=r"format version 2.* llama .*train the adapter again"):
         load_adapter(folder, llama)
 
 
