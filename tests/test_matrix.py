@@ -36,7 +36,7 @@ FAMILIES = {
     "gpt2": "gpt2-words",
 }
 CUT, LENGTH, RETRIEVAL_ROUNDS = 1, 7, 200
-STRONG = {"activation": "gelu", "up": "inverse", "own_state": "attention", "lora_rank": 2}
+STRONG = {"activation": "gelu", "up": "zero", "own_state": "attention", "lora_rank": 2}
 METHODS = [
     ("revmux", {}),
     ("revmux", STRONG),

@@ -24,6 +24,7 @@ SYSTEMS = [
     ("revmux", {}),
     ("revmux", {"own_state": "linear", "exit_layer": 2}),
     ("revmux", {"up": "inverse", "activation": "gelu", "own_state": "attention"}),
+    ("revmux", {"up": "zero", "activation": "gelu", "own_state": "attention"}),
     ("vanilla-adapter", {}),
     ("vanilla-adapter", {"own_state": "mlp"}),
     ("only-multiplexer-reversible", {}),
@@ -125,6 +126,20 @@ def test_training_reads_the_same_tokens_as_inference(bert, name, options):
     whole, trained = (model.answer(upper(mixed), own) for upper in (model.upper, model.upper_in_training))
     assert_close(trained.scores, whole.scores)
     assert_close(trained.answers, whole.answers)
+
+
+@torch.no_grad()
+def test_an_up_projection_from_zero_starts_with_the_answers_of_the_own_state_correction_alone(bert):
+    method = build_method("revmux", BackboneShape.of(bert), 2, {"up": "zero", "own_state": "attention"})
+    for weight in method.own_state.parameters():
+        weight.normal_(std=0.1)
+    model = MultiplexedClassifier(bert, method, 1).eval()
+    prefilled = model.prefill(texts(4))
+    own = method.own_states(bert, prefilled)[groups_of(2)]
+    alone = method.own_state(torch.zeros(*own.shape[:2], bert.hidden_size), own)
+    assert_close(model.run_groups(prefilled, groups_of(2)).answers, alone)
+    method.up.linear.weight.normal_(std=0.1)
+    assert not torch.allclose(model.run_groups(prefilled, groups_of(2)).answers, alone)
 
 
 def test_methods_that_tune_the_backbone_send_gradients_into_the_prefill():
@@ -351,7 +366,7 @@ def test_a_hidden_size_that_cannot_be_divided_is_refused(bert, name):
         ("revmux", {"exit_layer": -1}, r"exit_layer is -1; this backbone has layers 0\.\.3"),
         ("vanilla-adapter", {"ratio": 2}, "known options: dropout, output_relu, own_state"),
         ("revmux", {"own_state": "all"}, "unknown own_state .all.; known: none, linear, mlp, attention"),
-        ("revmux", {"up": "none"}, "unknown up .none.; known: mlp, inverse"),
+        ("revmux", {"up": "none"}, "unknown up .none.; known: mlp, inverse, zero"),
         ("revmux", {"lora_rank": -1}, "lora_rank is -1; choose 0"),
         ("token-split", {"ratio": 1}, "pools 1 tokens into one"),
     ],

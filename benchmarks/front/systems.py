@@ -53,7 +53,7 @@ def systems(num_layers: int = 6) -> Iterator[System]:
 def ablations(num_layers: int = 6) -> Iterator[System]:
     """RevMUX with N = 4 at l = L/2 without one part of the recipe each, and with LoRA."""
     half = num_layers // 2
-    whole = {"activation": "gelu", "up": "inverse", "own_state": "attention"}
+    whole = {"activation": "gelu", "up": "zero", "own_state": "attention"}
 
     def variant(title: str, change: dict[str, Any], **settings: Any) -> System:
         method = MethodConfig("revmux", 4, half, {**whole, **change})
@@ -63,6 +63,7 @@ def ablations(num_layers: int = 6) -> Iterator[System]:
     yield variant("without InfoNCE", {}, loss={"infonce_weight": 0.0})
     yield variant("without the own-state correction", {"own_state": "none"})
     yield variant("own-state correction by the mean over the tokens", {"own_state": "mlp"})
+    yield variant("up-projection that starts as the inverse", {"up": "inverse"})
     yield variant("the paper's up-projection", {"up": "mlp"})
     yield variant("with LoRA of rank 8", {"lora_rank": 8})
     plain = {"activation": "relu", "up": "mlp", "own_state": "none"}

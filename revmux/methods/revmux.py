@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from revmux.errors import UserError, one_of
 from revmux.methods.base import BackboneShape, Method, checked_exit_layer, divide_width, mix_channels, pick_own
 from revmux.methods.own_state import CorrectedMethod, OwnStateCorrection, OwnStateKind
 from revmux.methods.registry import register_method
+
+UpKind = Literal["mlp", "inverse", "zero"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class RevMUXOptions:
         zero_init: whether to initialize the slot functions' last layer to zero, so that mixing starts as
             concatenation.
         activation: the nonlinearity inside the slot functions: relu (the paper's) or gelu.
-        up: f_up. ``mlp`` is the paper's, with two hidden layers of 3d. ``inverse`` starts as the inverse of f_down,
-            √N · f_downᵀ, plus a residual MLP that starts at zero.
+        up: f_up. ``mlp`` is the paper's, with two hidden layers of 3d. ``inverse`` and ``zero`` are a linear map plus a
+            residual MLP that starts at zero. The linear map starts as the inverse of f_down, √N · f_downᵀ, or at zero.
         own_state: how each input's own prefilled state corrects its restored state: ``none``, ``linear``, ``mlp``
             or ``attention``. This adds almost no cost in serving, since the state is already available.
         lora_rank: rank of the low-rank updates of layers l+1..e. 0 means none.
@@ -58,7 +60,7 @@ class RevMUXOptions:
     output_relu: bool = False
     zero_init: bool = True
     activation: Literal["relu", "gelu"] = "relu"
-    up: Literal["mlp", "inverse"] = "mlp"
+    up: UpKind = "mlp"
     own_state: OwnStateKind = "none"
     lora_rank: int = 0
     exit_layer: int | None = None
@@ -131,25 +133,29 @@ class PaperUp(nn.Sequential):
         )
 
 
-class InverseUp(nn.Module):
-    """An up-projection that starts as the inverse of the down-projection.
+class LinearUp(nn.Module):
+    """An up-projection of a linear map and a residual MLP, which starts at zero.
 
-    An orthogonal down-projection keeps 1/N of the squared norm on average, so √N · f_downᵀ restores the norm. A residual
-    MLP, initialized to zero, learns the rest. Restored states thus start at the scale that the model's head expects.
+    As the inverse, restored states start at the scale that the model's head expects: an orthogonal down-projection keeps 1/N
+    of the squared norm on average, so √N · f_downᵀ restores the norm. From zero, answers start as those of the own-state
+    correction alone, and training adds the shared pass where it helps.
 
     Args:
         down: the down-projection, d → d/N, with orthogonal rows.
+        inverse: whether the linear map starts as its inverse, instead of at zero.
     """
 
-    def __init__(self, down: nn.Linear) -> None:
+    def __init__(self, down: nn.Linear, inverse: bool) -> None:
         super().__init__()
         width, hidden = down.weight.shape
         self.linear = nn.Linear(width, hidden)
         self.inner = nn.Linear(width, 3 * hidden)
         self.outer = nn.Linear(3 * hidden, hidden)
-        with torch.no_grad():
-            self.linear.weight.copy_(math.sqrt(hidden / width) * down.weight.T)
-            self.linear.bias.zero_()
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        if inverse:
+            with torch.no_grad():
+                self.linear.weight.copy_(math.sqrt(hidden / width) * down.weight.T)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
@@ -170,7 +176,7 @@ class RevMUX(CorrectedMethod, Method):
         super().__init__(shape, num_inputs, options)
         if num_inputs < 2:
             raise UserError(f"revmux needs N = 2 or more inputs, not N = {num_inputs}; use siso for N = 1")
-        for name, kind in (("activation", ("relu", "gelu")), ("up", ("mlp", "inverse"))):
+        for name, kind in (("activation", ("relu", "gelu")), ("up", get_args(UpKind))):
             if getattr(self.options, name) not in kind:
                 raise one_of(name, getattr(self.options, name), kind, "choose one of these")
         width, hidden = divide_width(shape.hidden_size, num_inputs), shape.hidden_size
@@ -180,7 +186,9 @@ class RevMUX(CorrectedMethod, Method):
         self.chain = ReversibleChain(num_inputs, width, hidden, self.options)
         nn.init.orthogonal_(self.down.weight)
         nn.init.zeros_(self.down.bias)
-        self.up = InverseUp(self.down) if self.options.up == "inverse" else PaperUp(width, hidden)
+        self.up = (
+            PaperUp(width, hidden) if self.options.up == "mlp" else LinearUp(self.down, self.options.up == "inverse")
+        )
         self.own_state = OwnStateCorrection(hidden, self.options.own_state)
 
     def exit_layer(self) -> int:
