@@ -190,7 +190,7 @@ def test_a_row_without_figures_replaces_none_that_has_some_and_settings_are_not_
 
 def test_the_answers_compare_a_shared_pass_with_the_best_exit_of_at_most_its_cost() -> None:
     def row(title: str, method: str, cost: float, accuracy: float, width: int = 1, layer: int = 15) -> dict[str, Any]:
-        figures = {"accuracy_mean": accuracy, "siso_agreement": 0.9, "cost_counted": cost}
+        figures = {"accuracy_mean": accuracy, "siso_agreement": 1 - accuracy, "cost_counted": cost}
         return figures | {
             "task": "toy",
             "title": title,
@@ -209,7 +209,10 @@ def test_the_answers_compare_a_shared_pass_with_the_best_exit_of_at_most_its_cos
         row("Exit head, layer 25", "exit-head", 0.83, 0.99, layer=25),
     ]
     words = answer_words(rows)
-    assert "in 2 of 3 cases, at costs from 0.76 to 0.76" in words
-    assert "| RevMUX l=15 | 2 | 0.76 | 86.0 | 90.0 | Exit head, layer 20 | 0.67 | 84.0 | +2.0 |" in words
-    assert "| RevMUX l=15 | 8 | 0.57 | 80.0 | 90.0 | Skip-only, layer 15 | 0.50 | 82.0 | -2.0 |" in words
+    accuracy, agreement = words.split("toy, agreement with the teacher: ")
+    assert "in 2 of 3 cases, at costs from 0.76 to 0.76" in accuracy
+    assert "| RevMUX l=15 | 2 | 0.76 | 86.0 | Exit head, layer 20 | 0.67 | 84.0 | +2.0 |" in accuracy
+    assert "| RevMUX l=15 | 8 | 0.57 | 80.0 | Skip-only, layer 15 | 0.50 | 82.0 | -2.0 |" in accuracy
+    assert "in 1 of 3 cases, at costs from 0.57 to 0.57" in agreement
+    assert "| RevMUX l=15 | 2 | 0.76 | 14.0 | Skip-only, layer 15 | 0.50 | 18.0 | -4.0 |" in agreement
     assert "| RevMUX l=15 | 2 | 86.0 | 82.0 | +4.0 | 85.0 | +1.0 |" in words
