@@ -12,21 +12,26 @@ from benchmarks.rows import verdict
 def llama_words(result: dict[str, Any]) -> dict[str, str]:
     """Return the texts for the page's marks."""
     meta, rows = result["meta"], result["rows"]
-    machine = f"{meta['machine']['cores']} cores, torch {meta['versions']['torch']}, commit `{(meta['commit'] or 'unknown')[:8]}`"
+    machine = {part: _machine(meta, commit) for part, commit in meta["commits"].items()}
     tables = {"prompt": _prompt_table, "prefix": _prefix_table}
     measured = [row for row in rows if "why" not in row or row["kind"] in ("siso", "systems", "ladders")]
     found = {kind: [row for row in measured if row["kind"] == kind] for kind in (*tables, "siso", "systems", "ladders")}
     words = {f"llama-{name}": "Not measured yet.\n" for name in ("prompts", "prefix", "systems", "ladders", "answers")}
     for kind, name in (("prompt", "prompts"), ("prefix", "prefix")):
         if found[kind]:
-            words[f"llama-{name}"] = tables[kind](found[kind], machine)
+            words[f"llama-{name}"] = tables[kind](found[kind], machine[name])
     if found["systems"]:
         words |= {
-            "llama-systems": system_words([*found["siso"], *found["systems"]], meta["data"]) + f" {machine}.\n",
+            "llama-systems": system_words([*found["siso"], *found["systems"]], meta["data"])
+            + f" {machine['systems']}.\n",
             "llama-ladders": ladder_words(found["ladders"]),
             "llama-answers": answer_words(found["systems"]),
         }
     return words
+
+
+def _machine(meta: dict[str, Any], commit: str | None) -> str:
+    return f"{meta['machine']['cores']} cores, torch {meta['versions']['torch']}, commit `{(commit or 'unknown')[:8]}`"
 
 
 def _prompt_table(rows: list[dict[str, Any]], machine: str) -> str:
