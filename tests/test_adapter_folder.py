@@ -192,11 +192,14 @@ def test_a_format_with_raw_states_is_refused_where_states_are_now_normalized(
     edit_config(saved, format_version=2)
     load_adapter(saved, tiny_pretrained)  # BERT has no final norm
     llama = replace(tiny_pretrained, backbone=tiny_classifier("llama"))
-    model = adapter(llama)
-    folder = save_adapter(model, describe_adapter(model, llama, 16, {"source": "toy.csv"}), saved.parent / "llama")
-    load_adapter(folder, llama)
-    edit_config(folder, format_version=2)
-    with pytest.raises(UserError, match=r"format version 2.* llama .*train the adapter again"):
+    plain, corrected = (adapter(llama, options={"own_state": kind}) for kind in ("none", "linear"))
+    for name, model in (("plain", plain), ("corrected", corrected)):
+        save_adapter(model, describe_adapter(model, llama, 16, {"source": "toy.csv"}), saved.parent / name)
+        load_adapter(saved.parent / name, llama)
+        edit_config(saved.parent / name, format_version=2)
+    load_adapter(saved.parent / "plain", llama)
+    folder = saved.parent / "corrected"
+    with pytest.raises(UserError, match=r"format version 2.*revmux read .* llama .*train the adapter again"):
         load_adapter(folder, llama)
 
 

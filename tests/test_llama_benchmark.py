@@ -26,7 +26,11 @@ from revmux.backbone.decoder import DecoderBackbone
 from revmux.data.tokens import TokenizedSplit
 from revmux.plan.config import MeasureConfig
 
-META = {"machine": {"cores": 2}, "versions": {"torch": "2"}, "commits": dict.fromkeys(llama.PARTS, "abcdef0123")}
+META = {
+    "machine": {"cores": 2},
+    "versions": {"torch": "2"},
+    "commits": dict.fromkeys(("prompts", "prefix"), "abcdef0123"),
+}
 
 
 def prompt_row(prompt: str, selection: float) -> dict[str, Any]:
@@ -170,7 +174,7 @@ def test_a_row_without_figures_replaces_none_that_has_some_and_settings_are_not_
     result, settings = tmp_path / "result.json", argparse.Namespace(model="llama")
 
     def write(*rows: dict[str, Any]) -> list[tuple[str, str, str, float | None]]:
-        llama._write(result, settings, "systems", list(rows), {})
+        llama._write(result, settings, list(rows), {})
         written = json.loads(result.read_text())["rows"]
         return [(one["task"], one["title"], one["prompt"], one["accuracy_mean"]) for one in written]
 
@@ -188,16 +192,16 @@ def test_a_row_without_figures_replaces_none_that_has_some_and_settings_are_not_
     ]
 
 
-def test_each_part_of_the_result_has_the_commit_of_its_own_measurement(
+def test_prompts_and_prefix_have_the_commit_of_their_last_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, settings = tmp_path / "result.json", argparse.Namespace(model="llama")
     prefix = {"kind": "prefix", "title": "a", "ratio_median": 1.0}
-    for part, commit in (("systems", "first"), ("prefix", "second")):
+    for commit, part in (("first", "prompts"), ("second", "prefix"), ("third", None)):
         monkeypatch.setattr(llama, "describe_run", lambda *_, commit=commit: {"commit": commit, "data": {}})
-        llama._write(result, settings, part, [prefix], {})
+        llama._write(result, settings, [prefix], {}, part)
     commits = json.loads(result.read_text())["meta"]["commits"]
-    assert (commits["systems"], commits["prefix"]) == ("first", "second")
+    assert commits == {"prompts": "first", "prefix": "second"}
 
 
 def test_the_answers_compare_a_shared_pass_with_the_best_exit_of_at_most_its_cost() -> None:

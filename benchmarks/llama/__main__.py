@@ -58,24 +58,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "systems" in settings.parts:
         for name in settings.tasks:
             rows, data = _systems(name, settings)
-            _write(result, settings, "systems", rows, {name: data})
+            _write(result, settings, rows, {name: data})
     if "prompts" in settings.parts:
         for task, short in TASKS.items():
             for prompt in shipped_prompts(short):
                 asked, row = (load_prompt(prompt), settings.dtype), {"kind": "prompt", "task": task, "prompt": prompt}
                 measure = partial(measure_prompt, task, prompt, settings.glue, settings.dtype)
-                if settings.measured_only and not kept_file(KEPT, prompt, asked).is_file():
+                is_new = not kept_file(KEPT, prompt, asked).is_file()
+                if settings.measured_only and is_new:
                     rows = [row | dict.fromkeys(("selection", "dev", "dev_calibrated")) | {"why": WHY}]
                 else:
                     rows = [kept_rows(KEPT, prompt, asked, measure)]
-                _write(result, settings, "prompts", rows, {})
+                _write(result, settings, rows, {}, "prompts" if is_new else None)
     if "prefix" in settings.parts:
         asked = (settings.pairs, torch.get_num_threads())
-        if settings.measured_only and not kept_file(KEPT, "prefix", asked).is_file():
+        is_new = not kept_file(KEPT, "prefix", asked).is_file()
+        if settings.measured_only and is_new:
             rows = [{"kind": "prefix", "title": title, "ratio_median": None, "why": WHY} for title in titles()]
         else:
             rows = kept_rows(KEPT, "prefix", asked, partial(_prefix, settings))
-        _write(result, settings, "prefix", rows, {})
+        _write(result, settings, rows, {}, "prefix" if is_new else None)
 
 
 def _systems(name: str, settings: argparse.Namespace) -> tuple[list[Row], Row]:
@@ -102,8 +104,13 @@ def _systems(name: str, settings: argparse.Namespace) -> tuple[list[Row], Row]:
     return [place | row for row in rows], data
 
 
-def _write(result: Path, settings: argparse.Namespace, part: str, rows: list[Row], data: Row) -> None:
-    """Write the result file with new rows of a part in place of those that it has of the same systems.
+def _write(
+    result: Path, settings: argparse.Namespace, rows: list[Row], data: Row, measured_part: str | None = None
+) -> None:
+    """Write the result file with new rows in place of those that it has of the same systems.
+
+    The rows of systems have commits of their own. Of the other parts, ``commits`` has the commit of the last measurement;
+    ``measured_part`` is the one that has been measured now.
 
     A row without figures replaces none that has some: they come from an earlier run, on this machine or another. All
     rows of a task have the same prompt, teacher and data type, so measured rows remove those of other settings.
@@ -116,8 +123,8 @@ def _write(result: Path, settings: argparse.Namespace, part: str, rows: list[Row
             merged[_key(row)] = row
     sizes = kept["meta"]["data"] | {name: size for name, size in data.items() if size}
     meta = describe_run("python -m benchmarks.llama --glue GLUE", sizes, {"name": settings.model})
-    earlier = dict.fromkeys(PARTS, kept["meta"].get("commit"))
-    meta["commits"] = earlier | kept["meta"].get("commits", {}) | {part: meta["commit"]}
+    earlier = kept["meta"].get("commits") or dict.fromkeys(PARTS[1:], kept["meta"].get("commit"))
+    meta["commits"] = earlier | ({measured_part: meta["commit"]} if measured_part and "why" not in rows[0] else {})
     write_json(result, {"meta": meta, "rows": list(merged.values())})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.llama.answers import answer_words
@@ -12,7 +13,9 @@ from benchmarks.rows import verdict
 def llama_words(result: dict[str, Any]) -> dict[str, str]:
     """Return the texts for the page's marks."""
     meta, rows = result["meta"], result["rows"]
-    machine = {part: _machine(meta, commit) for part, commit in meta["commits"].items()}
+    of_systems = sorted({commit for row in rows for commit in row.get("commits", ())})
+    commits = {part: [commit] for part, commit in meta["commits"].items()} | {"systems": of_systems}
+    machine = {part: _machine(meta, found) for part, found in commits.items()}
     tables = {"prompt": _prompt_table, "prefix": _prefix_table}
     measured = [row for row in rows if "why" not in row or row["kind"] in ("siso", "systems", "ladders")]
     found = {kind: [row for row in measured if row["kind"] == kind] for kind in (*tables, "siso", "systems", "ladders")}
@@ -30,8 +33,9 @@ def llama_words(result: dict[str, Any]) -> dict[str, str]:
     return words
 
 
-def _machine(meta: dict[str, Any], commit: str | None) -> str:
-    return f"{meta['machine']['cores']} cores, torch {meta['versions']['torch']}, commit `{(commit or 'unknown')[:8]}`"
+def _machine(meta: dict[str, Any], commits: Sequence[str | None]) -> str:
+    names = ", ".join(f"`{(commit or 'unknown')[:8]}`" for commit in commits)
+    return f"{meta['machine']['cores']} cores, torch {meta['versions']['torch']}, commit {names}"
 
 
 def _prompt_table(rows: list[dict[str, Any]], machine: str) -> str:

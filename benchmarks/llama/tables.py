@@ -46,16 +46,17 @@ def _table(task: str, rows: list[Row], published: Row) -> str:
     if not done:
         return title
     lines = [
-        "| system | N | cost, counted | throughput, measured | accuracy | agreement with the teacher | seeds "
-        "| published, LLaMA3-8B |",
-        "|---|---|---|---|---|---|---|---|",
+        "| system | N | cost, counted | throughput, measured | accuracy | grouped as served | agreement with the teacher "
+        "| seeds | published, LLaMA3-8B |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in done:
         spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.1f}"
         throughput = "–" if row["throughput_ratio"] is None else f"{row['throughput_ratio']:.2f}×"
         lines.append(
             f"| {row['title']} | {row['num_inputs']} | {row['cost_counted']:.2f} | {throughput} "
-            f"| {percent(row['accuracy_mean'])}{spread} | {percent(row['siso_agreement'])} | {row['seeds']} "
+            f"| {percent(row['accuracy_mean'])}{spread} | {percent(row.get('accuracy_served'))} "
+            f"| {percent(row['siso_agreement'])} | {row['seeds']} "
             f"| {_published(task, row, published)} |"
         )
     return f"{title}\n\n" + "\n".join(lines)

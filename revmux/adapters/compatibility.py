@@ -10,6 +10,7 @@ from revmux.adapters.config import NORMALIZED_SINCE, AdapterConfig, dtype_name
 from revmux.backbone import Backbone
 from revmux.data.prompt import Prompt
 from revmux.errors import UserError
+from revmux.methods import Method
 from revmux.pretrained.pretrained import Pretrained
 
 
@@ -21,7 +22,6 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
     """
     check_model(config, pretrained.identity, folder)
     check_prompt(config, pretrained.prompt, folder)
-    check_format(config, pretrained.backbone, folder)
     if config.label_names != pretrained.backbone.label_names:
         raise UserError(
             f"adapter {str(folder)!r} has the labels {', '.join(config.label_names)}, but the backbone has "
@@ -36,17 +36,17 @@ def check_base(config: AdapterConfig, pretrained: Pretrained, folder: str | Path
         )
 
 
-def check_format(config: AdapterConfig, backbone: Backbone, folder: str | Path) -> None:
+def check_format(config: AdapterConfig, method: Method, backbone: Backbone, folder: str | Path) -> None:
     """Check that a method still reads a backbone's states as it did in training.
 
     Raises:
         UserError: the adapter was trained on states that have since been normalized.
     """
     normalizes = type(backbone).normalize is not Backbone.normalize
-    if normalizes and config.format_version < NORMALIZED_SINCE:
+    if normalizes and method.reads_own_states and config.format_version < NORMALIZED_SINCE:
         raise UserError(
-            f"adapter {str(folder)!r} has format version {config.format_version}, in which methods read the states of a "
-            f"{backbone.config.model_type} backbone before its final norm; they read them after it since format version "
+            f"adapter {str(folder)!r} has format version {config.format_version}, in which {method.name} read the states of a "
+            f"{backbone.config.model_type} backbone before its final norm; it reads them after it since format version "
             f"{NORMALIZED_SINCE}: train the adapter again"
         )
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from revmux.adapters.card import model_card
-from revmux.adapters.compatibility import check_base
+from revmux.adapters.compatibility import check_base, check_format
 from revmux.adapters.config import (
     CARD_NAME,
     CONFIG_NAME,
@@ -117,6 +117,7 @@ def load_adapter(
     check_base(config, pretrained, adapter)
     backbone: Backbone = pretrained.backbone
     method = build_method(config.method, BackboneShape.of(backbone), config.num_inputs, config.options)
+    check_format(config, method, backbone, adapter)
     method.drop_training_parts()
     if method.tunes_backbone:
         backbone = copy.deepcopy(

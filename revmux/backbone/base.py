@@ -245,7 +245,7 @@ class Backbone(nn.Module, ABC):
         return state.read()
 
     def normalize(self, hidden: Tensor) -> Tensor:
-        """States of any layer (..., d) on the scale of layer L's, for heads that read them early.
+        """States of any layer (..., d) as the head expects those of layer L, for heads that read them early.
 
         Families with a final norm apply it here: without it, some channels of a token are orders of magnitude larger than all
         other values.

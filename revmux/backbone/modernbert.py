@@ -84,7 +84,7 @@ class ModernBertBackbone(Backbone):
         return self.model.model.final_norm(hidden)
 
     def own_answers(self, state: HiddenState) -> Tensor:
-        return self.answers(state)[:, 0]
+        return self.answers(state)[:, 0] if self.pools_mean else super().own_answers(state)
 
     def readout(self, answer: Tensor) -> Tensor:
         return self.model.head(answer)

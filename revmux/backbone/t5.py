@@ -52,7 +52,8 @@ class T5Backbone(EncoderDecoderBackbone):
         return stack.dropout(stack.final_layer_norm(hidden))
 
     def normalize(self, hidden: Tensor) -> Tensor:
-        return self.finish(self.encoder, hidden)
+        normalized: Tensor = self.encoder.final_layer_norm(hidden)
+        return normalized
 
     def layer_arguments(self, state: HiddenState) -> Callable[[int], dict[str, Any]]:
         mask = bidirectional_mask(self.encoder.config, state)

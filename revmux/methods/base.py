@@ -139,6 +139,11 @@ class Method(MethodNaming, nn.Module, ABC):
         backbone.unfreeze_above(0 if self.tunes_prefill else prefill_layers)
 
     @property
+    def reads_own_states(self) -> bool:
+        """Whether answers depend on :meth:`own_states`."""
+        return getattr(self.options, "own_state", "none") != "none"
+
+    @property
     def reads_answers_alone(self) -> bool:
         """Whether only the answer states of the shared sequences are read, both for answers and for the loss."""
         return type(self).read is Method.read and not self.has_auxiliary_loss
@@ -182,7 +187,8 @@ class Method(MethodNaming, nn.Module, ABC):
         return backbone.answers(state)
 
     def own_states(self, backbone: Backbone, prefilled: HiddenState) -> Tensor:
-        """What :meth:`demultiplex` receives for each of B prefilled inputs: (B, 2d), [answer state ; mean over the tokens]."""
+        """What :meth:`demultiplex` receives for each of B prefilled inputs: (B, 2d), [answer state ; mean over the tokens],
+        normalized."""
         return backbone.own_states(prefilled)
 
     @abstractmethod

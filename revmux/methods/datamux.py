@@ -207,9 +207,10 @@ class DataMUX(Method):
     def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor, mask: Tensor) -> Tensor:
         questions = sample_questions(token_ids, mask, self.options.retrieval_fraction)
         shift = shared.hidden.shape[1] - token_ids.shape[-1]  # tokens before each text
-        hidden = shared.hidden[questions.rows, questions.positions + shift]  # (P, d)
+        states = backbone.normalize(shared.hidden)  # (G, S', d)
+        hidden = states[questions.rows, questions.positions + shift]  # (P, d)
         if self.retrieval_slots is None:
-            hidden = torch.cat([shared.hidden[questions.rows, questions.slots], hidden], dim=-1)  # (P, 2d)
+            hidden = torch.cat([states[questions.rows, questions.slots], hidden], dim=-1)  # (P, 2d)
         else:
             rows = torch.arange(len(questions.slots), device=questions.slots.device)
             hidden = self.retrieval_slots(hidden)[rows, questions.slots]  # (P, d)

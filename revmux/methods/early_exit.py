@@ -31,6 +31,10 @@ class EarlyExit(Method):
     def system_name(cls, num_inputs: int, prefill_layers: int) -> str:
         return f"{cls.title} at layer {prefill_layers}"
 
+    @property
+    def reads_own_states(self) -> bool:
+        return True
+
     def exit_layer(self) -> int:
         return int(self.options.layer)
 

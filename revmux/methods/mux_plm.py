@@ -179,6 +179,7 @@ class MuxPLM(Method):
     def auxiliary_loss(self, backbone: Backbone, shared: HiddenState, token_ids: Tensor, mask: Tensor) -> Tensor:
         questions = sample_questions(token_ids, mask, self.options.retrieval_fraction)
         shift = shared.hidden.shape[1] - token_ids.shape[-1]  # tokens before each text, such as a soft prompt
-        hidden = shared.hidden[questions.rows, questions.positions + shift]  # (P, d)
+        states = backbone.normalize(shared.hidden)  # (G, S', d)
+        hidden = states[questions.rows, questions.positions + shift]  # (P, d)
         own = self.demultiplexer(hidden, self.demultiplexer.keys[questions.slots])  # (P, d)
         return self.options.retrieval_weight * retrieval_loss(self.retrieval_decoder(own), questions)

@@ -1,6 +1,6 @@
 """Own-state correction: each restored state is corrected by the input's own prefilled state, which costs almost nothing.
 
-The own state is [answer state ; mean over the input's tokens] after layer l. The mean matters if the answer token holds
+The own state is [answer state ; mean over the input's tokens] after layer l and the final norm, in families that have one. The mean matters if the answer token holds
 little at layer l, as in an encoder that was pretrained with mean pooling. All corrections start at zero::
 
     linear:     ĥ_k + W h_k

@@ -137,8 +137,8 @@ class LinearUp(nn.Module):
     """An up-projection of a linear map and a residual MLP, which starts at zero.
 
     As the inverse, restored states start at the scale that the model's head expects: an orthogonal down-projection keeps 1/N
-    of the squared norm on average, so √N · f_downᵀ restores the norm. From zero, answers start as those of the own-state
-    correction alone, and training adds the shared pass where it helps.
+    of the squared norm on average, so √N · f_downᵀ restores the norm. From zero, the shared pass does not dominate the
+    own-state correction at first, which starts at zero too.
 
     Args:
         down: the down-projection, d → d/N, with orthogonal rows.
