@@ -123,7 +123,8 @@ def _write(
             merged[_key(row)] = row
     sizes = kept["meta"]["data"] | {name: size for name, size in data.items() if size}
     meta = describe_run("python -m benchmarks.llama --glue GLUE", sizes, {"name": settings.model})
-    earlier = kept["meta"].get("commits") or dict.fromkeys(PARTS[1:], kept["meta"].get("commit"))
+    known, before = kept["meta"].get("commits", {}), kept["meta"].get("commit")
+    earlier = {part: known.get(part, before) for part in PARTS if part != "systems"}
     meta["commits"] = earlier | ({measured_part: meta["commit"]} if measured_part and "why" not in rows[0] else {})
     write_json(result, {"meta": meta, "rows": list(merged.values())})
 
