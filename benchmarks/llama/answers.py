@@ -59,7 +59,7 @@ def _against_exits(task: str, rows: list[Row]) -> str:
         if not pairs:
             return ""
         ahead = [row["cost_counted"] for row, rival in pairs if row[figure] > rival[figure]]
-        where = f", at costs from {min(ahead):.2f} to {max(ahead):.2f}" if ahead else ""
+        where = f", at costs of {', '.join(f'{cost:.2f}' for cost in sorted(set(ahead)))}" if ahead else ""
         lines = [
             f"{task}, {name}: a shared pass is ahead of every measured early exit of at most its cost in {len(ahead)} of "
             f"{len(pairs)} cases{where}.",

@@ -35,7 +35,8 @@ def llama_words(result: dict[str, Any]) -> dict[str, str]:
 
 def _machine(meta: dict[str, Any], commits: Sequence[str | None]) -> str:
     names = ", ".join(f"`{(commit or 'unknown')[:8]}`" for commit in commits)
-    return f"{meta['machine']['cores']} cores, torch {meta['versions']['torch']}, commit {names}"
+    word = "commit" if len(commits) == 1 else "commits"
+    return f"{meta['machine']['cores']} cores, torch {meta['versions']['torch']}, {word} {names}"
 
 
 def _prompt_table(rows: list[dict[str, Any]], machine: str) -> str:

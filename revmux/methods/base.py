@@ -187,8 +187,7 @@ class Method(MethodNaming, nn.Module, ABC):
         return backbone.answers(state)
 
     def own_states(self, backbone: Backbone, prefilled: HiddenState) -> Tensor:
-        """What :meth:`demultiplex` receives for each of B prefilled inputs: (B, 2d), [answer state ; mean over the tokens],
-        normalized."""
+        """What :meth:`demultiplex` receives for each of B prefilled inputs: (B, 2d), see :meth:`Backbone.own_states`."""
         return backbone.own_states(prefilled)
 
     @abstractmethod

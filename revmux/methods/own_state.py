@@ -1,7 +1,8 @@
 """Own-state correction: each restored state is corrected by the input's own prefilled state, which costs almost nothing.
 
-The own state is [answer state ; mean over the input's tokens] after layer l and the final norm, in families that have one. The mean matters if the answer token holds
-little at layer l, as in an encoder that was pretrained with mean pooling. All corrections start at zero::
+The own state is [answer state ; mean over the input's tokens] after layer l, normalized in families with a final norm. The
+mean matters if the answer token holds little at layer l, as in an encoder that was pretrained with mean pooling. All
+corrections start at zero::
 
     linear:     ĥ_k + W h_k
     mlp:        ĥ_k + W_2 gelu(W_1 [ĥ_k ; h_k])
