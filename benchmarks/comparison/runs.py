@@ -39,7 +39,9 @@ def fill_stores(ready: Ready, found: Sequence[Run]) -> None:
             fill_store(found[0].recipe, split, layers)
 
 
-def measure_run(run: Run, ready: Ready, threads: int, timing: MeasureConfig | None = None) -> dict[str, Any]:
+def measure_run(
+    run: Run, ready: Ready, threads: int, timing: MeasureConfig | None = None, shuffles: int | None = None
+) -> dict[str, Any]:
     """Train the adapter of a run unless its folder exists, evaluate it on the test split, and write its figures.
 
     Args:
@@ -47,6 +49,7 @@ def measure_run(run: Run, ready: Ready, threads: int, timing: MeasureConfig | No
         ready: its task.
         threads: threads of PyTorch.
         timing: how throughput is measured; None leaves it out.
+        shuffles: groupings of the test split; None takes those of the recipe.
     """
     torch.set_num_threads(threads)
     started, recipe = time.perf_counter(), run.recipe
@@ -58,7 +61,7 @@ def measure_run(run: Run, ready: Ready, threads: int, timing: MeasureConfig | No
     split = pretrained.tokenize(ready.task.test, recipe.backbone.max_length)
     layer = recipe.method.prefill_layers
     features = open_features(pretrained, split, [layer], unrounded(recipe.store)).at(layer)
-    found = evaluate_both(model, features, shuffles=recipe.shuffles, seed=recipe.optim.seed)
+    found = evaluate_both(model, features, shuffles=shuffles or recipe.shuffles, seed=recipe.optim.seed)
     figures = found.metrics() | {
         "accuracies": found.accuracies,
         "cost_counted": relative_cost_at(model, features),

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.runs import by_system, fill_stores, row_over_seeds, train_missing
+from benchmarks.comparison.runs import by_system, fill_stores, measure_run, row_over_seeds, train_missing
 from benchmarks.comparison.systems import Ready, System, named_runs
 from benchmarks.front.plans import MEASURE, plan_rows
 from benchmarks.front.plot import plot_front
 from benchmarks.front.rivals import rival_rows
-from benchmarks.front.systems import SEEDS, ablations, recipe_of, systems
+from benchmarks.front.systems import SEEDS, SHUFFLES, ablations, recipe_of, systems
 from benchmarks.front.tasks import TASKS, ready
 from benchmarks.rows import kept_file, kept_rows
 from benchmarks.trained import Run, siso_row
@@ -70,7 +70,7 @@ def measure_task(
     found = named_runs(chosen, task, seeds, recipe_of)
     if trains:
         fill_stores(task, [run for _, run in found])
-        train_missing([run for _, run in found], task, processes)
+        train_missing([run for _, run in found], task, processes, measure=partial(measure_run, shuffles=SHUFFLES))
     rows = system_rows(found, task)
     mixed = next((run for system, run in found if system.method == MIXED and run.is_done), None)
     epochs = TASKS[name].epochs_of(1)

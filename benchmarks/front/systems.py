@@ -13,6 +13,7 @@ from revmux.training.recipe import exit_head_config
 
 SEEDS = 3
 SHUFFLES = 10
+"""Groupings of the test split in the evaluation of an adapter; the choosing set needs only one after training."""
 EXIT_EPOCHS = 3
 """Exit heads on stored states train this many times as long as other adapters, since their epochs cost little."""
 
@@ -76,4 +77,4 @@ def recipe_of(system: System, ready: Ready, seed: int) -> Recipe:
     epochs = TASKS[ready.name].epochs_of(method.num_inputs)
     if method_class(method.name).exit_option is not None and not method.options.get("lora_rank"):
         epochs *= EXIT_EPOCHS
-    return build_recipe(system, ready, epochs, seed, SHUFFLES, precision="bfloat16")
+    return build_recipe(system, ready, epochs, seed, shuffles=1, precision="bfloat16")
