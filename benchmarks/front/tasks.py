@@ -53,7 +53,7 @@ TASKS = {
             True,
             DataConfig(selection_share=0.03),
             SplitConfig(0.15, 8000),
-            OptimConfig(2, 32, 1e-4, precision="bfloat16"),
+            OptimConfig(3, 32, 1e-4, precision="bfloat16"),
             2,
         ),
         FrontTask(
