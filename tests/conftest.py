@@ -18,6 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from pyarrow.fs import S3FileSystem
 
+    from revmux.backbone import Backbone
     from revmux.pretrained.pretrained import Pretrained
     from revmux.serving import Engine
 
@@ -134,6 +135,19 @@ def tiny_pretrained(tiny_model_folder: Path) -> Pretrained:
     return pretrained
 
 
+@pytest.fixture(scope="module")
+def bert_base() -> Backbone:
+    """A classifier of the size of BERT-base, without weights."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from revmux import cut
+
+    config = BertConfig(attn_implementation="eager")
+    with torch.device("meta"):
+        return cut(BertForSequenceClassification(config)).freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_rows() -> list[dict[str, str]]:
     """80 texts of 3 to 9 words; those that begin with w1 are good, those with w2 bad."""
@@ -181,6 +195,15 @@ def serving_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from serving_models import write_model
 
     return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def serving_adapters(serving_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of adapters for N = 2 and 4, which give every input the answer of :func:`serving_model`."""
+    from serving_models import load, write_adapter
+
+    home = tmp_path_factory.mktemp("adapters")
+    return [write_adapter(home, load(serving_model), num_inputs) for num_inputs in (2, 4)]
 
 
 @pytest.fixture

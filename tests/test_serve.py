@@ -1,4 +1,4 @@
-"""The server over real HTTP on one local Ray cluster, and its parts that need no cluster."""
+"""The server over real HTTP on one local Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,31 +15,18 @@ import psutil
 import pytest
 import ray
 import torch
-import yaml
 from dashboard_queries import needed
-from fastapi import FastAPI
 from numeric import approx
 from polling import wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import ValidationError
-from serving_http import free_port, talk
-from serving_models import WORDS, load, plain_scores, text, write_adapter, write_identifying_model, write_model
+from serving_http import talk
+from serving_models import WORDS, load, plain_scores, text
 
 import revmux
-from revmux.errors import EmptyText, TextError, UserError
+from revmux.errors import UserError
 from revmux.pretrained.pretrained import Pretrained
-from revmux.serving import Answer, Draining, InferenceFailed, Overloaded
-from serve_app import errors as failures
-from serve_app.__main__ import main
-from serve_app.__main__ import parse as parse_flags
-from serve_app.config import AppConfig, LiveConfig, server_config
-from serve_app.errors import TooLarge, Unhealthy
-from serve_app.protocol import PredictRequest, parse
-from serve_app.run import base_url, check_port, deploy, shutdown
-from serve_app.service import Service
-from serve_app.sources import fetch_adapter, fetch_model
-
-ROOT = Path(revmux.__file__).parents[1]
+from serve_app.config import server_config
+from serve_app.run import check_port, deploy, shutdown
 
 
 class Server(NamedTuple):
@@ -49,22 +36,14 @@ class Server(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    model = write_model(tmp_path_factory.mktemp("model"))
-    home = tmp_path_factory.mktemp("adapters")
-    return model, [write_adapter(home, load(model), num_inputs) for num_inputs in (2, 4)]
-
-
-@pytest.fixture(scope="module")
-def server(folders: tuple[Path, list[Path]]) -> Any:
+def server(serving_model: Path, serving_adapters: list[Path]) -> Any:
     """A server whose queue has room for one large request."""
-    model, adapters = folders
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = server_config(
-        model=str(model),
-        adapters=[str(path) for path in adapters],
+        model=str(serving_model),
+        adapters=[str(path) for path in serving_adapters],
         port=port,
         max_queue=200,
         max_texts=200,
@@ -79,7 +58,7 @@ def server(folders: tuple[Path, list[Path]]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "3000")
         try:
-            yield Server(deploy(config), load(model), log)
+            yield Server(deploy(config), load(serving_model), log)
         finally:
             logger.removeHandler(handler)
             shutdown()
@@ -317,278 +296,3 @@ def test_serves_processes_answer_http_on_loopback_only(server: Server) -> None:
 def test_the_port_of_a_running_server_is_detected_as_busy(server: Server) -> None:
     with pytest.raises(UserError, match="in use"):
         check_port("127.0.0.1", int(server.url.rpartition(":")[2]))
-
-
-def test_a_busy_port_is_refused_before_anything_starts(
-    folders: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        assert main(["--model", str(folders[0]), "--port", port]) == 2
-    assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
-
-
-def test_a_folder_without_an_adapter_is_refused_before_anything_starts(folders: tuple[Path, list[Path]]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(UserError, match="not an adapter folder"):
-        deploy(server_config(model=str(folders[0]), adapters=[str(folders[0])], port=port))
-
-
-def test_an_adapter_of_another_model_is_refused_before_anything_starts(
-    folders: tuple[Path, list[Path]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("serve_app.app.build", lambda args: pytest.fail("the application was built"))
-    other = tmp_path / folders[0].name
-    other.mkdir()
-    write_identifying_model(other, seed=1)
-    adapter = str(folders[1][0])
-    capsys.readouterr()  # discard the progress bars of saving the models
-    assert main(["--model", str(other), "--adapters", adapter, "--port", str(free_port())]) == 2
-    shown = capsys.readouterr().err.strip()
-    assert "\n" not in shown
-    assert f"adapter {adapter!r} was trained on {folders[0].name} (sha256 " in shown
-    assert f"but the given backbone is {other} (sha256 " in shown
-
-
-def test_unknown_or_invalid_configuration_is_refused() -> None:
-    with pytest.raises(UserError, match=r"max_multiplx.*known keys: .*max_multiplex, "):
-        server_config(model="m", max_multiplx=4)
-    with pytest.raises(UserError, match="max_queue"):
-        server_config(model="m", max_queue=0)
-    with pytest.raises(UserError, match=r"max_texts \(33\) exceeds max_queue \(32\)"):
-        server_config(model="m", max_queue=32, max_texts=33)
-    assert server_config(model="m", max_queue=16).max_texts == 16  # the default follows a short queue
-    with pytest.raises(ValidationError, match="port"):
-        AppConfig(model="m", port=80)  # type: ignore[call-arg]
-
-
-def test_command_line_strings_become_settings(folders: tuple[Path, list[Path]]) -> None:
-    model, adapters = folders
-    config = AppConfig.model_validate(
-        {"model": str(model), "adapters": f"{adapters[0]}, models:/toy@best", "max_queue": "40"}
-    )
-    assert config.adapters == [str(adapters[0]), "models:/toy@best"]
-    assert config.max_queue == 40
-    for given in ("a,b", "[a, b]"):
-        assert parse_flags(["--model", "m", "--adapters", given]).adapters == ["a", "b"]
-
-
-def test_the_address_is_localhost_by_default(folders: tuple[Path, list[Path]]) -> None:
-    assert server_config(model="m").host == "127.0.0.1"
-    assert base_url("0.0.0.0", 80) == "http://127.0.0.1:80"
-    assert base_url("::", 80) == "http://[::1]:80"
-
-
-def test_the_deployment_file_is_valid_and_listens_on_localhost() -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    raw = yaml.safe_load((ROOT / "serve_app" / "serve.yaml").read_text())
-    assert set(raw) <= set(ServeDeploySchema.model_fields)
-    schema = ServeDeploySchema.model_validate(raw)
-    assert schema.http_options.host == "127.0.0.1"
-    assert schema.applications[0].import_path == "serve_app.app:build"
-    AppConfig.model_validate(schema.applications[0].args)
-
-
-def test_a_full_replica_passes_requests_on() -> None:
-    from serve_app.app import build
-
-    deployment = build(AppConfig(model="m", max_queue=300, num_replicas=2))._bound_deployment
-    assert deployment.max_ongoing_requests == deployment.max_queued_requests == 300 + 128
-    assert deployment.num_replicas == 2
-    several = {f"t{number}": {"model": "m"} for number in range(3)}
-    config = AppConfig.model_validate({"tasks": several, "max_queue": 300, "max_ongoing_requests": 3 * 428})
-    assert build(config)._bound_deployment.max_ongoing_requests == 3 * 428
-    with pytest.raises(
-        UserError, match=r"max_ongoing_requests \(429\) exceeds .* \(428\), so a full replica would never"
-    ):
-        server_config(model="m", max_queue=300, max_ongoing_requests=429)
-
-
-def test_front_ends_share_what_their_engine_may_hold_and_take_no_gpu() -> None:
-    from serve_app.app import build
-
-    front_ends = build(AppConfig(model="m", num_replicas=2, front_ends=3, num_gpus=1, num_cpus=2))._bound_deployment
-    engines = front_ends.init_args[1]._bound_deployment
-    assert (front_ends.name, front_ends.num_replicas, front_ends.max_ongoing_requests) == ("classifier", 6, 214)
-    assert (engines.name, engines.num_replicas) == ("engine", 2)
-    for deployment, cpus, gpus in ((front_ends, 0.1, 0), (engines, 2, 1)):
-        assert (deployment.ray_actor_options["num_cpus"], deployment.ray_actor_options["num_gpus"]) == (cpus, gpus)
-    assert set(engines.user_config["tasks"]) == {"default"}
-    assert not front_ends.user_config
-
-
-def test_autoscaling_waits_until_replicas_answer_in_groups() -> None:
-    with pytest.raises(UserError, match=r"target_ongoing_requests \(32\) is not above plain_load \(40\)"):
-        server_config(model="m", plain_load=40, autoscaling={})
-    with pytest.raises(UserError, match=r"target_ongoing_requests \(200\) exceeds max_ongoing_requests \(160\)"):
-        server_config(model="m", max_queue=32, autoscaling={"target_ongoing_requests": 200})
-    assert server_config(model="m", plain_load=31, autoscaling={}).ongoing_requests == 512 + 128
-
-
-def test_replicas_have_the_environment_variables_of_a_model_that_shares_its_cores(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from serve_app.app import build
-
-    def variables() -> dict[str, str]:
-        return build(AppConfig(model="m"))._bound_deployment.ray_actor_options["runtime_env"]["env_vars"]
-
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert variables()["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert variables().keys() >= {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert variables()["OMP_WAIT_POLICY"] == "ACTIVE"
-
-
-def test_settings_that_may_change_without_a_restart_are_in_user_config() -> None:
-    from serve_app.app import build
-
-    config = AppConfig(model="m", adapters=["a"], drain_seconds=7, num_gpus=0.5, autoscaling={"max_replicas": 3})
-    deployment = build(config)._bound_deployment
-    assert deployment.user_config["tasks"]["default"]["adapters"] == ["a"]
-    assert LiveConfig.model_validate(deployment.user_config).tasks == config.served
-    scaling = deployment._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 32)
-    assert deployment._deployment_config.graceful_shutdown_timeout_s == 7
-    assert deployment.ray_actor_options["num_gpus"] == 0.5
-
-
-def test_one_task_or_several_but_not_both() -> None:
-    several = {"a": {"model": "m"}, "b": {"model": "n", "adapters": "x,y"}}
-    assert AppConfig.model_validate({"tasks": several}).served["b"].adapters == ["x", "y"]
-    assert list(AppConfig(model="m").served) == ["default"]
-    for wrong in ({}, {"model": "m", "tasks": several}, {"tasks": several, "adapters": ["x"]}, {"tasks": {"a/b": {}}}):
-        with pytest.raises(ValidationError, match="task"):
-            AppConfig.model_validate(wrong)
-    with pytest.raises(UserError, match="min_replicas"):
-        server_config(model="m", autoscaling={"min_replicas": 3, "max_replicas": 2})
-
-
-@pytest.mark.parametrize(
-    ("inputs", "texts"),
-    [
-        ("a", ["a"]),
-        (["a"], ["a"]),
-        (["a", "b"], [("a", "b")]),
-        ([["a"], ["b", "c"]], ["a", ("b", "c")]),
-        ([["a", "b"]], [("a", "b")]),
-    ],
-)
-def test_all_documented_input_forms_are_accepted(inputs: Any, texts: list[Any]) -> None:
-    asked = parse(json.dumps({"inputs": inputs}).encode(), PredictRequest)
-    assert asked.texts == texts
-    answers = [Answer(torch.zeros(2), 1, "siso", 0.0, 0.0)] * len(texts)
-    reply = asked.reply(answers, ["x", "y"])
-    nested = isinstance(inputs, list) and isinstance(inputs[0], list)
-    assert isinstance(reply[0], list) == nested
-
-
-@pytest.mark.parametrize(
-    "inputs", [None, 1, True, {"text": "a"}, ["a", "b", "c"], [["a"], "b"], [["a", 1]], [[]], [["a", "b", "c"]]]
-)
-def test_other_input_forms_are_refused(inputs: Any) -> None:
-    with pytest.raises(TextError):
-        _ = parse(json.dumps({"inputs": inputs}).encode(), PredictRequest).texts
-
-
-def test_parameters_control_the_nesting_of_the_reply_and_the_scores() -> None:
-    answers = [Answer(torch.tensor([0.0, 2.0]), 1, "siso", 0.0, 0.0)]
-    empty = parse(b'{"inputs": "a", "parameters": {}}', PredictRequest)
-    assert [len(ranking) for ranking in empty.reply(answers, ["x", "y"])] == [2]
-    one = parse(b'{"inputs": "a", "parameters": {"top_k": 1, "function_to_apply": "sigmoid"}}', PredictRequest)
-    assert one.reply(answers, ["x", "y"]) == [[{"label": "y", "score": pytest.approx(0.8808, abs=1e-4)}]]
-    with pytest.raises(TextError, match="temperature"):
-        parse(b'{"inputs": "a", "parameters": {"temperature": 1}}', PredictRequest)
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "kind"),
-    [
-        (EmptyText("m"), 400, "empty"),
-        (TooLarge("m"), 413, "too_large"),
-        (TextError("m"), 422, "validation"),
-        (UserError("m"), 422, "validation"),
-        (InferenceFailed("m"), 424, "backend"),
-        (Overloaded("m"), 429, "overloaded"),
-        (Draining("m"), 503, "unhealthy"),
-        (Unhealthy("m"), 503, "unhealthy"),
-        (KeyError("secret"), 500, "internal"),
-    ],
-)
-def test_every_failure_has_its_http_status(error: Exception, status: int, kind: str) -> None:
-    from fastapi.testclient import TestClient
-
-    app = FastAPI()
-    failures.install(app)
-
-    @app.get("/")
-    def fail() -> None:
-        raise error
-
-    reply = TestClient(app, raise_server_exceptions=False).get("/")
-    assert reply.status_code == status
-    assert reply.json()["error_type"] == kind
-    assert "secret" not in reply.text
-
-
-def test_adapters_come_from_mlflow_by_run_and_by_alias(
-    folders: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    client = mlflow.MlflowClient()
-    run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts")))
-    client.log_artifacts(run.info.run_id, str(folders[1][0]), "adapter")
-    client.create_registered_model("toy")
-    version = client.create_model_version("toy", f"{run.info.artifact_uri}/adapter", run.info.run_id)
-    client.set_registered_model_alias("toy", "champion", version.version)
-    weights = (folders[1][0] / "adapter_model.safetensors").read_bytes()
-    for uri in (f"runs:/{run.info.run_id}/adapter", "models:/toy@champion"):
-        assert (fetch_adapter(uri, tmp_path) / "adapter_model.safetensors").read_bytes() == weights
-    with pytest.raises(UserError, match="models:/toy@nobody"):
-        fetch_adapter("models:/toy@nobody", tmp_path)
-
-
-def test_task_models_come_from_mlflow_by_run_and_by_alias(
-    folders: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    client = mlflow.MlflowClient()
-    run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts"))).info
-    client.log_artifacts(run.run_id, str(folders[0]), "model")
-    client.log_artifacts(run.run_id, str(folders[1][0]), "adapter")
-    client.create_registered_model("moods")
-    version = client.create_model_version("moods", f"{run.artifact_uri}/model", run.run_id).version
-    client.set_registered_model_alias("moods", "champion", version)
-    config = AppConfig.model_validate(
-        {
-            "tasks": {
-                "alias": {"model": "models:/moods@champion", "adapters": [f"runs:/{run.run_id}/adapter"]},
-                "run": {"model": f"runs:/{run.run_id}/model"},
-            }
-        }
-    )
-    service = Service(config)
-    service.serve(config.served)
-    for name, task in service.engine.tasks.items():
-        assert service.info()["tasks"][name]["model_id"] == config.served[name].model
-        answer = service.engine.submit(["w1 w2"], task=task, max_multiplex=1)[0].result(60)
-        assert torch.equal(answer.scores, plain_scores(load(folders[0]), ["w1 w2"])[0])
-    service.close()
-    for wrong, message in (
-        ("models:/moods@nobody", "cannot download 'models:/moods@nobody' from MLflow"),
-        (f"runs:/{run.run_id}/adapter", "contains 0 task models"),
-    ):
-        with pytest.raises(UserError, match=message):
-            fetch_model(wrong, tmp_path)
