@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny task model with its tokenizer, tiny labelled files, and workers of a process group."""
+"""Shared fixtures: tiny task models and replicas that serve them, tiny labelled files, and workers of a process group."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from revmux.backbone import Backbone
     from revmux.pretrained.pretrained import Pretrained
     from revmux.serving import Engine
+    from serve_app.service import Service
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before any Hugging Face import, so that no test waits for a network
 gc.disable()  # until the tests are collected: imports make many objects and few cycles
@@ -229,6 +231,31 @@ def serving_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from serving_http import write_tasks
 
     return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def service(serving_tasks: dict[str, Any]) -> Iterator[Service]:
+    """A replica that serves both tasks."""
+    from serving_http import USUAL, serving
+
+    with serving({"tasks": serving_tasks, **USUAL}, "engine-1") as made:
+        yield made
+
+
+@pytest.fixture
+def held(serving_tasks: dict[str, Any]) -> Iterator[tuple[Service, threading.Event]]:
+    """A replica in a forward pass that continues once the event is set; 40 texts may wait."""
+    from serving_http import held_in_a_pass
+
+    with held_in_a_pass({**serving_tasks["mood"], "max_queue": 40, "max_texts": 32}) as found:
+        yield found
+
+
+@pytest.fixture
+def impatient_front_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let front ends look for an engine, or for a better one, every few milliseconds."""
+    monkeypatch.setattr("serve_app.front_end.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("serve_app.front_end.BALANCE_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")

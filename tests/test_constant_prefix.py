@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from generative_models import LAYERS, MODELS, backbone_of, is_decoder
 from numeric import assert_close
-from test_backbone_seq2seq_decoder import LAYERS, MODELS, backbone_of, is_decoder
 from test_prompts import byte_tokenizer, word_tokenizer
 from tiny_models import TEMPLATE, write_language_model
 from torch import nn

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from test_backbone_seq2seq_decoder import backbone_of
+from generative_models import backbone_of
 from test_prompts import byte_tokenizer
 from tiny_models import WORDS, tiny_config
 from transformers import LlamaForCausalLM

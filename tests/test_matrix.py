@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from generative_models import backbone_of
 from numeric import assert_close
 from test_backbone_encoders import frozen
-from test_backbone_seq2seq_decoder import backbone_of
 from test_methods import groups_of, randomised, with_padding
 
 from revmux import MultiplexedClassifier

@@ -28,6 +28,8 @@ from revmux.pretrained.pretrained import Pretrained
 from serve_app.config import server_config
 from serve_app.run import check_port, deploy, shutdown
 
+pytestmark = pytest.mark.cluster("serve")
+
 
 class Server(NamedTuple):
     url: str
@@ -72,7 +74,6 @@ def labels(pretrained: Pretrained, texts: list[str]) -> list[str]:
     return [pretrained.backbone.label_names[index] for index in plain_scores(pretrained, texts).argmax(-1).tolist()]
 
 
-@pytest.mark.cluster("serve")
 @pytest.mark.parametrize("path", ["/predict", "/"])
 def test_one_text_gets_a_flat_sorted_list_of_the_plain_models_scores(server: Server, path: str) -> None:
     reply = post(server, {"inputs": "w1 w2 w3"}, path)
@@ -86,14 +87,12 @@ def test_one_text_gets_a_flat_sorted_list_of_the_plain_models_scores(server: Ser
     assert times[2] >= times[1] > 0
 
 
-@pytest.mark.cluster("serve")
 def test_raw_scores_are_the_models_own(server: Server) -> None:
     found = {item["label"]: item["score"] for item in post(server, {"inputs": "w4 w5", "raw_scores": True}).json()}
     expected = plain_scores(server.pretrained, ["w4 w5"])[0].tolist()
     assert [found[label] for label in server.pretrained.backbone.label_names] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.cluster("serve")
 def test_two_strings_are_one_pair_and_nested_lists_a_batch(server: Server) -> None:
     pair = post(server, {"inputs": ["w1 w2", "w3"]})
     batch = post(server, {"inputs": [["w1 w2"], ["w1 w2", "w3"]], "max_multiplex": 1})
@@ -107,7 +106,6 @@ def test_two_strings_are_one_pair_and_nested_lists_a_batch(server: Server) -> No
     assert pair.json() != single.json()
 
 
-@pytest.mark.cluster("serve")
 def test_the_inference_client_of_huggingface_hub_understands_the_reply(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +124,6 @@ def test_the_inference_client_of_huggingface_hub_understands_the_reply(
     )
 
 
-@pytest.mark.cluster("serve")
 def test_concurrent_clients_share_groups_and_each_gets_its_own_answer(server: Server) -> None:
     before = httpx.get(server.url + "/info", timeout=60).json()["replica"]
     requests = [[text(index) for index in range(start, start + 8)] for start in range(0, 128, 8)]
@@ -157,14 +154,12 @@ def test_concurrent_clients_share_groups_and_each_gets_its_own_answer(server: Se
     assert executions < 64
 
 
-@pytest.mark.cluster("serve")
 def test_a_request_can_limit_its_own_width(server: Server) -> None:
     batch = [[text(index)] for index in range(16)]
     assert post(server, {"inputs": batch, "max_multiplex": 2}).headers["x-revmux-width"] == ",".join(["2"] * 16)
     assert post(server, {"inputs": batch, "max_multiplex": 1}).headers["x-revmux-width"] == ",".join(["1"] * 16)
 
 
-@pytest.mark.cluster("serve")
 @pytest.mark.parametrize(
     ("body", "status", "kind"),
     [
@@ -192,27 +187,23 @@ def test_the_status_of_a_refusal_says_whether_client_or_server_is_at_fault(
     assert post(server, {"inputs": "w1"}).status_code == 200
 
 
-@pytest.mark.cluster("serve")
 def test_a_long_text_is_truncated_on_request_and_the_reply_reports_it(server: Server) -> None:
     reply = post(server, {"inputs": [[" ".join(WORDS * 2)], ["w1"]], "truncate": True})
     assert reply.status_code == 200
     assert reply.headers["x-revmux-truncated"] == "true,false"
 
 
-@pytest.mark.cluster("serve")
 def test_unknown_paths_and_methods_get_json_errors(server: Server) -> None:
     assert httpx.get(server.url + "/predict", timeout=60).json()["error_type"] == "method_not_allowed"
     assert httpx.get(server.url + "/nothing", timeout=60).json()["error_type"] == "not_found"
 
 
-@pytest.mark.cluster("serve")
 def test_the_health_check_probes_the_model(server: Server) -> None:
     asked = httpx.get(server.url + "/info", timeout=60).json()["replica"]["inputs"]["1"]
     assert httpx.get(server.url + "/health", timeout=60).json() == {"status": "ok"}
     assert httpx.get(server.url + "/info", timeout=60).json()["replica"]["inputs"]["1"] > asked
 
 
-@pytest.mark.cluster("serve")
 def test_info_names_the_model_its_adapters_and_every_limit(server: Server) -> None:
     info = httpx.get(server.url + "/info", timeout=60).json()
     assert info["model_sha256"] == server.pretrained.identity["sha256"]
@@ -224,7 +215,6 @@ def test_info_names_the_model_its_adapters_and_every_limit(server: Server) -> No
     assert info["version"] == revmux.__version__
 
 
-@pytest.mark.cluster("serve")
 def test_the_log_states_at_the_start_what_a_replica_keeps_in_memory(server: Server) -> None:
     kept = httpx.get(server.url + "/info", timeout=60).json()["memory"]
     backbone = server.pretrained.backbone
@@ -234,7 +224,6 @@ def test_the_log_states_at_the_start_what_a_replica_keeps_in_memory(server: Serv
     assert line.startswith(f"task 'default' keeps {kept['total'] / 2**20:,.1f} MiB in memory: ")
 
 
-@pytest.mark.cluster("serve")
 def test_rays_metrics_agent_has_every_metric_of_the_server(server: Server) -> None:
     batch = [[text(index)] for index in range(16)]
     assert post(server, {"inputs": batch, "max_multiplex": 4}).status_code == 200
@@ -267,7 +256,6 @@ def _series(url: str) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
-@pytest.mark.cluster("serve")
 def test_serves_processes_answer_http_on_loopback_only(server: Server) -> None:
     """Serve's proxies and replicas also have Ray's own gRPC ports, which need Ray's token."""
     port = int(server.url.rpartition(":")[2])
@@ -292,7 +280,6 @@ def test_serves_processes_answer_http_on_loopback_only(server: Server) -> None:
         assert not reply.startswith(b"HTTP/1")
 
 
-@pytest.mark.cluster("serve")
 def test_the_port_of_a_running_server_is_detected_as_busy(server: Server) -> None:
     with pytest.raises(UserError, match="in use"):
         check_port("127.0.0.1", int(server.url.rpartition(":")[2]))

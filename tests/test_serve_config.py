@@ -87,7 +87,7 @@ def test_command_line_strings_become_settings(folders: tuple[Path, list[Path]]) 
         assert parse_flags(["--model", "m", "--adapters", given]).adapters == ["a", "b"]
 
 
-def test_the_address_is_localhost_by_default(folders: tuple[Path, list[Path]]) -> None:
+def test_the_address_is_localhost_by_default() -> None:
     assert server_config(model="m").host == "127.0.0.1"
     assert base_url("0.0.0.0", 80) == "http://127.0.0.1:80"
     assert base_url("::", 80) == "http://[::1]:80"
