@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,25 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_close
+from serving_models import write_adapter
 from tiny_models import tiny_classifier
 
 from benchmarks.comparison.systems import Ready
 from benchmarks.front import models, student
 from benchmarks.front.page import front_words
+from benchmarks.front.plans import plan_folder
 from benchmarks.front.plot import LOOKS, plot_front
+from benchmarks.front.smaller import ALLOWANCE, smaller_ladder_rows
 from benchmarks.front.systems import ablations, recipe_of, systems
 from revmux import BackboneShape
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
+from revmux.ladder import Ladder
 from revmux.methods import method_class
 from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import load_pretrained
+from revmux.serving.adapters import load_adapters
 from revmux.training.recipe import check
 
 pytestmark = pytest.mark.numeric
@@ -90,6 +96,32 @@ def test_a_student_learns_with_its_lower_layers_alone(
     assert 0 < len(trained) < len(list(learned.parameters()))
 
 
+@pytest.mark.parametrize(("rank", "kinds"), [(0, ["bfloat16", "int8"]), (2, ["bfloat16"])])
+def test_the_ladder_of_a_plan_runs_on_smaller_weights(
+    rank: int, kinds: list[str], tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    data, backbone = DataConfig(str(tiny_csv)), BackboneConfig(str(tiny_model_folder), max_length=16)
+    task, pretrained = load_task(data), load_pretrained(backbone)
+    own = Ready("toy", task, task, data, backbone, StoreConfig(root=str(tmp_path)), tmp_path)
+    assert smaller_ladder_rows(own) == []
+    home = plan_folder(own, "all systems", ALLOWANCE) / "adapters"
+    home.mkdir(parents=True)
+    for stage, options in enumerate(({"layer": 1}, {"layer": 3, "lora_rank": rank}), 1):
+        folder = write_adapter(tmp_path, pretrained, 1, 1, "exit-head", **options).rename(home / f"stage{stage}-n1")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config |= {"stage": stage, "fallback_threshold": 0.9 if stage == 1 else None}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    whole = models.accuracy(
+        Ladder([one.stage for one in load_adapters(sorted(home.iterdir()), pretrained)]),
+        pretrained.tokenize(task.test, 16),
+    )
+    rows = smaller_ladder_rows(own)
+    assert [row["weights"] for row in rows] == kinds
+    for row in rows:
+        assert row["stages"] == ["exit-head", "exit-head"]
+        assert row["accuracy_mean"] == pytest.approx(whole, abs=0.1)
+
+
 PLAIN = {"method": "siso", "num_inputs": 1, "prefill_layers": 0, "options": {}, "threshold": None}
 
 
@@ -100,7 +132,8 @@ def row(title: str, method: str, **values: Any) -> dict[str, Any]:
 
 
 def plan(**values: Any) -> dict[str, Any]:
-    head = {"method": "exit-head", "num_inputs": 1, "prefill_layers": 1, "options": {"layer": 2}, "threshold": 0.9}
+    head = {"method": "exit-head", "num_inputs": 1, "prefill_layers": 1, "options": {"layer": 2, "lora_rank": 8}}
+    head |= {"threshold": 0.9}
     mixed = {"method": "revmux", "num_inputs": 4, "prefill_layers": 3, "options": {}, "threshold": 0.8}
     base = {"table": "plan", "task": "toy", "systems": "all systems", "allowance": 1.0, "verdict": "not proven"}
     base |= {
@@ -134,7 +167,7 @@ def test_the_tables_and_the_picture_show_every_row(tmp_path: Path) -> None:
     assert "| int8 weights | 1 | – | 3.00× | 89.9 | 0.1 | – | 1 |" in words["front-systems"]
     assert "| strong | 88.5 | 1.5 ± 0.2 | 95.0 | 3 |" in words["front-ablation"]
     assert "| without distillation | 86.0 | 4.0 | 95.0 | 1 |" in words["front-ablation"]
-    served = "exit head, layer 2 → revmux N=4 l=3 → plain model"
+    served = "exit head with LoRA, layer 2 → revmux N=4 l=3 → plain model"
     assert f"| toy | 1 | {served} | 2.40× | 0.30 (-0.20 to 0.80) | not proven |" in words["front"]
     assert "without multiplexing" not in words["front"]
     assert "| toy | 1 | without multiplexing | plain model | 0% |" in words["front-plans"]

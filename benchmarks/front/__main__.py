@@ -15,6 +15,7 @@ from benchmarks.comparison.systems import Ready, System, named_runs
 from benchmarks.front.plans import MEASURE, plan_rows
 from benchmarks.front.plot import plot_front
 from benchmarks.front.rivals import rival_rows
+from benchmarks.front.smaller import smaller_ladder_rows
 from benchmarks.front.systems import SEEDS, SHUFFLES, ablations, recipe_of, systems
 from benchmarks.front.tasks import TASKS, ready
 from benchmarks.rows import kept_file, kept_rows
@@ -78,9 +79,9 @@ def measure_task(
     if trains or kept_file(task.folder, "rivals", asked).is_file():
         rows += kept_rows(task.folder, "rivals", asked, partial(rival_rows, task, mixed, epochs, MEASURE))
     compete = [run for system, run in named_runs(chosen, task, 1, recipe_of) if run.is_done and not system.ablation]
-    rows += kept_rows(
-        task.folder, "plans", ([run.asked for run in compete], MEASURE), partial(plan_rows, task, compete)
-    )
+    competing = ([run.asked for run in compete], MEASURE)
+    rows += kept_rows(task.folder, "plans", competing, partial(plan_rows, task, compete))
+    rows += kept_rows(task.folder, "smaller-ladder", competing, partial(smaller_ladder_rows, task))
     place = {"family": "bert", "backbone": f"{BackboneConfig().model}, tuned to the task", "task": name}
     siso = siso_row(rows[0]["siso_accuracy"]) | {"table": "front", "recipe": None, "lora_rank": 0, "exit_layer": None}
     identity = task.task.identity | {

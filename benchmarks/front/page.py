@@ -89,10 +89,11 @@ def _stages(row: Row) -> str:
     for stage in row["stages"]:
         if method_class(stage["method"]).is_plain:
             return "plain model"
+        lora = " with LoRA" if stage["options"].get("lora_rank") else ""
         if stage["method"] in ("exit-head", "skip-only"):
-            names.append(f"{stage['method'].replace('-', ' ')}, layer {stage['options']['layer']}")
+            names.append(f"{stage['method'].replace('-', ' ')}{lora}, layer {stage['options']['layer']}")
         else:
-            names.append(f"{stage['method']} N={stage['num_inputs']} l={stage['prefill_layers']}")
+            names.append(f"{stage['method']}{lora} N={stage['num_inputs']} l={stage['prefill_layers']}")
     last = row["stages"][-1]["threshold"] if row["stages"] else None
     plain = ["plain model"] if not row["stages"] or last else []
     return " → ".join([*names, *plain])

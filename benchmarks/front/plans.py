@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.systems import Ready
@@ -43,13 +44,24 @@ def plan_rows(ready: Ready, runs: Sequence[Run]) -> list[dict[str, Any]]:
         comparison = compare(chosen, pretrained, ready.choosing, length, ready.store, MEASURE)
         for allowance in ALLOWANCES:
             choice = comparison.choose(Goal(allowance))
-            folder = ready.folder / f"plan-{kind.split()[0]}-{allowance:g}"
+            folder = plan_folder(ready, kind, allowance)
             served = verify_served(choice, untouched, folder)
             compared = mark_front([one.candidate.row(float(comparison.search_siso.mean())) for one in choice.judged])
             plan = Plan(choice, served, compared, folder)
             rows.append(_row(ready.name, kind, allowance, plan, comparison.compared))
             print(f"{ready.name}, {kind}, {allowance:g} points: {rows[-1]['outcome']}", flush=True)
     return rows
+
+
+def plan_folder(ready: Ready, systems: str, allowance: float) -> Path:
+    """The folder of a plan, which has the adapters of its stages.
+
+    Args:
+        ready: the task.
+        systems: the systems that were compared.
+        allowance: points that may be lost.
+    """
+    return ready.folder / f"plan-{systems.split()[0]}-{allowance:g}"
 
 
 def _row(task: str, systems: str, allowance: float, plan: Plan, compared: int) -> dict[str, Any]:
