@@ -76,7 +76,8 @@ class PlannedStage:
 
     def describe(self) -> str:
         """A phrase that names the stage in a sentence."""
-        return self.kind.describe(self.num_inputs, self.depth)
+        rank = self.options.get("lora_rank")
+        return self.kind.describe(self.num_inputs, self.depth) + (f" with LoRA of rank {rank}" if rank else "")
 
 
 @dataclass(frozen=True)
