@@ -14,11 +14,10 @@ from serving_models import write_adapter
 from tiny_models import tiny_classifier
 
 from benchmarks.comparison.systems import Ready
-from benchmarks.front import models, student
+from benchmarks.front import models, smaller, student
 from benchmarks.front.page import front_words
 from benchmarks.front.plans import plan_folder
 from benchmarks.front.plot import LOOKS, plot_front
-from benchmarks.front.smaller import ALLOWANCE, smaller_ladder_rows
 from benchmarks.front.systems import ablations, recipe_of, systems
 from revmux import BackboneShape
 from revmux.data.config import DataConfig
@@ -96,30 +95,43 @@ def test_a_student_learns_with_its_lower_layers_alone(
     assert 0 < len(trained) < len(list(learned.parameters()))
 
 
-@pytest.mark.parametrize(("rank", "kinds"), [(0, ["bfloat16", "int8"]), (2, ["bfloat16"])])
-def test_the_ladder_of_a_plan_runs_on_smaller_weights(
-    rank: int, kinds: list[str], tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+@pytest.mark.parametrize(("rank", "types"), [(0, ["float32", "bfloat16", "int8"]), (2, ["float32", "bfloat16"])])
+def test_the_ladder_of_a_plan_runs_on_each_type_of_weights(
+    rank: int,
+    types: list[str],
+    tiny_model_folder: Path,
+    tiny_csv: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, backbone = DataConfig(str(tiny_csv)), BackboneConfig(str(tiny_model_folder), max_length=16)
     task, pretrained = load_task(data), load_pretrained(backbone)
     own = Ready("toy", task, task, data, backbone, StoreConfig(root=str(tmp_path)), tmp_path)
-    assert smaller_ladder_rows(own) == []
-    home = plan_folder(own, "all systems", ALLOWANCE) / "adapters"
+    home = plan_folder(own, "all systems", 0.5) / "adapters"
     home.mkdir(parents=True)
-    for stage, options in enumerate(({"layer": 1}, {"layer": 3, "lora_rank": rank}), 1):
-        folder = write_adapter(tmp_path, pretrained, 1, 1, "exit-head", **options).rename(home / f"stage{stage}-n1")
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config |= {"stage": stage, "fallback_threshold": 0.9 if stage == 1 else None}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-    whole = models.accuracy(
-        Ladder([one.stage for one in load_adapters(sorted(home.iterdir()), pretrained)]),
-        pretrained.tokenize(task.test, 16),
-    )
-    rows = smaller_ladder_rows(own)
-    assert [row["weights"] for row in rows] == kinds
-    for row in rows:
-        assert row["stages"] == ["exit-head", "exit-head"]
-        assert row["accuracy_mean"] == pytest.approx(whole, abs=0.1)
+    stages = []
+    for number, threshold in enumerate((0.6, 0.55), 1):
+        options = {"layer": 2 * number - 1, "lora_rank": rank * (number - 1)}
+        folder = write_adapter(tmp_path, pretrained, 1, 1, "exit-head", **options).rename(home / f"stage{number}-n1")
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"stage": number, "fallback_threshold": threshold}))
+        stages.append({"num_inputs": 1, "threshold": threshold, "options": options})
+    ladders: list[Ladder] = []
+    made = smaller.Ladder
+    monkeypatch.setattr(smaller, "Ladder", lambda stages: ladders.append(made(stages)) or ladders[-1])
+    planned = {"systems": "all systems", "allowance": 0.5, "stages": stages}
+    rows = smaller.smaller_ladder_rows(own, planned)
+    assert [row["weights"] for row in rows] == types
+    split = pretrained.tokenize(task.test, 16)
+    whole = Ladder([one.stage for one in load_adapters(sorted(home.iterdir()), pretrained)])
+    assert rows[0]["accuracy_mean"] == models.accuracy(whole, split)
+    kinds = [type(ladder.backbone.layer(0).attention.self.query) for ladder in ladders]
+    assert [kind is torch.nn.Linear for kind in kinds] == [name != "int8" for name in types]
+    assert [ladder.backbone.dtype for ladder in ladders[:2]] == [torch.float32, torch.bfloat16]
+    for ladder in ladders:
+        assert [stage.threshold for stage in ladder.stages] == [0.6, 0.55]
+        assert len({id(stage.model.backbone) for stage in ladder.stages}) == 1
+    assert smaller.smaller_ladder_rows(own, planned | {"stages": stages[:1]}) == []
 
 
 PLAIN = {"method": "siso", "num_inputs": 1, "prefill_layers": 0, "options": {}, "threshold": None}

@@ -61,7 +61,9 @@ def measure_run(
     split = pretrained.tokenize(ready.task.test, recipe.backbone.max_length)
     layer = recipe.method.prefill_layers
     features = open_features(pretrained, split, [layer], unrounded(recipe.store)).at(layer)
-    found = evaluate_both(model, features, shuffles=shuffles or recipe.shuffles, seed=recipe.optim.seed)
+    found = evaluate_both(
+        model, features, shuffles=recipe.shuffles if shuffles is None else shuffles, seed=recipe.optim.seed
+    )
     figures = found.metrics() | {
         "accuracies": found.accuracies,
         "cost_counted": relative_cost_at(model, features),

@@ -15,7 +15,7 @@ from benchmarks.comparison.systems import Ready, System, named_runs
 from benchmarks.front.plans import MEASURE, plan_rows
 from benchmarks.front.plot import plot_front
 from benchmarks.front.rivals import rival_rows
-from benchmarks.front.smaller import smaller_ladder_rows
+from benchmarks.front.smaller import ALLOWANCE, smaller_ladder_rows
 from benchmarks.front.systems import SEEDS, SHUFFLES, ablations, recipe_of, systems
 from benchmarks.front.tasks import TASKS, ready
 from benchmarks.rows import kept_file, kept_rows
@@ -65,13 +65,15 @@ def throughputs(chosen: Sequence[Run], task: Ready) -> dict[str, Any]:
 def measure_task(
     name: str, glue: Path | None, seeds: int, processes: int, trains: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of one task, and the identity of its data."""
+    """The rows of one task, and the identity of its data; no rows if no run is done."""
     task = ready(name, glue)
     chosen = [*systems(), *(ablations() if name == ABLATED else ())]
     found = named_runs(chosen, task, seeds, recipe_of)
     if trains:
         fill_stores(task, [run for _, run in found])
         train_missing([run for _, run in found], task, processes, measure=partial(measure_run, shuffles=SHUFFLES))
+    if not any(run.is_done for _, run in found):
+        return [], {}
     rows = system_rows(found, task)
     mixed = next((run for system, run in found if system.method == MIXED and run.is_done), None)
     epochs = TASKS[name].epochs_of(1)
@@ -80,8 +82,10 @@ def measure_task(
         rows += kept_rows(task.folder, "rivals", asked, partial(rival_rows, task, mixed, epochs, MEASURE))
     compete = [run for system, run in named_runs(chosen, task, 1, recipe_of) if run.is_done and not system.ablation]
     competing = ([run.asked for run in compete], MEASURE)
-    rows += kept_rows(task.folder, "plans", competing, partial(plan_rows, task, compete))
-    rows += kept_rows(task.folder, "smaller-ladder", competing, partial(smaller_ladder_rows, task))
+    plans = kept_rows(task.folder, "plans", competing, partial(plan_rows, task, compete))
+    planned = next(row for row in plans if (row["systems"], row["allowance"]) == ("all systems", ALLOWANCE))
+    key = (competing, ALLOWANCE, planned["stages"])
+    rows += plans + kept_rows(task.folder, "smaller-ladder", key, partial(smaller_ladder_rows, task, planned))
     place = {"family": "bert", "backbone": f"{BackboneConfig().model}, tuned to the task", "task": name}
     siso = siso_row(rows[0]["siso_accuracy"]) | {"table": "front", "recipe": None, "lora_rank": 0, "exit_layer": None}
     identity = task.task.identity | {
@@ -121,9 +125,13 @@ def main() -> None:
     for name in arguments.tasks:
         if TASKS[name].in_glue and arguments.glue is None:
             continue
-        measured[name], identities[name] = measure_task(
+        rows, identity = measure_task(
             name, arguments.glue, arguments.seeds, arguments.processes, not arguments.measured_only
         )
+        if not rows:
+            print(f"{name}: no run is done, so its committed rows stay; leave out --measured-only to train", flush=True)
+            continue
+        measured[name], identities[name] = rows, identity
         write_json(RESULT, merged(measured, identities))
     plot_front(json.loads(RESULT.read_text())["rows"], PLOT)
 
