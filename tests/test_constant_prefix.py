@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from generative_models import LAYERS, MODELS, backbone_of, is_decoder
+from generative_models import LAYERS, LENGTHS, MODELS, backbone_of, is_decoder
 from numeric import assert_close
 from test_prompts import byte_tokenizer, word_tokenizer
 from tiny_models import TEMPLATE, write_language_model
@@ -27,7 +27,6 @@ from revmux.ladder import Ladder, Stage
 pytestmark = pytest.mark.numeric
 
 CONSTANT = (5, 6, 7, 8, 9)
-LENGTHS = (9, 4, 7, 6)
 DECODERS = pytest.mark.parametrize("name", [name for name in MODELS if is_decoder(name)])
 SIDES = pytest.mark.parametrize("side", ["right", "left"])
 METHODS: dict[str, tuple[int, dict[str, Any]]] = {

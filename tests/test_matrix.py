@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generative_models import backbone_of
+from generative_models import DECODERS, backbone_of
 from numeric import assert_close
 from test_backbone_encoders import frozen
 from test_methods import groups_of, randomised, with_padding
@@ -55,7 +55,6 @@ ALONE = [
     ("skip-only", {"layer": CUT}),
 ]
 WIDTHS = (2, 4, 8, 16)
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 WIDE_FAMILY = "bert"
 """Tested at every width. Width and family barely interact, so the others have one width per method, taken in turn."""
 
