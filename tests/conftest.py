@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import S3FileSystem
 
     from revmux.backbone import Backbone
+    from revmux.bulk.config import BulkConfig
     from revmux.pretrained.pretrained import Pretrained
     from revmux.serving import Engine
     from serve_app.service import Service
@@ -206,6 +207,14 @@ def serving_adapters(serving_model: Path, tmp_path_factory: pytest.TempPathFacto
 
     home = tmp_path_factory.mktemp("adapters")
     return [write_adapter(home, load(serving_model), num_inputs) for num_inputs in (2, 4)]
+
+
+@pytest.fixture
+def bulk_config(serving_model: Path, serving_adapters: list[Path], tmp_path: Path) -> BulkConfig:
+    """A small bulk job with N = 4."""
+    from bulk_jobs import small_job
+
+    return small_job(serving_model, serving_adapters[1], tmp_path)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from bulk_jobs import answers, parts, small_job
+from bulk_jobs import answers, parts
 from pyarrow import parquet
 from serving_models import load, text, write_adapter
 
@@ -34,28 +34,18 @@ pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture
-def model(serving_model: Path) -> Path:
-    return serving_model
-
-
-@pytest.fixture
 def adapter(serving_adapters: list[Path]) -> Path:
     """Gives every input the plain model's answer, in groups of four."""
     return serving_adapters[1]
 
 
-@pytest.fixture
-def config(serving_model: Path, serving_adapters: list[Path], tmp_path: Path) -> BulkConfig:
-    return small_job(serving_model, serving_adapters[1], tmp_path)
-
-
-def test_every_row_gets_its_own_answer_in_the_order_of_the_input(config: BulkConfig, model: Path) -> None:
-    report = classify_files(config)
+def test_every_row_gets_its_own_answer_in_the_order_of_the_input(bulk_config: BulkConfig, serving_model: Path) -> None:
+    report = classify_files(bulk_config)
     assert report.is_complete
     assert report.totals.rows == 200
-    found = answers(config)
+    found = answers(bulk_config)
     assert found["id"].tolist() == list(range(200))
-    plain = load(model)
+    plain = load(serving_model)
     plain.backbone.freeze()
     scores = plain.backbone(plain.encode([text(index) for index in range(200)], max_length=64)).softmax(-1)
     assert found["label"].tolist() == [plain.backbone.label_names[index] for index in scores.argmax(1).tolist()]
@@ -67,40 +57,40 @@ def test_every_row_gets_its_own_answer_in_the_order_of_the_input(config: BulkCon
     assert report.totals.relative_cost < 0.9
 
 
-def test_the_readers_of_parquet_folders_see_only_the_parts(config: BulkConfig) -> None:
-    classify_files(config)
-    assert parquet.read_table(config.output).num_rows == 200
-    manifest = json.loads((Path(config.output) / META / "manifest.json").read_text())
+def test_the_readers_of_parquet_folders_see_only_the_parts(bulk_config: BulkConfig) -> None:
+    classify_files(bulk_config)
+    assert parquet.read_table(bulk_config.output).num_rows == 200
+    manifest = json.loads((Path(bulk_config.output) / META / "manifest.json").read_text())
     assert manifest["rows"] == 200
-    assert [part["name"] for part in manifest["parts"]] == list(parts(config))
+    assert [part["name"] for part in manifest["parts"]] == list(parts(bulk_config))
 
 
-def test_a_retried_unit_writes_the_same_bytes_whatever_ran_before(config: BulkConfig) -> None:
-    classify_files(config)
-    before = parts(config)
-    job, work = list_and_prepare(config)
+def test_a_retried_unit_writes_the_same_bytes_whatever_ran_before(bulk_config: BulkConfig) -> None:
+    classify_files(bulk_config)
+    before = parts(bulk_config)
+    job, work = list_and_prepare(bulk_config)
     other = Worker(job, "cpu")
     for unit in reversed(work.units):
         other.run(unit)
-    assert parts(config) == before
+    assert parts(bulk_config) == before
     assert len(before) == 4
 
 
 def test_the_same_call_continues_and_computes_nothing_twice(
-    config: BulkConfig, monkeypatch: pytest.MonkeyPatch
+    bulk_config: BulkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classify_files(config)
-    before = parts(config)
-    lost = sorted(Path(config.output).glob("part-*.parquet"))[1]
+    classify_files(bulk_config)
+    before = parts(bulk_config)
+    lost = sorted(Path(bulk_config.output).glob("part-*.parquet"))[1]
     lost.rename(f"{lost}.{'0' * 32}.tmp")  # as if its writer had been killed
     ran: list[int] = []
     original = Worker.run
     monkeypatch.setattr(Worker, "run", lambda self, unit: (ran.append(unit.number), original(self, unit))[1])
-    report = classify_files(config)
+    report = classify_files(bulk_config)
     assert ran == [1]
     assert report.resumed == 3
-    assert parts(config) == before
-    assert report.totals.rows == parquet.read_table(config.output).num_rows == 200
+    assert parts(bulk_config) == before
+    assert report.totals.rows == parquet.read_table(bulk_config.output).num_rows == 200
 
 
 @pytest.mark.parametrize(
@@ -112,24 +102,24 @@ def test_the_same_call_continues_and_computes_nothing_twice(
         ({"keep_columns": ["id"]}, "columns.kept"),
     ],
 )
-def test_other_settings_need_another_output(config: BulkConfig, change: dict[str, Any], words: str) -> None:
-    classify_files(config)
-    before = parts(config)
+def test_other_settings_need_another_output(bulk_config: BulkConfig, change: dict[str, Any], words: str) -> None:
+    classify_files(bulk_config)
+    before = parts(bulk_config)
     with pytest.raises(UserError, match="was started with") as refused:
-        classify_files(replace(config, **change))
+        classify_files(replace(bulk_config, **change))
     assert words in str(refused.value)
-    assert parts(config) == before
+    assert parts(bulk_config) == before
 
 
-def test_changed_input_needs_another_output(config: BulkConfig) -> None:
-    classify_files(config)
-    pd.DataFrame({"id": range(200), "text": ["w1"] * 200}).to_parquet(config.input, row_group_size=150)
+def test_changed_input_needs_another_output(bulk_config: BulkConfig) -> None:
+    classify_files(bulk_config)
+    pd.DataFrame({"id": range(200), "text": ["w1"] * 200}).to_parquet(bulk_config.input, row_group_size=150)
     with pytest.raises(UserError, match=r"was started with input\.sha256"):
-        classify_files(config)
+        classify_files(bulk_config)
 
 
 def test_a_failing_unit_is_left_out_after_its_attempts_and_can_be_tried_again(
-    config: BulkConfig, monkeypatch: pytest.MonkeyPatch
+    bulk_config: BulkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, tries = Worker.run, []
 
@@ -140,21 +130,21 @@ def test_a_failing_unit_is_left_out_after_its_attempts_and_can_be_tried_again(
         return original(worker, unit)
 
     monkeypatch.setattr(Worker, "run", poisoned)
-    report = classify_files(config)
-    assert len(tries) == config.attempts == 3
+    report = classify_files(bulk_config)
+    assert len(tries) == bulk_config.attempts == 3
     assert not report.is_complete
     (failed,) = report.failed
     assert failed.error == "RuntimeError: poison"
-    assert len(parts(config)) == 3
-    assert not (Path(config.output) / META / "manifest.json").exists()
+    assert len(parts(bulk_config)) == 3
+    assert not (Path(bulk_config.output) / META / "manifest.json").exists()
     monkeypatch.setattr(Worker, "run", original)
-    assert classify_files(config).is_complete
-    assert answers(config)["id"].tolist() == list(range(200))
+    assert classify_files(bulk_config).is_complete
+    assert answers(bulk_config)["id"].tolist() == list(range(200))
 
 
-def test_fallback_thresholds_are_applied_and_counted(config: BulkConfig) -> None:
-    report = classify_files(replace(config, threshold=1.0, all_scores=True))
-    found = answers(config)
+def test_fallback_thresholds_are_applied_and_counted(bulk_config: BulkConfig) -> None:
+    report = classify_files(replace(bulk_config, threshold=1.0, all_scores=True))
+    found = answers(bulk_config)
     assert found["fell_back"].all()
     assert set(found["stage"]) == {0}
     assert report.totals.answered_by == {"0 siso N=1": 200}
@@ -162,8 +152,10 @@ def test_fallback_thresholds_are_applied_and_counted(config: BulkConfig) -> None
     assert found["scores"].map(len).tolist() == [3] * 200
 
 
-def test_a_ladder_runs_its_stages_and_counts_their_cost(config: BulkConfig, model: Path, tmp_path: Path) -> None:
-    pretrained = load(model)
+def test_a_ladder_runs_its_stages_and_counts_their_cost(
+    bulk_config: BulkConfig, serving_model: Path, tmp_path: Path
+) -> None:
+    pretrained = load(serving_model)
     folders = []
     for stage, (method, width, layers, threshold) in enumerate(
         [("exit-head", 1, 1, 0.4), ("token-split", 2, 2, 0.6)], 1
@@ -175,8 +167,8 @@ def test_a_ladder_runs_its_stages_and_counts_their_cost(config: BulkConfig, mode
         folders.append(folder)
     plan = {"is_met": True, "served": [{"stages": [{"adapter": str(folder)} for folder in folders]}]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    report = classify_files(replace(config, adapter=None, plan=str(tmp_path / "plan.json")))
-    found = answers(config)
+    report = classify_files(replace(bulk_config, adapter=None, plan=str(tmp_path / "plan.json")))
+    found = answers(bulk_config)
     assert set(found["stage"]) == {0, 1, 2}
     assert (found["stage"] == 0).tolist() == found["fell_back"].tolist()
     assert set(found["method"][found["stage"] == 1]) == {"exit-head"}
@@ -189,14 +181,14 @@ def test_a_ladder_runs_its_stages_and_counts_their_cost(config: BulkConfig, mode
 
 
 def test_an_adapter_that_saves_nothing_is_reported(
-    config: BulkConfig, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bulk_config: BulkConfig, serving_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    classify_files(replace(config, adapter=str(write_adapter(tmp_path, load(model), 2, 4))))
-    assert set(answers(config)["method"]) == {"siso"}
+    classify_files(replace(bulk_config, adapter=str(write_adapter(tmp_path, load(serving_model), 2, 4))))
+    assert set(answers(bulk_config)["method"]) == {"siso"}
     assert "adapter token-split, N = 2, l = 4 is not used" in caplog.text
 
 
-def test_reading_the_device_and_writing_overlap(config: BulkConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_the_device_and_writing_overlap(bulk_config: BulkConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """One unit is written while another is on the device and a third is read: each step waits until it sees the others."""
     together = threading.Barrier(3, timeout=60)
 
@@ -215,7 +207,7 @@ def test_reading_the_device_and_writing_overlap(config: BulkConfig, monkeypatch:
     monkeypatch.setattr("revmux.bulk.worker.classify_tokens", meeting(2, classify_tokens))
     monkeypatch.setattr(Worker, "_prepare", meeting(3, Worker._prepare))
     figures: dict[str, float] = {}
-    report = classify_files(config, on_progress=lambda progress: figures.update(progress.metrics(1)))
+    report = classify_files(bulk_config, on_progress=lambda progress: figures.update(progress.metrics(1)))
     assert report.is_complete
     assert not together.broken
     assert 0 < figures["device_busy"] < 1
@@ -233,26 +225,28 @@ def test_row_groups_are_joined_and_divided() -> None:
     ]
 
 
-def test_a_used_folder_is_not_an_output(config: BulkConfig) -> None:
-    Path(config.output).mkdir()
-    (Path(config.output) / "thesis.txt").write_text("precious")
+def test_a_used_folder_is_not_an_output(bulk_config: BulkConfig) -> None:
+    Path(bulk_config.output).mkdir()
+    (Path(bulk_config.output) / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="choose an empty folder"):
-        classify_files(config)
+        classify_files(bulk_config)
 
 
-def test_answers_in_bulk_are_those_of_the_classifier(config: BulkConfig, adapter: Path, model: Path) -> None:
+def test_answers_in_bulk_are_those_of_the_classifier(
+    bulk_config: BulkConfig, adapter: Path, serving_model: Path
+) -> None:
     """The same groups as those that :class:`TextClassifier` forms of one unit, so the same scores."""
-    classify_files(replace(config, unit_rows=200, max_batch_tokens=4096))
-    classifier = TextClassifier.from_pretrained(adapter, model)
+    classify_files(replace(bulk_config, unit_rows=200, max_batch_tokens=4096))
+    classifier = TextClassifier.from_pretrained(adapter, serving_model)
     expected = classifier([text(index) for index in range(200)], top_k=1)
-    found = answers(config)
+    found = answers(bulk_config)
     assert found["label"].tolist() == [best[0][0] for best in expected]
     assert found["score"].to_numpy() == pytest.approx([best[0][1] for best in expected], abs=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_that_of_the_tokenizer(side: str, model: Path) -> None:
-    pretrained = load(model)
+def test_padding_is_that_of_the_tokenizer(side: str, serving_model: Path) -> None:
+    pretrained = load(serving_model)
     padder = pretrained.tokenizer
     padder.padding_side = side
     padder.pad_token = "ok"  # an id other than 0, which fills the other tensors
@@ -267,8 +261,8 @@ def test_padding_is_that_of_the_tokenizer(side: str, model: Path) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_the_settings_of_an_output_contain_no_password(config: BulkConfig) -> None:
-    secret = replace(config, input="s3://key:secret@bucket/rows")
-    settings = prepare_job(secret, list_work(config)).settings
+def test_the_settings_of_an_output_contain_no_password(bulk_config: BulkConfig) -> None:
+    secret = replace(bulk_config, input="s3://key:secret@bucket/rows")
+    settings = prepare_job(secret, list_work(bulk_config)).settings
     assert settings["input"]["source"] == "s3://key:***@bucket/rows"
     assert "secret" not in json.dumps(settings)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pytest
-from bulk_jobs import answers, small_job
+from bulk_jobs import answers
 from pyarrow import parquet
 from pyarrow.fs import FileSystem
 from serving_models import text
@@ -26,13 +26,8 @@ from revmux.bulk.units import list_work
 pytestmark = pytest.mark.numeric
 
 
-@pytest.fixture
-def config(serving_model: Path, serving_adapters: list[Path], tmp_path: Path) -> BulkConfig:
-    return small_job(serving_model, serving_adapters[1], tmp_path)
-
-
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "arrow", "parquet"])
-def test_every_format_has_the_same_answers(suffix: str, config: BulkConfig, tmp_path: Path) -> None:
+def test_every_format_has_the_same_answers(suffix: str, bulk_config: BulkConfig, tmp_path: Path) -> None:
     texts = [text(index) for index in range(50)]
     texts[7] = 'a "quoted"\nline, and a comma' if suffix != "tsv" else 'a "quoted" line'
     frame = pd.DataFrame({"text": texts, "id": [str(index) for index in range(50)]})
@@ -47,15 +42,15 @@ def test_every_format_has_the_same_answers(suffix: str, config: BulkConfig, tmp_
             writer.write_table(table, 20)
     else:
         frame.to_parquet(file, index=False)
-    config = replace(config, input=str(file), unit_rows=16)
-    assert classify_files(config).totals.rows == 50
-    found = answers(config)
+    bulk_config = replace(bulk_config, input=str(file), unit_rows=16)
+    assert classify_files(bulk_config).totals.rows == 50
+    found = answers(bulk_config)
     assert found["text"].tolist() == texts
     assert found["id"].tolist() == frame["id"].tolist()
     assert found["label"].notna().all()
 
 
-def test_bad_rows_become_rows_with_an_error(config: BulkConfig, tmp_path: Path) -> None:
+def test_bad_rows_become_rows_with_an_error(bulk_config: BulkConfig, tmp_path: Path) -> None:
     lines = [
         json.dumps({"text": "w1 w2"}).encode(),
         json.dumps({"text": ""}).encode(),
@@ -66,32 +61,34 @@ def test_bad_rows_become_rows_with_an_error(config: BulkConfig, tmp_path: Path) 
         json.dumps({"text": "w3"}).encode(),
     ]
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
-    config = replace(config, input=str(tmp_path / "bad.jsonl"))
-    report = classify_files(config)
+    bulk_config = replace(bulk_config, input=str(tmp_path / "bad.jsonl"))
+    report = classify_files(bulk_config)
     assert (report.totals.rows, report.totals.errors) == (7, 5)
-    found = answers(config)
+    found = answers(bulk_config)
     assert found["error"].isna().tolist() == [True, False, False, False, False, False, True]
     assert found["label"].notna().tolist() == [True, False, False, False, False, False, True]
     for error, words in zip(found["error"][1:6], ("empty", "int", "missing", "not JSON", "UTF-8")):
         assert words in error
 
 
-def test_undecodable_parquet_and_short_csv_rows_are_bad_rows(config: BulkConfig, tmp_path: Path) -> None:
+def test_undecodable_parquet_and_short_csv_rows_are_bad_rows(bulk_config: BulkConfig, tmp_path: Path) -> None:
     wrong = pa.StringArray.from_buffers(3, *pa.array([b"w1", b"\xff", b"w2"], pa.binary()).buffers()[1:])
     parquet.write_table(pa.table({"text": wrong}), tmp_path / "wrong.parquet")
-    config = replace(config, input=str(tmp_path / "wrong.parquet"), keep_columns=[])
-    classify_files(config)
-    assert answers(config)["error"].isna().tolist() == [True, False, True]
+    bulk_config = replace(bulk_config, input=str(tmp_path / "wrong.parquet"), keep_columns=[])
+    classify_files(bulk_config)
+    assert answers(bulk_config)["error"].isna().tolist() == [True, False, True]
     (tmp_path / "short.csv").write_bytes(b"id,text\n1,w1 w2\n2\n3,\xffw\n\n4,w4\n")
-    config = replace(config, input=str(tmp_path / "short.csv"), output=str(tmp_path / "other"), keep_columns=["id"])
-    classify_files(config)
-    found = answers(config)
+    bulk_config = replace(
+        bulk_config, input=str(tmp_path / "short.csv"), output=str(tmp_path / "other"), keep_columns=["id"]
+    )
+    classify_files(bulk_config)
+    found = answers(bulk_config)
     assert found["id"].tolist() == ["1", "2", "3", "4"]
     assert found["error"].isna().tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("source", ["folder", "glob", "uri", "deep glob"])
-def test_folders_globs_and_uris_are_listed(source: str, config: BulkConfig, tmp_path: Path) -> None:
+def test_folders_globs_and_uris_are_listed(source: str, bulk_config: BulkConfig, tmp_path: Path) -> None:
     folder = tmp_path / "many files"
     (folder / "deep").mkdir(parents=True)
     for name in ("b.parquet", "a.parquet", "deep/c.parquet", "_hidden.parquet"):
@@ -104,7 +101,7 @@ def test_folders_globs_and_uris_are_listed(source: str, config: BulkConfig, tmp_
         "uri": folder.as_uri(),
         "deep glob": f"{folder.as_uri()}/**/*.parquet",
     }
-    work = list_work(replace(config, input=sources[source]))
+    work = list_work(replace(bulk_config, input=sources[source]))
     expected = ["a.parquet", "b.parquet", *([] if source == "glob" else ["deep/c.parquet"])]
     assert [Path(unit.file).relative_to(folder).as_posix() for unit in work.units] == expected
     assert len(work.ignored) == (1 if source in ("folder", "uri") else 0)
@@ -114,9 +111,9 @@ Mistake = Callable[[BulkConfig, Path], BulkConfig]
 
 
 def _with_file(name: str, content: bytes) -> Mistake:
-    def mistake(config: BulkConfig, folder: Path) -> BulkConfig:
+    def mistake(bulk_config: BulkConfig, folder: Path) -> BulkConfig:
         (folder / name).write_bytes(content)
-        return replace(config, input=str(folder / name))
+        return replace(bulk_config, input=str(folder / name))
 
     return mistake
 
@@ -124,50 +121,50 @@ def _with_file(name: str, content: bytes) -> Mistake:
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
-        (lambda config, folder: replace(config, input=str(folder / "nowhere.csv")), "cannot find input"),
-        (lambda config, folder: replace(config, input=str(folder / "*.csv")), "cannot find a file for input"),
-        (lambda config, folder: replace(config, text_column="body"), "unknown text_column 'body'"),
-        (lambda config, folder: replace(config, text_column="id"), "is int64, not text"),
-        (lambda config, folder: replace(config, keep_columns=["name"]), "has no column 'name'"),
-        (lambda config, folder: replace(config, output=config.input + "/out"), "is inside the input"),
-        (lambda config, folder: replace(config, input=str(folder)), "is inside the input"),
+        (lambda bulk_config, folder: replace(bulk_config, input=str(folder / "nowhere.csv")), "cannot find input"),
+        (lambda bulk_config, folder: replace(bulk_config, input=str(folder / "*.csv")), "cannot find a file for input"),
+        (lambda bulk_config, folder: replace(bulk_config, text_column="body"), "unknown text_column 'body'"),
+        (lambda bulk_config, folder: replace(bulk_config, text_column="id"), "is int64, not text"),
+        (lambda bulk_config, folder: replace(bulk_config, keep_columns=["name"]), "has no column 'name'"),
+        (lambda bulk_config, folder: replace(bulk_config, output=bulk_config.input + "/out"), "is inside the input"),
+        (lambda bulk_config, folder: replace(bulk_config, input=str(folder)), "is inside the input"),
         (_with_file("rows.xlsx", b"PK"), "known suffixes"),
         (_with_file("broken.parquet", b"PAR1 and no footer"), "cannot read"),
         (_with_file("empty.csv", b""), "no rows"),
         (_with_file("array.json", b'[{"text": "w1"}]'), "JSON array"),
         (_with_file("open.csv", b'text\n"never closed' + b"x" * (1 << 24) + b"\n"), "a quote may not be closed"),
         (_with_file("labelled.csv", b"text,label\nw1,2\n"), "choose --column_prefix"),
-        (lambda config, folder: replace(config, adapter=str(folder)), "not an adapter folder"),
-        (lambda config, folder: replace(config, price=0.0), "price is 0.0; choose more than 0"),
+        (lambda bulk_config, folder: replace(bulk_config, adapter=str(folder)), "not an adapter folder"),
+        (lambda bulk_config, folder: replace(bulk_config, price=0.0), "price is 0.0; choose more than 0"),
     ],
 )
 def test_mistakes_in_the_input_are_found_before_a_model_is_loaded(
-    mistake: Mistake, words: str, config: BulkConfig, tmp_path: Path
+    mistake: Mistake, words: str, bulk_config: BulkConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as refused:
-        list_and_prepare(mistake(config, tmp_path))
+        list_and_prepare(mistake(bulk_config, tmp_path))
     assert words in str(refused.value)
-    assert not Path(config.output).exists()
+    assert not Path(bulk_config.output).exists()
 
 
-def test_files_of_one_input_have_the_same_types(config: BulkConfig, tmp_path: Path) -> None:
+def test_files_of_one_input_have_the_same_types(bulk_config: BulkConfig, tmp_path: Path) -> None:
     pd.DataFrame({"id": ["x"], "text": ["w1"]}).to_parquet(tmp_path / "zother.parquet")
     with pytest.raises(UserError, match=r"column 'id' is (large_)?string in .*zother\.parquet'?, but int64 in"):
-        list_work(replace(config, input=f"{tmp_path}/*.parquet"))
+        list_work(replace(bulk_config, input=f"{tmp_path}/*.parquet"))
 
 
-def test_input_and_output_may_be_on_an_object_store(config: BulkConfig, tmp_path: Path) -> None:
+def test_input_and_output_may_be_on_an_object_store(bulk_config: BulkConfig, tmp_path: Path) -> None:
     """A filesystem without renames of open files, locks and memory maps."""
-    classify_files(config)
+    classify_files(bulk_config)
     store = "fsspec+memory:///bucket"
     filesystem, _ = FileSystem.from_uri(store)
     filesystem.create_dir("/bucket/in")
     with filesystem.open_output_stream("/bucket/in/rows.parquet") as stream:
-        stream.write(Path(config.input).read_bytes())
-    remote = replace(config, input=f"{store}/in/*.parquet", output=f"{store}/out")
+        stream.write(Path(bulk_config.input).read_bytes())
+    remote = replace(bulk_config, input=f"{store}/in/*.parquet", output=f"{store}/out")
     assert classify_files(remote).is_complete
     table = parquet.read_table("/bucket/out", filesystem=filesystem)
-    assert table.to_pydict() == parquet.read_table(config.output).to_pydict()
+    assert table.to_pydict() == parquet.read_table(bulk_config.output).to_pydict()
     assert classify_files(remote).resumed == 4
     with pytest.raises(UserError, match="is inside the input"):
         classify_files(replace(remote, input=store))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bulk_jobs import parts, small_job
+from bulk_jobs import parts
 from serving_models import load, write_adapter
 
 from revmux.bulk.audit import Agreement
@@ -20,62 +20,52 @@ from revmux.bulk.summary import write_summary
 pytestmark = pytest.mark.numeric
 
 
-@pytest.fixture
-def model(serving_model: Path) -> Path:
-    return serving_model
-
-
-@pytest.fixture
-def config(serving_model: Path, serving_adapters: list[Path], tmp_path: Path) -> BulkConfig:
-    return small_job(serving_model, serving_adapters[1], tmp_path)
-
-
-def test_the_audit_compares_a_fixed_share_of_rows_with_the_plain_model(config: BulkConfig) -> None:
-    report = classify_files(replace(config, audit=0.5))
+def test_the_audit_compares_a_fixed_share_of_rows_with_the_plain_model(bulk_config: BulkConfig) -> None:
+    report = classify_files(replace(bulk_config, audit=0.5))
     agreement = report.totals.agreement
     assert 60 < agreement.rows < 140
     assert agreement.agreed == agreement.rows
-    again = classify_files(replace(config, audit=0.5, output=config.output + "2", unit_rows=32))
+    again = classify_files(replace(bulk_config, audit=0.5, output=bulk_config.output + "2", unit_rows=32))
     assert again.totals.agreement == agreement  # the sample depends on neither units nor groups
 
 
 def test_the_audit_stops_a_job_that_falls_below_the_floor(
-    config: BulkConfig, model: Path, tmp_path_factory: pytest.TempPathFactory
+    bulk_config: BulkConfig, serving_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    other = write_adapter(tmp_path_factory.mktemp("random"), load(model), 4, method="revmux")  # untrained
-    config = replace(config, adapter=str(other), audit=1.0, audit_floor=0.9, unit_rows=16)
-    report = classify_files(config)
+    other = write_adapter(tmp_path_factory.mktemp("random"), load(serving_model), 4, method="revmux")  # untrained
+    bulk_config = replace(bulk_config, adapter=str(other), audit=1.0, audit_floor=0.9, unit_rows=16)
+    report = classify_files(bulk_config)
     assert report.stopped
     assert not report.is_complete
     assert report.totals.rows < 200
     assert report.totals.agreement.is_below(0.9)
     assert "agree with the plain model in" in (warn_agreement(report.totals.agreement, 0.99) or "")
-    assert not (Path(config.output) / META / "manifest.json").exists()
+    assert not (Path(bulk_config.output) / META / "manifest.json").exists()
 
 
-def test_a_job_has_the_price_of_the_time_of_all_its_starts(config: BulkConfig) -> None:
-    config = replace(config, price=3600.0, audit=0.5)  # 1 per second
-    first = classify_files(config)
+def test_a_job_has_the_price_of_the_time_of_all_its_starts(bulk_config: BulkConfig) -> None:
+    bulk_config = replace(bulk_config, price=3600.0, audit=0.5)  # 1 per second
+    first = classify_files(bulk_config)
     assert first.price is not None
-    output = OutputFolder(config.output)
+    output = OutputFolder(bulk_config.output)
     assert first.price.so_far == pytest.approx(output.worker_seconds())
     assert first.price.per_million == pytest.approx(1e6 / 200 * first.price.so_far)
     # The plain model has no audit, so its price is compared with all that ran.
     totals = first.totals
     assert totals.cost + totals.audit_cost > totals.cost + 0.3 * 200
     assert first.price.plain == pytest.approx(first.price.so_far * 200 / (totals.cost + totals.audit_cost))
-    assert classify_files(config).price == first.price  # nothing ran
-    (Path(config.output) / list(parts(config))[1]).unlink()
+    assert classify_files(bulk_config).price == first.price  # nothing ran
+    (Path(bulk_config.output) / list(parts(bulk_config))[1]).unlink()
     lines: list[str] = []
-    second = classify_files(config, on_progress=lambda progress: lines.append(progress.line(1)))
+    second = classify_files(bulk_config, on_progress=lambda progress: lines.append(progress.line(1)))
     assert second.price is not None
     assert second.price.so_far > first.price.so_far
     assert f"price {second.price.so_far:,.2f}, a million rows {second.price.per_million:,.2f}" in lines[-1]
-    job, _ = list_and_prepare(config)
+    job, _ = list_and_prepare(bulk_config)
     write_summary(output, second, job)
-    page = (Path(config.output) / META / "summary.html").read_text()
+    page = (Path(bulk_config.output) / META / "summary.html").read_text()
     assert f"by counted cost</td><td>{second.price.plain:,.2f}</td>" in page
-    assert classify_files(replace(config, price=None)).price is None
+    assert classify_files(replace(bulk_config, price=None)).price is None
 
 
 def test_the_time_of_a_job_is_that_of_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,15 +85,15 @@ def test_the_interval_of_an_agreement_is_wilsons() -> None:
     assert Agreement().interval() == (0.0, 1.0)
 
 
-def test_the_summary_escapes_texts_and_shows_bad_rows(config: BulkConfig, tmp_path: Path) -> None:
+def test_the_summary_escapes_texts_and_shows_bad_rows(bulk_config: BulkConfig, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "<script>alert(1)</script> $x$"}\n{"text": ""}\n')
-    config = replace(config, input=str(tmp_path / "rows.jsonl"), audit=1.0)
-    job, _ = list_and_prepare(config)
-    report = classify_files(config)
-    write_summary(OutputFolder(config.output), report, job)
-    page = (Path(config.output) / META / "summary.html").read_text()
+    bulk_config = replace(bulk_config, input=str(tmp_path / "rows.jsonl"), audit=1.0)
+    job, _ = list_and_prepare(bulk_config)
+    report = classify_files(bulk_config)
+    write_summary(OutputFolder(bulk_config.output), report, job)
+    page = (Path(bulk_config.output) / META / "summary.html").read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; $x$" in page
     assert "the text is empty" in page
     assert "100.00% of 1 audited rows" in page
-    assert (Path(config.output) / META / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert (Path(bulk_config.output) / META / "summary.png").read_bytes().startswith(b"\x89PNG")

@@ -21,46 +21,40 @@ from serve_app.run import base_url, deploy
 ROOT = Path(revmux.__file__).parents[1]
 
 
-@pytest.fixture
-def folders(serving_model: Path, serving_adapters: list[Path]) -> tuple[Path, list[Path]]:
-    return serving_model, serving_adapters
-
-
-def test_a_busy_port_is_refused_before_anything_starts(
-    folders: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_busy_port_is_refused_before_anything_starts(serving_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert main(["--model", str(folders[0]), "--port", port]) == 2
+        assert main(["--model", str(serving_model), "--port", port]) == 2
     assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
 
 
-def test_a_folder_without_an_adapter_is_refused_before_anything_starts(folders: tuple[Path, list[Path]]) -> None:
+def test_a_folder_without_an_adapter_is_refused_before_anything_starts(serving_model: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(UserError, match="not an adapter folder"):
-        deploy(server_config(model=str(folders[0]), adapters=[str(folders[0])], port=port))
+        deploy(server_config(model=str(serving_model), adapters=[str(serving_model)], port=port))
 
 
 def test_an_adapter_of_another_model_is_refused_before_anything_starts(
-    folders: tuple[Path, list[Path]],
+    serving_model: Path,
+    serving_adapters: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("serve_app.app.build", lambda args: pytest.fail("the application was built"))
-    other = tmp_path / folders[0].name
+    other = tmp_path / serving_model.name
     other.mkdir()
     write_identifying_model(other, seed=1)
-    adapter = str(folders[1][0])
+    adapter = str(serving_adapters[0])
     capsys.readouterr()  # discard the progress bars of saving the models
     assert main(["--model", str(other), "--adapters", adapter, "--port", str(free_port())]) == 2
     shown = capsys.readouterr().err.strip()
     assert "\n" not in shown
-    assert f"adapter {adapter!r} was trained on {folders[0].name} (sha256 " in shown
+    assert f"adapter {adapter!r} was trained on {serving_model.name} (sha256 " in shown
     assert f"but the given backbone is {other} (sha256 " in shown
 
 
@@ -76,12 +70,12 @@ def test_unknown_or_invalid_configuration_is_refused() -> None:
         AppConfig(model="m", port=80)  # type: ignore[call-arg]
 
 
-def test_command_line_strings_become_settings(folders: tuple[Path, list[Path]]) -> None:
-    model, adapters = folders
+def test_command_line_strings_become_settings(serving_model: Path, serving_adapters: list[Path]) -> None:
+    adapter = str(serving_adapters[0])
     config = AppConfig.model_validate(
-        {"model": str(model), "adapters": f"{adapters[0]}, models:/toy@best", "max_queue": "40"}
+        {"model": str(serving_model), "adapters": f"{adapter}, models:/toy@best", "max_queue": "40"}
     )
-    assert config.adapters == [str(adapters[0]), "models:/toy@best"]
+    assert config.adapters == [adapter, "models:/toy@best"]
     assert config.max_queue == 40
     for given in ("a,b", "[a, b]"):
         assert parse_flags(["--model", "m", "--adapters", given]).adapters == ["a", "b"]

@@ -14,24 +14,19 @@ from serve_app.service import Service
 from serve_app.sources import fetch_adapter, fetch_model
 
 
-@pytest.fixture
-def folders(serving_model: Path, serving_adapters: list[Path]) -> tuple[Path, list[Path]]:
-    return serving_model, serving_adapters
-
-
 def test_adapters_come_from_mlflow_by_run_and_by_alias(
-    folders: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serving_adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     client = mlflow.MlflowClient()
     run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts")))
-    client.log_artifacts(run.info.run_id, str(folders[1][0]), "adapter")
+    client.log_artifacts(run.info.run_id, str(serving_adapters[0]), "adapter")
     client.create_registered_model("toy")
     version = client.create_model_version("toy", f"{run.info.artifact_uri}/adapter", run.info.run_id)
     client.set_registered_model_alias("toy", "champion", version.version)
-    weights = (folders[1][0] / "adapter_model.safetensors").read_bytes()
+    weights = (serving_adapters[0] / "adapter_model.safetensors").read_bytes()
     for uri in (f"runs:/{run.info.run_id}/adapter", "models:/toy@champion"):
         assert (fetch_adapter(uri, tmp_path) / "adapter_model.safetensors").read_bytes() == weights
     with pytest.raises(UserError, match="models:/toy@nobody"):
@@ -39,15 +34,15 @@ def test_adapters_come_from_mlflow_by_run_and_by_alias(
 
 
 def test_task_models_come_from_mlflow_by_run_and_by_alias(
-    folders: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serving_model: Path, serving_adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     client = mlflow.MlflowClient()
     run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts"))).info
-    client.log_artifacts(run.run_id, str(folders[0]), "model")
-    client.log_artifacts(run.run_id, str(folders[1][0]), "adapter")
+    client.log_artifacts(run.run_id, str(serving_model), "model")
+    client.log_artifacts(run.run_id, str(serving_adapters[0]), "adapter")
     client.create_registered_model("moods")
     version = client.create_model_version("moods", f"{run.artifact_uri}/model", run.run_id).version
     client.set_registered_model_alias("moods", "champion", version)
@@ -64,7 +59,7 @@ def test_task_models_come_from_mlflow_by_run_and_by_alias(
     for name, task in service.engine.tasks.items():
         assert service.info()["tasks"][name]["model_id"] == config.served[name].model
         answer = service.engine.submit(["w1 w2"], task=task, max_multiplex=1)[0].result(60)
-        assert torch.equal(answer.scores, plain_scores(load(folders[0]), ["w1 w2"])[0])
+        assert torch.equal(answer.scores, plain_scores(load(serving_model), ["w1 w2"])[0])
     service.close()
     for wrong, message in (
         ("models:/moods@nobody", "cannot download 'models:/moods@nobody' from MLflow"),
