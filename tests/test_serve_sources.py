@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +16,19 @@ from serve_app.service import Service
 from serve_app.sources import fetch_adapter, fetch_model
 
 
-def test_adapters_come_from_mlflow_by_run_and_by_alias(
-    serving_adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """MLflow's records of one test, whichever records the process used before."""
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    client = mlflow.MlflowClient()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(None)
+
+
+def test_adapters_come_from_mlflow_by_run_and_by_alias(
+    serving_adapters: list[Path], tmp_path: Path, client: Any
+) -> None:
     run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts")))
     client.log_artifacts(run.info.run_id, str(serving_adapters[0]), "adapter")
     client.create_registered_model("toy")
@@ -34,12 +42,8 @@ def test_adapters_come_from_mlflow_by_run_and_by_alias(
 
 
 def test_task_models_come_from_mlflow_by_run_and_by_alias(
-    serving_model: Path, serving_adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serving_model: Path, serving_adapters: list[Path], tmp_path: Path, client: Any
 ) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    client = mlflow.MlflowClient()
     run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts"))).info
     client.log_artifacts(run.run_id, str(serving_model), "model")
     client.log_artifacts(run.run_id, str(serving_adapters[0]), "adapter")
