@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -68,11 +68,13 @@ async def front_end(
 
 @asynccontextmanager
 async def attached(service: Service) -> AsyncIterator[tuple[FrontEnd, EngineServer]]:
-    async with engines(service) as [server], front_end(service.config, addresses(server)) as made:
+    async with engines(service) as [server], front_end(service.config, addresses([server])) as made:
         yield made, server
 
 
-def addresses(*servers: EngineServer) -> Callable[[], Awaitable[list[Address]]]:
+def addresses(servers: Sequence[EngineServer]) -> Callable[[], Awaitable[list[Address]]]:
+    """Finds those of the servers that are running, also if the sequence has changed."""
+
     async def find() -> list[Address]:
         return [
             server.address()._replace(engine=f"engine-{number}")

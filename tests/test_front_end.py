@@ -116,7 +116,7 @@ def test_a_front_end_traces_requests_down_to_the_steps_of_the_engine(service: Se
 
     async def main() -> None:
         async with engines(service) as [server]:
-            front = FrontEnd(service.config, "front-1", addresses(server))
+            front = FrontEnd(service.config, "front-1", addresses([server]))
             front.tracing = Tracing(provider)
             await front.start()
             transport = httpx.ASGITransport(create_app(front))  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def test_front_ends_know_at_once_which_tasks_are_served(serving_tasks: dict[str,
         with serving(serving_tasks["mood"]) as service:
             async with engines(service) as [server]:
                 service.tasks.on_loaded = server.announce_tasks
-                front = FrontEnd(service.config, "front-1", addresses(server), on_tasks=told.append)
+                front = FrontEnd(service.config, "front-1", addresses([server]), on_tasks=told.append)
                 await front.start()
                 assert len(await classify(front, [None], ["w1"])) == 1
                 await asyncio.to_thread(service.serve, {"default": mood, "second": topic})

@@ -11,7 +11,6 @@ from front_ends import SECONDS, addresses, attached, classify, engines, front_en
 from revmux.serving import Draining, Expired, Overloaded
 from serve_app.errors import Unhealthy, refusal
 from serve_app.service import Service
-from serve_app.wire import Address
 
 pytestmark = pytest.mark.usefixtures("impatient_front_ends")
 
@@ -36,7 +35,10 @@ def test_a_front_end_that_dies_takes_its_own_requests_along(held: tuple[Service,
     service, go_on = held
 
     async def main() -> None:
-        async with attached(service) as (front, server), front_end(service.config, addresses(server), "front-2") as two:
+        async with (
+            attached(service) as (front, server),
+            front_end(service.config, addresses([server]), "front-2") as two,
+        ):
             others = asyncio.create_task(classify(two, [None], ["w3"]))
             task = asyncio.create_task(classify(front, [None], ["w1", "w2"]))
             await until(lambda: service.engine.stats()["waiting"] == 3)
@@ -80,10 +82,7 @@ def test_a_lost_engine_fails_its_requests_with_503_and_another_one_is_found(
         async with engines(first, service) as [dying, later]:
             known = [dying]
 
-            async def find() -> list[Address]:
-                return await addresses(*known)()
-
-            async with front_end(first.config, find) as front:
+            async with front_end(first.config, addresses(known)) as front:
                 task = asyncio.create_task(classify(front, [None], ["w1"]))
                 await until(lambda: first.engine.stats()["waiting"] == 1)
                 stop(dying)
@@ -113,10 +112,7 @@ def test_a_draining_engine_answers_what_it_holds_while_its_front_end_goes_to_ano
         async with engines(first, service) as [stopping, other]:
             known = [stopping]
 
-            async def find() -> list[Address]:
-                return await addresses(*known)()
-
-            async with front_end(first.config, find) as front:
+            async with front_end(first.config, addresses(known)) as front:
                 task = asyncio.create_task(classify(front, [None], ["w1"]))
                 await until(lambda: first.engine.stats()["waiting"] == 1)
                 known.append(other)

@@ -26,10 +26,7 @@ def test_front_ends_spread_over_the_engines(service: Service) -> None:
         async with engines(service, service) as [first, second]:
             known = [first]
 
-            async def find() -> list[Address]:
-                return await addresses(*known)()
-
-            made = [FrontEnd(config, f"front-{number}", find) for number in range(4)]
+            made = [FrontEnd(config, f"front-{number}", addresses(known)) for number in range(4)]
             await asyncio.gather(*(one.start() for one in made))
             assert len(first.sessions) == 4
             known.append(second)
