@@ -16,13 +16,14 @@ def front_words(result: Row) -> dict[str, str]:
     sizes = ", ".join(
         f"{name} {data['train']:,} / {data['choosing']:,} / {data['test']:,}" for name, data in meta["data"].items()
     )
-    commits = ", ".join(
-        f"`{(data.get('commit') or meta['commit'] or 'unknown')[:8]}` ({name})" for name, data in meta["data"].items()
+    commits = "; ".join(
+        f"{', '.join(f'`{commit[:8]}`' for commit in _commits(rows, name, data, meta))} ({name})"
+        for name, data in meta["data"].items()
     )
     how = (
         f"Inputs for training / choosing / test: {sizes}. Accuracy is measured on the test split over 10 groupings; ± is the "
         f"spread over seeds, and a row without it has one seed. {meta['machine']['cores']} cores, torch "
-        f"{meta['versions']['torch']}; measured at commit {commits}."
+        f"{meta['versions']['torch']}; measured at commits {commits}."
     )
     return {
         "front": _summary(tables["plan"]) + f"\n\n{how}\n",
@@ -31,6 +32,12 @@ def front_words(result: Row) -> dict[str, str]:
         "front-ablation": _ablation(tables["ablation"], tables["front"]) + "\n",
         "front-plans": _plans(tables["plan"]) + "\n",
     }
+
+
+def _commits(rows: list[Row], task: str, data: Row, meta: Row) -> list[str]:
+    """Return the commits at which the adapters of a task were measured, and that of everything else."""
+    last = data.get("commit") or meta["commit"] or "unknown"
+    return sorted({last, *(commit for row in rows if row["task"] == task for commit in row.get("commits", ()))})
 
 
 def _tasks(rows: list[Row]) -> list[str]:
