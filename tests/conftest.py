@@ -139,6 +139,22 @@ def tiny_pretrained(tiny_model_folder: Path) -> Pretrained:
 
 
 @pytest.fixture(scope="module")
+def bert() -> Backbone:
+    """A tiny BERT classifier."""
+    from tiny_methods import tiny_bert
+
+    return tiny_bert()
+
+
+@pytest.fixture(scope="module")
+def llama() -> Backbone:
+    """A tiny LLaMA classifier."""
+    from tiny_methods import tiny_llama
+
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
 def bert_base() -> Backbone:
     """A classifier of the size of BERT-base, without weights."""
     import torch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from numeric import assert_close
-from test_methods import groups_of, randomised, texts, tiny_bert
+from tiny_methods import groups_of, randomised, texts, tiny_bert
 
 from benchmarks.long_tests import Recorder, long_tests_words
 from benchmarks.systems.grid import SYSTEMS

@@ -8,7 +8,7 @@ import torch
 from generative_models import DECODERS, backbone_of
 from numeric import assert_close
 from test_backbone_encoders import frozen
-from test_methods import groups_of, randomised, with_padding
+from tiny_methods import groups_of, randomised, with_padding
 
 from revmux import MultiplexedClassifier
 from revmux.adapters.folder import describe_adapter, load_adapter, save_adapter

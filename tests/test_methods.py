@@ -9,14 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from numeric import assert_close
-from tiny_models import tiny_classifier
-from torch import Tensor
+from tiny_methods import LENGTH, PADDING, groups_of, randomised, texts, tiny_bert, with_padding
 
 from revmux import BackboneShape, MultiplexedClassifier, UserError, build_method
-from revmux.backbone import Backbone, TokenBatch
-from revmux.methods import Method, method_names
+from revmux.methods import method_names
 from revmux.methods.registry import METHODS
-from revmux.methods.retrieval import sample_questions
 
 pytestmark = pytest.mark.numeric
 
@@ -38,46 +35,6 @@ SYSTEMS = [
     ("token-split", {"ratio": 3}),
     ("token-split", {"ratio": 4, "kept_tokens": 2}),
 ]
-LENGTH, PADDING = 9, 0
-
-
-def tiny_bert(hidden: int = 80) -> Backbone:
-    return tiny_classifier("bert", hidden_size=hidden, intermediate_size=96)
-
-
-def tiny_llama() -> Backbone:
-    return tiny_classifier("llama", num_key_value_heads=2, pad_token_id=PADDING)
-
-
-@pytest.fixture(scope="module")
-def bert() -> Backbone:
-    return tiny_bert()
-
-
-@pytest.fixture(scope="module")
-def llama() -> Backbone:
-    return tiny_llama()
-
-
-def randomised(backbone: Backbone, name: str, num_inputs: int, options: dict) -> Method:
-    """A method whose zero-initialised layers are made non-zero."""
-    torch.manual_seed(1)
-    method = build_method(name, BackboneShape.of(backbone), num_inputs, options)
-    for parameter in method.parameters():
-        parameter.data.normal_(0, 0.2)
-    return method.eval()
-
-
-def texts(rows: int, length: int = LENGTH) -> TokenBatch:
-    """Random inputs of different lengths, padded on the right."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(1, 50, (rows, length), generator=generator)
-    mask = (torch.arange(length) < (3 + torch.arange(rows) % (length - 2)).unsqueeze(1)).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-def groups_of(num_inputs: int) -> Tensor:
-    return torch.arange(2 * num_inputs).view(2, num_inputs)
 
 
 @pytest.mark.parametrize("num_inputs", [2, 4, 5, 8, 10, 16])
@@ -162,14 +119,6 @@ def test_the_chain_is_exactly_invertible(name, num_inputs):
     assert_close(torch.stack(method.chain.reverse(mixed)), torch.stack(slots))
 
 
-def with_padding(tokens: TokenBatch, columns: int, garbage: int) -> TokenBatch:
-    """The same inputs with more padding columns, and another token under all padding."""
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    more = torch.zeros(len(ids), columns, dtype=torch.long)
-    mask = torch.cat([mask, more], dim=1)
-    return {"input_ids": torch.cat([ids, more], dim=1) * mask + garbage * (1 - mask), "attention_mask": mask}
-
-
 @pytest.mark.parametrize("num_inputs", [2, 4])
 @pytest.mark.parametrize(("name", "options"), SYSTEMS)
 def test_padding_changes_no_answer(bert, name, options, num_inputs):
@@ -198,56 +147,6 @@ def test_padding_changes_no_answer_of_a_causal_backbone(llama, name, side):
     else:
         wider = with_padding(tokens, 3, garbage=PADDING)
     assert_close(model.run_tokens(wider, groups).scores, plain)
-
-
-@pytest.mark.parametrize("backbone", ["bert", "llama"])
-def test_token_split_inputs_do_not_attend_to_each_other(backbone, request):
-    cut_model = request.getfixturevalue(backbone)
-    model = MultiplexedClassifier(cut_model, randomised(cut_model, "token-split", 2, {}), 1).eval()
-    tokens = texts(3)
-    scores = model.run_tokens(tokens, torch.tensor([[0, 1], [0, 2]])).scores
-    assert_close(scores[0, 0], scores[1, 0])
-
-
-@pytest.mark.parametrize("num_inputs", [2, 4, 8])
-def test_token_split_costs_what_mixing_costs(bert, num_inputs):
-    method = randomised(bert, "token-split", num_inputs, {})
-    model = MultiplexedClassifier(bert, method, 1)
-    prefilled = model.prefill(texts(num_inputs, length=33))
-    shared = model.multiplex(prefilled, torch.arange(num_inputs).unsqueeze(0))
-    assert shared.hidden.shape == (1, 32 + num_inputs, 80)  # 33 - 1 tokens pooled, N answer tokens whole
-
-
-def test_token_split_is_initialised_as_the_mean_of_neighbouring_tokens(bert):
-    torch.manual_seed(4)
-    model = MultiplexedClassifier(bert, build_method("token-split", BackboneShape.of(bert), 4), 1).eval()
-    tokens = {"input_ids": torch.randint(1, 50, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
-    prefilled = model.prefill(tokens)
-    shared = model.multiplex(prefilled, torch.arange(4).unsqueeze(0)).hidden.view(4, 3, 80)
-    assert_close(shared[:, 0], prefilled.hidden[:, 0])
-    assert_close(shared[:, 1], prefilled.hidden[:, 1:5].mean(dim=1))
-    assert_close(shared[:, 2], prefilled.hidden[:, 5:9].mean(dim=1))
-
-
-def test_token_split_keeps_the_most_relevant_tokens_whole(bert):
-    torch.manual_seed(4)
-    method = build_method("token-split", BackboneShape.of(bert), 1, {"ratio": 3, "kept_tokens": 2})
-    model = MultiplexedClassifier(bert, method, 1).eval()
-    tokens = {"input_ids": torch.randint(1, 50, (1, 9)), "attention_mask": torch.ones(1, 9, dtype=torch.long)}
-    prefilled = model.prefill(tokens)
-    first, second = sorted((1 + method.relevance(prefilled.hidden)[0, 1:, 0].topk(2).indices).tolist())
-    shared = model.multiplex(prefilled, torch.tensor([[0]])).hidden[0]  # answer, two kept, ⌈6 / 3⌉ pooled
-    rest = [place for place in range(1, 9) if place not in (first, second)]
-    hidden = prefilled.hidden[0]
-    expected = [hidden[0], hidden[first], hidden[second], hidden[rest[:3]].mean(dim=0), hidden[rest[3:]].mean(dim=0)]
-    assert_close(shared, torch.stack(expected))
-
-
-def test_token_split_is_refused_if_the_decoder_reads_the_text(bert):
-    method = build_method("token-split", BackboneShape.of(bert), 2)
-    state = bert.embed(texts(2)).take(torch.tensor([[0, 1]]))
-    with pytest.raises(UserError, match="decoder also reads the text"):
-        method.multiplex(type(state)(state.hidden, state.mask, state.answer, 0, decoder=state))
 
 
 def test_an_early_exit_skips_the_last_layers(bert):
@@ -280,56 +179,6 @@ def test_index_demultiplexer_reads_own_last_tokens_of_a_causal_backbone(llama):
     difference = (model.run_tokens(changed, groups_of(2)).scores - scores).abs().amax(dim=-1)
     assert difference[0, 0] > 1e-4
     assert difference[1].max() < 1e-6
-
-
-def test_the_retrieval_loss_decreases_in_training(bert):
-    """The adapters alone can learn the warm-up objective if a position determines its tokens."""
-    torch.manual_seed(5)
-    method = build_method("mux-plm", BackboneShape.of(bert), 2, {"retrieval_fraction": 1.0, "retrieval_weight": 1.0})
-    model = MultiplexedClassifier(bert, method, 0).eval()
-    tokens, groups = texts(4), groups_of(2)
-    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(25):
-        output = model.run_tokens(tokens, groups)
-        loss = method.auxiliary_loss(bert, output.shared, tokens["input_ids"][groups], tokens["attention_mask"][groups])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
-def test_retrieval_ignores_padding(bert):
-    method = build_method("mux-plm", BackboneShape.of(bert), 2, {"retrieval_fraction": 1.0})
-    model = MultiplexedClassifier(bert, method, 0)
-    shared = model.run_tokens(texts(2), torch.tensor([[0, 1]])).shared
-    ids = texts(2)["input_ids"].unsqueeze(0)
-    assert method.auxiliary_loss(bert, shared, ids, torch.zeros_like(ids)) == 0
-
-
-@pytest.mark.parametrize("name", ["datamux", "mux-plm"])
-def test_retrieval_ignores_padding_on_a_backbone_without_a_padding_token(name):
-    """Padded with the end token, as decoders are: only the mask tells padding from the text's own end tokens."""
-    backbone = tiny_llama()
-    backbone.model.config.pad_token_id = None
-    method = randomised(backbone, name, 2, {"retrieval_fraction": 1.0})
-    end, mask = 7, texts(2)["attention_mask"]
-    assert len(set(mask.sum(dim=1).tolist())) == 2
-    ids = torch.full_like(mask, end)  # the last token of each text is an end token too
-    tokens, groups = {"input_ids": ids, "attention_mask": mask}, torch.tensor([[0, 1]])
-    questions = sample_questions(ids[groups], mask[groups], 1.0)
-    asked = torch.zeros(LENGTH, dtype=torch.long)
-    asked[questions.positions] = 1
-    assert (mask[questions.slots, questions.positions] == 1).all()
-    assert asked[: int(mask.sum(dim=1).min())].all(), "the text's own end tokens are sampled"
-    shared = MultiplexedClassifier(backbone, method, 0).run_tokens(tokens, groups).shared
-    other = ids.where(mask.bool(), 8)
-    losses = []
-    for padded in (ids, other):
-        torch.manual_seed(4)
-        losses.append(method.auxiliary_loss(backbone, shared, padded[groups], mask[groups]))
-    assert losses[0] == losses[1] != 0
 
 
 @pytest.mark.parametrize(
