@@ -154,6 +154,31 @@ def llama() -> Backbone:
     return tiny_llama()
 
 
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny language model, written once."""
+    from tiny_models import write_language_model
+
+    made: dict[str, Path] = {}
+
+    def find(family: str) -> Path:
+        if family not in made:
+            made[family] = write_language_model(tmp_path_factory.mktemp("language") / f"tiny-{family}", family)
+        return made[family]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the prompt of these models."""
+    from prompted_recipes import PROMPT
+
+    file = tmp_path_factory.mktemp("prompt") / "mine.yaml"
+    file.write_text(json.dumps({key: value for key, value in PROMPT.to_dict().items() if key != "name"}))
+    return file
+
+
 @pytest.fixture(scope="module")
 def bert_base() -> Backbone:
     """A classifier of the size of BERT-base, without weights."""

@@ -12,7 +12,8 @@ import pytest
 import torch
 from datasets import Dataset
 from numeric import assert_close
-from tiny_models import LABELS, WORDS, write_language_model
+from prompted_recipes import FAMILIES, PROMPT, TEXTS, backbone, prepared, recipe
+from tiny_models import LABELS, WORDS
 from torch import Tensor
 from transformers import (
     LlamaForCausalLM,
@@ -22,7 +23,6 @@ from transformers import (
 
 from ray_jobs import cli, evaluate, train
 from ray_jobs.training.config import EvaluateJob, FinetuneJob, TrainJob
-from ray_jobs.training.launch import load_checked
 from revmux import BackboneShape, UserError, build_method
 from revmux.__main__ import main
 from revmux.adapters.classifier import TextClassifier
@@ -39,55 +39,12 @@ from revmux.pretrained.config import BackboneConfig
 from revmux.pretrained.loading import check_answers, inspect, load_pretrained
 from revmux.pretrained.task_model import save_task_model
 from revmux.serving import Engine
-from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
-from revmux.training.recipe import Prepared, prepare, train_here
+from revmux.training.config import OptimConfig
+from revmux.training.recipe import train_here
 from serve_app.config import server_config
 from serve_app.service import Service
 
 pytestmark = pytest.mark.numeric
-
-PROMPT = Prompt("mine", "Text: {text}\nIs it bad or good?\nAnswer:", {"bad": ("bad",), "good": ("good",)})
-FAMILIES = ("llama", "t5")
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's model, written once."""
-    made: dict[str, Path] = {}
-
-    def find(family: str) -> Path:
-        if family not in made:
-            made[family] = write_language_model(tmp_path_factory.mktemp("language") / f"tiny-{family}", family)
-        return made[family]
-
-    return find
-
-
-@pytest.fixture(scope="session")
-def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("prompt") / "mine.yaml"
-    file.write_text(json.dumps({key: value for key, value in PROMPT.to_dict().items() if key != "name"}))
-    return file
-
-
-def backbone(folder: Path, prompt: Prompt | str | None = PROMPT, max_length: int = 24) -> BackboneConfig:
-    return BackboneConfig(str(folder), max_length=max_length, prompt=prompt)
-
-
-def recipe(folder: Path, source: Path, store: Path, **changes: object) -> Recipe:
-    settings = {
-        "backbone": backbone(folder),
-        "data": DataConfig(source=str(source)),
-        "method": MethodConfig("revmux", 2, 1),
-        "optim": OptimConfig(epochs=1, batch_size=16, learning_rate=1e-3),
-        "store": StoreConfig(root=str(store), dtype="float32"),
-        "shuffles": 1,
-    }
-    return Recipe(**{**settings, **changes})  # type: ignore[arg-type]
-
-
-def prepared(running: Recipe) -> Prepared:
-    return prepare(running, load_checked([running], workers=1))
 
 
 def whole_model_scores(folder: Path, family: str, texts: list[str]) -> Tensor:
@@ -104,14 +61,11 @@ def whole_model_scores(folder: Path, family: str, texts: list[str]) -> Tensor:
     return torch.stack(rows)
 
 
-TEXTS = ["w1 w5 w7", "w2", "w3 w4 w9 w9 w12 w13"]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompted_scores_are_the_models_own_scores_of_the_label_words(
-    family: str, model_folder: Callable[[str], Path]
+    family: str, language_model: Callable[[str], Path]
 ) -> None:
-    folder = model_folder(family)
+    folder = language_model(family)
     shape, labels = inspect(backbone(folder))
     assert (shape.hidden_size, shape.num_layers, shape.num_labels, labels) == (32, 3, 2, LABELS)
     pretrained = load_pretrained(backbone(folder))
@@ -124,9 +78,9 @@ def test_prompted_scores_are_the_models_own_scores_of_the_label_words(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_is_trained_saved_evaluated_and_served_with_its_prompt(
-    family: str, model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+    family: str, language_model: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
-    folder = model_folder(family)
+    folder = language_model(family)
     ready = prepared(recipe(folder, tiny_csv, tmp_path / "store"))
     task = ready.task
     rendered = [PROMPT.render(text) for text in task.test["text"]]
@@ -156,9 +110,9 @@ def test_an_adapter_is_trained_saved_evaluated_and_served_with_its_prompt(
 
 
 def test_an_adapter_with_another_prompt_is_refused_with_both_names(
-    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    language_model: Callable[[str], Path], tiny_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = model_folder("llama")
+    folder = language_model("llama")
     ready = prepared(recipe(folder, tiny_csv, tmp_path / "store"))
     adapter = save_adapter(ready.model, ready.adapter_config({}), tmp_path / "adapter")
     other = load_pretrained(backbone(folder, replace(PROMPT, name="other", template="{text}\nAnswer:")))
@@ -173,9 +127,9 @@ def test_an_adapter_with_another_prompt_is_refused_with_both_names(
 
 
 def test_a_server_without_a_configured_prompt_uses_that_of_its_adapters(
-    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+    language_model: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
-    folder = model_folder("t5")
+    folder = language_model("t5")
     ready = prepared(recipe(folder, tiny_csv, tmp_path / "store"))
     adapter = save_adapter(ready.model, ready.adapter_config({}), tmp_path / "adapter")
     config = server_config(model=str(folder), adapters=[str(adapter)])
@@ -198,8 +152,10 @@ def test_a_server_checks_its_configured_prompt_before_it_starts(prompt_file: Pat
         server_config(**settings, prompt="sst")
 
 
-def test_long_texts_are_truncated_and_the_template_is_not(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    pretrained = load_pretrained(backbone(model_folder("llama")))
+def test_long_texts_are_truncated_and_the_template_is_not(
+    language_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pretrained = load_pretrained(backbone(language_model("llama")))
     long = " ".join(WORDS[:30])
     split = pretrained.tokenize(Dataset.from_dict({"text": [long, "w1"], "label": [0, 1]}), 14)
     tokenizer = pretrained.tokenizer
@@ -218,17 +174,17 @@ def test_long_texts_are_truncated_and_the_template_is_not(model_folder: Callable
         Engine(pretrained, max_length=6)
 
 
-def test_pairs_and_single_texts_are_checked_before_they_are_queued(model_folder: Callable[[str], Path]) -> None:
+def test_pairs_and_single_texts_are_checked_before_they_are_queued(language_model: Callable[[str], Path]) -> None:
     pairs = replace(PROMPT, template="Text: {text} or {text_pair}\nAnswer:")
-    with Engine(load_pretrained(backbone(model_folder("llama"), pairs))) as engine:
+    with Engine(load_pretrained(backbone(language_model("llama"), pairs))) as engine:
         assert engine.probe().result(60).width == 1
         assert engine.submit([("w1", "w2")])[0].result(60).scores.shape == (2,)
         with pytest.raises(TextError, match="prompt mine is for pairs of texts, but an input has one"):
             engine.submit(["w1"])
 
 
-def test_another_template_changes_the_store_key(model_folder: Callable[[str], Path]) -> None:
-    folder, rows = model_folder("llama"), Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0]})
+def test_another_template_changes_the_store_key(language_model: Callable[[str], Path]) -> None:
+    folder, rows = language_model("llama"), Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0]})
 
     def key(prompt: Prompt) -> str:
         return load_pretrained(backbone(folder, prompt)).tokenize(rows, 24).digest
@@ -239,28 +195,35 @@ def test_another_template_changes_the_store_key(model_folder: Callable[[str], Pa
 
 
 def test_a_language_model_without_a_prompt_is_refused_with_both_remedies(
-    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    language_model: Callable[[str], Path], tiny_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for family in FAMILIES:
         for refuse in (check_answers, load_pretrained):
             with pytest.raises(UserError, match=r"revmux finetune .* or .* --backbone\.prompt"):
-                refuse(backbone(model_folder(family), None))
-    argv = ["--backbone.model", str(model_folder("llama")), "--data.source", str(tiny_csv), "--storage", str(tmp_path)]
+                refuse(backbone(language_model(family), None))
+    argv = [
+        "--backbone.model",
+        str(language_model("llama")),
+        "--data.source",
+        str(tiny_csv),
+        "--storage",
+        str(tmp_path),
+    ]
     assert cli.run(train.main, TrainJob, None, argv) == 2
     assert "--backbone.prompt" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "nothing may be written before the job starts"
 
 
 def test_prompts_for_models_that_cannot_answer_by_words_are_refused(
-    tiny_model_folder: Path, model_folder: Callable[[str], Path], tmp_path: Path
+    tiny_model_folder: Path, language_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"is a bert, which cannot answer by words; .* gpt2, llama"):
         inspect(backbone(tiny_model_folder))
     with pytest.raises(UserError, match="word 'negative' of class 'negative' is unknown"):
-        inspect(backbone(model_folder("llama"), "sst2"))
+        inspect(backbone(language_model("llama"), "sst2"))
     classifier = tmp_path / "classifier"
     torch.manual_seed(0)
-    tuned = load_pretrained(backbone(model_folder("llama"), None), LABELS)
+    tuned = load_pretrained(backbone(language_model("llama"), None), LABELS)
     tuned.backbone.model.save_pretrained(classifier)
     tuned.tokenizer.save_pretrained(classifier)
     with pytest.raises(UserError, match=r"answers by a trained classification head; omit --backbone\.prompt"):
@@ -269,28 +232,28 @@ def test_prompts_for_models_that_cannot_answer_by_words_are_refused(
 
 
 def test_a_checkpoint_without_its_output_embedding_is_refused(
-    model_folder: Callable[[str], Path], tmp_path: Path
+    language_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    core = LlamaForCausalLM.from_pretrained(model_folder("llama")).model
+    core = LlamaForCausalLM.from_pretrained(language_model("llama")).model
     core.save_pretrained(tmp_path)
-    PreTrainedTokenizerFast.from_pretrained(model_folder("llama")).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(language_model("llama")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"LlamaModel without the weights that score its vocabulary \(lm_head.weight\)"):
         load_pretrained(backbone(tmp_path))
 
 
 def test_class_names_are_the_label_words_if_a_prompt_lists_none(
-    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+    language_model: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
     wordless = replace(PROMPT, labels={})
-    running = recipe(model_folder("llama"), tiny_csv, tmp_path, backbone=backbone(model_folder("llama"), wordless))
+    running = recipe(language_model("llama"), tiny_csv, tmp_path, backbone=backbone(language_model("llama"), wordless))
     ready = prepared(running)
     assert ready.pretrained.prompt == PROMPT, "the words are recorded"
     with pytest.raises(UserError, match="prompt mine lists no labels"):
         load_pretrained(running.backbone)
 
 
-def test_a_decoders_tokenizer_without_padding_is_padded(model_folder: Callable[[str], Path]) -> None:
-    folder = model_folder("llama")
+def test_a_decoders_tokenizer_without_padding_is_padded(language_model: Callable[[str], Path]) -> None:
+    folder = language_model("llama")
     assert PreTrainedTokenizerFast.from_pretrained(folder).pad_token is None
     torch.manual_seed(0)
     tuned = load_pretrained(backbone(folder, None), LABELS)
@@ -303,8 +266,8 @@ def test_a_decoders_tokenizer_without_padding_is_padded(model_folder: Callable[[
     assert_close(together, reference)
 
 
-def test_settings_contain_the_content_of_the_prompt(prompt_file: Path, model_folder: Callable[[str], Path]) -> None:
-    argv = ["--backbone.model", str(model_folder("t5")), "--backbone.prompt", str(prompt_file)]
+def test_settings_contain_the_content_of_the_prompt(prompt_file: Path, language_model: Callable[[str], Path]) -> None:
+    argv = ["--backbone.model", str(language_model("t5")), "--backbone.prompt", str(prompt_file)]
     job = cli.parse(TrainJob, None, argv)
     assert job.backbone.prompt == PROMPT
     assert job.backbone.prompt.name == "mine", "the name must not be a local path"
@@ -314,57 +277,10 @@ def test_settings_contain_the_content_of_the_prompt(prompt_file: Path, model_fol
     assert cli.parse(EvaluateJob, None, ["--config", str(inline)]).backbone.prompt == PROMPT
 
 
-def soft_prompt_recipe(folder: Path, source: Path, store: Path, length: int = 4) -> Recipe:
-    job = FinetuneJob(backbone(folder), DataConfig(source=str(source)), OptimConfig(20, 64, 0.02), soft_prompt=length)
-    return replace(job.recipe(), store=StoreConfig(root=str(store)))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_soft_prompt_is_tuned_saved_and_used_with_adapters(
-    family: str, model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
-) -> None:
-    ready = prepared(soft_prompt_recipe(model_folder(family), tiny_csv, tmp_path / "store"))
-    before = {name: value.clone() for name, value in ready.model.state_dict().items()}
-    trainer = ready.trainer()
-    reports = list(trainer.run())
-    # Both families reach about 0.6 of the first loss; how far exactly depends on rounding.
-    assert reports[-1].metrics["train_loss"] < 0.9 * reports[0].metrics["train_loss"]
-    after = ready.model.state_dict()
-    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert moved == {"backbone.soft_prompt.vectors"}
-
-    tuned = save_task_model(ready.pretrained, tmp_path / "task-model")
-    loaded = load_pretrained(backbone(tuned, None))
-    assert loaded.prompt == PROMPT
-    with torch.no_grad():
-        expected = ready.pretrained.backbone.eval()(ready.pretrained.encode(TEXTS))
-        assert_close(loaded.backbone.freeze()(loaded.encode(TEXTS)), expected)
-    assert meta_backbone(str(tuned)).max_length == 40 - 4
-    plain = load_pretrained(backbone(model_folder(family)))
-    assert loaded.identity["sha256"] != plain.identity["sha256"], "another soft prompt changes the identity"
-    with pytest.raises(UserError, match="was tuned with prompt mine, not other"):
-        load_pretrained(backbone(tuned, replace(PROMPT, name="other", template="{text}")))
-    with pytest.raises(UserError, match=r"max_length is 37, .* accepts at most 36 tokens"):
-        load_pretrained(backbone(tuned, None, max_length=37))
-
-    adapters = prepared(
-        recipe(tuned, tiny_csv, tmp_path / "store", backbone=backbone(tuned, None), loss=LossConfig(infonce_weight=0.0))
-    )
-    assert_close(
-        adapters.test.batch(range(3)).teacher_scores,
-        loaded.backbone(loaded.encode(adapters.task.test["text"][:3])).detach(),
-    )
-    train_here(adapters)
-    folder = save_adapter(adapters.model, adapters.adapter_config({}), tmp_path / "adapter")
-    with Engine(loaded, [folder]) as engine:
-        own = engine.submit(TEXTS[:1], max_multiplex=1)[0].result(60)
-    assert_close(own.scores, expected[0])
-
-
 def test_the_weights_of_a_language_model_can_be_tuned_with_its_prompt(
-    model_folder: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
+    language_model: Callable[[str], Path], tiny_csv: Path, tmp_path: Path
 ) -> None:
-    folder = model_folder("t5")
+    folder = language_model("t5")
     job = FinetuneJob(backbone(folder), DataConfig(source=str(tiny_csv)), OptimConfig(2, 16, 2e-3))
     ready = prepared(replace(job.recipe(), store=StoreConfig(root=str(tmp_path))))
     train_here(ready)
@@ -374,41 +290,15 @@ def test_the_weights_of_a_language_model_can_be_tuned_with_its_prompt(
         assert_close(loaded.backbone.freeze()(loaded.encode(TEXTS)), expected)
 
 
-@pytest.mark.parametrize(
-    ("family", "prompt", "length", "message"),
-    [
-        ("t5", None, 4, r"--backbone\.prompt"),
-        ("t5", PROMPT, 39, "max_length is 24, but .* accepts at most 1 tokens"),
-        ("t5", PROMPT, -1, "soft_prompt is -1; choose 0"),
-    ],
-)
-def test_invalid_soft_prompts_are_refused(
-    family: str,
-    prompt: Prompt | None,
-    length: int,
-    message: str,
-    model_folder: Callable[[str], Path],
-    tiny_csv: Path,
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(UserError, match=message):
-        prepared(
-            replace(
-                soft_prompt_recipe(model_folder(family), tiny_csv, tmp_path, length),
-                backbone=backbone(model_folder(family), prompt),
-            )
-        )
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cost_and_memory_account_for_prompts(
     family: str,
-    model_folder: Callable[[str], Path],
+    language_model: Callable[[str], Path],
     prompt_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = str(model_folder(family))
+    folder = str(language_model(family))
 
     def alone(**settings: object) -> float:
         backbone = meta_backbone(folder, **settings)  # type: ignore[arg-type]
@@ -431,18 +321,10 @@ def test_cost_and_memory_account_for_prompts(
     assert "the preset 't5-small', which has no tokenizer" in capsys.readouterr().err
 
 
-def test_a_soft_prompt_for_an_encoder_is_refused(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
-    running = soft_prompt_recipe(tiny_model_folder, tiny_csv, tmp_path)
-    with pytest.raises(
-        UserError, match="soft_prompt is 4, but bert does not support soft prompts; choose a language model"
-    ):
-        prepared(replace(running, backbone=backbone(tiny_model_folder, None)))
-
-
 def test_the_scores_of_label_words_are_stored_in_float32_for_a_model_in_bfloat16(
-    model_folder: Callable[[str], Path], prompt_file: Path, tmp_path: Path
+    language_model: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
-    config = BackboneConfig(str(model_folder("llama")), max_length=40, dtype="bfloat16", prompt=str(prompt_file))
+    config = BackboneConfig(str(language_model("llama")), max_length=40, dtype="bfloat16", prompt=str(prompt_file))
     pretrained = load_pretrained(config, ["bad", "good"])
     pretrained.backbone.freeze()
     texts = [" ".join(WORDS[number : number + 3]) for number in range(3, 11)]

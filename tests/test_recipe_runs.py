@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from revmux.backbone.verbalizer import Verbalizer
 from revmux.data.config import DataConfig
 from revmux.data.task import load_task
 from revmux.features.config import StoreConfig
-from revmux.pretrained.config import BackboneConfig
+from revmux.pretrained.config import BackboneConfig, Dtype
 from revmux.pretrained.pretrained import Pretrained
 from revmux.training.config import LossConfig, MethodConfig, OptimConfig, Recipe
 from revmux.training.recipe import check, prepare
@@ -25,17 +26,24 @@ from revmux.training.recipe import check, prepare
 pytestmark = pytest.mark.numeric
 
 
+@pytest.fixture
+def recipe_of(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """Makes a recipe for a method on the tiny task model."""
+
+    def make(method: MethodConfig, dtype: Dtype = "float32", **settings: Any) -> Recipe:
+        backbone = BackboneConfig(model=str(tiny_model_folder), max_length=16, dtype=dtype)
+        store = StoreConfig(root=str(tmp_path))
+        return Recipe(backbone, DataConfig(source=str(tiny_csv)), method, store=store, **settings)
+
+    return make
+
+
 @pytest.mark.parametrize("frozen_layers", [0, 1, 2])
 def test_tuning_a_task_model_changes_only_what_is_above_the_frozen_layers(
-    frozen_layers: int, tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path
+    frozen_layers: int, recipe_of: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    recipe = Recipe(
-        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16),
-        data=DataConfig(source=str(tiny_csv)),
-        method=MethodConfig("siso", 1, frozen_layers, {"tune_backbone": True}),
-        optim=OptimConfig(epochs=1, batch_size=16),
-        store=StoreConfig(root=str(tmp_path)),
-    )
+    method = MethodConfig("siso", 1, frozen_layers, {"tune_backbone": True})
+    recipe = recipe_of(method, optim=OptimConfig(epochs=1, batch_size=16))
     prepared = prepare(recipe, load_task(recipe.data))
     before = snapshot(prepared.model.backbone)
     list(prepared.trainer().run())
@@ -61,15 +69,8 @@ def test_a_soft_prompt_is_trained_only_if_no_layer_is_frozen() -> None:
     assert prompt.requires_grad
 
 
-def test_a_recipe_runs_from_files_to_metrics(tiny_model_folder: Path, tiny_csv: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16),
-        data=DataConfig(source=str(tiny_csv)),
-        method=MethodConfig("revmux", 2, 1),
-        optim=OptimConfig(epochs=2, batch_size=8),
-        store=StoreConfig(root=str(tmp_path)),
-        shuffles=3,
-    )
+def test_a_recipe_runs_from_files_to_metrics(recipe_of: Callable[..., Recipe]) -> None:
+    recipe = recipe_of(MethodConfig("revmux", 2, 1), optim=OptimConfig(epochs=2, batch_size=8), shuffles=3)
     prepared = prepare(recipe, load_task(recipe.data))
     first = prepared.model.method.down.weight.detach().clone()  # type: ignore[union-attr]
     list(prepared.trainer().run())
@@ -131,17 +132,10 @@ def test_every_trained_weight_has_a_gradient_in_every_step(
     num_inputs: int,
     prefill_layers: int,
     options: dict,
-    tiny_model_folder: Path,
-    tiny_csv: Path,
-    tmp_path: Path,
+    recipe_of: Callable[..., Recipe],
 ) -> None:
     """Data-parallel training of adapters waits for each of them."""
-    recipe = Recipe(
-        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16),
-        data=DataConfig(source=str(tiny_csv)),
-        method=MethodConfig(name, num_inputs, prefill_layers, options),
-        store=StoreConfig(root=str(tmp_path)),
-    )
+    recipe = recipe_of(MethodConfig(name, num_inputs, prefill_layers, options))
     prepared = prepare(recipe, load_task(recipe.data))
     running = prepared.trainer()
     batch = prepared.train.batch(range(8))
@@ -158,18 +152,14 @@ def test_half_width_trains_full_width_weights(
     num_inputs: int,
     prefill_layers: int,
     options: dict,
-    tiny_model_folder: Path,
-    tiny_csv: Path,
-    tmp_path: Path,
+    recipe_of: Callable[..., Recipe],
 ) -> None:
     dtype, precision = half_width.get("dtype", "float32"), half_width.get("precision", "float32")
-    recipe = Recipe(
-        backbone=BackboneConfig(model=str(tiny_model_folder), max_length=16, dtype=dtype),
-        data=DataConfig(source=str(tiny_csv)),
-        method=MethodConfig(name, num_inputs, prefill_layers, options),
+    recipe = recipe_of(
+        MethodConfig(name, num_inputs, prefill_layers, options),
+        dtype,
         optim=OptimConfig(epochs=6, batch_size=16, learning_rate=2e-3, precision=precision),
         loss=LossConfig(distillation_weight=1.0),
-        store=StoreConfig(root=str(tmp_path)),
     )
     prepared = prepare(recipe, load_task(recipe.data))
     if dtype == "bfloat16" and prepared.model.method.tunes_backbone:
