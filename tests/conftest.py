@@ -259,6 +259,16 @@ def bulk_config(serving_model: Path, serving_adapters: list[Path], tmp_path: Pat
 
 
 @pytest.fixture
+def mlflow_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of MLflow's records of one test, whichever records the process used before."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
 def pretrained(serving_model: Path) -> Pretrained:
     """The tiny task model of the tests of the engine."""
     from serving_models import load

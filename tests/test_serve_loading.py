@@ -41,9 +41,8 @@ def test_the_model_has_the_dtype_that_its_adapters_were_trained_with(
 
 
 def test_what_mlflow_downloads_is_removed_after_loading(
-    serving_tasks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serving_tasks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_client: Any
 ) -> None:
-    mlflow = pytest.importorskip("mlflow")
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
@@ -52,10 +51,10 @@ def test_what_mlflow_downloads_is_removed_after_loading(
     monkeypatch.setattr(tempfile, "tempdir", str(downloads))
     # As with a remote artifact store: files are downloaded, not read in place.
     monkeypatch.setattr(LocalArtifactRepository, "download_artifacts", ArtifactRepository.download_artifacts)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    client = mlflow.MlflowClient()
-    run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts")))
-    client.log_artifacts(run.info.run_id, serving_tasks["topic"]["adapters"][0], "adapter")
+    run = mlflow_client.create_run(
+        mlflow_client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts"))
+    )
+    mlflow_client.log_artifacts(run.info.run_id, serving_tasks["topic"]["adapters"][0], "adapter")
     adapter = f"runs:/{run.info.run_id}/adapter"
     config = AppConfig.model_validate({"model": serving_tasks["topic"]["model"], "adapters": [adapter]})
     service = Service(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,16 @@ from serve_app.service import Service
 from serve_app.sources import fetch_adapter, fetch_model
 
 
-@pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """MLflow's records of one test, whichever records the process used before."""
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    yield mlflow.MlflowClient()
-    mlflow.set_tracking_uri(None)
-
-
 def test_adapters_come_from_mlflow_by_run_and_by_alias(
-    serving_adapters: list[Path], tmp_path: Path, client: Any
+    serving_adapters: list[Path], tmp_path: Path, mlflow_client: Any
 ) -> None:
-    run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts")))
-    client.log_artifacts(run.info.run_id, str(serving_adapters[0]), "adapter")
-    client.create_registered_model("toy")
-    version = client.create_model_version("toy", f"{run.info.artifact_uri}/adapter", run.info.run_id)
-    client.set_registered_model_alias("toy", "champion", version.version)
+    run = mlflow_client.create_run(
+        mlflow_client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts"))
+    )
+    mlflow_client.log_artifacts(run.info.run_id, str(serving_adapters[0]), "adapter")
+    mlflow_client.create_registered_model("toy")
+    version = mlflow_client.create_model_version("toy", f"{run.info.artifact_uri}/adapter", run.info.run_id)
+    mlflow_client.set_registered_model_alias("toy", "champion", version.version)
     weights = (serving_adapters[0] / "adapter_model.safetensors").read_bytes()
     for uri in (f"runs:/{run.info.run_id}/adapter", "models:/toy@champion"):
         assert (fetch_adapter(uri, tmp_path) / "adapter_model.safetensors").read_bytes() == weights
@@ -42,14 +33,16 @@ def test_adapters_come_from_mlflow_by_run_and_by_alias(
 
 
 def test_task_models_come_from_mlflow_by_run_and_by_alias(
-    serving_model: Path, serving_adapters: list[Path], tmp_path: Path, client: Any
+    serving_model: Path, serving_adapters: list[Path], tmp_path: Path, mlflow_client: Any
 ) -> None:
-    run = client.create_run(client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts"))).info
-    client.log_artifacts(run.run_id, str(serving_model), "model")
-    client.log_artifacts(run.run_id, str(serving_adapters[0]), "adapter")
-    client.create_registered_model("moods")
-    version = client.create_model_version("moods", f"{run.artifact_uri}/model", run.run_id).version
-    client.set_registered_model_alias("moods", "champion", version)
+    run = mlflow_client.create_run(
+        mlflow_client.create_experiment("toy", artifact_location=str(tmp_path / "artifacts"))
+    ).info
+    mlflow_client.log_artifacts(run.run_id, str(serving_model), "model")
+    mlflow_client.log_artifacts(run.run_id, str(serving_adapters[0]), "adapter")
+    mlflow_client.create_registered_model("moods")
+    version = mlflow_client.create_model_version("moods", f"{run.artifact_uri}/model", run.run_id).version
+    mlflow_client.set_registered_model_alias("moods", "champion", version)
     config = AppConfig.model_validate(
         {
             "tasks": {
