@@ -32,10 +32,6 @@ class TaskAnswers(NamedTuple):
     answers: list[Answer]
 
 
-Classify = Callable[[Sequence[Text], RequestOptions], Awaitable[list[TaskAnswers]]]
-"""Classifies texts with each of the tasks that :meth:`Backend.find` found, in their order."""
-
-
 class Backend(Protocol):
     """Answers the endpoints: :class:`serve_app.service.Service` in this process.
 
@@ -59,20 +55,21 @@ class Backend(Protocol):
     def task_names(self) -> list[str]:
         """The names of all tasks, also of those that are not loaded."""
 
-    async def find(self, names: TaskNames) -> Classify:
-        """Find tasks. Those that are changed or removed afterwards still classify what is asked.
+    async def classify(self, names: TaskNames, texts: Sequence[Text], options: RequestOptions) -> list[TaskAnswers]:
+        """Classify texts with each of the tasks, in their order. The tasks may be changed or removed meanwhile.
 
         Raises:
             UnknownTask: there is no task of one of the names, or no name is given and there are several.
             UserError: the tasks do not fit into memory together.
             Unhealthy: one of the tasks cannot be loaded.
+            Other errors: see :meth:`revmux.serving.Engine.answer_tasks`.
         """
 
     async def label_names(self, task: str) -> Sequence[str]:
         """Return the labels of a task.
 
         Raises:
-            UnknownTask, Unhealthy: as :meth:`find`.
+            UnknownTask, Unhealthy: as :meth:`classify`.
         """
 
     async def probe(self, task: str | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid4
 
 import torch
@@ -20,7 +20,7 @@ from serve_app.protocol import RequestOptions
 class ClassifyRequest(RequestOptions):
     """Body of ``POST /classify``."""
 
-    input: str | list[str] = Field(description="one text, or a list of texts")
+    input: str | Annotated[list[str], Field(fail_fast=True)] = Field(description="one text, or a list of texts")
     model: str | None = Field(default=None, description="name of the task; required if the server has several")
     user: str | None = Field(default=None, description="accepted and not used")
 

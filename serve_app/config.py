@@ -386,8 +386,14 @@ def server_config(**settings: Any) -> ServerConfig:
         ) from None
 
 
+MOST_ERRORS = 16
+"""The most errors that :func:`explain` explains. A request could have one per key."""
+
+
 def explain(error: ValidationError) -> str:
-    """Return pydantic's errors on one line, each with its location and reason."""
+    """Return pydantic's errors on one line, each with its location and reason. Of many errors, return their number."""
+    if (number := error.error_count()) > MOST_ERRORS:
+        return f"{number} keys or values are invalid"
     return "; ".join(
         ": ".join(filter(None, [".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")]))
         for found in error.errors()

@@ -24,7 +24,7 @@ from serve_app.wire import (
     Address,
     Connection,
     Message,
-    pack_answer,
+    pack_answers,
     pack_error,
 )
 
@@ -144,7 +144,6 @@ class _Session:
         self._impatience = asyncio.get_running_loop().call_later(HELLO_SECONDS, self.connection.abort)
         self._calls: dict[str, Callable[[Message], Awaitable[Any]]] = {
             "classify": self._classify,
-            "find": self._find,
             "label_names": self._label_names,
             "probe": self._probe,
             "describe": self._describe,
@@ -191,15 +190,11 @@ class _Session:
 
     async def _classify(self, message: Message) -> list[Any]:
         options = _options(*message["options"])
-        classify = await self.service.find(message["tasks"])
         texts = [text if isinstance(text, str) else (text[0], text[1]) for text in message["texts"]]
         return [
-            (one.task, one.label_names, [pack_answer(answer, self.is_traced) for answer in one.answers])
-            for one in await classify(texts, options)
+            (one.task, one.label_names, pack_answers(one.answers, self.is_traced))
+            for one in await self.service.classify(message["tasks"], texts, options)
         ]
-
-    async def _find(self, message: Message) -> None:
-        await self.service.find(message["tasks"])
 
     async def _label_names(self, message: Message) -> Any:
         return await self.service.label_names(message["task"])

@@ -6,14 +6,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from prometheus_client.core import Metric
 
 from revmux.text import Text
 from serve_app.auth import read_tokens
-from serve_app.backend import Classify, TaskAnswers, TaskNames
+from serve_app.backend import TaskAnswers, TaskNames
 from serve_app.config import AppConfig
 from serve_app.engine_link import DETACHED, EngineLink
 from serve_app.errors import Unhealthy
@@ -100,17 +99,8 @@ class FrontEnd:
         """The names of all tasks, also of those that are not loaded."""
         return self._attached_link().task_names
 
-    async def find(self, names: TaskNames) -> Classify:
-        """Find tasks among those that the engine last announced. Ask it only about others."""
-        known = self._attached_link().task_names
-        if names == "*" and known:
-            return partial(self._classify, known)
-        if names != "*" and all(name in known or (name is None and len(known) == 1) for name in names):
-            return partial(self._classify, [known[0] if name is None else name for name in names])
-        await self._ask("find", tasks=names)
-        return partial(self._classify, names)
-
-    async def _classify(self, names: TaskNames, texts: Sequence[Text], options: RequestOptions) -> list[TaskAnswers]:
+    async def classify(self, names: TaskNames, texts: Sequence[Text], options: RequestOptions) -> list[TaskAnswers]:
+        """Let the engine classify texts."""
         chosen = (options.truncate, options.max_multiplex, options.priority, options.timeout_ms)
         found = await self._ask("classify", tasks=names, texts=texts, options=chosen)
         return [TaskAnswers(task, labels, unpack_answers(packed)) for task, labels, packed in found]

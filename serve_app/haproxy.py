@@ -77,7 +77,7 @@ def closed(configuration: str, errors: Path, host: str | None = None) -> str:
             answer = f"content-type application/json string '{body}' hdr retry-after 1"
             section = f"{title}\n    http-request return status 503 {answer}\n"
         elif title in _OPEN and host is not None:
-            section = re.sub(r"^( *bind ).*(:\d+)", rf"\g<1>{_bindable(host)}\g<2>", section, flags=re.MULTILINE)
+            section = re.sub(r"^( *bind ).*(:\d+)", rf"\g<1>{_address(host)}", section, flags=re.MULTILINE)
         elif title not in _OPEN and re.search(r"^ *bind ", section, re.MULTILINE):
             raise ConfigurationError(f"Serve's HAProxy configuration has an unknown section that listens: {title!r}")
         kept.append(section)
@@ -87,8 +87,11 @@ def closed(configuration: str, errors: Path, host: str | None = None) -> str:
     return edited
 
 
-def _bindable(host: str) -> str:
-    return "*" if host in ("0.0.0.0", "::") else host
+def _address(host: str) -> str:
+    """What a frontend binds to, as a replacement in which group 2 is the port."""
+    if host == "0.0.0.0":
+        return r"*\g<2>"
+    return rf"{host}\g<2>" + (" v4v6" if host == "::" else "")
 
 
 def write_errors(folder: Path) -> None:

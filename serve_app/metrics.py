@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # a front end has none
     from revmux.serving import Engine
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+"""Bounds of the widths of groups. Prometheus can only add histograms with the same bounds."""
 _COUNTERS = {
     "requests": "admitted requests",
     "fell_back": "inputs that fell back to the plain model because the confidence was below the threshold",
@@ -32,7 +34,7 @@ _COUNTERS = {
     "failed": "inputs whose forward pass failed",
     "rejected": "inputs refused because the queue was full",
     "expired": "inputs whose deadline passed in the queue",
-    "cancelled": "inputs whose client disconnected while they waited",
+    "cancelled": "waiting inputs of requests whose client disconnected, or of which another input failed",
     "audited": "inputs of adapters that ran through the plain model too, see the setting audit",
     "agreed": "audited inputs with the plain model's label",
     "passes": "forward passes",
@@ -84,6 +86,9 @@ class ReplicaMetrics:
 
         try:
             yield measured_send
+        except Exception:
+            status = status or 500  # which FastAPI sends after this context
+            raise
         finally:
             self.replied(route(), str(status or "dropped"), perf_counter() - started)
 
@@ -127,7 +132,9 @@ class ReplicaMetrics:
         inputs = CounterMetricFamily(
             "revmux_inputs", "answered inputs by the width of their group", labels=["task", "width"]
         )
-        groups = CounterMetricFamily("revmux_groups", "answered groups by width", labels=["task", "width"])
+        groups = CounterMetricFamily(
+            "revmux_groups", "groups that were the last one of an answered input, by width", labels=["task", "width"]
+        )
         methods = CounterMetricFamily(
             "revmux_method_inputs",
             "answered inputs by method; siso is the plain model",
@@ -138,7 +145,9 @@ class ReplicaMetrics:
             "answered inputs by the stage of the ladder that answered; 0 is the plain model",
             labels=["task", "stage"],
         )
-        widths = HistogramMetricFamily("revmux_group_width", "width of the groups", labels=["task"])
+        widths = HistogramMetricFamily(
+            "revmux_group_width", "width of the groups that were the last one of an answered input", labels=["task"]
+        )
         for task, counted in tasks.items():
             queue.add_metric([task], counted["waiting"])
             for name, family in counters.items():
@@ -189,12 +198,10 @@ class _Seconds:
 
 def _histogram(groups: dict[int, int]) -> tuple[list[tuple[str, float]], float]:
     """Return the cumulative buckets and the sum of the widths."""
-    buckets: list[tuple[str, float]] = []
-    total = 0
-    for width in sorted({1, 2, 4, 8, 16, *groups}):
-        total += groups.get(width, 0)
-        buckets.append((str(float(width)), total))
-    return [*buckets, ("+Inf", total)], sum(width * number for width, number in groups.items())
+    bounds = [*map(float, WIDTHS), float("inf")]
+    buckets: list[float] = [sum(number for width, number in groups.items() if width <= bound) for bound in bounds]
+    names = [*(str(bound) for bound in bounds[:-1]), "+Inf"]
+    return list(zip(names, buckets)), sum(width * number for width, number in groups.items())
 
 
 class _Merged:

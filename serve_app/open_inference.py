@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from math import prod
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,9 +30,13 @@ class InputTensor(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str
-    shape: list[int] = Field(min_length=1, max_length=2, description="[B] or [B, 1] texts, or [B, 2] sentence pairs")
+    shape: list[int] = Field(
+        fail_fast=True, min_length=1, max_length=2, description="[B] or [B, 1] texts, or [B, 2] sentence pairs"
+    )
     datatype: Literal["BYTES"]
-    data: list[str | list[str]] = Field(description="the texts, flat or nested according to the shape")
+    data: list[str | Annotated[list[str], Field(fail_fast=True)]] = Field(
+        fail_fast=True, description="the texts, flat or nested according to the shape"
+    )
     parameters: dict[str, Any] | None = None
 
     @property
@@ -79,8 +83,8 @@ class InferRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     id: str | None = None
-    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[OutputTensor] | None = None
+    inputs: list[InputTensor] = Field(fail_fast=True, min_length=1, max_length=1)
+    outputs: Annotated[list[OutputTensor], Field(fail_fast=True)] | None = None
     parameters: InferParameters = InferParameters()
 
     def reply(self, task: str, answers: Sequence[Answer], label_names: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from revmux.errors import TextError
 from revmux.serving import Answer
 from revmux.text import Text
 from serve_app import examples
-from serve_app.backend import Backend, Classify, TaskAnswers, TaskNames
+from serve_app.backend import Backend, TaskAnswers, TaskNames
 from serve_app.body import read_body
 from serve_app.classify import ClassifyRequest, model_list
 from serve_app.errors import TooLarge
@@ -41,12 +41,10 @@ class Endpoints:
         parsed = parse(await self._body(request), PredictRequest)
         if task is not None and parsed.task not in (None, task):
             raise TextError(f"the path names task {task!r} and the body names {parsed.task!r}; name only one of them")
-        # Found once, because tasks can be added, removed and replaced before the answer is ready.
         if parsed.tasks is not None:
-            return await self._predict_several(await self.backend.find(self._several(parsed, task)), parsed, started)
-        classify = await self.backend.find([task or parsed.task])
+            return await self._predict_several(self._several(parsed, task), parsed, started)
         texts = parsed.texts
-        [found] = await self._classify(classify, texts, parsed)
+        [found] = await self._classify([task or parsed.task], texts, parsed)
         return self._reply(parsed.reply(found.answers, found.label_names), texts, found.answers, started)
 
     @staticmethod
@@ -64,32 +62,30 @@ class Endpoints:
         assert parsed.tasks is not None
         return parsed.tasks
 
-    async def _predict_several(self, classify: Classify, parsed: PredictRequest, started: float) -> Response:
+    async def _predict_several(self, tasks: TaskNames, parsed: PredictRequest, started: float) -> Response:
         texts = parsed.texts
-        found = await self._classify(classify, texts, parsed)
+        found = await self._classify(tasks, texts, parsed)
         content = {one.task: parsed.reply(one.answers, one.label_names) for one in found}
         return self._reply(content, texts, [answer for one in found for answer in one.answers], started)
 
     async def infer(self, request: Request, task: str | None) -> Response:
         """Answer a request of the Open Inference Protocol."""
         started = perf_counter()
-        classify = await self.backend.find([task])
         parsed = parse(await self._body(request), InferRequest)
         texts = parsed.inputs[0].texts
-        [found] = await self._classify(classify, texts, parsed.parameters)
+        [found] = await self._classify([task], texts, parsed.parameters)
         return self._reply(parsed.reply(found.task, found.answers, found.label_names), texts, found.answers, started)
 
     async def classify(self, request: Request, task: str | None) -> Response:
         """Answer a request of vLLM's classification API, whose body names the task as its model."""
         started = perf_counter()
         parsed = parse(await self._body(request), ClassifyRequest)
-        classify = await self.backend.find([task or parsed.model])
         texts = parsed.texts
-        [found] = await self._classify(classify, texts, parsed)
+        [found] = await self._classify([task or parsed.model], texts, parsed)
         return self._reply(parsed.reply(found.task, found.answers, found.label_names), texts, found.answers, started)
 
-    def _classify(self, classify: Classify, texts: list[Text], options: RequestOptions) -> Awaitable[list[TaskAnswers]]:
-        """Classify all texts of a request.
+    async def _classify(self, tasks: TaskNames, texts: list[Text], options: RequestOptions) -> list[TaskAnswers]:
+        """Classify all texts of a request. A request that is refused loads no task.
 
         Raises:
             TooLarge: the request has more texts than allowed. Other errors: see
@@ -100,7 +96,7 @@ class Endpoints:
             raise TooLarge(
                 f"the request has {len(texts)} texts, at most {limit} are allowed; send fewer texts per request"
             )
-        return classify(texts, options)
+        return await self.backend.classify(tasks, texts, options)
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self.backend.config.max_body_bytes, self.backend.config.body_seconds)

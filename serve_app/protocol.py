@@ -11,7 +11,7 @@ from revmux.errors import EmptyText, TextError
 from revmux.labels import ScoreFunction
 from revmux.serving import Answer
 from revmux.serving.answer import rank_answers
-from revmux.serving.limits import HIGHEST_PRIORITY
+from revmux.serving.limits import HIGHEST_PRIORITY, WIDEST
 from revmux.text import Text
 from serve_app.config import explain
 
@@ -41,7 +41,9 @@ class RequestOptions(BaseModel):
 
     truncate: bool | None = Field(default=False, description="cut texts that are too long; otherwise they are refused")
     raw_scores: bool | None = Field(default=False, description="return the model's scores without softmax")
-    max_multiplex: int | None = Field(default=None, ge=1, description="maximum group width; 1 uses the plain model")
+    max_multiplex: int | None = Field(
+        default=None, ge=1, le=WIDEST, description="maximum group width; 1 uses the plain model"
+    )
     priority: float | None = Field(
         default=None, ge=-HIGHEST_PRIORITY, le=HIGHEST_PRIORITY, description="higher runs earlier; 0 by default"
     )
@@ -59,7 +61,7 @@ class PredictRequest(RequestOptions):
     task: str | None = Field(
         default=None, description="name of the task; required, or tasks, if the server has several"
     )
-    tasks: Annotated[list[str], Field(min_length=1)] | Literal["*"] | None = Field(
+    tasks: Annotated[list[str], Field(min_length=1, fail_fast=True)] | Literal["*"] | None = Field(
         default=None,
         description='names of tasks that all answer the inputs, or "*" for all tasks; the reply is then an object with '
         "one member per task",

@@ -8,7 +8,6 @@ import logging
 import math
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +20,7 @@ from revmux.serving.task import Task
 from revmux.text import Text
 from revmux.utils.redact import without_passwords
 from serve_app.auth import read_tokens
-from serve_app.backend import Classify, TaskAnswers, TaskNames
+from serve_app.backend import TaskAnswers, TaskNames
 from serve_app.config import AppConfig, TaskConfig, live_tasks
 from serve_app.errors import Unhealthy
 from serve_app.kept_memory import memory_info
@@ -99,16 +98,13 @@ class Service:
         """The names of all tasks, also of those that are not loaded."""
         return self.tasks.names
 
-    async def find(self, names: TaskNames) -> Classify:
-        """Find tasks, after loading them if necessary, see :meth:`serve_app.backend.Backend.find`."""
+    async def classify(self, names: TaskNames, texts: Sequence[Text], options: RequestOptions) -> list[TaskAnswers]:
+        """Classify texts, after loading the tasks if necessary, see :meth:`serve_app.backend.Backend.classify`."""
         names = self.tasks.names if names == "*" else names
         if not names:
             raise UnknownTask(None, ())
-        return partial(self._classify, await self.tasks.several(names))
-
-    async def _classify(
-        self, tasks: Sequence[Task], texts: Sequence[Text], options: RequestOptions
-    ) -> list[TaskAnswers]:
+        # Found once, because tasks can be added, removed and replaced before the answers are ready.
+        tasks = await self.tasks.several(names)
         found = await self.engine.answer_tasks(
             texts,
             tasks,

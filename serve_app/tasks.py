@@ -72,7 +72,8 @@ class ServedTasks:
     def change(self, tasks: Mapping[str, TaskConfig]) -> None:
         """Change the served tasks and adapters to these, without interrupting requests.
 
-        New tasks and adapters are loaded and checked first. After an error nothing has changed.
+        New tasks and adapters are loaded and checked first. After an error nothing has changed. With ``memory_gb``, a new
+        task is checked when it is loaded; at least one task is always loaded.
 
         Args:
             tasks: all tasks by name.
@@ -81,12 +82,11 @@ class ServedTasks:
             UserError: a model or adapter does not fit, or a served task has another model or other fixed settings.
         """
         with self._changing, TemporaryDirectory(prefix="revmux-adapters-") as downloads:
+            for name in tasks.keys() & self.served.keys():
+                self._check_same(name, tasks[name])
             loaded = self.engine.tasks
             now = {name: task for name, task in tasks.items() if name in loaded or self.config.memory_gb is None}
             requested = {name: self._fetched(task, Path(downloads)) for name, task in now.items()}
-            for name in now:
-                if name in loaded:
-                    self._check_same(name, tasks[name])
             added: list[Task] = []
             lineups: dict[str, Lineup] = {}
             for name, adapters in requested.items():
@@ -103,6 +103,9 @@ class ServedTasks:
                 removed = served.keys() - adapters.keys()
                 if new or removed:
                     lineups[name] = self.engine.task(name).lineup_with(new, removed)
+            if tasks and not requested:
+                name, requested[name], task = self._first_that_loads(tasks, Path(downloads))
+                added.append(task)
             self.engine.change(added, lineups, loaded.keys() - tasks.keys())
             before = self.adapters
             self.served = dict(tasks)
@@ -111,6 +114,9 @@ class ServedTasks:
                 self.memory.remove(name)
             for name in [*(task.name for task in added), *lineups]:
                 self._count(self.engine.task(name))
+            if self.config.memory_gb is not None:
+                for task in added:
+                    self._make_room(task.name, keep=[task.name])
             self._report()
             for name, adapters in requested.items():
                 for place, adapter in adapters.items():
@@ -130,21 +136,31 @@ class ServedTasks:
                     "name, or deploy new replicas"
                 )
 
-    def _fill_memory(self) -> None:
-        """Load tasks in their order until the next one does not fit, so that most first requests need not wait.
+    def _first_that_loads(self, tasks: Mapping[str, TaskConfig], downloads: Path) -> tuple[str, FetchedAdapters, Task]:
+        """Load the first task that can be loaded, and return its name and adapters too.
 
         Raises:
-            UserError: not a single task can be loaded.
+            Exception: no task can be loaded; the error of the first one.
         """
+        errors: list[Exception] = []
+        for name, config in tasks.items():
+            try:
+                adapters = self._fetched(config, downloads)
+                return name, adapters, self._loaded(name, config, adapters, downloads)
+            except Exception as error:
+                errors.append(error)
+                _log_failure(name, error)
+        raise errors[0]
+
+    def _fill_memory(self) -> None:
+        """Load tasks in their order until the next one does not fit, so that most first requests need not wait."""
         for name in self.not_loaded:
             try:
                 with self._changing:
                     if self._load(name, keep=self.engine.tasks) is None:
                         return
-            except UserError as error:
-                if not self.engine.tasks:
-                    raise
-                logger.error("task %r cannot be loaded: %s", name, without_passwords(str(error)))
+            except Exception as error:  # a task that cannot be loaded harms no other
+                _log_failure(name, error)
 
     async def get(self, name: str | None = None) -> Task:
         """Return a task, after loading it if necessary; None is the only task.
@@ -232,8 +248,6 @@ class ServedTasks:
         Returns:
             The task, or None if it does not fit.
         """
-        limit = self.config.memory_gb
-        assert limit is not None
         if (task := self.engine.tasks.get(name)) is not None:
             return task
         if (config := self.served.get(name)) is None:
@@ -244,6 +258,21 @@ class ServedTasks:
         self.engine.change([task])
         self.adapters[name] = adapters
         self._count(task)
+        if not self._make_room(name, keep):
+            return None
+        self._report()
+        for place, adapter in adapters.items():
+            self._log_loss(name, place, adapter.source)
+        return task
+
+    def _make_room(self, name: str, keep: Collection[str]) -> bool:
+        """Remove the tasks that were not used for longest until all fit into ``memory_gb``, see :meth:`_load`.
+
+        Returns:
+            Whether the task stays.
+        """
+        limit = self.config.memory_gb
+        assert limit is not None
         while (size := self.memory.total / 1e9) > limit:
             others = [other for other in self.engine.tasks if other != name]
             if not others:
@@ -257,11 +286,8 @@ class ServedTasks:
             self.adapters.pop(removed, None)
             self.memory.remove(removed)
             if removed == name:
-                return None
-        self._report()
-        for place, adapter in adapters.items():
-            self._log_loss(name, place, adapter.source)
-        return task
+                return False
+        return True
 
     def _fetched(self, task: TaskConfig, downloads: Path) -> FetchedAdapters:
         return fetch_adapters(task, downloads, self.config.max_multiplex)
@@ -289,3 +315,7 @@ class ServedTasks:
         return [
             describe_memory(name, kept, self.config.merge_limit_mib) for name, kept in list(self.memory.added.items())
         ]
+
+
+def _log_failure(name: str, error: Exception) -> None:
+    logger.error("task %r cannot be loaded: %s: %s", name, type(error).__name__, without_passwords(str(error)))

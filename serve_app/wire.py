@@ -22,7 +22,7 @@ from revmux.errors import EmptyText, TextError, UserError
 from revmux.serving import Answer, Draining, Expired, InferenceFailed, Overloaded, UnknownTask
 from serve_app.errors import TooLarge, Unhealthy
 
-VERSION = 2
+VERSION = 3
 """Version of the messages. A front end uses only engines of the same version."""
 
 FRAME_BYTES = 2**26
@@ -216,24 +216,28 @@ def _watch(descriptor: int) -> None:
                 same.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def pack_answer(answer: Answer, traced: bool) -> list[Any]:
-    """Return an answer for JSON.
+def pack_answers(answers: Sequence[Answer], traced: bool) -> list[list[Any]]:
+    """Return the answers of one task for JSON.
 
-    Numbers keep all their bits. The start becomes the time since then, because machines have different clocks.
+    Numbers keep all their bits. The start becomes the time since then, because machines have different clocks. Answers of
+    one pass keep the same start.
 
     Args:
-        answer: the answer.
+        answers: the answers.
         traced: whether the steps are wanted.
     """
-    fields: list[Any] = list(answer)
-    fields[_SCORES] = answer.scores.tolist()
-    fields[_STARTED] = perf_counter() - answer.started
-    fields[_STEPS] = dict(answer.steps) if traced else {}
-    return fields
+    now, found = perf_counter(), []
+    for answer in answers:
+        fields: list[Any] = list(answer)
+        fields[_SCORES] = answer.scores.tolist()
+        fields[_STARTED] = now - answer.started
+        fields[_STEPS] = dict(answer.steps) if traced else {}
+        found.append(fields)
+    return found
 
 
 def unpack_answers(packed: Sequence[Sequence[Any]]) -> list[Answer]:
-    """Return the answers of one task from the results of :func:`pack_answer`."""
+    """Return the answers of one task from the result of :func:`pack_answers`."""
     now, found = perf_counter(), [Answer(*fields) for fields in packed]
     rows = torch.tensor([answer.scores for answer in found], dtype=torch.float32)  # (B, C)
     return [answer._replace(scores=row, started=now - answer.started) for answer, row in zip(found, rows)]

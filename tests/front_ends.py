@@ -86,5 +86,5 @@ def addresses(servers: Sequence[EngineServer]) -> Callable[[], Awaitable[list[Ad
 
 
 async def classify(backend: Backend, names: TaskNames, texts: list[Any], **options: Any) -> list[list[Answer]]:
-    found = await (await backend.find(names))(texts, RequestOptions(**options))
+    found = await backend.classify(names, texts, RequestOptions(**options))
     return [one.answers for one in found]

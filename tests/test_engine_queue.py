@@ -129,8 +129,11 @@ def test_expired_requests_fail_and_are_not_computed(queue: PullQueue, clock: Clo
 
 def test_each_task_has_its_own_queue_limit(queue: PullQueue) -> None:
     put(queue, *(ticket(A) for _ in range(100)))
-    with pytest.raises(Overloaded, match="100 inputs are waiting and the limit is 100: no room for 1 more"):
-        queue.put([ticket(A)])
+    with (
+        pytest.raises(Overloaded, match="100 inputs are waiting and the limit is 100: no room for 1 more"),
+        queue.room(A, 1),
+    ):
+        pass
     put(queue, ticket(B))
     assert queue.depths() == {"a": 100, "b": 1}
     counts = queue.metrics.snapshot()["tasks"]
@@ -145,7 +148,9 @@ def test_reserved_places_count_towards_the_queue_limit(queue: PullQueue) -> None
             pass
         with queue.room(B, 100):
             pass
+        queue.put([ticket(A)], ahead=True)  # a health check takes none of the reserved room
         queue.put([ticket(A) for _ in range(10)])
+    assert run_next(queue)
     assert run_next(queue, most=100)
     with pytest.raises(ValueError, match="bad text"), queue.room(A, 100):
         raise ValueError("bad text")

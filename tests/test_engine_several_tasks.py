@@ -204,8 +204,9 @@ def test_a_task_with_another_limit_has_its_own_tokens_and_errors(engine: Engine,
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("broken"), torch.OutOfMemoryError("CUDA out of memory.")])
-def test_a_pass_that_fails_for_one_task_is_run_again_by_the_others(
-    engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1]], ids=["several texts", "one text"])
+def test_a_task_that_fails_in_a_joint_pass_runs_again_alone(
+    engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception, texts: list[str]
 ) -> None:
     original, failed = revmux.serving.model_thread.run_pass, []
 
@@ -216,16 +217,27 @@ def test_a_pass_that_fails_for_one_task_is_run_again_by_the_others(
         return original(backbone, *arguments)
 
     monkeypatch.setattr("revmux.serving.model_thread.run_pass", run_pass)
-    if isinstance(error, ZeroDivisionError):
-        with pytest.raises(InferenceFailed, match="task 'plain' failed on this input: ZeroDivisionError"):
-            ask(engine, ["plain", "named"], max_multiplex=1)
-        wait_until(lambda: sum(engine.stats()["tasks"]["named"]["inputs"].values()) == len(TEXTS))
-        return
-    found = ask(engine, ["plain", "named"], max_multiplex=1)
+    found = ask(engine, ["plain", "named"], texts, max_multiplex=1)
     for task, answers in zip(("plain", "named"), found):
         with make({task: folders[task]}) as single:
-            expected = [future.result(60).scores for future in single.submit(TEXTS, max_multiplex=1)]
+            expected = [future.result(60).scores for future in single.submit(texts, max_multiplex=1)]
         torch.testing.assert_close(torch.stack([one.scores for one in answers]), torch.stack(expected))
+
+
+def test_a_task_that_fails_alone_too_leaves_the_others_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, broken = revmux.serving.model_thread.run_pass, engine.task("plain").backbone
+
+    def run_pass(backbone: Any, *arguments: Any) -> Any:
+        if backbone is broken:
+            raise ZeroDivisionError("broken")
+        return original(backbone, *arguments)
+
+    monkeypatch.setattr("revmux.serving.model_thread.run_pass", run_pass)
+    with pytest.raises(InferenceFailed, match="task 'plain' failed on this input: ZeroDivisionError"):
+        ask(engine, ["plain", "named"], max_multiplex=1)
+    wait_until(lambda: sum(engine.stats()["tasks"]["named"]["inputs"].values()) == len(TEXTS))
 
 
 def test_a_request_that_one_task_refuses_is_queued_for_none(engine: Engine) -> None:

@@ -41,8 +41,8 @@ def test_answers_are_equal_to_the_bit_in_both_forms(service: Service) -> None:
             for texts in batches:
                 for more in ({"max_multiplex": 1}, {"truncate": True}):
                     names: TaskNames = ["mood", "topic"]
-                    here = await (await service.find(names))(texts, RequestOptions(**more))
-                    there = await (await front.find(names))(texts, RequestOptions(**more))
+                    here = await service.classify(names, texts, RequestOptions(**more))
+                    there = await front.classify(names, texts, RequestOptions(**more))
                     assert [(one.task, list(one.label_names)) for one in there] == [
                         (one.task, list(one.label_names)) for one in here
                     ]
@@ -121,13 +121,15 @@ def test_a_front_end_traces_requests_down_to_the_steps_of_the_engine(service: Se
             await front.start()
             transport = httpx.ASGITransport(create_app(front))  # type: ignore[arg-type]
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                body = {"inputs": "w1", "task": "mood", "max_multiplex": 1}
+                body = {"inputs": [["w1"], ["w2"]], "task": "mood", "max_multiplex": 1}
                 reply = await client.post("/predict", json=body, headers={"traceparent": f"00-{trace}-{caller}-01"})
             assert reply.headers["traceparent"].startswith(f"00-{trace}-")
             found = {span.name: span for span in spans.get_finished_spans()}
             assert {"POST /predict", "tokenize", "queue", "pass", "plain"} <= found.keys()
             assert {f"{span.context.trace_id:032x}" for span in found.values()} == {trace}
             root, ran = found["POST /predict"], found["pass"]
+            assert [span.name for span in spans.get_finished_spans()].count("pass") == 1
+            assert ran.attributes["revmux.inputs"] == 2  # type: ignore[index]
             assert root.start_time <= ran.start_time < ran.end_time <= root.end_time  # type: ignore[operator]
             await front.close()
 
@@ -159,7 +161,7 @@ def test_options_arrive_unchanged(service: Service, monkeypatch: pytest.MonkeyPa
         async with attached(service) as (front, _):
             for options in ({}, {"truncate": True, "max_multiplex": 2, "priority": -1.5, "timeout_ms": 30.0}):
                 for backend in (service, front):
-                    await (await backend.find(["mood"]))(["w1", ("w2", "w3")], RequestOptions(**options))
+                    await backend.classify(["mood"], ["w1", ("w2", "w3")], RequestOptions(**options))
 
     monkeypatch.setattr(service.engine, "answer_tasks", answer_tasks)
     run(main())

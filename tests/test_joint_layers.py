@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from numeric import assert_close
 from tiny_models import tiny_classifier
 
 from revmux.backbone import Backbone, cut
-from revmux.backbone.joint_layers import JointLayers, low_rank_maps
+from revmux.backbone.joint_layers import JointLayers, fits_joint_layers, low_rank_maps
 from revmux.backbone.low_rank import LowRankFactors, updated_model
 
 pytestmark = pytest.mark.numeric
@@ -51,3 +53,32 @@ def test_each_input_has_the_updates_of_its_own_model(family: str) -> None:
         mask = one.mask[0]
         assert_close(found.hidden[place][mask], expected.hidden[0][mask])
     assert not torch.allclose(found.hidden[2][state.mask[1]], found.hidden[3][state.mask[1]], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "fits"),
+    [
+        ("bert", {}, True),
+        ("gpt2", {}, True),
+        ("llama", {}, True),
+        ("deberta-v2", {}, True),
+        # Its layers apply their linear maps to relative positions, too.
+        ("deberta-v2", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True}, False),
+    ],
+)
+def test_models_fit_if_their_layers_read_states_of_inputs_alone(
+    family: str, settings: dict[str, Any], fits: bool
+) -> None:
+    base = tiny_classifier(family, pad_token_id=0, **settings).freeze()
+    one = {name: tensor[:1] for name, tensor in TOKENS.items()}
+    assert fits_joint_layers(updated(base, 2, range(3), 0), one) == fits
+
+
+def test_a_model_with_an_update_in_the_embedding_does_not_fit() -> None:
+    base = tiny_classifier("electra", pad_token_id=0, embedding_size=16).freeze()
+    one = {name: tensor[:1] for name, tensor in TOKENS.items()}
+    name = "electra.embeddings_project"
+    factors = LowRankFactors(torch.ones(2, 16), torch.ones(32, 2))
+    embedded = cut(updated_model(base.model, base.config, {name: factors}, {})).freeze()
+    assert not fits_joint_layers(embedded, one)
+    assert fits_joint_layers(updated(base, 2, range(3), 0), one)

@@ -140,7 +140,8 @@ class Simulation:
     def arrive(self, at: float) -> None:
         now, self.now = self.now, at  # the input arrived during a pass
         try:
-            self.queue.put([Ticket(TASK, {"input_ids": [0] * 9})])
+            with self.queue.room(TASK, 1):
+                self.queue.put([Ticket(TASK, {"input_ids": [0] * 9})])
         except Overloaded:
             self.rejected += 1
         self.now = now

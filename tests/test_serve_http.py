@@ -39,7 +39,7 @@ def test_a_task_is_selected_by_path_or_by_field(url: str) -> None:
         ("/predict", {"inputs": "w1"}),
         ("/predict", {"inputs": "w1", "task": "weather"}),
         ("/tasks/weather/predict", {"inputs": "w1"}),
-        ("/v2/models/weather/infer", {"inputs": []}),
+        ("/v2/models/weather/infer", {"inputs": [{"name": "a", "shape": [1], "datatype": "BYTES", "data": ["w1"]}]}),
     ],
 )
 def test_an_unknown_task_gets_404_with_the_known_ones(url: str, path: str, body: Any) -> None:

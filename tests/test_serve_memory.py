@@ -140,6 +140,62 @@ def test_a_task_that_cannot_be_loaded_harms_no_other(
     only.close()
 
 
+@pytest.mark.parametrize("error", [OSError("disk gone"), KeyError("x")])
+def test_a_task_that_fails_unexpectedly_harms_no_other(
+    service: Service, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    load = serve_app.task_loading.load_pretrained
+
+    def fail(config: BackboneConfig, *arguments: Any, **named: Any) -> Pretrained:
+        if config.model == str(folders["a"]):
+            raise error
+        return load(config, *arguments, **named)
+
+    monkeypatch.setattr("serve_app.task_loading.load_pretrained", fail)
+    fresh = Service(service.config)
+    fresh.serve(service.config.served)
+    assert list(fresh.engine.tasks) == ["b", "c"]
+    with pytest.raises(Unhealthy, match="task 'a' cannot be loaded"):
+        asyncio.run(fresh.tasks.get("a"))
+    fresh.close()
+
+
+def test_an_update_of_which_no_task_can_be_loaded_changes_nothing(
+    service: Service, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    service.update(LiveConfig(tasks={"broken": TaskConfig(model=str(tmp_path))}).model_dump())
+    assert "contains no config.json" in str(service.update_error)
+    assert service.task_names == list(NAMES)
+    assert list(service.engine.tasks) == ["a", "b"]
+    service.update(
+        LiveConfig(tasks={"broken": TaskConfig(model=str(tmp_path)), "new": service.config.served["c"]}).model_dump()
+    )
+    assert service.update_error is None
+    assert list(service.engine.tasks) == ["new"]
+    assert service.tasks.memory.total <= 1e9 * service.config.memory_gb  # type: ignore[operator]
+
+
+def test_a_task_that_is_not_loaded_cannot_get_another_model_either(service: Service, folders: dict[str, Path]) -> None:
+    assert service.tasks.not_loaded == ["c"]
+    tasks = service.config.served | {"c": service.config.served["a"]}
+    service.update(LiveConfig(tasks=tasks).model_dump())
+    assert "task 'c' is already served with model" in str(service.update_error)
+
+
+def test_a_refused_request_loads_no_task(service: Service) -> None:
+    with listening(create_app(service)) as url:
+        for path, body, status in (
+            ("/predict", {"task": "c", "inputs": 7}, 422),
+            ("/predict", {"task": "c", "inputs": []}, 400),
+            ("/predict", {"task": "c", "inputs": [["w1"]] * (service.config.max_texts + 1)}, 413),
+            ("/v2/models/c/infer", {"inputs": []}, 422),
+            ("/classify", {"model": "c", "input": []}, 400),
+        ):
+            reply = httpx.post(f"{url}{path}", json=body, timeout=60)
+            assert reply.status_code == status, (path, body, reply.text)
+    assert service.tasks.not_loaded == ["c"]
+
+
 def test_without_a_limit_all_tasks_are_loaded_at_the_start(folders: dict[str, Path]) -> None:
     config = configured(folders, 1).model_copy(update={"memory_gb": None})
     made = Service(config)

@@ -49,6 +49,14 @@ def test_metrics_count_requests_groups_and_stages(url: str) -> None:
     assert after["revmux_queue_limit",] == 512
 
 
+def test_an_internal_error_counts_as_such(url: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = figures(url)
+    monkeypatch.setattr(service, "info", lambda: {}["missing"])
+    assert httpx.get(f"{url}/info", timeout=60).status_code == 500
+    name = ("revmux_http_requests_total", "/info", "500")
+    assert figures(url)[name] - before.get(name, 0) == 1
+
+
 def test_every_metric_and_label_of_the_dashboard_is_exported(url: str) -> None:
     post(f"{url}/tasks/mood/predict", {"inputs": [[text(index)] for index in range(8)]})
     shown = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=60).text)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from revmux.backbone.base import Backbone
 from revmux.backbone.low_rank import LowRankMap, sharing_copy
 from revmux.backbone.registry import cut
-from revmux.backbone.state import HiddenState
+from revmux.backbone.state import HiddenState, TokenBatch
 
 
 class JointLayers:
@@ -56,6 +56,34 @@ class JointLayers:
         finally:
             for joint in self._maps.values():
                 joint.update = None
+
+
+def fits_joint_layers(backbone: Backbone, tokens: TokenBatch) -> bool:
+    """Whether a model's inputs can pass :class:`JointLayers`: its updates change layers alone, and read states of inputs alone.
+
+    DeBERTa's layers also apply their linear maps to relative positions, which belong to no input. ELECTRA's embedding may
+    contain a linear map.
+
+    Args:
+        backbone: a model with low-rank updates.
+        tokens: an input, each (1, S).
+    """
+    pair = {name: tensor.repeat(2, 1) for name, tensor in tokens.items()}
+    rows: list[int] = []  # of the values that each map read
+    hooks = [
+        module.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+        for module in low_rank_maps(backbone).values()
+    ]
+    try:
+        with torch.no_grad():
+            state = backbone.embed(pair)
+            if rows:
+                return False
+            backbone.run(state, backbone.num_layers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return all(number == 2 for number in rows)
 
 
 def low_rank_maps(backbone: Backbone) -> dict[str, LowRankMap]:

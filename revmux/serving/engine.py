@@ -28,7 +28,7 @@ from revmux.pretrained.pretrained import Pretrained
 from revmux.serving.adapters import LoadedAdapter
 from revmux.serving.answer import Answer
 from revmux.serving.errors import Draining, UnknownTask
-from revmux.serving.limits import HIGHEST_PRIORITY, Limits
+from revmux.serving.limits import HIGHEST_PRIORITY, WIDEST, Limits
 from revmux.serving.metrics import Metrics, PassReport
 from revmux.serving.model_thread import ModelThread
 from revmux.serving.queue import PullQueue, Ticket
@@ -378,8 +378,8 @@ class Engine:
 
     def _check_request(self, max_multiplex: int | None, priority: float, timeout: float | None) -> float | None:
         """Check the options of a request, and return its deadline on the queue's clock."""
-        if max_multiplex is not None and max_multiplex < 1:
-            raise UserError(f"max_multiplex is {max_multiplex}; choose 1 (the plain model) or more")
+        if max_multiplex is not None and not 1 <= max_multiplex <= WIDEST:
+            raise UserError(f"max_multiplex is {max_multiplex}; choose 1 (the plain model) or more, at most {WIDEST}")
         if not abs(priority) <= HIGHEST_PRIORITY:  # true for NaN too, which cannot be ordered
             raise UserError(f"priority is {priority}; choose -{HIGHEST_PRIORITY}..{HIGHEST_PRIORITY}, the default is 0")
         if timeout is not None and not timeout > 0:

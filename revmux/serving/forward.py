@@ -18,9 +18,8 @@ from revmux.backbone import Backbone, HiddenState, TokenBatch
 from revmux.fallback import resume
 from revmux.grouping import gather_rows
 from revmux.ladder import LadderAnswers, Stage, climb
+from revmux.serving.limits import WIDEST
 from revmux.serving.scheduling import PLAIN, Group
-
-_ANY_WIDTH = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def _multiplexed(
     answers = LadderAnswers(scores, torch.ones_like(numbers), numbers, torch.zeros_like(numbers, dtype=torch.bool))
     if shared is None or not goes_on:
         return answers
-    widest = torch.tensor([_ANY_WIDTH if cap is None else cap for cap in caps])
+    widest = torch.tensor([WIDEST if cap is None else cap for cap in caps])
     return climb(backbone, later, shared, answers, unsure, widest=widest, on_stage=clock.mark)
 
 

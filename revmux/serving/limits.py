@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from revmux.adapters.config import MERGE_LIMIT
 from revmux.errors import UserError
 
+WIDEST = 2**31 - 1
+"""The highest limit of a group's width, which stands for any width."""
 HIGHEST_PRIORITY = 10
 """Priorities range from minus to plus this value. The limit ensures that no request can delay others forever."""
 

@@ -18,7 +18,7 @@ COUNTED = (
     "failed",
     "rejected",
     "expired",
-    "cancelled",
+    "cancelled",  # waiting inputs of requests that ended: the client disconnected, or another input failed
     "audited",  # inputs that an adapter and the plain model answered
     "agreed",  # audited inputs with the plain model's label
 )

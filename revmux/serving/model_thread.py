@@ -155,24 +155,42 @@ class ModelThread:
         except Exception as error:
             if trunk is not None:
                 trunk.drop()
-            if len(part.shares) == 1 or not is_out_of_memory(error):
+            retried = self._smaller(part, prefilled is not None, error)
+            if not retried:
                 self._fail(rows, error)
                 return
             traceback.clear_frames(error.__traceback__)  # releases the tensors of the failed pass
-            logger.warning(
-                "a pass of %d groups of task %s ran out of memory and is retried as two passes; lower max_batch or "
-                "max_batch_tokens",
-                len(part.shares),
-                task.name,
-            )
         else:
             shared = trunk.answered(places) if trunk is not None and prefilled is not None else 0
             self._answer(part, outcome, started, shared, 0 if prefilled is None else len(rows))
             return
         release_memory(task.backbone.device)
-        half = len(part.shares) // 2
-        self._run(replace(part, shares=part.shares[:half], depth=0))
-        self._run(replace(part, shares=part.shares[half:], depth=0))
+        for smaller in retried:
+            self._run(smaller)
+
+    @staticmethod
+    def _smaller(part: Part, had_trunk: bool, error: Exception) -> list[Part]:
+        """What to run instead of a part that failed; nothing if its inputs themselves are at fault.
+
+        Args:
+            part: the part.
+            had_trunk: whether it used states that were computed together with the inputs of other tasks.
+            error: the error.
+        """
+        name, groups = part.task.name, len(part.shares)
+        if had_trunk:  # another task may have caused the error, or the inputs of all tasks together were too many
+            logger.warning("a pass of task %s with others failed and is retried alone", name, exc_info=error)
+            return [replace(part, depth=0)]
+        if groups == 1 or not is_out_of_memory(error):
+            return []
+        logger.warning(
+            "a pass of %d groups of task %s ran out of memory and is retried as two passes; lower max_batch or "
+            "max_batch_tokens",
+            groups,
+            name,
+        )
+        half = groups // 2
+        return [replace(part, shares=part.shares[:half], depth=0), replace(part, shares=part.shares[half:], depth=0)]
 
     def _answer(
         self, part: Part, outcome: Outcome, started: float, shared_prefill: int = 0, joint_prefill: int = 0

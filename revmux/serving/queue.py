@@ -144,7 +144,14 @@ class PullQueue:
             Draining: the queue is closed.
         """
         with self._changed:
-            self._check(task, tickets, self._reserved[task])
+            self._check_open()
+            waiting = len(self._lines.get(task, ())) + self._reserved[task]
+            if waiting + tickets > self.limit:
+                self.metrics.count(task.name, "rejected", tickets)
+                raise Overloaded(
+                    f"{waiting} inputs are waiting and the limit is {self.limit}: no room for {tickets} more in task "
+                    f"{task.name!r}; retry later"
+                )
             self._reserved[task] += tickets
 
     def release(self, task: Task, tickets: int) -> None:
@@ -154,26 +161,18 @@ class PullQueue:
             if not self._reserved[task]:
                 del self._reserved[task]
 
-    def _check(self, task: Task, tickets: int, reserved: int = 0) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise Draining("the server is shutting down and accepts no more requests; use another server")
-        waiting = len(self._lines.get(task, ())) + reserved
-        if waiting + tickets > self.limit:
-            self.metrics.count(task.name, "rejected", tickets)
-            raise Overloaded(
-                f"{waiting} inputs are waiting and the limit is {self.limit}: no room for {tickets} more in task "
-                f"{task.name!r}; retry later"
-            )
 
     def put(self, tickets: Sequence[Ticket], ahead: bool = False) -> None:
-        """Queue all tickets except cancelled ones, in one step. After an error none is queued. Reserved room suffices.
+        """Queue all tickets except cancelled ones, in one step. After an error none is queued.
 
         Args:
-            tickets: tickets of any tasks.
-            ahead: put them before all others and ignore the limit, for health checks.
+            tickets: tickets of any tasks, for which the caller has reserved room.
+            ahead: put them before all others, for health checks, which reserve no room.
 
         Raises:
-            Overloaded: the queue has no room for all tickets.
             Draining: the queue is closed.
         """
         if not tickets:
@@ -182,8 +181,7 @@ class PullQueue:
         for ticket in tickets:
             by_task.setdefault(ticket.task, []).append(ticket)
         with self._changed:
-            for task, own in by_task.items():
-                self._check(task, 0 if ahead else len(own))
+            self._check_open()
             queued = self.clock()
             for task, own in by_task.items():
                 self._insert(task, own, queued, ahead)

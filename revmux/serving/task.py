@@ -10,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 
 from revmux.adapters.config import load_adapter_config
-from revmux.backbone import Backbone
-from revmux.backbone.joint_layers import low_rank_maps
+from revmux.backbone import Backbone, TokenBatch
+from revmux.backbone.joint_layers import fits_joint_layers, low_rank_maps
 from revmux.backbone.low_rank import LowRankMap
 from revmux.data.padding import Padder
 from revmux.errors import UserError
@@ -200,15 +200,15 @@ class Task:
             tokens = self.padder.lists([self.probe_tokens])
             on_device = {name: tensor.to(self.backbone.device) for name, tensor in tokens.items()}
             self._lower = LowerLayers(self.backbone, on_device)
-            self.updates = self._updates_of(self._lower)
+            self.updates = self._updates_of(self._lower, on_device)
 
-    def _updates_of(self, lower: LowerLayers) -> Mapping[str, LowRankMap] | None:
+    def _updates_of(self, lower: LowerLayers, tokens: TokenBatch) -> Mapping[str, LowRankMap] | None:
         if self.pretrained.base is None:
             return None
         base, maps = self.pretrained.base.model, low_rank_maps(self.backbone)
         own = (parameter for updated in maps.values() for parameter in updated.parameters())
         known = {id(tensor) for tensor in chain(base.parameters(), base.buffers(), own)}
-        return maps if lower.reads_only(known) else None
+        return maps if lower.reads_only(known) and fits_joint_layers(self.backbone, tokens) else None
 
     def _with_same_tokens(self, others: Sequence[Task]) -> Task | None:
         """A task that turns every text into the same tokens."""
