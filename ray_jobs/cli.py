@@ -14,6 +14,7 @@ from revmux.pretrained.config import EMBEDDED_MODELS, BackboneConfig
 from revmux.training.recipes import DEFAULT_RECIPE, named_recipe
 from revmux.utils.parser import Parser
 from revmux.utils.redact import without_passwords
+from tune_spaces.space import load_space
 
 Config = TypeVar("Config")
 
@@ -52,11 +53,28 @@ def parse(
     )
     parser.add_class_arguments(config_class, as_group=True)
     namespace = parser.parse_args(argv)
-    if "recipe" in namespace and namespace.recipe != DEFAULT_RECIPE:
-        parser.set_defaults(_recipe_defaults(parser, namespace.recipe))
+    if "recipe" in namespace and (recipe := _recipe_of(parser, namespace)) != DEFAULT_RECIPE:
+        parser.set_defaults({"recipe": recipe} | _recipe_defaults(parser, recipe))
         namespace = parser.parse_args(argv)
     del namespace["config"]
     return config_class(**parser.instantiate(namespace).as_dict())
+
+
+def _recipe_of(parser: Parser, namespace: Any) -> str:
+    """The named recipe of a job: that of its search space, if the space sets one."""
+    given = str(namespace.recipe)
+    if "space" not in namespace:
+        return given
+    try:
+        own = load_space(namespace.space).recipe
+    except UserError as error:
+        parser.error(str(error))
+    if own is not None and given not in (DEFAULT_RECIPE, own):
+        parser.error(
+            f"--recipe is {given!r}, but the space {namespace.space!r} sets the recipe {own!r}; omit --recipe, or choose "
+            "another space"
+        )
+    return own or given
 
 
 def _recipe_defaults(parser: Parser, name: str) -> dict[str, Any]:

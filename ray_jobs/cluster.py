@@ -39,8 +39,8 @@ class ClusterConfig:
         gpus_per_worker: GPUs per worker, a whole number or a fraction below 1. 0 trains on CPUs (gloo), higher values
             on GPUs (nccl).
         min_workers: Smallest number of workers with which training may continue after a loss. It scales up again when
-            machines come back. The result is the same up to rounding. Default: workers, so that training waits for
-            replacements.
+            machines come back. The result is the same up to rounding and dropout. Default: workers, so that training
+            waits for replacements.
         resize_minutes: With min_workers: minutes between checks for room for more workers. Above 0. A resize continues
             from the last checkpoint.
         memory_per_worker: Memory to reserve per worker, in GB. 0 reserves none.

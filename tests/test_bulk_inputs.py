@@ -71,6 +71,17 @@ def test_bad_rows_become_rows_with_an_error(bulk_config: BulkConfig, tmp_path: P
         assert words in error
 
 
+def test_keys_that_the_first_object_lacks_are_kept(bulk_config: BulkConfig, tmp_path: Path) -> None:
+    objects = [{"text": "w1"}, {"text": "w2", "customer": "a"}, {"text": "w3", "day": 4}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, objects)))
+    bulk_config = replace(bulk_config, input=str(tmp_path / "rows.jsonl"))
+    classify_files(bulk_config)
+    found = answers(bulk_config)
+    assert list(found.columns)[:3] == ["text", "customer", "day"]
+    assert found["customer"].fillna("").tolist() == ["", "a", ""]
+    assert found["day"].fillna("").tolist() == ["", "", "4"]
+
+
 def test_undecodable_parquet_and_short_csv_rows_are_bad_rows(bulk_config: BulkConfig, tmp_path: Path) -> None:
     wrong = pa.StringArray.from_buffers(3, *pa.array([b"w1", b"\xff", b"w2"], pa.binary()).buffers()[1:])
     parquet.write_table(pa.table({"text": wrong}), tmp_path / "wrong.parquet")
@@ -133,6 +144,7 @@ def _with_file(name: str, content: bytes) -> Mistake:
         (_with_file("empty.csv", b""), "no rows"),
         (_with_file("array.json", b'[{"text": "w1"}]'), "JSON array"),
         (_with_file("open.csv", b'text\n"never closed' + b"x" * (1 << 24) + b"\n"), "a quote may not be closed"),
+        (_with_file("repeated.csv", b"text,label,,\nw1,2,,\n"), "are both named ''; rename one in the header"),
         (_with_file("labelled.csv", b"text,label\nw1,2\n"), "choose --column_prefix"),
         (lambda bulk_config, folder: replace(bulk_config, adapter=str(folder)), "not an adapter folder"),
         (lambda bulk_config, folder: replace(bulk_config, price=0.0), "price is 0.0; choose more than 0"),

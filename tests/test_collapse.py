@@ -80,6 +80,20 @@ def test_a_restart_starts_from_the_initial_weights(tiny_pretrained, tiny_rows, w
     assert trainer.state.best_epoch > 2
 
 
+def test_a_restart_warms_up_again(tiny_pretrained, tiny_rows, warned, monkeypatch) -> None:
+    trainer = run_on(tiny_pretrained, tiny_rows, STUCK)
+    trainer.model.method.warmup_steps = 3
+    step, given = trainer.step, []
+
+    def recorded(*arguments: Any) -> Any:
+        given.append(arguments[3])
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "step", recorded)
+    list(trainer.run())
+    assert given == 2 * ([True] * 3 + [False] * (2 * trainer.steps_per_epoch - 3))
+
+
 def test_a_run_that_learns_is_not_restarted(tiny_pretrained, tiny_rows, warned) -> None:
     trainer = run_on(tiny_pretrained, tiny_rows, OptimConfig(epochs=4, batch_size=16, learning_rate=5e-3))
     assert [report.metrics["restarts"] for report in trainer.run()] == [0, 0, 0, 0]

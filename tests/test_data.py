@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,11 @@ def test_data_larger_than_memory_gives_the_same_task_from_mapped_files(
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "revmux" / "data").iterdir()}
     assert load(tmp_path / "task").identity == expected.identity
     assert {file: file.stat().st_mtime_ns for file in written} == written, "files are written once"
+    sent = pickle.dumps([task.without_train(), task.with_test_only()])
+    shutil.rmtree(tmp_path / "cache")  # another machine has no such files
+    choosing, tested = pickle.loads(sent)  # noqa: S301  # as Ray does
+    assert choosing.selection[:] == expected.selection[:]
+    assert choosing.test[:] == tested.test[:] == expected.test[:]
 
 
 def test_at_most_twenty_thousand_rows_become_a_test_split(tiny_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:

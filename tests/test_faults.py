@@ -237,6 +237,27 @@ def test_the_same_command_resumes_after_its_driver_was_killed(job: TrainJob, und
     job.finished_like(undisturbed)
 
 
+@pytest.mark.cluster("shared")
+@pytest.mark.timeout(600)
+def test_a_job_that_was_killed_trains_no_finished_width_again(
+    job: TrainJob, undisturbed: Ended, ray_here: None
+) -> None:
+    job.address = ray.get_runtime_context().gcs_address
+    job.flags += ["--store.root", str(undisturbed.store), "--num_inputs", "[2,4]", "--register", "mood"]
+    job.flags += ["--optim.batch_size", "8"]
+    finished = job.storage / "checkpoints"
+    with job.started() as process:
+        wait_until(lambda: list(finished.glob("revmux-n2-*/finished.json")), process, job.log)
+        process.kill()
+    with job.started() as process:
+        check_end(process, job.log)
+    assert "revmux-n2-l1: trained before this job was stopped" in job.log.read_text()
+    assert len(job.starts()) == 1
+    client = MlflowClient(f"sqlite:///{job.storage}/mlflow.db")
+    assert [version.tags["num_inputs"] for version in client.search_model_versions("name='mood'")] == ["4", "2"]
+    assert not list(finished.glob("*"))
+
+
 @pytest.fixture
 def machines(job: TrainJob) -> Iterator[Machines]:
     with cluster_of_machines(job.folder, job.environment) as machines:

@@ -24,6 +24,7 @@ from ray_jobs.tracking.model_registry import model_uris, register_plan
 from revmux import UserError
 from revmux.adapters.config import load_adapter_config
 from revmux.data.config import DataConfig
+from revmux.data.prompt import load_prompt
 from revmux.features.config import StoreConfig
 from revmux.plan.candidate import Candidate, PlannedStage
 from revmux.plan.choose import choose, verify
@@ -242,6 +243,20 @@ def test_a_server_on_loopback_is_refused_on_a_cluster_of_several_machines() -> N
         planning.check_host("127.0.0.1", 3)
     planning.check_host("127.0.0.1", 1)
     planning.check_host("0.0.0.0", 3)
+
+
+def test_a_server_of_the_plain_model_gets_the_prompt_by_name_or_file(job: PlanJob, tmp_path: Path) -> None:
+    shipped = load_prompt("sst2")
+    own = replace(shipped, bias={next(iter(shipped.labels)): 0.5})
+    assert planning.served_prompt(None, tmp_path, str(tmp_path)) is None
+    assert planning.served_prompt(shipped, tmp_path, str(tmp_path)) == "sst2"
+    file = planning.served_prompt(own, tmp_path, str(tmp_path))
+    assert file == str(tmp_path / "prompt.yaml")
+    settings = planning.check_server(job, [], "http://localhost", file)
+    (application,) = settings["applications"]
+    assert application["args"]["prompt"] == file
+    assert load_prompt(file) == own
+    assert planning.served_prompt(own, tmp_path, "s3://bucket/plan") is None
 
 
 def test_on_a_cluster_every_machine_accepts_requests(job: PlanJob) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ray_jobs.cli import parse
+from ray_jobs.sweep.config import TuneJob
+from ray_jobs.sweep.run import base_recipe
 from revmux import UserError
 from revmux.methods import BackboneShape
 from revmux.pretrained.config import BackboneConfig
@@ -17,7 +20,7 @@ from tune_spaces.points import valid_points
 from tune_spaces.space import SearchSpace, load_space, space_names
 
 SHAPE = BackboneShape(768, 12, 2, 768, shared_answer=True, vocab_size=1000)
-RECIPE = Recipe(optim=OptimConfig(batch_size=32))
+RECIPE = Recipe(optim=OptimConfig(batch_size=8))
 
 
 def test_every_space_of_the_project_has_points_on_the_embedded_backbone() -> None:
@@ -43,6 +46,25 @@ def test_the_paper_space_trains_the_paper_s_recipe_whatever_the_job_s_is() -> No
         assert point.name == "paper"
         assert (point.optim.epochs, point.optim.learning_rate, point.optim.batch_size) == (50, 2e-5, 32)
         assert (point.loss.distillation_weight, point.method.options) == (0.0, {})
+
+
+def test_a_command_with_the_paper_space_trains_the_paper_s_recipe_with_the_given_settings() -> None:
+    flags = ["--space", "paper", "--optim.precision", "bfloat16"]
+    job = parse(TuneJob, None, flags)
+    assert (job.recipe, job.optim) == ("paper", named_recipe("paper").optim_config(precision="bfloat16"))
+    assert job.loss == named_recipe("paper").loss_config()
+    job = parse(TuneJob, None, [*flags, "--optim.learning_rate", "1e-4", "--optim.batch_size", "16"])
+    points, _ = valid_points(load_space("paper"), base_recipe(job), SHAPE, 1)
+    found = {(point.optim.learning_rate, point.optim.batch_size, point.optim.epochs) for point in points}
+    assert found == {(1e-4, 16, 50)}
+
+
+def test_a_recipe_that_the_space_replaces_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("optim: {epochs: 2}\n")
+    with pytest.raises(SystemExit):
+        parse(TuneJob, None, ["--space", "paper", "--recipe", str(own)])
+    assert "the space 'paper' sets the recipe 'paper'; omit --recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["plan", "wide"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from datasets import Dataset
 
 from revmux.data import split as split_module
 from revmux.data.split import contained, hold_out, words_of
+from revmux.errors import UserError
 
 
 def rows_of(texts: list[str], **columns: list[str]) -> Dataset:
@@ -118,9 +120,37 @@ def test_equal_texts_among_many_stay_together(many_rows: Path) -> None:
 
 
 @pytest.mark.usefixtures("many_rows")
-def test_many_equal_rows_are_split_at_random() -> None:
-    train, held = hold_out(rows_of(["same"] * 10), 3, 0)
-    assert (len(train), len(held)) == (7, 3)
+def test_many_rows_with_few_texts_are_split_by_text() -> None:
+    rows = rows_of([f"text {row % 40}" for row in range(2000)])
+    train, held = hold_out(rows, 100, 0)
+    assert len(held) == 100
+    assert leaks(train, held) == 0
+
+
+@pytest.mark.usefixtures("many_rows")
+def test_the_choosing_set_of_many_repeated_rows_is_not_small() -> None:
+    rows = rows_of([f"text {row // 3}" for row in range(6000)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train, held = hold_out(rows, 200, 0)
+    assert 190 <= len(held) <= 200
+    assert leaks(train, held) == 0
+
+
+@pytest.mark.usefixtures("many_rows")
+def test_many_rows_of_which_no_text_can_be_held_out_are_refused() -> None:
+    with pytest.raises(UserError, match=r"no rows can be held out of 10.*provide a file of its own"):
+        hold_out(rows_of(["same"] * 10), 3, 0)
+
+
+@pytest.mark.usefixtures("many_rows")
+def test_a_small_choosing_set_of_many_rows_is_reported() -> None:
+    words = [f"w{place}" for place in range(1000)]
+    texts = [" ".join(np.random.default_rng(seed).permutation(words)) for seed in range(6)]  # contain all words
+    others = [f"v{place}" for place in range(20)]
+    with pytest.warns(UserWarning, match=r"only \d+ of 500 rows are held out"):
+        train, held = hold_out(rows_of([*texts, *words, *others]), 500, 0)
+    assert leaks(train, held) == 0
 
 
 def test_a_large_set_of_phrases_is_split_within_seconds() -> None:

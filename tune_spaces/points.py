@@ -12,7 +12,7 @@ from tune_spaces.space import SearchSpace
 
 
 def valid_points(
-    space: SearchSpace, recipe: Recipe, shape: BackboneShape, workers: int
+    space: SearchSpace, recipe: Recipe, shape: BackboneShape, workers: int, longest: int | None = None
 ) -> tuple[list[Recipe], list[str]]:
     """The points of a space that a backbone can train, checked before anything starts.
 
@@ -21,6 +21,7 @@ def valid_points(
         recipe: the settings that the space does not set.
         shape: shape of the backbone.
         workers: workers per trial.
+        longest: most tokens that the backbone reads, if known.
 
     Returns:
         The points, of which a random search draws ``trials``, and the reason for each point that cannot be trained.
@@ -31,7 +32,7 @@ def valid_points(
     points, left_out = [], []
     for point in space.points(recipe, shape.num_layers):
         try:
-            check(point, shape, workers)
+            check(point, shape, workers, longest)
             points.append(point)
         except UserError as error:
             method = point.method

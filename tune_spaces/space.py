@@ -17,7 +17,7 @@ from revmux.training.config import Recipe
 from revmux.training.recipes import named_recipe
 
 KNOBS = ("methods", "num_inputs")
-RUN_SETTINGS = ("seed", "batch_size", "accumulate", "precision", "gradient_checkpointing", "patience")
+RUN_SETTINGS = ("seed", "accumulate", "precision", "gradient_checkpointing", "patience")
 """Settings of the optimizer that depend on the machine or the user, so that a space's recipe does not replace them."""
 LORA_RANK = 8
 """Rank of the low-rank updates below an exit head, unless its options set it."""
@@ -40,7 +40,8 @@ class SearchSpace:
         exit_layers: layers that exit heads read, written like ``prefill_layers``; empty means every layer but the last.
         exit_adapted: numbers of layers below an exit that LoRA adapts to it; 0 keeps all layers frozen.
         options: settings per method name, the same for every point. They take precedence over those of the recipe.
-        recipe: named recipe of all points, which replaces the job's recipe, loss and optimizer; None means the job's.
+        recipe: named recipe of all points, which replaces the recipe, loss and optimizer of a job with another recipe. A
+            command with the space has this recipe, and its other settings override single values. None means the job's.
         epochs: epochs of each trial; None means the job's setting.
         trials: most points to try; None tries all.
         search: how points are chosen if ``trials`` is smaller than the space: ``optuna`` uses earlier results to search
@@ -81,7 +82,8 @@ class SearchSpace:
     def _points(self, recipe: Recipe, num_layers: int) -> Iterator[Recipe]:
         from revmux.methods import method_class  # imports torch, which an invalid space should not wait for
 
-        if self.recipe is not None:
+        if self.recipe not in (None, recipe.name):
+            assert self.recipe is not None
             named = named_recipe(self.recipe)
             kept = {key: getattr(recipe.optim, key) for key in RUN_SETTINGS}
             recipe = replace(recipe, name=self.recipe, optim=named.optim_config(**kept), loss=named.loss_config())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from ray_jobs.training.config import FinetuneJob
 from ray_jobs.training.launch import fingerprint
 from ray_jobs.training.on_worker import run_on_worker
 from ray_jobs.training.task_model import tune_model
+from revmux.data.prompt import Prompt, load_prompt, prompt_names, write_prompt
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
 from revmux.methods import BackboneShape, build_method
@@ -42,6 +42,7 @@ from revmux.utils.redact import error_line, without_passwords
 from revmux.utils.stored_folder import publish_folder, reading_folder, writing_folder
 from serve_app.config import server_config
 
+PROMPT_NAME = "prompt.yaml"
 DEPLOY = (
     "export RAY_AUTH_MODE=token      # otherwise anyone who can reach this machine can run code on it",
     "ray get-auth-token --generate   # once",
@@ -96,7 +97,7 @@ def run_plan(job: PlanJob) -> Plan:
                 f"the plan is complete ({join_location(location, PAGE_NAME)}), but MLflow at {without_passwords(tracker.uri)} "
                 f"cannot be reached ({error_line(error)}); run the same command again later to register the plan"
             ) from None
-        record(job, plan, versions, tracker, parent)
+        record(job, plan, versions, tracker, parent, location)
         if is_uri(location):
             publish_folder(folder, location)
     print(without_passwords(summary(plan, location)))
@@ -161,7 +162,7 @@ def _plan(
     recipe = base_recipe(job)
     pretrained = load_backbone(recipe, task.label_names)
     pretrained.backbone.freeze().to("cuda" if job.cluster.use_gpu and torch.cuda.is_available() else "cpu")
-    with writing_folder(location) if is_uri(location) else nullcontext(Path(location)) as folder:
+    with writing_folder(location) as folder:
         return make_plan(
             adapters,
             pretrained,
@@ -177,7 +178,7 @@ def _plan(
         )
 
 
-def record(job: PlanJob, plan: Plan, versions: Versions, tracker: Tracker, parent: str) -> None:
+def record(job: PlanJob, plan: Plan, versions: Versions, tracker: Tracker, parent: str, location: str) -> None:
     """Log the plan's files to MLflow, and write the YAML that deploys the plan if the goal is met."""
     content = json.loads((plan.folder / PLAN_NAME).read_text())
     content["registered"] = {"model": job.register, "versions": versions}
@@ -186,7 +187,9 @@ def record(job: PlanJob, plan: Plan, versions: Versions, tracker: Tracker, paren
     serve = plan.folder / "serve.yaml"
     serve.unlink(missing_ok=True)
     if plan.is_met:
-        settings = check_server(job, model_uris(plan, job.register, versions), tracker.uri)
+        adapters = model_uris(plan, job.register, versions)
+        prompt = None if adapters else served_prompt(job.backbone.prompt, plan.folder, location)
+        settings = check_server(job, adapters, tracker.uri, prompt)
         write_durably(serve, yaml.safe_dump(settings, sort_keys=False))
         if without_passwords(tracker.uri) == tracker.uri:  # a password in the URI would be visible in the run
             files.append(serve.name)
@@ -223,13 +226,37 @@ def is_loopback(host: str) -> bool:
     return host in ("127.0.0.1", "::1", "localhost")
 
 
-def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[str, Any]:
+def served_prompt(prompt: str | Prompt | None, folder: Path, location: str) -> str | None:
+    """The prompt for a server without adapters, which would record it: the name of a shipped one, or a file.
+
+    Args:
+        prompt: the prompt.
+        folder: the plan's files on this machine, to which a prompt that is not shipped is written.
+        location: the plan's folder or URI. A server cannot read a prompt from a URI, so it gets none from there.
+    """
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    if prompt.name in prompt_names() and load_prompt(prompt.name) == prompt:
+        return prompt.name
+    write_prompt(prompt, folder / PROMPT_NAME)
+    if is_uri(location):
+        print(
+            f"plan: copy {without_passwords(join_location(location, PROMPT_NAME))} to where every replica can read it, and name "
+            "the copy as the setting prompt in serve.yaml",
+            flush=True,
+        )
+        return None
+    return join_location(location, PROMPT_NAME)
+
+
+def check_server(job: PlanJob, adapters: list[str], tracking_uri: str, prompt: str | None = None) -> dict[str, Any]:
     """Build the Serve configuration of a plan and validate it with the server's own settings class.
 
     Args:
         job: settings of the plan.
         adapters: folders or registry URIs, narrowest first.
         tracking_uri: MLflow URI of the registry.
+        prompt: name or file of the prompt; None if the adapters record it.
 
     Raises:
         UserError: a value is not valid.
@@ -238,6 +265,7 @@ def check_server(job: PlanJob, adapters: list[str], tracking_uri: str) -> dict[s
         "model": job.backbone.model,
         "revision": job.backbone.revision,
         "dtype": job.backbone.dtype,
+        "prompt": prompt,
         "max_length": job.backbone.max_length,
         "adapters": adapters,
         "num_cpus": job.cluster.cpus_per_worker,

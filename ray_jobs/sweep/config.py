@@ -50,8 +50,8 @@ class TuneJob:
         data: Labelled text.
         space: Search space: quick, plan, paper, wide, or a YAML file.
         trials: Maximum number of points of the space to try. At least 1. Default: the number that the space sets.
-        optim: Optimizer and schedule, unless the space sets them.
-        loss: Training loss, unless the space sets it. The scores of the plain model are distilled by default.
+        optim: Optimizer and schedule.
+        loss: Training loss. The scores of the plain model are distilled by default.
         store: Feature store, which all trials share.
         shuffles: Number of random groupings to average each trial's accuracy over. At least 1.
         stopping: Early stopping of trials.
@@ -63,8 +63,8 @@ class TuneJob:
         storage: Folder for checkpoints, trials and the default MLflow store, or a URI such as s3://bucket/runs, with which
             tracking.uri must be set. In a submitted job it must not be a relative path.
         name: Name of the sweep. The same name with the same task model and data resumes where it stopped.
-        recipe: Named recipe of all trials: strong, paper, or a YAML file. It supplies the optimizer, the loss and the methods'
-            options, which the space and the other settings override one by one.
+        recipe: Named recipe of all trials: strong, paper, or a YAML file, unless the space sets it. It supplies the optimizer,
+            the loss and the methods' options, which the space and the other settings override one by one.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

@@ -96,7 +96,9 @@ def prepare_sweep(job: TuneJob, storage: str | Path, task: TaskData | None = Non
     job.cluster.check_training()
     check_answers(job.backbone)
     backbone, own_labels = outline(job.backbone)
-    points, left_out = valid_points(space, base_recipe(job), BackboneShape.of(backbone), job.cluster.workers)
+    points, left_out = valid_points(
+        space, base_recipe(job), BackboneShape.of(backbone), job.cluster.workers, backbone.max_length
+    )
     for reason in left_out:
         print(f"left out: {reason}", flush=True)
     task = task or load_task(job.data, own_labels)

@@ -82,6 +82,7 @@ def run_trial(
     hooks = replace(hooks, earlier_run=earlier_runs.get(trial.name))
     try:
         trained = launch(trial.recipe, task, cluster, tracker, folder.location, trial.name, output, parent, hooks=hooks)
+        trained.forget()
     except Exception as error:
         if inside and not isinstance(error, UserError):
             raise

@@ -15,7 +15,7 @@ from typing import Any
 from ray_jobs.cluster import connected
 from ray_jobs.paths import absolute_path, absolute_storage
 from ray_jobs.planning.config import PlanJob
-from ray_jobs.planning.run import measure_on_worker, record
+from ray_jobs.planning.run import measure_on_worker, moved, record
 from ray_jobs.sweep.run import Sweep, run_sweep
 from ray_jobs.sweep.trials import SweepFolder, TrialRow, make_trials, mean_length
 from ray_jobs.tour.config import NAME, QuickstartJob
@@ -228,9 +228,10 @@ class Tour:
             with self.working("Measuring the systems on this machine", {}):
                 cores = self.job.cluster.workers * self.job.cluster.cpus_per_worker
                 on_all_cores = replace(plan_job, cluster=replace(plan_job.cluster, cpus_per_worker=cores))
-                plan = measure_on_worker(on_all_cores, rows, self.choosing, self.task, str(folder))
+                made = measure_on_worker(on_all_cores, rows, self.choosing, self.task, str(folder))
+                plan = moved(made, folder, str(folder))
                 versions = register_plan(self.tracker, NAME, plan, plan_job.backbone.model, self.task.is_pair)
-                record(plan_job, plan, versions, self.tracker, parent)
+                record(plan_job, plan, versions, self.tracker, parent, str(folder))
             for one in plan.served:
                 self.screen.line(f"The plan ships {describe_system(one.judged)}, on the choosing set.")
                 self.screen.line(

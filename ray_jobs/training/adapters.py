@@ -9,7 +9,7 @@ from ray_jobs.paths import absolute_location, recording_storage, store_in
 from ray_jobs.tracking.tracker import Tracker
 from ray_jobs.training.config import TrainJob
 from ray_jobs.training.feature_pass import fill_stores_for
-from ray_jobs.training.launch import Trained, launch, load_checked
+from ray_jobs.training.launch import Trained, finished_run, launch, load_checked
 from revmux.data.task import TaskData
 from revmux.features.tokens import tokenize_task
 from revmux.utils.copies import join_location
@@ -18,7 +18,7 @@ from revmux.utils.stored_folder import reading_folder
 
 
 def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: str) -> list[Trained]:
-    """Train the job's adapters on a connected cluster, one run after another.
+    """Train the job's adapters on a connected cluster, one run after another. A job that was stopped skips finished runs.
 
     Args:
         job: settings, with the store's root set.
@@ -34,6 +34,10 @@ def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: str
         fill_stores_for(list(recipes.values()), tokens, job.cluster)
     for name, recipe in recipes.items():
         target = join_location(output, name)
+        if (earlier := finished_run(recipe, tokens, tracker, storage, name, target)) is not None:
+            print(f"{name}: trained before this job was stopped: {without_passwords(earlier.folder)}")
+            done.append(earlier)
+            continue
         trained = launch(recipe, tokens, job.cluster, tracker, storage, name, target, checkpoint=job.checkpoint)
         metrics = trained.metrics
         print(
@@ -49,7 +53,10 @@ def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: str
             with reading_folder(trained.folder) as adapter:
                 version = tracker.register(trained.run_id, adapter, job.register, tags, backbone, task.is_pair)
             print(f"registered: models:/{job.register}/{version}")
+        trained.keep()
         done.append(trained)
+    for trained in done:
+        trained.forget()
     return done
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs.cluster import POLLING, ClusterConfig
 from ray_jobs.ray_internals import controllers_know_their_cluster
 from ray_jobs.tracking.tracker import Tracker
+from revmux.adapters.config import CONFIG_NAME
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig
@@ -35,7 +37,7 @@ from revmux.utils.stored_folder import publish_folder, reading_folder
 if TYPE_CHECKING:
     from ray_jobs.training.worker import WorkerConfig
 
-RUN_ID_FILE = "mlflow-run.txt"
+RUN_ID_FILE, FINISHED_FILE = "mlflow-run.txt", "finished.json"
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,46 @@ class Trained:
         method: the method that was trained.
         metrics: figures on the test split, cost, and number of tunable weights.
         run_id: id of the MLflow run.
+        run_folder: folder or URI of the run's checkpoints, which :meth:`forget` removes.
     """
 
     folder: str
     method: MethodConfig
     metrics: dict[str, float]
     run_id: str
+    run_folder: str
+
+    def forget(self) -> None:
+        """Remove the run's checkpoints, so that the same run starts from the beginning next time."""
+        CheckpointFolder(self.run_folder).remove()
+
+    def keep(self) -> None:
+        """Note beside the checkpoints that the run is finished, see :func:`finished_run`."""
+        noted = {"folder": self.folder, "metrics": self.metrics, "run_id": self.run_id}
+        Place.open(self.run_folder).put(FINISHED_FILE, json.dumps(noted).encode())
+
+
+def finished_run(
+    recipe: Recipe, task: TokenizedTask, tracker: Tracker, storage: str, name: str, output: str
+) -> Trained | None:
+    """The result of a run that an earlier start of its job finished; None if the run is not finished or its result is gone.
+
+    For the arguments, see :func:`launch`.
+    """
+    folder = run_folder_of(recipe, task, storage, name)
+    try:
+        noted = json.loads(Place.open(folder).get(FINISHED_FILE))
+    except FileNotFoundError:
+        return None
+    is_there = noted["folder"] == output and CONFIG_NAME in Place.open(output).files()
+    if not is_there or not tracker.has_run(noted["run_id"]):
+        return None
+    return Trained(output, recipe.method, noted["metrics"], noted["run_id"], folder)
+
+
+def run_folder_of(recipe: Recipe, task: TokenizedTask, storage: str, name: str) -> str:
+    """The folder or URI of a run's checkpoints."""
+    return join_location(storage, f"checkpoints/{name}-{fingerprint(recipe, task)}")
 
 
 def load_checked(recipes: Sequence[Recipe], workers: int) -> TaskData:
@@ -103,6 +139,8 @@ def launch(
 ) -> Trained:
     """Train on the connected cluster; a run that was stopped resumes from its last checkpoint.
 
+    The checkpoints stay until the caller calls :meth:`Trained.forget`.
+
     Args:
         recipe: already checked.
         task: its tokens.
@@ -126,7 +164,7 @@ def launch(
 
     hooks = hooks or TrialHooks()
     output = str(output)
-    run_folder = join_location(str(storage), f"checkpoints/{name}-{fingerprint(recipe, task)}")
+    run_folder = run_folder_of(recipe, task, str(storage), name)
     place = Place.open(run_folder)
     former_run = previous_run_id(place, tracker) or hooks.earlier_run
     with tracker.run(name, run_params(recipe, cluster), parent, former_run) as run_id:
@@ -152,8 +190,7 @@ def launch(
         with reading_folder(join_location(run_folder, RESULT_NAME)) as result:
             publish_folder(result, output)
             record_result(tracker, run_id, recipe, metrics, result)
-        CheckpointFolder(run_folder).remove()
-    return Trained(output, recipe.method, metrics, run_id)
+    return Trained(output, recipe.method, metrics, run_id, run_folder)
 
 
 def fit(worker: WorkerConfig, cluster: ClusterConfig, hooks: TrialHooks) -> dict[str, float]:

@@ -22,6 +22,7 @@ def tune_model(job: FinetuneJob, task: TaskData, tracker: Tracker, storage: str)
     recipe = replace(job.recipe(), store=store_in(storage, StoreConfig()))
     tokens = tokenize_task(task, recipe.backbone, recipe.store)
     trained = launch(recipe, tokens, job.cluster, tracker, storage, job.name, output, checkpoint=job.checkpoint)
+    trained.forget()
     accuracy = trained.metrics["accuracy_mean"]
     print(f"task model: {without_passwords(trained.folder)}, accuracy on the test split {accuracy:.1%}")
     return trained

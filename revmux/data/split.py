@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,11 +18,12 @@ from datasets import Dataset
 
 from revmux.data.blocks import IN_MEMORY, blocks, stored
 from revmux.data.content import content_digest
+from revmux.errors import UserError
 
 Words = tuple[str, ...]
 _BETWEEN = "\0"  # between the two texts of a pair, so that no text reaches across
 _OPENING = 3  # words by which texts are indexed
-_SAMPLED = 4  # rows that are drawn for each row to hold out
+_SAMPLED = 4  # rows in a sample for each row to hold out
 
 
 def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -31,16 +33,21 @@ def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
     contain it are, so a phrase follows its sentence, and a phrase of several sentences is kept unless all of them are
     held out. Texts are compared by their words, without case and punctuation. The two texts of a pair count as one.
 
-    Of more than :data:`revmux.data.blocks.IN_MEMORY` rows, a sample is drawn first: texts that are part of a text outside
-    of it are kept, and the others are divided as above. Memory then depends on ``size``, not on the number of rows.
+    Of more than :data:`revmux.data.blocks.IN_MEMORY` rows, a sample of texts is drawn first, each with all of its rows: texts
+    that are part of a text outside of it are kept, and the others are divided as above. Memory then depends on ``size``,
+    not on the number of rows.
 
     Args:
         rows: columns ``text`` and, for pairs, ``text_pair``. At least two rows.
-        size: number of rows to hold out, at least 1. A few rows fewer are held out if the texts allow no such division.
+        size: number of rows to hold out, at least 1. A few rows fewer are held out if the texts allow no such division;
+            a warning reports less than half of them.
         seed: random seed.
 
     Returns:
         The kept rows and the held-out rows, each in random order; if a sample was drawn, the kept rows in their order.
+
+    Raises:
+        UserError: none of the sampled texts can be held out.
     """
     size = min(size, len(rows) - 1)
     if len(rows) > IN_MEMORY:
@@ -59,8 +66,14 @@ def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
 
 def _hold_out_of_many(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
     """:func:`hold_out` for more rows than are kept in memory. The result is kept for later processes."""
-    key = hashlib.sha256(f"{content_digest(rows)} hold out {size} {seed}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{content_digest(rows)} hold out texts {size} {seed}".encode()).hexdigest()[:32]
     held = stored(f"{key}-held", _drawn(rows, size, seed)).with_format("numpy")["row"][:]
+    if 2 * len(held) < size:
+        warnings.warn(
+            f"only {len(held):,} of {size:,} rows are held out, because the other texts of a sample are part of texts "
+            "outside of it; provide a file of its own for this split to choose on more",
+            stacklevel=3,
+        )
     ordered = np.sort(held)
     kept = stored(f"{key}-kept", _filtered(rows, ordered, keep=False))
     found = pa.concat_tables(_filtered(rows, ordered, keep=True))
@@ -70,14 +83,29 @@ def _hold_out_of_many(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dat
 def _drawn(rows: Dataset, size: int, seed: int) -> Iterator[pa.Table]:
     """The numbers of the rows to hold out, in random order, as one block."""
     generator = np.random.default_rng(seed)
-    sample = np.sort(generator.choice(len(rows), min(_SAMPLED * size, len(rows) // 2), replace=False, shuffle=False))
-    texts: dict[Words, list[int]] = defaultdict(list)
-    for row, words in zip(sample.tolist(), _words(_filtered(rows, sample, keep=True))):
-        texts[words].append(row)
-    inside = _found_in(texts, _words(_filtered(rows, sample, keep=False)))
-    alone = {words: found for words, found in texts.items() if words not in inside}
-    held = _draw(alone, size, generator) if alone else generator.permutation(sample)[:size]
+    share = min(_SAMPLED * size / len(rows), 0.5)
+    while True:
+        texts: dict[Words, list[int]] = defaultdict(list)
+        for row, words in enumerate(_words(blocks(rows))):
+            if _place(words, seed) < share:
+                texts[words].append(row)
+        inside = _found_in(texts, (words for words in _words(blocks(rows)) if words not in texts))
+        held = _draw({words: found for words, found in texts.items() if words not in inside}, size, generator)
+        if held or share == 0.5:
+            break
+        share = min(_SAMPLED * share, 0.5)  # few texts, each in many rows
+    if not held:
+        raise UserError(
+            f"no rows can be held out of {len(rows):,}: every text has more than {size:,} equal rows, or is part of another "
+            "one; provide a file of its own for this split, such as dev.csv beside train.csv"
+        )
     yield pa.table({"row": generator.permutation(held)})
+
+
+def _place(words: Words, seed: int) -> float:
+    """A number between 0 and 1 at which a text with these words lies in a random order of all texts."""
+    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8, salt=str(seed).encode()[:16]).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def _filtered(rows: Dataset, chosen: np.ndarray, keep: bool) -> Iterator[pa.Table]:

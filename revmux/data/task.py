@@ -47,11 +47,17 @@ class TaskData:
 
     def without_train(self) -> TaskData:
         """The task without the texts of its train split, to be sent to another machine."""
-        return replace(self, train=_empty(self.train))
+        return replace(self, train=_empty(self.train), selection=_in_memory(self.selection), test=_in_memory(self.test))
 
     def with_test_only(self) -> TaskData:
-        """The task without the texts of its train split and selection set."""
-        return replace(self, train=_empty(self.train), selection=_empty(self.selection))
+        """The task with the texts of its test split alone, to be sent to another machine."""
+        train, selection = _empty(self.train), _empty(self.selection)
+        return replace(self, train=train, selection=selection, test=_in_memory(self.test))
+
+
+def _in_memory(split: Dataset) -> Dataset:
+    """A split whose rows are sent with it. Of a memory-mapped one, only the path of its file would be."""
+    return Dataset(pa.concat_tables(blocks(split))) if len(split) else _empty(split)
 
 
 def _empty(split: Dataset) -> Dataset:

@@ -151,7 +151,7 @@ class Bench:
         return found
 
     def _scores_of(self, adapter: TrainedAdapter, rows: Tensor) -> StageScores:
-        model = self._model(adapter.folder)
+        model = load_adapter(adapter.folder, self.pretrained)  # not kept: a sweep may have hundreds
         features = FeatureRows(self._features(model), rows)
         correct, sure, agrees, answers = [], [], [], []
         with evaluating(model):

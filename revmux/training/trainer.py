@@ -187,6 +187,11 @@ class Trainer:
         """Optimizer steps of the whole run, including those before a restart."""
         return self.steps_per_epoch * self.state.restarted_after + self.steps_per_start
 
+    @property
+    def _steps_since_start(self) -> int:
+        """Completed steps since the run started or restarted."""
+        return self.state.step - self.steps_per_epoch * self.state.restarted_after
+
     def _rate(self, step: int) -> float:
         total = self.steps_per_start
         warmup = math.ceil(self.optim.warmup_share * total)
@@ -334,7 +339,7 @@ class Trainer:
             before += inside.numel()
             # Gradients are averaged over the workers, which may have different numbers of groups.
             weight = len(inside) * self.world / len(whole)
-            warmup = self.state.step < self.model.method.warmup_steps
+            warmup = self._steps_since_start < self.model.method.warmup_steps
             is_last = index == len(parts) - 1
             with nullcontext() if is_last or self.world == 1 else self.step.no_sync():  # type: ignore[operator]
                 losses = self.step(batch, inside, teachers, warmup, candidates)

@@ -29,9 +29,19 @@ class Delimited(Format):
         self.delimiter = delimiter
 
     def columns(self, filesystem: FileSystem, path: str) -> dict[str, pa.DataType]:
-        """The names in the header."""
+        """The names in the header.
+
+        Raises:
+            UserError: two columns have the same name.
+        """
         with open_lines(filesystem, path) as stream:
-            return dict.fromkeys(self._header(ByteLines(stream)), pa.string())
+            names = self._header(ByteLines(stream))
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise UserError(
+                    f"columns {names.index(name) + 1} and {place + 1} of {path!r} are both named {name!r}; rename one in the header"
+                )
+        return dict.fromkeys(names, pa.string())
 
     def divide(self, filesystem: FileSystem, path: str, unit_rows: int) -> list[Range]:
         """Ranges of bytes that start and end between records."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,9 @@ from revmux.bulk.formats.base import Columns, Format, Range, Rows
 from revmux.bulk.formats.lines import ByteLines, divide_records, open_lines, read_bytes, rows_of_records
 from revmux.errors import UserError
 
+OBJECTS = 1000
+"""Lines in which the keys of a file are looked up."""
+
 
 class JsonLines(Format):
     """JSON lines. Kept values that are no strings are written as JSON, and blank lines are no rows.
@@ -21,21 +25,20 @@ class JsonLines(Format):
     """
 
     def columns(self, filesystem: FileSystem, path: str) -> dict[str, pa.DataType]:
-        """The keys of the first line that is an object.
+        """The keys of the first objects, in the order in which they occur. An object may lack keys.
 
         Raises:
             UserError: the file is one JSON array.
         """
+        found: dict[str, pa.DataType] = {}
         with open_lines(filesystem, path) as stream:
-            for line in ByteLines(stream):
-                if line.lstrip().startswith("["):
+            for line in islice(ByteLines(stream), OBJECTS):
+                if not found and line.lstrip().startswith("["):
                     raise UserError(
                         f"{path!r} starts with a JSON array; known: one object per line; convert it to JSON lines"
                     )
-                record, _ = _parse(line)
-                if record:
-                    return dict.fromkeys(record, pa.string())
-        return {}
+                found |= dict.fromkeys(_parse(line)[0], pa.string())
+        return found
 
     def divide(self, filesystem: FileSystem, path: str, unit_rows: int) -> list[Range]:
         """Ranges of bytes that start and end between lines."""
