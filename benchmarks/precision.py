@@ -58,7 +58,7 @@ def precision_words(result: dict[str, Any]) -> dict[str, str]:
     layers = max(row["layer"] for row in result["rows"])
     inputs = result["rows"][0]["inputs"]
     words = (
-        f"Layers 0 to {layers} of {result['meta']['backbone']['name']}, tuned for the embedded task, each on all {inputs} test "
+        f"Layers 0 to {layers} of {result['meta']['backbone']['name']}, tuned for the task `docstrings`, each on all {inputs} test "
         "inputs."
     )
     return {"precision": "\n".join(lines) + f"\n\n{words}\n"}

@@ -23,7 +23,7 @@ SOURCES = {"/metrics of the server": "revmux", "Ray's metrics agents": "ray_revm
 _DATA = DataSourceRef(type_val="prometheus", uid="${datasource}")
 _CLASSIFICATIONS = 'route=~"/|/predict|/classify|/tasks/.*|/v2/models/.*/infer"'
 
-_QUEUE, _PASS = 'stage="queue"', 'stage="pass"'
+_QUEUE, _PASS = 'step="queue"', 'step="pass"'
 
 
 class Panel(NamedTuple):
@@ -136,21 +136,21 @@ ROWS = {
             "Mean time of a step",
             "Per input for tokenize and queue, per forward pass for the other steps. pass is the whole forward pass.",
             "s",
-            [(_share("stage_seconds_sum", "stage_seconds_count", "stage"), "{{stage}}")],
+            [(_share("step_seconds_sum", "step_seconds_count", "step"), "{{step}}")],
         ),
         Panel(
             "Time in the queue",
             "From queueing to the start of the forward pass, 95 % of inputs wait less.",
             "s",
             [
-                (f"histogram_quantile(0.95, {_rate('stage_seconds_bucket', 'le, task', _QUEUE)})", "{{task}}"),
+                (f"histogram_quantile(0.95, {_rate('step_seconds_bucket', 'le, task', _QUEUE)})", "{{task}}"),
             ],
         ),
         Panel(
             "Busy model",
             "The share of time in which the model of a replica runs a pass.",
             "percentunit",
-            [(_rate("stage_seconds_sum", "replica", _PASS), "{{replica}}")],
+            [(_rate("step_seconds_sum", "replica", _PASS), "{{replica}}")],
         ),
     ],
     "Quality and cost": [
@@ -209,7 +209,7 @@ def build() -> str:
     made = (
         dashboard.Dashboard("RevMUX")
         .uid("revmux")
-        .description("Requests, group widths, latency, fall-back and agreement of the servers of RevMUX.")
+        .description("Requests, group widths, latency, fallback and agreement of the servers of RevMUX.")
         .tags(["revmux", "ray"])
         .timezone("browser")
         .time("now-1h", "now")

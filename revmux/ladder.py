@@ -23,7 +23,7 @@ from revmux.deferral import Deferral
 from revmux.errors import UserError
 from revmux.fallback import check_threshold, confidence, resume, why_states_differ
 from revmux.grouping import consecutive_groups, gather_rows
-from revmux.model import MultiplexedClassifier, OnStage
+from revmux.model import MultiplexedClassifier, OnStep
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def climb(
     order: Tensor | None = None,
     widest: Tensor | None = None,
     resumes: bool = True,
-    on_stage: OnStage | None = None,
+    on_step: OnStep | None = None,
 ) -> LadderAnswers:
     """Pass the unsure inputs of a first stage through the later stages and the plain model.
 
@@ -230,12 +230,12 @@ def climb(
             goes to the plain model.
         resumes: whether the plain model runs. If not, the scores of inputs that fall back are those of their last
             stage; this is for callers that have the plain model's answers.
-        on_stage: called with ``prefill``, ``multiplex``, ``upper``, ``head`` and ``resume`` after each of these parts.
+        on_step: called with ``prefill``, ``multiplex``, ``upper``, ``head`` and ``resume`` after each of these parts.
     """
     rows = unsure.cpu().nonzero().squeeze(1)  # (U,) inputs without a final answer
     if not len(rows):
         return answers
-    mark, device = on_stage or _ignore, state.hidden.device
+    mark, device = on_step or _ignore, state.hidden.device
     keys = (state.mask.sum(dim=1) if order is None else order).cpu()  # (R,)
     scores, last, group = answers.scores.clone(), answers.last.clone(), answers.group.clone()
     passed = [answers.scores]  # (R, C) for each stage so far

@@ -19,11 +19,11 @@ from revmux.errors import UserError
 from revmux.grouping import consecutive_groups, gather_rows
 from revmux.methods import BackboneShape, Method, Siso
 
-OnStage = Callable[[str], None]
-"""Called after each stage with its name: prefill, multiplex, upper, head."""
+OnStep = Callable[[str], None]
+"""Called after each step with its name: prefill, multiplex, upper, head."""
 
 
-def _ignore(stage: str) -> None:
+def _ignore(step: str) -> None:
     """The default callback: do nothing."""
 
 
@@ -90,7 +90,7 @@ class MultiplexedClassifier(nn.Module):
             state = self.backbone.embed_whole(tokens) if alone else self.backbone.embed(tokens)
             return self.backbone.run(state, self.prefill_layers)
 
-    def run_groups(self, prefilled: HiddenState, groups: Tensor, on_stage: OnStage = _ignore) -> GroupOutput:
+    def run_groups(self, prefilled: HiddenState, groups: Tensor, on_step: OnStep = _ignore) -> GroupOutput:
         """Multiplex prefilled inputs, run the upper layers once per group, demultiplex and classify.
 
         Training, evaluation, serving and the operation counter all use this method.
@@ -98,17 +98,17 @@ class MultiplexedClassifier(nn.Module):
         Args:
             prefilled: B inputs at depth l.
             groups: (G, N) long, the rows of ``prefilled`` in each group. A row may fill several slots.
-            on_stage: called after each stage with its name: ``multiplex``, ``upper`` and ``head``.
+            on_step: called after each step with its name: ``multiplex``, ``upper`` and ``head``.
         """
         if self.method.reads_whole_inputs:
             prefilled = prefilled.whole()
         own = self.method.own_states(self.backbone, prefilled)[groups]  # (G, N, 2d)
         mixed = self.multiplex(prefilled, groups)  # (G, S', d)
-        on_stage("multiplex")
+        on_step("multiplex")
         upper = self.upper_in_training(mixed) if self.training else self.upper(mixed)  # (G, S', d) or (G, A, d)
-        on_stage("upper")
+        on_step("upper")
         output = self.answer(upper, own)
-        on_stage("head")
+        on_step("head")
         return output
 
     def multiplex(self, prefilled: HiddenState, groups: Tensor) -> HiddenState:
@@ -233,18 +233,18 @@ class MultiplexedClassifier(nn.Module):
         flat = {name: tensor.flatten(0, 1) for name, tensor in grouped.items()}  # (G·N, S')
         return flat, torch.arange(groups.numel(), device=groups.device).view_as(groups)
 
-    def run_tokens(self, tokens: TokenBatch, groups: Tensor, on_stage: OnStage = _ignore) -> GroupOutput:
+    def run_tokens(self, tokens: TokenBatch, groups: Tensor, on_step: OnStep = _ignore) -> GroupOutput:
         """Run :meth:`prefill` and :meth:`run_groups`, also for methods whose tokens depend on the slot.
 
         Args:
             tokens: each (B, S).
             groups: (G, N) long, rows of ``tokens``.
-            on_stage: called after each stage with its name, ``prefill`` first.
+            on_step: called after each step with its name, ``prefill`` first.
         """
         tokens, groups = self.slot_tokens(tokens, groups)
         prefilled = self.prefill(tokens)
-        on_stage("prefill")
-        return self.run_groups(prefilled, groups, on_stage)
+        on_step("prefill")
+        return self.run_groups(prefilled, groups, on_step)
 
     def run_batch(self, tokens: TokenBatch | None, prefilled: HiddenState | None, groups: Tensor) -> GroupOutput:
         """Run a batch of features from its prefilled states if it has them, otherwise from its tokens.

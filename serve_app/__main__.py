@@ -30,8 +30,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m serve_app") 
         "--adapters",
         type=list[str] | str,
         default=[],
-        help="Adapters separated by commas, one for each N, and one for each later stage of a ladder: folders, "
-        "models:/NAME@ALIAS or runs:/ID/PATH.",
+        help="Adapters separated by commas, one for each N, and one for each later stage of a ladder: folders "
+        "or their URIs, Hugging Face ids, models:/NAME@ALIAS or runs:/ID/PATH.",
     )
     settings = parser.parse_args(argv).as_dict()
     del settings["config"]

@@ -22,7 +22,7 @@ class ClassifyRequest(RequestOptions):
 
     input: str | Annotated[list[str], Field(fail_fast=True)] = Field(description="one text, or a list of texts")
     model: str | None = Field(default=None, description="name of the task; required if the server has several")
-    user: str | None = Field(default=None, description="accepted and not used")
+    user: str | None = Field(default=None, description="accepted but ignored")
 
     @property
     def texts(self) -> list[Text]:

@@ -169,7 +169,7 @@ class AppConfig(_TaskSettings):
         max_texts: Maximum number of inputs per request.
         max_body_bytes: Maximum size of a request's body in bytes.
         body_seconds: Maximum number of seconds for the body of a request to arrive.
-        stuck_seconds: Maximum number of seconds per forward pass. A replica whose model takes longer is replaced.
+        stuck_seconds: Number of seconds in which no forward pass begins or ends, after which a replica is replaced.
         token_file: File with bearer tokens, one per line. If neither token_file nor token_env is set, requests need no
             token.
         token_env: Name of an environment variable that contains a bearer token, set on the nodes where the replicas

@@ -110,7 +110,7 @@ _REASONS = {
     408: "the body did not arrive in time",
     413: "the request contains more bytes or texts than allowed",
     422: "the request does not match this description, or a text is too long",
-    424: "the model failed on this batch; other batches are not affected",
+    424: "the model failed on an input of this request; other requests are not affected",
     429: "the queue is full; retry after the time in `Retry-After`",
     503: "the server is shutting down or the model does not answer; retry after the time in `Retry-After`",
     504: "the timeout of the request passed before the model started",

@@ -161,13 +161,13 @@ class ReplicaMetrics:
             for width, number in sorted(counted["groups"].items()):
                 groups.add_metric([task, str(width)], number)
             widths.add_metric([task], *_histogram(counted["groups"]))
-        yield from (queue, limit, *counters.values(), inputs, groups, methods, ladder, widths, self._stage_seconds())
+        yield from (queue, limit, *counters.values(), inputs, groups, methods, ladder, widths, self._step_seconds())
 
-    def _stage_seconds(self) -> Metric:
+    def _step_seconds(self) -> Metric:
         family = HistogramMetricFamily(
-            "revmux_stage_seconds",
+            "revmux_step_seconds",
             "seconds per input for the steps tokenize and queue, seconds per forward pass for the other steps",
-            labels=["task", "stage"],
+            labels=["task", "step"],
         )
         for (task, step), seconds in list(self._steps.items()):
             family.add_metric([task, step], *seconds.buckets())

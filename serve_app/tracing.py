@@ -2,7 +2,7 @@
 
 A request is one span, which continues the trace of its header ``traceparent``. Its children are ``tokenize``, and for
 each forward pass that answered inputs of the request ``queue`` and ``pass``. The children of a pass are its steps, with
-the names of :mod:`revmux.serving.forward`; ``resume`` is the fall-back. The engine measures steps in any case, so spans
+the names of :mod:`revmux.serving.forward`; ``resume`` is the fallback. The engine measures steps in any case, so spans
 are made from its answers, after the reply.
 """
 

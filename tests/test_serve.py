@@ -243,14 +243,14 @@ def test_rays_metrics_agent_has_every_metric_of_the_server(server: Server) -> No
     wait_until(lambda: not missing(), 60, every=0.5)
     # Health checks and requests for metrics change other series meanwhile, but they run no upper layers.
     exact = {key: value for key, value in own.items() if "upper" in key[1]}
-    assert {name for name, _ in exact} == {f"revmux_stage_seconds_{part}" for part in ("bucket", "count", "sum")}
+    assert {name for name, _ in exact} == {f"revmux_step_seconds_{part}" for part in ("bucket", "count", "sum")}
     assert {key: found[f"ray_{key[0]}", key[1]] for key in exact} == exact
     assert needed("ray_revmux").keys() <= {name for name, _ in found}
 
 
 def _series(url: str) -> dict[tuple[str, tuple[str, ...]], float]:
     """Values of our series by name and the server's own labels, sorted by label name. Serve and Ray add others."""
-    own = ("le", "method", "route", "stage", "status", "task", "width")
+    own = ("le", "method", "route", "stage", "status", "step", "task", "width")
     return {
         (sample.name, tuple(sample.labels[label] for label in own if label in sample.labels)): sample.value
         for family in text_string_to_metric_families(httpx.get(url, timeout=30).text)

@@ -43,8 +43,8 @@ def test_metrics_count_requests_groups_and_stages(url: str) -> None:
     assert gained["revmux_group_width_bucket", "4.0", "mood"] == gained["revmux_group_width_count", "mood"] == 2
     assert gained["revmux_group_width_bucket", "2.0", "mood"] == 0
     assert gained["revmux_tokens_total", "mood"] > 8
-    assert gained["revmux_stage_seconds_count", "tokenize", "mood"] == 8
-    assert gained["revmux_stage_seconds_count", "upper", "mood"] >= 1
+    assert gained["revmux_step_seconds_count", "tokenize", "mood"] == 8
+    assert gained["revmux_step_seconds_count", "upper", "mood"] >= 1
     assert gained["revmux_queue_inputs", "mood"] == 0
     assert after["revmux_queue_limit",] == 512
 

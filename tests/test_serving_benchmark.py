@@ -183,7 +183,7 @@ def test_the_page_shows_which_targets_were_met_missed_and_not_measured() -> None
     assert "| rival | ≥ 1 | – | – | not measured: not installed |" in words
     assert "| free | – | 0.50 (0.50–0.50) | – | – |" in words
     assert "1 of 3 targets met" in words
-    assert "| b, quiet | 25.0 % | 75.0 % |" in words
+    assert "| b, quiet | 25.0% | 75.0% |" in words
 
 
 def test_the_page_shows_the_request_path_with_its_cpu_time() -> None:

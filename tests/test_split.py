@@ -139,7 +139,7 @@ def test_the_choosing_set_of_many_repeated_rows_is_not_small() -> None:
 
 @pytest.mark.usefixtures("many_rows")
 def test_many_rows_of_which_no_text_can_be_held_out_are_refused() -> None:
-    with pytest.raises(UserError, match=r"no rows can be held out of 10.*provide a file of its own"):
+    with pytest.raises(UserError, match=r"no rows can be held out of 10.*provide a separate file"):
         hold_out(rows_of(["same"] * 10), 3, 0)
 
 

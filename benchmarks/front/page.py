@@ -98,7 +98,8 @@ def _stages(row: Row) -> str:
             return "plain model"
         lora = " with LoRA" if stage["options"].get("lora_rank") else ""
         if stage["method"] in ("exit-head", "skip-only"):
-            names.append(f"{stage['method'].replace('-', ' ')}{lora}, layer {stage['options']['layer']}")
+            name = "exit head" if stage["method"] == "exit-head" else "skip-only"
+            names.append(f"{name}{lora}, layer {stage['options']['layer']}")
         else:
             names.append(f"{stage['method']}{lora} N={stage['num_inputs']} l={stage['prefill_layers']}")
     last = row["stages"][-1]["threshold"] if row["stages"] else None
@@ -109,7 +110,7 @@ def _stages(row: Row) -> str:
 def _summary(rows: list[Row]) -> str:
     """Return what a plan over all systems ships per allowance, for the first page."""
     lines = [
-        "| task | points that may be lost | what the plan chooses | throughput, measured | points lost on the test split | verified |",
+        "| task | allowance, points | what the plan chooses | throughput, measured | points lost on the test split | outcome |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -124,8 +125,8 @@ def _summary(rows: list[Row]) -> str:
 def _plans(rows: list[Row]) -> str:
     """Return every plan, with all systems and without multiplexing."""
     lines = [
-        "| task | allowed | systems | served | falls back | cost, counted | throughput | promised loss, upper bound "
-        "| verified loss (interval) | allowance |",
+        "| task | allowance | systems | served | falls back | cost, counted | throughput | promised loss, upper bound "
+        "| verified loss (interval) | outcome |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -101,5 +101,5 @@ def _stages(row: Row) -> str:
     for stage in row["stages"]:
         layer = stage["options"].get("layer")
         place = f"layer {layer}" if layer is not None else f"N={stage['num_inputs']} l={stage['prefill_layers']}"
-        names.append(f"{stage['method']} {place}")
+        names.append(f"{stage['method'].replace('exit-head', 'exit head')}, {place}")
     return " → ".join([*names, *(["plain model"] if row["stages"][-1]["threshold"] else [])])

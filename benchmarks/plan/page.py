@@ -16,8 +16,8 @@ def plan_words(result: Row) -> dict[str, str]:
     plans = [row for row in rows if "allowance" in row]
     timed = [row for row in rows if "allowance" not in row]
     lines = [
-        "| task | allowed | served system | N | falls back below | promised loss, upper bound | verified loss (interval) | cost, counted "
-        "| throughput | allowance |",
+        "| task | allowance | served system | N | falls back below | promised loss, upper bound | verified loss (interval) | cost, counted "
+        "| throughput | outcome |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_plan_line(row) for row in plans),
         "",

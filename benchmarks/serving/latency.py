@@ -22,9 +22,9 @@ def measure_quiet(servers: Servers, pairs: int) -> list[Row]:
     servers.ours(1, CUT, connections=1)  # a warm-up: one-time work is not measured
     for _ in range(pairs):
         plain.append(servers.ours(requests, CUT, 1, connections=1).p50)
-        before = servers.stage_seconds(CUT)
+        before = servers.step_seconds(CUT)
         leg = servers.ours(requests, CUT, connections=1)
-        parts.append(shares(leg, before, servers.stage_seconds(CUT)))
+        parts.append(shares(leg, before, servers.step_seconds(CUT)))
         free.append(leg.p50)
     name = f"quiet, {workload.name}: p50 with adapters / at N = 1"
     row = ratio_row(name, [ours / alone for alone, ours in zip(plain, free)], QUIET_TARGET)

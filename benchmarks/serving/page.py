@@ -31,7 +31,7 @@ def shares_table(rows: list[Row]) -> str:
     lines = [f"| backbone, load | {' | '.join(parts)} |", f"|---|{'---|' * len(parts)}"]
     for backbone, load in loads:
         own = {row["part"]: row["ratio_median"] for row in rows if (row["backbone"], row["load"]) == (backbone, load)}
-        cells = [f"{100 * own[part]:.1f} %" if part in own else "–" for part in parts]
+        cells = [f"{100 * own[part]:.1f}%" if part in own else "–" for part in parts]
         lines.append(f"| {backbone}, {load} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -23,9 +23,9 @@ def measure_groups(servers: Servers, num_inputs: int, cut: int, pairs: int) -> l
     servers.ours(num_inputs, cut, num_inputs)  # a warm-up: one-time work is not measured
     for _ in range(pairs):
         plain.append(servers.ours(sizes.plain, cut, 1).per_second)
-        before = servers.stage_seconds(cut)
+        before = servers.step_seconds(cut)
         leg = servers.ours(sizes.grouped, cut, num_inputs)
-        parts.append(shares(leg, before, servers.stage_seconds(cut)))
+        parts.append(shares(leg, before, servers.step_seconds(cut)))
         grouped.append(leg.per_second)
         widths.append(leg.mean_header("x-revmux-width"))
     counted = workload.counted_speedup(num_inputs, cut)

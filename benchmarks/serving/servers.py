@@ -110,8 +110,8 @@ class Servers:
         ]
         return self._send(url, bodies, (url, bodies[0]), None, None)
 
-    def stage_seconds(self, cut: int) -> dict[str, float]:
-        """Return the seconds of all forward passes so far, by stage, for the adapters of one cut."""
+    def step_seconds(self, cut: int) -> dict[str, float]:
+        """Return the seconds of all forward passes so far, by step, for the adapters of one cut."""
         info = httpx.get(f"{self._ray_serve}/info", timeout=60, trust_env=False).raise_for_status().json()
         return dict(info["replica"]["tasks"][_task(cut)]["seconds"])
 

@@ -82,7 +82,7 @@ class Workload:
         return folders
 
     def batches(self, inputs: int, batch_size: int) -> list[TokenBatch]:
-        """Return tokenised texts in batches of similar length, each tensor (B, S)."""
+        """Return tokenized texts in batches of similar length, each tensor (B, S)."""
         texts = [self.texts[index % len(self.texts)] for index in range(inputs)]
         texts.sort(key=lambda text: len(self.pretrained.tokenizer(text)["input_ids"]))
         return [

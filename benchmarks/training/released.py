@@ -46,7 +46,7 @@ class ReleasedTraining:
 
     Args:
         model: the model; every weight of its backbone requires gradients.
-        split: the tokenised inputs.
+        split: the tokenized inputs.
         loss: loss settings, the same as for our trainer.
         learning_rate: learning rate of AdamW for the adapters.
     """

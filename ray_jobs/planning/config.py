@@ -22,7 +22,8 @@ class PlanJob(TuneJob):
         measure: How systems are measured on this hardware.
         tuning: Optimizer and schedule for tuning the backbone first, if it has no classification head.
         frozen_layers: Number of lowest layers that this tuning leaves unchanged. 0 tunes the whole model.
-        register: Name of the registered model in MLflow. The systems of the front become its versions.
+        register: Name of the registered model in MLflow. The served systems and the two ends of the front
+            become its versions.
         host: Interface that the planned server listens on.
         port: TCP port of the planned server, 1 to 65535.
         space: Search space of the sweep: plan, wide, quick, paper, or a YAML file.

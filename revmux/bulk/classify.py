@@ -143,7 +143,7 @@ def finish(job: Job, output: OutputFolder, progress: Progress, stopped: bool) ->
 
 
 def warn_agreement(agreement: Agreement, promised: float | None) -> str | None:
-    """A warning if the agreement is below what the system had in its evaluation, with 95 % confidence."""
+    """A warning if the agreement is below what the system had in its evaluation, with 95% confidence."""
     if promised is None or not agreement.rows or agreement.interval()[1] >= promised:
         return None
     return (

@@ -44,7 +44,7 @@ class BulkConfig:
             least 1. Default: 4096 on CPUs, whose caches are small, and 16384 on GPUs.
         attempts: Number of times that a unit may fail before it is left out. At least 1.
         audit: Share of the rows that also run through the plain model, to measure how often the answers agree. 0..1.
-        audit_floor: Stop the job if the agreement is below this share with 99.9 % confidence. 0..1. Default: only log a
+        audit_floor: Stop the job if the agreement is below this share with 99.9% confidence. 0..1. Default: only log a
             warning.
         sample_rows: Number of rows with their texts on the summary page. 0 or more.
         price: Hourly price of a worker's hardware, such as its GPU, in any currency. Progress and summary then show the

@@ -18,7 +18,7 @@ def near_duplicates(texts: Sequence[Words]) -> Iterator[tuple[int, int]]:
     """Pairs of positions that connect all near-duplicates, directly or through others.
 
     Two texts are near-duplicates if they have the same words, if the shorter one has at least 5 words and is part of the
-    other, or if at least 40 % of all their three-word sequences occur in both.
+    other, or if at least 40% of all their three-word sequences occur in both.
 
     Args:
         texts: the words of each text, see :func:`revmux.data.split.words_of`.

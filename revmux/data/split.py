@@ -71,7 +71,7 @@ def _hold_out_of_many(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dat
     if 2 * len(held) < size:
         warnings.warn(
             f"only {len(held):,} of {size:,} rows are held out, because the other texts of a sample are part of texts "
-            "outside of it; provide a file of its own for this split to choose on more",
+            "outside of it; provide a separate file for this split to hold out more rows",
             stacklevel=3,
         )
     ordered = np.sort(held)
@@ -97,7 +97,7 @@ def _drawn(rows: Dataset, size: int, seed: int) -> Iterator[pa.Table]:
     if not held:
         raise UserError(
             f"no rows can be held out of {len(rows):,}: every text has more than {size:,} equal rows, or is part of another "
-            "one; provide a file of its own for this split, such as dev.csv beside train.csv"
+            "one; provide a separate file for this split, such as dev.csv beside train.csv"
         )
     yield pa.table({"row": generator.permutation(held)})
 

@@ -194,7 +194,7 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
         raise
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise UserError(
-            f"cannot read {file} as a GGUF model ({error_line(error)}); name a GGUF file of a LLaMA"
+            f"cannot read {file} as a GGUF model ({error_line(error)}); name a GGUF file of a supported decoder"
         ) from None
     # Transformers refuses to save a model that it read from a GGUF file, so its weights move to a model without that mark.
     with CREATION:

@@ -187,7 +187,7 @@ def _multiplexed(
     if shared is None or not goes_on:
         return answers
     widest = torch.tensor([WIDEST if cap is None else cap for cap in caps])
-    return climb(backbone, later, shared, answers, unsure, widest=widest, on_stage=clock.mark)
+    return climb(backbone, later, shared, answers, unsure, widest=widest, on_step=clock.mark)
 
 
 def slots_by_width(groups: Sequence[Group], device: torch.device | str = "cpu") -> dict[int, Tensor]:

@@ -66,7 +66,7 @@ def one_line(message: str, known: Iterable[str] = ()) -> str:
         return f"unknown setting {name}{did_you_mean(name, options)}"
     if found := re.match(r"the following arguments are required: (.*)", text, re.IGNORECASE):
         names = [f"--{name}" if f"--{name}" in options else name.upper() for name in found.group(1).split(", ")]
-        return f"{', '.join(names)} is missing; give a value"
+        return f"{', '.join(names)} is required; give a value"
     if found := re.match(r"argument (?:\w+\.)*subcommand: invalid choice: (.+?) \(choose from (.*)\)", text):
         valid = found.group(2).replace("'", "")
         return f"unknown command {found.group(1)}{did_you_mean(found.group(1).strip(chr(39)), valid.split(', '))}; known: {valid}"

@@ -152,7 +152,7 @@ function showStages(then, now) {
       cell(row, stage ? systems.map((system) => `${system.method}, N = ${system.num_inputs}`).join(" / ") : "plain model");
       cell(row, stage ? systems.map((system) => system.relative_cost.toFixed(2)).join(" / ") : "1.00");
       cell(row, gained[index]);
-      cell(row, all ? `${Math.round(100 * gained[index] / all)} %` : "–");
+      cell(row, all ? `${Math.round(100 * gained[index] / all)}%` : "–");
     });
   }
   at("stages").hidden = !body.rows.length;
