@@ -93,7 +93,7 @@ def _program() -> str | None:
 
 
 def with_absolute_model(config: Config) -> Config:
-    """Make the path of a local model absolute, since workers run in other working folders."""
+    """Make the path of a local model absolute, since workers run in other working directorys."""
     backbone = getattr(config, "backbone", None)
     if not isinstance(backbone, BackboneConfig) or backbone.model in EMBEDDED_MODELS:
         return config

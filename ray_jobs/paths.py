@@ -25,14 +25,14 @@ def absolute_path(path: str, setting: str) -> Path:
         setting: name of the setting, for the error message.
 
     Raises:
-        UserError: ``path`` is a URI, or it is relative in a submitted job, whose working folder is temporary.
+        UserError: ``path`` is a URI, or it is relative in a submitted job, whose working directory is temporary.
     """
     if "://" in path:
         raise UserError(f"{setting} {without_passwords(path)!r} is a URI, but must be a path, such as /mnt/revmux")
     expanded = Path(path).expanduser()
     if not expanded.is_absolute() and in_submitted_job():
         raise UserError(
-            f"{setting} {path!r} is relative, but the working folder of a submitted job is temporary; choose an absolute "
+            f"{setting} {path!r} is relative, but the working directory of a submitted job is temporary; choose an absolute "
             "path that every node reaches, such as --storage /mnt/revmux, or a URI, such as --storage s3://bucket/runs"
         )
     return expanded.absolute()
@@ -105,7 +105,7 @@ def own_folder(storage: str | Path) -> Path:
 
 
 def store_in(storage: str | Path, store: StoreConfig) -> StoreConfig:
-    """The store's settings with an absolute root, since workers run in other working folders.
+    """The store's settings with an absolute root, since workers run in other working directorys.
 
     By default the store is in the storage, which every node reaches, so that all machines of a cluster share computed
     features. The user's cache folder exists on one machine only.

@@ -144,7 +144,7 @@ class FrontEnd:
             try:
                 await self._look(needs_one)
             except Exception as error:
-                logger.warning("cannot look for an engine: %s: %s", type(error).__name__, error)
+                logger.warning("cannot find an engine: %s: %s", type(error).__name__, error)
             needs_one = self._link is None or self._link.is_draining
             with suppress(TimeoutError):
                 async with asyncio.timeout(RETRY_SECONDS if needs_one else BALANCE_SECONDS):
@@ -179,7 +179,7 @@ class FrontEnd:
         self._attached.set()
         if before is not None:
             before.leave()
-        logger.info("attached to the engine %s", engine.engine)
+        logger.info("connected to the engine %s", engine.engine)
         self._on_link(link)
 
     def _on_link(self, link: EngineLink) -> None:
@@ -188,7 +188,7 @@ class FrontEnd:
             return
         if not link.connection.is_open:
             self._link = None
-            logger.warning("lost the engine %s", link.address.engine)
+            logger.warning("lost the connection to the engine %s", link.address.engine)
             self._changed.set()
         elif link.is_draining:
             self._changed.set()

@@ -39,7 +39,7 @@ def test_the_audit_stops_a_job_that_falls_below_the_floor(
     assert not report.is_complete
     assert report.totals.rows < 200
     assert report.totals.agreement.is_below(0.9)
-    assert "agree with the plain model in" in (warn_agreement(report.totals.agreement, 0.99) or "")
+    assert "agreement with the plain model is" in (warn_agreement(report.totals.agreement, 0.99) or "")
     assert not (Path(bulk_config.output) / META / "manifest.json").exists()
 
 
@@ -60,7 +60,7 @@ def test_a_job_has_the_price_of_the_time_of_all_its_starts(bulk_config: BulkConf
     second = classify_files(bulk_config, on_progress=lambda progress: lines.append(progress.line(1)))
     assert second.price is not None
     assert second.price.so_far > first.price.so_far
-    assert f"price {second.price.so_far:,.2f}, a million rows {second.price.per_million:,.2f}" in lines[-1]
+    assert f"price {second.price.so_far:,.2f}, {second.price.per_million:,.2f} per million rows" in lines[-1]
     job, _ = list_and_prepare(bulk_config)
     write_summary(output, second, job)
     page = (Path(bulk_config.output) / META / "summary.html").read_text()

@@ -73,7 +73,7 @@ def test_insufficient_disk_space_is_detected_before_writing(
 ) -> None:
     monkeypatch.setattr(Place, "free", lambda place: 4000)  # the teacher needs 3.2 kB
     assert open_features(pretrained(bert()), split(), [1], config).stored_layers == ()
-    assert "more than the 4e-06 GB available on the disk" in caplog.text
+    assert "more than the 4e-06 GB available on disk" in caplog.text
 
 
 def test_features_of_decoders_that_read_the_text_are_not_stored(

@@ -114,7 +114,7 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_prestart_worker_first_driver": "0",  # jobs with a working folder cannot use such workers
+        "RAY_prestart_worker_first_driver": "0",  # jobs with a working directory cannot use such workers
     }
     subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     port, dashboard, client, agent = free_ports(4)

@@ -179,7 +179,7 @@ def test_pairs_and_single_texts_are_checked_before_they_are_queued(language_mode
     with Engine(load_pretrained(backbone(language_model("llama"), pairs))) as engine:
         assert engine.probe().result(60).width == 1
         assert engine.submit([("w1", "w2")])[0].result(60).scores.shape == (2,)
-        with pytest.raises(TextError, match="prompt mine is for pairs of texts, but an input has one"):
+        with pytest.raises(TextError, match="prompt mine is for pairs of texts, but an input has only one text"):
             engine.submit(["w1"])
 
 

@@ -254,7 +254,7 @@ def test_label_words_with_the_same_tokens_are_refused() -> None:
 
 
 def test_texts_and_template_must_agree_on_pairs() -> None:
-    with pytest.raises(UserError, match="prompt rte is for pairs of texts, but an input has one"):
+    with pytest.raises(UserError, match="prompt rte is for pairs of texts, but an input has only one text"):
         load_prompt("rte").render("alone")
     with pytest.raises(UserError, match=r"prompt sst2 has no \{text_pair\}"):
         load_prompt("sst2").render("one", "two")

@@ -141,7 +141,7 @@ def _print_report(report: Report, prepared: Job) -> None:
     if report.price is not None:
         print(f"classify: {report.price}")
     if totals.agreement.rows:
-        print(f"classify: the answers agree with the plain model in {totals.agreement}")
+        print(f"classify: agreement with the plain model: {totals.agreement}")
     if warning := warn_agreement(totals.agreement, prepared.system.promised_agreement):
         print(f"classify: warning: {warning}")
     print(f"classify: summary: {without_passwords(report.output)}/_revmux/{SUMMARY_NAMES[0]}", flush=True)
@@ -152,7 +152,7 @@ def _check(report: Report, job: ClassifyJob) -> None:
     if report.stopped:
         raise Unfinished(
             STOPPED_BY_AUDIT,
-            f"the audit stopped the job: the answers agree with the plain model in {report.totals.agreement}, below "
+            f"the audit stopped the job: the agreement with the plain model is {report.totals.agreement}, below "
             f"audit_floor {job.audit_floor:g}; raise the threshold, or make another plan on data like this",
         )
     if report.failed:

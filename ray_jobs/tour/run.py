@@ -242,7 +242,7 @@ class Tour:
         return plan
 
     def serve(self, model: str, plan: Plan) -> None:
-        """Start the server, ask it, and stop it."""
+        """Start the server, send it requests, and stop it."""
         count, port = self.job.requests, self.job.port
         adapters = plan.adapters if plan.is_met else []
         prompt = None if adapters else self.prompt_file()
@@ -262,7 +262,7 @@ class Tour:
             finally:
                 shutdown()
             self.screen.table(
-                ["answer", "sure", "label", "by", "N", "text"],
+                ["answer", "confidence", "label", "by", "N", "text"],
                 [
                     [
                         one.label,
@@ -274,7 +274,7 @@ class Tour:
                     ]
                     for one in examples(self.live, 8)
                 ],
-                ["sure", "N"],
+                ["confidence", "N"],
             )
             right = sum(one.is_right for one in self.live)
             self.screen.line(f"{right} of {count} answers are right ({right / count:.0%}): {answered_by(self.live)}.")
@@ -368,7 +368,7 @@ def next_commands(
         [
             "Next (activate the environment first: . .venv/bin/activate):",
             f"  serve it            {serve}",
-            f"  ask it              curl -s http://127.0.0.1:8000/predict -d '{text}'",
+            f"  query it            curl -s http://127.0.0.1:8000/predict -d '{text}'",
             "  in a browser        http://127.0.0.1:8000",
             f"  compare the runs    make ui STORAGE={storage}",
             f"  plan more widely    revmux plan --goal.allowance 1 --backbone.model {model}{answers_by} --space wide",

@@ -147,6 +147,6 @@ def warn_agreement(agreement: Agreement, promised: float | None) -> str | None:
     if promised is None or not agreement.rows or agreement.interval()[1] >= promised:
         return None
     return (
-        f"the answers agree with the plain model in {agreement}, but the adapter's evaluation found {promised:.2%}; the "
+        f"the agreement with the plain model is {agreement}, but the adapter's evaluation found {promised:.2%}; the "
         "input may differ from the data of the evaluation; raise the threshold, or make another plan on data like this"
     )

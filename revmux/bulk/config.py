@@ -91,7 +91,7 @@ class BulkConfig:
         for name in ("audit", "audit_floor", "threshold"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{name} is {value}; choose a share in 0..1")
+                raise UserError(f"{name} is {value}; choose a value from 0 to 1")
         if self.audit_floor is not None and not self.audit:
             raise UserError(f"audit_floor is {self.audit_floor}, but audit is 0; set audit too, such as --audit 0.01")
         if self.sample_rows < 0:

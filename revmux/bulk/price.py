@@ -23,7 +23,7 @@ class JobPrice:
 
     def __str__(self) -> str:
         return (
-            f"price {self.so_far:,.2f}, a million rows {self.per_million:,.2f}, the plain model by counted cost "
+            f"price {self.so_far:,.2f}, {self.per_million:,.2f} per million rows, with the plain model by counted cost "
             f"{self.plain:,.2f}"
         )
 

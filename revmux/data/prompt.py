@@ -139,7 +139,7 @@ class Prompt:
         if text_pair is None:
             if self.needs_pair:
                 raise UserError(
-                    f"prompt {self.name} is for pairs of texts, but an input has one; choose another prompt"
+                    f"prompt {self.name} is for pairs of texts, but an input has only one text; choose another prompt"
                 )
             return self.template.format(text=text)
         template = self.template if self.pair_template is None else self.pair_template

@@ -323,7 +323,7 @@ class StoreBuilder:
         size = predict_size(self.split, self.backbone, self.dtype, probed.added)
         limits = [(self.config.budget_gb, f"budget_gb = {self.config.budget_gb:g}")]
         disk = self._disk() / GIGABYTE
-        limits.append((disk, f"the {disk:.3g} GB available on the disk"))
+        limits.append((disk, f"the {disk:.3g} GB available on disk"))
         has_teacher = self._is_whole(self.teacher)
         if not has_teacher and not self._fits("the teacher's outputs", self._needed(size, []), limits, "nothing"):
             return None, {}

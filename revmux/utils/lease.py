@@ -79,7 +79,7 @@ class Lease:
                 try:
                     self.renew()
                 except OSError as error:
-                    _log.warning("%s could not be renewed (%s); trying again", self.path, error)
+                    _log.warning("cannot renew the lease %s (%s); trying again", self.path, error)
 
         keeper = threading.Thread(target=renew, daemon=True)
         keeper.start()
@@ -98,7 +98,7 @@ class Lease:
         if self.holds():
             self._write()
         else:
-            _log.warning("another process has acquired %s", self.path)
+            _log.warning("another process has taken over the lease %s", self.path)
 
     def release(self) -> None:
         """Remove the lease file."""

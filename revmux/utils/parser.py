@@ -95,7 +95,7 @@ _WORDS = {
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
     "<class 'bool'>": "true or false",
-    "<class 'str'>": "a text",
+    "<class 'str'>": "a string",
     "<class 'list'>": "a list such as [2,4]",
     "<class 'dict'>": "a mapping such as {name: value}",
     "<class 'NoneType'>": "null",

@@ -79,7 +79,7 @@ function show(texts, rankings, headers, exact) {
   });
   at("answers").hidden = false;
   const time = (name) => `${headers.get(`x-${name}-time`)} ms`;
-  at("status").textContent = `${texts.length} answered in ${time("total")} (${time("queue")} in the queue, ${time("inference")} in the model)`;
+  at("status").textContent = `${texts.length} texts answered in ${time("total")} (${time("queue")} in the queue, ${time("inference")} in the model)`;
 }
 
 async function classify(event) {
@@ -96,7 +96,7 @@ async function classify(event) {
     const reply = await ask("predict", body);
     const exact = at("compare").checked ? await ask("predict", { ...body, max_multiplex: 1 }) : null;
     show(texts, await reply.json(), reply.headers, exact && await exact.json());
-    if (exact) at("status").textContent += `; the plain model alone needed ${exact.headers.get("x-inference-time")} ms in the model`;
+    if (exact) at("status").textContent += `; the plain model alone took ${exact.headers.get("x-inference-time")} ms in the model`;
   } catch (failure) {
     at("status").className = "error";
     at("status").textContent = failure.message;
