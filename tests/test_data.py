@@ -263,6 +263,13 @@ def test_files_without_a_usable_task_are_refused(name: str, content: str | bytes
         load(write(tmp_path, name, content))
 
 
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "train.csv", table(20))
+    write(tmp_path, "dev.csv", "text,label\n")
+    with pytest.raises(UserError, match="the split test has no rows; add labelled rows"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("source", ["./nowhere", "missing.csv", "/no/folder", "no-such-name"])
 def test_an_unknown_source_raises_a_user_error(source: str) -> None:
     with pytest.raises(UserError, match=r"cannot find file or folder|unknown data 'no-such-name'"):

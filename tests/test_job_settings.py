@@ -51,6 +51,7 @@ def printed_error(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (["--optim.batch_size", "9"], ["batch_size (9)", "choose 8"]),
         (["--optim.batch_size", "2"], ["2 × 2 = 4", "every worker needs a group"]),
+        (["--data.limit", "1"], ["the train split has 1 rows", "N = 2", "choose a smaller N"]),
         (["--data.source", "nowhere.csv"], ["nowhere.csv"]),
     ],
 )

@@ -31,6 +31,7 @@ from revmux.methods import BackboneShape
 from revmux.pretrained.identity import identity_of
 from revmux.pretrained.loading import check_answers, outline
 from revmux.training.config import Recipe
+from revmux.training.recipe import check_rows
 from revmux.utils.copies import join_location
 from revmux.utils.redact import without_passwords
 from tune_spaces.points import valid_points
@@ -102,6 +103,7 @@ def prepare_sweep(job: TuneJob, storage: str | Path, task: TaskData | None = Non
     for reason in left_out:
         print(f"left out: {reason}", flush=True)
     task = task or load_task(job.data, own_labels)
+    check_rows(points, len(task.train))
     identity = {"data": task.identity["sha256"], "model": identity_of(job.backbone)["sha256"] or job.backbone.model}
     folder = SweepFolder(join_location(storage, f"sweeps/{job.name}"), identity)
     trials = make_trials(points, task, backbone, mean_length(job.backbone, task))

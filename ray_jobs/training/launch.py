@@ -28,7 +28,7 @@ from revmux.pretrained.identity import identify, identity_of, resolve
 from revmux.pretrained.loading import check_answers, outline
 from revmux.training.checkpoint import CheckpointFolder
 from revmux.training.config import CheckpointConfig, MethodConfig, Recipe
-from revmux.training.recipe import check, makes_head
+from revmux.training.recipe import check, check_rows, makes_head
 from revmux.utils.copies import join_location
 from revmux.utils.place import Place
 from revmux.utils.redact import error_line
@@ -104,7 +104,9 @@ def load_checked(recipes: Sequence[Recipe], workers: int) -> TaskData:
     backbone, own_labels = outline(first.backbone)
     for recipe in recipes:
         check(recipe, BackboneShape.of(backbone), workers, backbone.max_length)
-    return load_task(first.data, own_labels)
+    task = load_task(first.data, own_labels)
+    check_rows(recipes, len(task.train))
+    return task
 
 
 @dataclass(frozen=True)

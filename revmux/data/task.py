@@ -79,6 +79,9 @@ def load_task(config: DataConfig, label_names: list[str] | None = None) -> TaskD
     raw = source.read(config)
     columns = find_columns(next(iter(raw.values())).column_names, config)
     splits = _split({name: _rename(split, columns) for name, split in raw.items()}, config)
+    for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"{config.source}: the split {name} has no rows; add labelled rows to it")
     names = label_names or _label_names([splits["train"], splits["selection"]], columns["label"])
     if config.limit is not None and config.limit < len(splits["train"]):
         splits["train"] = splits["train"].shuffle(seed=config.seed).select(range(config.limit))

@@ -5,6 +5,7 @@ Ray jobs call this module; a script can call it without Ray.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,19 @@ def check(recipe: Recipe, shape: BackboneShape, workers: int = 1, longest: int |
     recipe.optim.check_groups(method.num_inputs, workers)
     if longest is not None:
         check_room(recipe.backbone, built, longest)
+
+
+def check_rows(recipes: Sequence[Recipe], rows: int) -> None:
+    """Check that the train split can fill a group of every run.
+
+    Raises:
+        UserError: it has fewer rows than the largest N.
+    """
+    widest = max(recipe.method.num_inputs for recipe in recipes)
+    if rows < widest:
+        raise UserError(
+            f"the train split has {rows} rows, fewer than a group of N = {widest}; choose a smaller N, or more rows"
+        )
 
 
 def check_room(config: BackboneConfig, method: Method, longest: int) -> None:
