@@ -114,8 +114,8 @@ def search(
     best, compared = _Front(), 1
     prefixes = table.root()
     for depth in range(max_stages):
-        points = table.extend(prefixes)
-        compared += len(points.cost)
+        points, number = table.extend(prefixes)
+        compared += number
         best = best.joined(points)
         if depth + 1 < max_stages:
             prefixes = table.prefixes(best, depth + 1)
@@ -160,12 +160,17 @@ class _Front:
     def joined(self, other: _Front) -> _Front:
         """The front of both."""
         cost, bound = np.r_[self.cost, other.cost], np.r_[self.bound, other.bound]
-        order = np.lexsort((bound, cost))
-        lowest = np.minimum.accumulate(np.r_[np.inf, bound[order]])[:-1]
-        kept = order[bound[order] < lowest - 1e-9]
+        kept = _undominated(cost, bound)
         own = len(self.systems)
         systems = [self.systems[at] if at < own else other.systems[at - own] for at in kept.tolist()]
         return _Front(systems, cost[kept], bound[kept])
+
+
+def _undominated(cost: Floats, bound: Floats) -> NDArray[np.int64]:
+    """The systems that no other one beats in both figures, cheapest first."""
+    order = np.lexsort((bound, cost))
+    lowest = np.minimum.accumulate(np.r_[np.inf, bound[order]])[:-1]
+    return order[bound[order] < lowest - 1e-9]
 
 
 class _Table:
@@ -219,8 +224,8 @@ class _Table:
             [()], np.array([-1]), np.ones((1, self.total), np.float32), np.zeros(1), np.zeros(1), np.zeros(1)
         )
 
-    def extend(self, prefixes: _Prefixes) -> _Front:
-        """Every system that adds one row to a prefix and then falls back to the plain model."""
+    def extend(self, prefixes: _Prefixes) -> tuple[_Front, int]:
+        """The front of all systems that add one row to a prefix and then fall back to the plain model, and their number."""
         lost = (prefixes.lost[:, None] + prefixes.unsure @ self.lost.T) / self.total  # (P, R)
         differing = (prefixes.differing[:, None] + prefixes.unsure @ np.abs(self.lost).T) / self.total  # (P, R)
         bound = self._bound(lost, differing)
@@ -229,8 +234,10 @@ class _Table:
         cost = self._stage_cost(prefixes) + onward * resume
         valid = self._valid(prefixes)
         first, second = np.nonzero(valid)
-        systems = [(*prefixes.systems[p], r) for p, r in zip(first.tolist(), second.tolist())]
-        return _Front(systems, cost[first, second], bound[first, second])
+        kept = _undominated(cost[first, second], bound[first, second])  # of millions of systems, a few hundred
+        front, rows = first[kept], second[kept]
+        systems = [(*prefixes.systems[p], r) for p, r in zip(front.tolist(), rows.tolist())]
+        return _Front(systems, cost[front, rows], bound[front, rows]), len(first)
 
     def prefixes(self, best: _Front, depth: int) -> _Prefixes:
         """The combinations that another stage may be added to.
