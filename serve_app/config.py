@@ -304,15 +304,15 @@ class AppConfig(_TaskSettings):
     def limits(self) -> Limits:
         """Return the limits that the engine enforces."""
         return Limits(
-            self.max_multiplex,
-            self.max_queue,
-            self.max_batch,
-            self.max_batch_tokens,
-            self.plain_load,
-            self.priority_seconds,
-            self.audit,
-            self.merge_limit_mib * 2**20,
-            self.share_plain,
+            max_multiplex=self.max_multiplex,
+            max_queue=self.max_queue,
+            max_batch=self.max_batch,
+            max_batch_tokens=self.max_batch_tokens,
+            plain_load=self.plain_load,
+            priority_seconds=self.priority_seconds,
+            audit=self.audit,
+            merge_limit=self.merge_limit_mib * 2**20,
+            share_plain=self.share_plain,
         )
 
 
