@@ -56,6 +56,8 @@ def parse(
     if "recipe" in namespace and (recipe := _recipe_of(parser, namespace)) != DEFAULT_RECIPE:
         parser.set_defaults({"recipe": recipe} | _recipe_defaults(parser, recipe))
         namespace = parser.parse_args(argv)
+        if namespace.recipe != recipe:
+            _refuse_recipe(parser, namespace, recipe)
     del namespace["config"]
     return config_class(**parser.instantiate(namespace).as_dict())
 
@@ -70,11 +72,16 @@ def _recipe_of(parser: Parser, namespace: Any) -> str:
     except UserError as error:
         parser.error(str(error))
     if own is not None and given not in (DEFAULT_RECIPE, own):
-        parser.error(
-            f"--recipe is {given!r}, but the space {namespace.space!r} sets the recipe {own!r}; omit --recipe, or choose "
-            "another space"
-        )
+        _refuse_recipe(parser, namespace, own)
     return own or given
+
+
+def _refuse_recipe(parser: Parser, namespace: Any, own: str) -> None:
+    """End the command because its recipe is not that of its space."""
+    parser.error(
+        f"--recipe is {namespace.recipe!r}, but the space {namespace.space!r} sets the recipe {own!r}; omit --recipe, or "
+        "choose another space"
+    )
 
 
 def _recipe_defaults(parser: Parser, name: str) -> dict[str, Any]:
@@ -93,7 +100,7 @@ def _program() -> str | None:
 
 
 def with_absolute_model(config: Config) -> Config:
-    """Make the path of a local model absolute, since workers run in other working directorys."""
+    """Make the path of a local model absolute, since workers run in other working directories."""
     backbone = getattr(config, "backbone", None)
     if not isinstance(backbone, BackboneConfig) or backbone.model in EMBEDDED_MODELS:
         return config

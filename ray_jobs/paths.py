@@ -105,7 +105,7 @@ def own_folder(storage: str | Path) -> Path:
 
 
 def store_in(storage: str | Path, store: StoreConfig) -> StoreConfig:
-    """The store's settings with an absolute root, since workers run in other working directorys.
+    """The store's settings with an absolute root, since workers run in other working directories.
 
     By default the store is in the storage, which every node reaches, so that all machines of a cluster share computed
     features. The user's cache folder exists on one machine only.

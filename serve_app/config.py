@@ -386,15 +386,16 @@ def server_config(**settings: Any) -> ServerConfig:
         ) from None
 
 
-MOST_ERRORS = 16
-"""The most errors that :func:`explain` explains. A request could have one per key."""
+MOST_ERRORS, TOO_MANY_ERRORS = 8, 1000
+"""The most errors that :func:`explain` explains, and those that it looks at. A request could have one per key."""
 
 
 def explain(error: ValidationError) -> str:
-    """Return pydantic's errors on one line, each with its location and reason. Of many errors, return their number."""
-    if (number := error.error_count()) > MOST_ERRORS:
+    """Return pydantic's first errors on one line, each with its location and reason, and the number of the others."""
+    if (number := error.error_count()) > TOO_MANY_ERRORS:
         return f"{number} keys or values are invalid"
-    return "; ".join(
-        ": ".join(filter(None, [".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")]))
-        for found in error.errors()
-    )
+    explained = [
+        ": ".join(filter(None, [".".join(map(str, found["loc"]))[:80], found["msg"].removeprefix("Value error, ")]))
+        for found in error.errors()[:MOST_ERRORS]
+    ]
+    return "; ".join([*explained, *([f"and {number - MOST_ERRORS} more"] if number > MOST_ERRORS else [])])

@@ -77,7 +77,7 @@ def closed(configuration: str, errors: Path, host: str | None = None) -> str:
             answer = f"content-type application/json string '{body}' hdr retry-after 1"
             section = f"{title}\n    http-request return status 503 {answer}\n"
         elif title in _OPEN and host is not None:
-            section = re.sub(r"^( *bind ).*(:\d+)", rf"\g<1>{_address(host)}", section, flags=re.MULTILINE)
+            section = re.sub(r"^( *bind ).*(:\d+)( v4v6)?", rf"\g<1>{_address(host)}", section, flags=re.MULTILINE)
         elif title not in _OPEN and re.search(r"^ *bind ", section, re.MULTILINE):
             raise ConfigurationError(f"Serve's HAProxy configuration has an unknown section that listens: {title!r}")
         kept.append(section)

@@ -80,6 +80,7 @@ class ServedTasks:
 
         Raises:
             UserError: a model or adapter does not fit, or a served task has another model or other fixed settings.
+            Exception: any other error of loading a model.
         """
         with self._changing, TemporaryDirectory(prefix="revmux-adapters-") as downloads:
             for name in tasks.keys() & self.served.keys():

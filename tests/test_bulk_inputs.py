@@ -82,6 +82,15 @@ def test_keys_that_the_first_object_lacks_are_kept(bulk_config: BulkConfig, tmp_
     assert found["day"].fillna("").tolist() == ["", "", "4"]
 
 
+def test_a_file_of_json_lines_may_lack_a_kept_key(bulk_config: BulkConfig, tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "a.jsonl").write_text(1100 * "\n" + '{"text": "w1", "customer": "a"}\n')
+    (tmp_path / "many" / "b.jsonl").write_text('{"text": "w2"}\n')
+    bulk_config = replace(bulk_config, input=str(tmp_path / "many"))
+    classify_files(bulk_config)
+    assert answers(bulk_config)["customer"].fillna("").tolist() == ["a", ""]
+
+
 def test_undecodable_parquet_and_short_csv_rows_are_bad_rows(bulk_config: BulkConfig, tmp_path: Path) -> None:
     wrong = pa.StringArray.from_buffers(3, *pa.array([b"w1", b"\xff", b"w2"], pa.binary()).buffers()[1:])
     parquet.write_table(pa.table({"text": wrong}), tmp_path / "wrong.parquet")

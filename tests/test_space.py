@@ -62,9 +62,10 @@ def test_a_command_with_the_paper_space_trains_the_paper_s_recipe_with_the_given
 def test_a_recipe_that_the_space_replaces_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("optim: {epochs: 2}\n")
-    with pytest.raises(SystemExit):
-        parse(TuneJob, None, ["--space", "paper", "--recipe", str(own)])
-    assert "the space 'paper' sets the recipe 'paper'; omit --recipe" in capsys.readouterr().err
+    for recipe in (str(own), "strong"):
+        with pytest.raises(SystemExit):
+            parse(TuneJob, None, ["--space", "paper", "--recipe", recipe])
+        assert "the space 'paper' sets the recipe 'paper'; omit --recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["plan", "wide"])

@@ -91,7 +91,7 @@ def send(load: Load) -> Leg:
         RuntimeError: a request was not answered with status 200.
     """
     command = [sys.executable, "-m", "benchmarks.serving.load"]
-    # The module is found from any working folder.
+    # The module is found from any working directory.
     paths = filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     ended = subprocess.run(

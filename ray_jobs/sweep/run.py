@@ -103,7 +103,11 @@ def prepare_sweep(job: TuneJob, storage: str | Path, task: TaskData | None = Non
     for reason in left_out:
         print(f"left out: {reason}", flush=True)
     task = task or load_task(job.data, own_labels)
-    check_rows(points, len(task.train))
+    fitting = [point for point in points if point.method.num_inputs <= len(task.train)]
+    check_rows(fitting or points, len(task.train))
+    if len(fitting) < len(points):
+        print(f"left out: every N above the {len(task.train)} rows of the train split", flush=True)
+    points = fitting
     identity = {"data": task.identity["sha256"], "model": identity_of(job.backbone)["sha256"] or job.backbone.model}
     folder = SweepFolder(join_location(storage, f"sweeps/{job.name}"), identity)
     trials = make_trials(points, task, backbone, mean_length(job.backbone, task))

@@ -34,18 +34,20 @@ def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: str
         fill_stores_for(list(recipes.values()), tokens, job.cluster)
     for name, recipe in recipes.items():
         target = join_location(output, name)
-        if (earlier := finished_run(recipe, tokens, tracker, storage, name, target)) is not None:
-            print(f"{name}: trained before this job was stopped: {without_passwords(earlier.folder)}")
-            done.append(earlier)
-            continue
-        trained = launch(recipe, tokens, job.cluster, tracker, storage, name, target, checkpoint=job.checkpoint)
+        earlier = finished_run(recipe, tokens, tracker, storage, name, target)
+        registered = None
+        if earlier is not None:
+            trained, registered = earlier
+            print(f"{name}: trained before this job was stopped: {without_passwords(trained.folder)}")
+        else:
+            trained = launch(recipe, tokens, job.cluster, tracker, storage, name, target, checkpoint=job.checkpoint)
         metrics = trained.metrics
         print(
             f"{name}: accuracy {metrics['accuracy_mean']:.1%} ± {metrics['accuracy_std']:.1%} over {job.shuffles} "
             f"shuffles (SISO {metrics['siso_accuracy']:.1%}), agreement {metrics['siso_agreement']:.1%}, "
             f"cost {metrics['cost_counted']:.2f} of SISO: {without_passwords(trained.folder)}"
         )
-        if job.register:
+        if job.register and job.register != registered:
             tags = {"method": recipe.method.name, "num_inputs": recipe.method.num_inputs}
             tags |= {"prefill_layers": recipe.method.prefill_layers}
             tags |= {key: f"{metrics[key]:.4f}" for key in ("accuracy_mean", "siso_accuracy", "cost_counted")}
@@ -53,7 +55,7 @@ def train_adapters(job: TrainJob, task: TaskData, tracker: Tracker, storage: str
             with reading_folder(trained.folder) as adapter:
                 version = tracker.register(trained.run_id, adapter, job.register, tags, backbone, task.is_pair)
             print(f"registered: models:/{job.register}/{version}")
-        trained.keep()
+        trained.keep(recipe, job.register)
         done.append(trained)
     for trained in done:
         trained.forget()

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs.cluster import POLLING, ClusterConfig
 from ray_jobs.ray_internals import controllers_know_their_cluster
 from ray_jobs.tracking.tracker import Tracker
-from revmux.adapters.config import CONFIG_NAME
 from revmux.data.task import TaskData, load_task
 from revmux.errors import UserError
 from revmux.features.config import StoreConfig
@@ -62,28 +61,37 @@ class Trained:
         """Remove the run's checkpoints, so that the same run starts from the beginning next time."""
         CheckpointFolder(self.run_folder).remove()
 
-    def keep(self) -> None:
-        """Note beside the checkpoints that the run is finished, see :func:`finished_run`."""
-        noted = {"folder": self.folder, "metrics": self.metrics, "run_id": self.run_id}
+    def keep(self, recipe: Recipe, registered: str | None) -> None:
+        """Note beside the checkpoints that the run is finished, see :func:`finished_run`.
+
+        Args:
+            recipe: what was trained.
+            registered: name of the registered model that the adapter is a version of, if any.
+        """
+        noted = {"metrics": self.metrics, "run_id": self.run_id, "shuffles": recipe.shuffles, "registered": registered}
         Place.open(self.run_folder).put(FINISHED_FILE, json.dumps(noted).encode())
 
 
 def finished_run(
     recipe: Recipe, task: TokenizedTask, tracker: Tracker, storage: str, name: str, output: str
-) -> Trained | None:
-    """The result of a run that an earlier start of its job finished; None if the run is not finished or its result is gone.
+) -> tuple[Trained, str | None] | None:
+    """A run that an earlier start of its job finished, and the name under which it was registered.
 
-    For the arguments, see :func:`launch`.
+    Its result is written to ``output`` again, where another job may have written its own meanwhile. None if the run is not
+    finished or was evaluated in another way. For the arguments, see :func:`launch`.
     """
+    from ray_jobs.training.worker import RESULT_NAME
+
     folder = run_folder_of(recipe, task, storage, name)
     try:
         noted = json.loads(Place.open(folder).get(FINISHED_FILE))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # not finished, or killed while it was noted
         return None
-    is_there = noted["folder"] == output and CONFIG_NAME in Place.open(output).files()
-    if not is_there or not tracker.has_run(noted["run_id"]):
+    if noted["shuffles"] != recipe.shuffles or not tracker.has_run(noted["run_id"]):
         return None
-    return Trained(output, recipe.method, noted["metrics"], noted["run_id"], folder)
+    with reading_folder(join_location(folder, RESULT_NAME)) as result:
+        publish_folder(result, output)
+    return Trained(output, recipe.method, noted["metrics"], noted["run_id"], folder), noted["registered"]
 
 
 def run_folder_of(recipe: Recipe, task: TokenizedTask, storage: str, name: str) -> str:

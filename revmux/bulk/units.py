@@ -124,14 +124,15 @@ def _choose_columns(
 def _check_schema(
     columns: Columns, own: dict[str, pa.DataType], first: dict[str, pa.DataType], path: str, first_path: str
 ) -> None:
-    for name in columns.read:
+    texts = [columns.text, *([] if columns.pair is None else [columns.pair])]
+    for name in texts if format_of(path).lacks_columns else columns.read:
         if name not in own:
             raise UserError(f"{path!r} has no column {name!r}; its columns: {', '.join(own)}; name one of these")
-    for text in [columns.text, *([] if columns.pair is None else [columns.pair])]:
+    for text in texts:
         if not _is_text(own[text]):
             raise UserError(f"column {text!r} of {path!r} is {own[text]}, not text; name a text column")
     for name in columns.kept:
-        if own[name] != first[name]:
+        if own.get(name, first[name]) != first[name]:
             raise UserError(
                 f"column {name!r} is {own[name]} in {path!r}, but {first[name]} in {first_path!r}; convert one of them, or "
                 "list other --keep_columns"

@@ -34,13 +34,13 @@ def hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
     held out. Texts are compared by their words, without case and punctuation. The two texts of a pair count as one.
 
     Of more than :data:`revmux.data.blocks.IN_MEMORY` rows, a sample of texts is drawn first, each with all of its rows: texts
-    that are part of a text outside of it are kept, and the others are divided as above. Memory then depends on ``size``,
-    not on the number of rows.
+    that are part of a text outside of it are kept, and the others are divided as above. Memory then depends on ``size`` and,
+    if few texts can be held out, on the number of distinct texts.
 
     Args:
         rows: columns ``text`` and, for pairs, ``text_pair``. At least two rows.
         size: number of rows to hold out, at least 1. A few rows fewer are held out if the texts allow no such division;
-            a warning reports less than half of them.
+            if a sample was drawn, a warning reports less than half of them.
         seed: random seed.
 
     Returns:
@@ -71,7 +71,7 @@ def _hold_out_of_many(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dat
     if 2 * len(held) < size:
         warnings.warn(
             f"only {len(held):,} of {size:,} rows are held out, because the other texts of a sample are part of texts "
-            "outside of it; provide a separate file for this split to hold out more rows",
+            "outside of it or have too many equal rows; provide a separate file for this split to hold out more rows",
             stacklevel=3,
         )
     ordered = np.sort(held)
@@ -87,7 +87,7 @@ def _drawn(rows: Dataset, size: int, seed: int) -> Iterator[pa.Table]:
     while True:
         texts: dict[Words, list[int]] = defaultdict(list)
         for row, words in enumerate(_words(blocks(rows))):
-            if _place(words, seed) < share:
+            if _place(words, seed) < share and len(texts[words]) <= size:  # with more rows, it cannot be held out
                 texts[words].append(row)
         inside = _found_in(texts, (words for words in _words(blocks(rows)) if words not in texts))
         held = _draw({words: found for words, found in texts.items() if words not in inside}, size, generator)

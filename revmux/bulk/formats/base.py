@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from pyarrow.fs import FileSystem
@@ -64,7 +64,13 @@ class Rows:
 
 
 class Format(ABC):
-    """A file format. Instances have no state."""
+    """A file format. Instances have no state.
+
+    Attributes:
+        lacks_columns: whether a kept column may be missing in a file, where it is then null.
+    """
+
+    lacks_columns: ClassVar[bool] = False
 
     @abstractmethod
     def columns(self, filesystem: FileSystem, path: str) -> dict[str, pa.DataType]:

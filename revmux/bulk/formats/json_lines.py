@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ from revmux.bulk.formats.lines import ByteLines, divide_records, open_lines, rea
 from revmux.errors import UserError
 
 OBJECTS = 1000
-"""Lines in which the keys of a file are looked up."""
+"""First objects of a file in which its keys are looked up."""
 
 
 class JsonLines(Format):
@@ -23,6 +22,8 @@ class JsonLines(Format):
 
     The whole file is read once to find the lines.
     """
+
+    lacks_columns = True
 
     def columns(self, filesystem: FileSystem, path: str) -> dict[str, pa.DataType]:
         """The keys of the first objects, in the order in which they occur. An object may lack keys.
@@ -32,12 +33,17 @@ class JsonLines(Format):
         """
         found: dict[str, pa.DataType] = {}
         with open_lines(filesystem, path) as stream:
-            for line in islice(ByteLines(stream), OBJECTS):
-                if not found and line.lstrip().startswith("["):
+            objects = 0
+            for line in ByteLines(stream):
+                if not objects and line.lstrip().startswith("["):
                     raise UserError(
                         f"{path!r} starts with a JSON array; known: one object per line; convert it to JSON lines"
                     )
-                found |= dict.fromkeys(_parse(line)[0], pa.string())
+                record, _ = _parse(line)
+                found |= dict.fromkeys(record, pa.string())
+                objects += bool(record)
+                if objects == OBJECTS:
+                    break
         return found
 
     def divide(self, filesystem: FileSystem, path: str, unit_rows: int) -> list[Range]:
