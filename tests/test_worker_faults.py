@@ -224,7 +224,7 @@ def test_checkpoints_are_removed_once_the_adapter_is_saved(
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(revmux.utils.place, "remove_folder", note_and_remove)
-    start(None, TrialHooks(report=lambda metrics: None), workers=1)  # trains in this process
+    start(None, TrialHooks(report=lambda metrics: None), workers=1).forget()  # trains in this process
     names = [path.name for path in before]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names)
     assert tmp_path in before[len(names) - names[::-1].index("adapter_model.safetensors") :], (
