@@ -60,8 +60,11 @@ def test_serve_opens_more_than_the_server_and_the_edited_configuration_does_not(
     assert closed(edited, written.parent) == edited  # HAProxy restarts with the same file
 
 
-@pytest.mark.parametrize("busy", ["0", "8"])
-def test_haproxy_accepts_the_edited_configuration(written: Path, monkeypatch: pytest.MonkeyPatch, busy: str) -> None:
+@pytest.mark.parametrize(("busy", "host"), [("0", "127.0.0.1"), ("8", "127.0.0.1"), ("0", "::")])
+def test_haproxy_accepts_the_edited_configuration(
+    written: Path, monkeypatch: pytest.MonkeyPatch, busy: str, host: str
+) -> None:
+    monkeypatch.setenv(haproxy.HOST_VARIABLE, host)
     monkeypatch.setattr(haproxy.os, "execv", lambda *_: None)
     monkeypatch.setenv(task_affinity.VARIABLE, busy)
     haproxy.main(["-f", str(written)])

@@ -82,8 +82,7 @@ class SearchSpace:
     def _points(self, recipe: Recipe, num_layers: int) -> Iterator[Recipe]:
         from revmux.methods import method_class  # imports torch, which an invalid space should not wait for
 
-        if self.recipe not in (None, recipe.name):
-            assert self.recipe is not None
+        if self.recipe is not None and self.recipe != recipe.name:
             named = named_recipe(self.recipe)
             kept = {key: getattr(recipe.optim, key) for key in RUN_SETTINGS}
             recipe = replace(recipe, name=self.recipe, optim=named.optim_config(**kept), loss=named.loss_config())

@@ -15,7 +15,7 @@ from typing import Any
 from ray_jobs.cluster import connected
 from ray_jobs.paths import absolute_path, absolute_storage
 from ray_jobs.planning.config import PlanJob
-from ray_jobs.planning.run import measure_on_worker, moved, record
+from ray_jobs.planning.run import measure_on_worker, moved, record, served_prompt
 from ray_jobs.sweep.run import Sweep, run_sweep
 from ray_jobs.sweep.trials import SweepFolder, TrialRow, make_trials, mean_length
 from ray_jobs.tour.config import NAME, QuickstartJob
@@ -31,7 +31,6 @@ from ray_jobs.training.progress_board import Progress, board
 from ray_jobs.training.task_model import tune_model
 from revmux.backbone import Backbone
 from revmux.data.config import DOCSTRINGS, EMBEDDED_TASK
-from revmux.data.prompt import write_prompt
 from revmux.data.task import TaskData, load_task
 from revmux.features.tokens import tokenize_task
 from revmux.methods import BackboneShape, method_class
@@ -280,14 +279,8 @@ class Tour:
             self.screen.line(f"{right} of {count} answers are right ({right / count:.0%}): {answered_by(self.live)}.")
 
     def prompt_file(self) -> str | None:
-        """A file with the prompt, for a server without adapters, which would record it; None without a prompt."""
-        prompt = self.job.backbone.prompt
-        if prompt is None:
-            return None
-        assert not isinstance(prompt, str)  # the settings read it
-        file = self.storage / "prompt.yaml"
-        write_prompt(prompt, file)
-        return str(file)
+        """The name or file of the prompt, for a server without adapters, which would record it; None without a prompt."""
+        return served_prompt(self.job.backbone.prompt, self.storage, str(self.storage))
 
     def report(self, plan: Plan, rows: list[TrialRow]) -> None:
         """Evaluate all systems on the test split, measure their throughput, and write the results and the plot."""
