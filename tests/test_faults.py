@@ -244,7 +244,7 @@ def test_a_job_that_was_killed_trains_no_finished_width_again(
 ) -> None:
     job.address = ray.get_runtime_context().gcs_address
     job.flags += ["--store.root", str(undisturbed.store), "--num_inputs", "[2,4]", "--register", "mood"]
-    job.flags += ["--optim.batch_size", "8"]
+    job.flags += ["--optim.batch_size", "8", "--optim.epochs", "2"]
     finished = job.storage / "checkpoints"
     with job.started() as process:
         wait_until(lambda: list(finished.glob("revmux-n2-*/finished.json")), process, job.log)

@@ -65,6 +65,15 @@ TASKS = {
             6,
         ),
         FrontTask("MRPC", True, DataConfig(), SplitConfig(0.2), OptimConfig(4, 16, 1e-4, precision="bfloat16"), 12, 96),
+        FrontTask(
+            "docstrings",
+            False,
+            DataConfig("docstrings", per_class=3000),
+            SplitConfig(0.25, 4000),
+            OptimConfig(4, 32, 1e-4, precision="bfloat16"),
+            6,
+            96,
+        ),
     )
 }
 
